@@ -1,0 +1,393 @@
+"""Load a base: a local folder, a hub id, or the built-in tiny GLM-4.
+
+A damaged or foreign checkpoint often loads without a word: tensors that are missing are initialised at random, an
+adapter that lies beside the weights is applied, a tokenizer of another family encodes text just as well. What can be
+seen in the files is therefore refused before the weights are read, the rest right after.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from transformers import AutoTokenizer, Glm4ForCausalLM, GlmForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from glm4ft.chat_format import END_OF_TEXT, STOPS, ChatFormat, FormatName, control_ids, detect_format
+from glm4ft.conversation import Message
+from glm4ft.errors import ConfigError, ModelError
+from glm4ft.tiny import tiny_model, tiny_tokenizer
+
+TINY = "tiny"
+# Named here, so that code which a checkpoint brings along (`auto_map`) is never in question.
+MODEL_CLASSES: dict[str, Any] = {"GlmForCausalLM": GlmForCausalLM, "Glm4ForCausalLM": Glm4ForCausalLM}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+SINGLE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+_PROBE = [
+    Message("system", "Answer in one sentence."),
+    Message("user", "What is the capital of France?"),
+    Message("assistant", "It is Paris.\n\n首都是巴黎。"),
+    Message("user", "  And of Spain?"),
+]
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model, ready for adapters.
+
+    Args:
+        model: in eval mode, frozen, on its device.
+        tokenizer: pads right.
+        format_name: the chat format.
+        source: ``tiny``, or the folder or hub id as it was given.
+        warnings: what is allowed but probably not meant, one sentence each.
+        folder: where the checkpoint's files lie; None for the built-in base.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    format_name: FormatName
+    source: str
+    warnings: tuple[str, ...]
+    folder: Path | None = None
+
+
+def load_base(
+    model: str,
+    *,
+    dtype: str = "auto",
+    chat_format: str | None = None,
+    device: str | torch.device | None = None,
+    seed: int = 0,
+) -> Base:
+    """Load a base model with its tokenizer.
+
+    Args:
+        model: ``tiny`` for the built-in base, a local folder, or a hub id.
+        dtype: ``bf16``, ``fp32``, or ``auto``: bf16 on CUDA and fp32 elsewhere.
+        chat_format: name of the format; by default chosen from the checkpoint.
+        device: by default this process's CUDA device if there is one, else the CPU.
+        seed: of the built-in base's weights; a checkpoint has no use for it.
+
+    Returns:
+        The base; model and generation config stop at all three stop tokens.
+
+    Raises:
+        ConfigError: if the dtype is not supported.
+        ModelError: if the checkpoint cannot be used as it is.
+    """
+    device = torch.device(device) if device is not None else _default_device()
+    torch_dtype = _torch_dtype(dtype, device)
+    folder = None if model == TINY else find_checkpoint(model)
+    tokenizer, format_name = load_format(model if folder is None else str(folder), chat_format)
+    if folder is None:
+        loaded = tiny_model(seed)
+        for parameter in loaded.parameters():  # not buffers: the rotary frequencies stay fp32, as transformers has it
+            parameter.data = parameter.data.to(torch_dtype)
+    else:
+        model_class = MODEL_CLASSES[_architecture(folder)]
+        _require_room_for(tokenizer, model_class, folder)
+        for shard in _shards(find_checkpoint(model, weights=True)):
+            require_whole_file(shard)
+        loaded = _load_weights(model_class, folder, torch_dtype)
+        # peft writes this into adapter_config.json, where a folder must be found again from any working directory
+        loaded.name_or_path = str(folder) if Path(model).expanduser().is_dir() else model
+    warnings = [*_complete_stops(loaded, tokenizer, model), *_template_warnings(tokenizer, format_name, model)]
+    torch.nn.Module.to(loaded.requires_grad_(False).train(False), device)
+    return Base(loaded, tokenizer, format_name, model, tuple(warnings), folder)
+
+
+def load_format(model: str, chat_format: str | None = None) -> tuple[PreTrainedTokenizerBase, FormatName]:
+    """Load what is needed to encode conversations, without the weights.
+
+    Args:
+        model: as for ``load_base``; with ``chat_format`` given, a folder that holds a tokenizer alone will do.
+        chat_format: name of the format; by default chosen from the checkpoint.
+
+    Returns:
+        The tokenizer and the name of the format.
+
+    Raises:
+        ModelError: if the tokenizer cannot be used, or the format is not supported.
+    """
+    local = model if model == TINY else str(find_checkpoint(model))
+    if chat_format is not None:
+        tokenizer = load_tokenizer(local)
+        name: Any = ChatFormat(chat_format, tokenizer).name  # which refuses what it does not know
+        return tokenizer, name
+    architecture = "Glm4ForCausalLM" if model == TINY else _architecture(Path(local))
+    tokenizer = load_tokenizer(local)
+    return tokenizer, detect_format([architecture], tokenizer.chat_template, where=model)
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """Load a tokenizer that has GLM-4's control tokens.
+
+    Args:
+        model: as for ``load_base``.
+
+    Returns:
+        The tokenizer, padding right: left padding can give NaN on a GPU (transformers 5).
+
+    Raises:
+        ModelError: if there is none, it cannot be read, or it lacks a control token.
+    """
+    tokenizer = tiny_tokenizer() if model == TINY else _read_tokenizer(find_checkpoint(model))
+    control_ids(tokenizer)
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = END_OF_TEXT
+    return tokenizer
+
+
+def find_checkpoint(model: str, *, weights: bool = False) -> Path:
+    """The local folder of a checkpoint; a hub checkpoint is downloaded first.
+
+    Args:
+        model: a local folder or a hub id.
+        weights: download the weights too, not only the small text files.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ModelError: if there is none, or the hub does not give it.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path.absolute()  # so that ./tiny is not taken for the built-in base
+    # a hub id has one separator at most, and no leading dot, tilde or separator
+    if path.exists() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model):
+        raise ModelError(
+            "there is no such folder",
+            where="--model",
+            found=f"{model}, a file" if path.exists() else model,
+            expected=f"a checkpoint's folder, a hub id such as zai-org/glm-4-9b-chat-hf, or {TINY!r}",
+        )
+    patterns = ["*.json", "*.jinja"] + ["*.safetensors"] * weights
+    try:
+        return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns=["*/*"]))
+    except Exception as error:  # what it raises depends on the HTTP library below it
+        raise ModelError(
+            "no local folder has this name, and the hub does not give a checkpoint of this name",
+            where="--model",
+            found=f"{model}: {one_line(error)}",
+            fix="check the spelling and the network; a gated checkpoint needs `hf auth login`",
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint or adapter.
+
+    Raises:
+        ModelError: if there is no file, or no object in it.
+    """
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        is_missing = isinstance(error, FileNotFoundError)
+        message = f"the folder has no {path.name}" if is_missing else "the file is not JSON"
+        where, found = (path.parent, "") if is_missing else (path, one_line(error))
+        raise ModelError(message, where=str(where), found=found) from error
+    if not isinstance(content, dict):
+        raise ModelError("the file holds no JSON object", where=str(path), found=type(content).__name__)
+    return content
+
+
+def require_whole_file(path: Path) -> list[str]:
+    """Check that a safetensors file is as long as its header says; only the header is read.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The names of its tensors.
+
+    Raises:
+        ModelError: if it is truncated or no safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except SafetensorError as error:
+        with path.open("rb") as raw:
+            is_pointer = raw.read(40).startswith(b"version https://git-lfs")
+        raise ModelError(
+            "a file of weights is only a git-lfs pointer"
+            if is_pointer
+            else "a file of weights is truncated or corrupt",
+            where=str(path),
+            found=f"{path.stat().st_size:,} bytes; {one_line(error)}",
+            expected="a safetensors file as long as its header says",
+            fix="run `git lfs pull` in the folder" if is_pointer else "download or copy the file again",
+        ) from error
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text on one line, for the ``found`` of ours."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:299] + "…"
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first of many names, and how many more there are."""
+    ordered = sorted(names)
+    return ", ".join(ordered[:3]) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "")
+
+
+def _default_device() -> torch.device:
+    if torch.cuda.is_available():
+        # under torchrun each process has its own device; a plain "cuda" would put every copy on the first
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def _torch_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if dtype in DTYPES:
+        return DTYPES[dtype]
+    is_half = dtype in ("fp16", "float16", "half")
+    message = "GLM-4's activations overflow in fp16" if is_half else "unknown dtype"
+    raise ConfigError(message, where="--dtype", found=dtype, expected="auto, bf16 or fp32")
+
+
+def _architecture(folder: Path) -> str:
+    """The name in config.json, if this module can load what the folder holds."""
+    has_adapter = (folder / "adapter_config.json").exists()
+    if has_adapter and not (folder / "config.json").exists():
+        fix = "name the adapter's base, or merge the two first"
+        raise ModelError("the folder holds an adapter, not a base", where=str(folder), fix=fix)
+    config, where, expected = read_json(folder / "config.json"), str(folder / "config.json"), " or ".join(MODEL_CLASSES)
+    names = [str(name) for name in config.get("architectures") or ["no architectures"]]
+    found = ", ".join(names)
+    if names[0].startswith("ChatGLM"):
+        message = "the checkpoint needs remote code, which is never run here"
+        fix = "use the converted checkpoint, whose name ends in -hf"
+        raise ModelError(message, where=where, found=found, expected=expected, fix=fix)
+    if found not in MODEL_CLASSES:
+        raise ModelError("not a GLM-4 language model", where=where, found=found, expected=expected)
+    if config.get("quantization_config"):
+        message = "quantised bases are not supported: merging and the checks read plain weights"
+        fix = "use the bf16 checkpoint that this one was made from"
+        raise ModelError(message, where=where, found="quantization_config", fix=fix)
+    if has_adapter:
+        message = "the folder holds a base and an adapter, and transformers would load the two as one"
+        fix = "move adapter_config.json and the adapter's weights into a folder of their own"
+        raise ModelError(message, where=str(folder), fix=fix)
+    return found
+
+
+def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    if not (folder / "tokenizer.json").is_file():
+        fix = "copy tokenizer.json, tokenizer_config.json and chat_template.jinja from the original checkpoint"
+        raise ModelError("the folder has no tokenizer.json", where=str(folder), fix=fix)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        raise ModelError("the tokenizer cannot be read", where=str(folder), found=one_line(error)) from error
+    return tokenizer
+
+
+def _require_room_for(tokenizer: PreTrainedTokenizerBase, model_class: Any, folder: Path) -> None:
+    try:
+        vocab_size = model_class.config_class.from_pretrained(folder).vocab_size
+    except Exception as error:  # its validation has error classes of its own
+        where, found = str(folder / "config.json"), one_line(error)
+        raise ModelError("the model's configuration cannot be used", where=where, found=found) from error
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= vocab_size:
+        raise ModelError(
+            "the tokenizer has tokens that the model has no row for",
+            where=str(folder),
+            found=f"vocab_size {vocab_size:,}, highest token id {highest:,}",
+            fix="use the tokenizer that belongs to this checkpoint",
+        )
+
+
+def _shards(folder: Path) -> list[Path]:
+    if (folder / SINGLE_FILE).exists():
+        return [folder / SINGLE_FILE]
+    if not (folder / INDEX).exists():
+        pickles = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern)]
+        raise ModelError(
+            "the weights are in pickle files, which can run code" if pickles else "the folder has no weights",
+            where=str(folder),
+            found=listed(pickles),
+            expected=f"safetensors: {SINGLE_FILE}, or {INDEX} and its shards",
+        )
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError("the index of the shards is malformed", where=str(folder / INDEX), expected="a weight_map")
+    names = sorted(set(map(str, weight_map.values())))
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        found = f"{len(missing)} of {len(names)} shards missing: {listed(missing)}"
+        raise ModelError("the checkpoint is incomplete", where=str(folder), found=found, fix="download them again")
+    return [folder / name for name in names]
+
+
+def _load_weights(model_class: Any, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        loaded = model_class.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
+        raise ModelError("the weights cannot be loaded", where=str(folder), found=one_line(error)) from error
+    model: PreTrainedModel = loaded[0]
+    # transformers would go on, with random numbers for what is missing
+    for message, keys in (("tensors are missing", "missing_keys"), ("there are foreign tensors", "unexpected_keys")):
+        if loaded[1][keys]:
+            raise ModelError(
+                f"{message} in the checkpoint",
+                where=str(folder),
+                found=f"{len(loaded[1][keys])}: {listed(loaded[1][keys])}",
+                expected=f"exactly the tensors of {type(model).__name__}",
+                fix="compare config.json with the original checkpoint's, or download it again",
+            )
+    return model
+
+
+def _complete_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> list[str]:
+    """Make both configs stop at all three stop tokens: some engines read one, some the other."""
+    ids, warnings = control_ids(tokenizer), []
+    configs: list[tuple[str, Any]] = [("generation_config", model.generation_config), ("config", model.config)]
+    for name, config in configs:
+        stated = config.eos_token_id
+        known = stated if isinstance(stated, list) else [] if stated is None else [stated]
+        lacking = [token for token in STOPS if ids[token] not in known]
+        if lacking:
+            config.eos_token_id = list(dict.fromkeys([*(ids[token] for token in STOPS), *known]))
+            warnings.append(
+                f"{source}: eos_token_id of {name} lacks {' and '.join(lacking)}, so a server would not stop there; "
+                "here, and in what is merged from it, it has all three"
+            )
+    return warnings
+
+
+def _template_warnings(tokenizer: PreTrainedTokenizerBase, format_name: FormatName, source: str) -> list[str]:
+    """Compare the chat format with what the checkpoint's own template makes of a short conversation."""
+    if not tokenizer.chat_template:
+        return []
+    ours = ChatFormat(format_name, tokenizer).prompt(_PROBE)
+    messages = [{"role": message.role, "content": message.content} for message in _PROBE]
+    try:
+        theirs: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    except Exception as error:  # a template is a program: anything can be wrong with it
+        return [f"{source}: its chat template fails on a plain conversation: {one_line(error)}"]
+    if theirs == ours:
+        return []
+    first = next(i for i in range(len(ours) + 1) if ours[i : i + 1] != theirs[i : i + 1])
+    token, other = (
+        repr(tokenizer.decode(ids[first : first + 1])) if ids[first:] else "nothing" for ids in (ours, theirs)
+    )
+    return [
+        f"{source}: its chat template does not render what {format_name} does: at position {first} the format has "
+        f"{token}, the template {other}"
+    ]

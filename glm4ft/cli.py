@@ -1,0 +1,275 @@
+"""The command line: ``glm4ft train``, ``inspect`` and ``merge``."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+import glm4ft
+from glm4ft.errors import ConfigError, InputError, RunError
+
+if TYPE_CHECKING:
+    from glm4ft.config import TrainConfig
+
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+DEMO_CONFIG = Path(__file__).parent / "demo" / "demo.yaml"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command and exit with its status: 0 done, 1 the run failed, 2 bad input."""
+    sys.exit(run(sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run one command; every error a user can cause is one block on stderr.
+
+    Args:
+        argv: arguments without the program's name; ``--learning-rate`` and ``--learning_rate`` are the same.
+    Returns:
+        The exit status.
+    """
+    try:
+        return _dispatch([_with_underscores(arg) for arg in argv])
+    except InputError as error:
+        return _fail(str(error), EXIT_BAD_INPUT)
+    except RunError as error:
+        return _fail(str(error), EXIT_FAILED)
+    except KeyboardInterrupt:
+        return _fail("interrupted", EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # the reader has seen enough; keep the interpreter from complaining when it flushes stdout at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except OSError as error:
+        facts = InputError(error.strerror or str(error), where=str(error.filename or ""), fix=_os_error_fix(error))
+        return _fail(str(facts), EXIT_BAD_INPUT)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        fix = "lower --micro_batch_size or --max_length, or switch on --gradient_checkpointing"
+        return _fail(str(InputError("the device is out of memory", found=str(error)[:200], fix=fix)), EXIT_FAILED)
+
+
+def _dispatch(argv: list[str]) -> int:
+    parsers = {"train": _train_parser, "inspect": _inspect_parser, "merge": _merge_parser}
+    commands: dict[str, Callable[[Namespace], int]] = {"train": _train, "inspect": _inspect, "merge": _merge}
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"usage: glm4ft {{{','.join(parsers)}}} ...\n\n{glm4ft.__doc__}\n")
+        print("\n".join(f"  glm4ft {name:<8} {make().description}" for name, make in parsers.items()))
+        print("\n`glm4ft COMMAND --help` lists a command's options.")
+        return 0 if argv else EXIT_BAD_INPUT
+    if argv[0] == "--version":
+        print(f"glm4ft {glm4ft.__version__}")
+        return 0
+    if argv[0] not in parsers:
+        raise ConfigError("unknown command", found=argv[0], expected=_nearest(argv[0], parsers))
+    _quiet_libraries()
+    return commands[argv[0]](_parse(parsers[argv[0]](), argv[1:]))
+
+
+# --- train ---
+
+
+def _train_parser() -> ArgumentParser:
+    from glm4ft.config import TrainConfig
+
+    parser = _parser("train", "Train a LoRA adapter; without --data and --config, on the bundled demo.")
+    parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
+    parser.add_argument("--resume", type=str, help="Continue the run in this folder; takes no other option.")
+    parser.add_class_arguments(TrainConfig)
+    return parser
+
+
+def _train(options: Namespace) -> int:
+    from glm4ft.training_run import run_training
+
+    config = _resumed_config(options) if options.resume else _config(options)
+    result = run_training(config, resume=bool(options.resume), say=lambda line: print(line, flush=True))
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(result.describe())
+    return 0 if result.reached_target and result.came_back else EXIT_FAILED
+
+
+def _config(options: Namespace) -> TrainConfig:
+    from glm4ft.config import TrainConfig
+    from glm4ft.training_run import new_output
+
+    if options.data is None and not options.config:
+        print(f"no --data and no --config: running the demo, {DEMO_CONFIG}")
+        options = _parse(_train_parser(), [f"--config={DEMO_CONFIG}", *options.argv])
+    values = {field.name: options[field.name] for field in fields(TrainConfig)}
+    if values["data"] is None:
+        raise ConfigError("no conversations to train on", where="--data", expected="a JSONL file, or 'demo'")
+    if values["output"] is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("several processes need one folder to write to", where="--output", fix="name it")
+    values["output"] = values["output"] or new_output()
+    return TrainConfig(**values)
+
+
+def _resumed_config(options: Namespace) -> TrainConfig:
+    from glm4ft.training_run import CONFIG_FILE
+
+    path = Path(options.resume) / CONFIG_FILE
+    if not path.is_file():
+        raise ConfigError("there is no run to resume", where="--resume", found=f"no {path}")
+    if len(options.argv) > 2 or (len(options.argv) == 2 and options.argv[0] != "--resume"):
+        raise ConfigError(
+            "a resumed run keeps its options",
+            where="--resume",
+            found=" ".join(options.argv),
+            expected=f"--resume {options.resume} alone",
+            fix="start a new run to change options",
+        )
+    return _config(_parse(_train_parser(), [f"--config={path}", f"--output={options.resume}"]))
+
+
+# --- inspect ---
+
+
+def _inspect_parser() -> ArgumentParser:
+    from glm4ft.config import TrainConfig
+
+    default = TrainConfig()
+    parser = _parser("inspect", "Show which tokens of each conversation are supervised.")
+    parser.add_argument("data", type=str, help="JSONL of conversations, or 'demo'.")
+    parser.add_argument("--model", type=str, default=default.model, help="Base whose tokenizer and template are used.")
+    parser.add_argument("--chat_format", type=str, help="glm-4-9b-chat or glm-4-0414; by default the base's.")
+    parser.add_argument("--max_length", type=int, default=default.max_length, help="Longest row, in tokens.")
+    parser.add_argument("--train_on", type=Literal["all", "last"], default=default.train_on, help="As in train.")
+    parser.add_argument(
+        "--final_stop", type=Literal["role", "endoftext"], default=default.final_stop, help="As in train."
+    )
+    parser.add_argument("--allow_nonstop_terminator", type=bool, default=False, help="As in train.")
+    parser.add_argument("--boundaries", action="store_true", help="Show the tokens around each turn's start and end.")
+    parser.add_argument("--limit", type=int, default=10, help="Conversations to show; all of them are counted.")
+    parser.add_argument("--json", nargs="?", const="-", help="Write a JSON line per conversation here, or to stdout.")
+    return parser
+
+
+def _inspect(options: Namespace) -> int:
+    from glm4ft.report.inspection import inspect_conversations
+
+    options = Namespace(**vars(options))
+    del options.argv
+    inspect_conversations(**vars(options))
+    return 0
+
+
+# --- merge ---
+
+
+def _merge_parser() -> ArgumentParser:
+    parser = _parser("merge", "Merge an adapter into its base, for plain transformers.")
+    parser.add_argument("adapter", type=str, help="Output folder of a run, or any PEFT adapter of a GLM-4.")
+    parser.add_argument("--output", type=str, required=True, help="Folder for the merged checkpoint.")
+    parser.add_argument("--model", type=str, help="Base checkpoint, if not the one that the adapter names.")
+    parser.add_argument("--dtype", type=str, default="auto", help="bf16, fp32 or auto, as in train.")
+    return parser
+
+
+def _merge(options: Namespace) -> int:
+    from glm4ft.merge import merge_adapter
+
+    report = merge_adapter(Path(options.adapter), Path(options.output), model=options.model, dtype=options.dtype)
+    print(report.describe())
+    return 0
+
+
+# --- options ---
+
+
+def _parser(command: str, description: str) -> ArgumentParser:
+    return ArgumentParser(prog=f"glm4ft {command}", description=description, exit_on_error=False)
+
+
+def _parse(parser: ArgumentParser, argv: list[str]) -> Namespace:
+    """Parse and validate; ``argv`` of the result holds the arguments as they were given."""
+    _refuse_unknown(parser, argv)
+    try:
+        options = parser.instantiate(parser.parse_args(argv))
+    except ArgumentError as error:
+        raise ConfigError("an option cannot be used", found=str(error), fix=f"see {parser.prog} --help") from error
+    options.argv = argv
+    return options
+
+
+def _refuse_unknown(parser: ArgumentParser, argv: list[str]) -> None:
+    """Name the nearest legal option for one that does not exist, on the command line or in a YAML file."""
+    flags = {flag.removeprefix("--") for action in parser._actions for flag in action.option_strings}
+    for arg in argv:
+        name = arg.removeprefix("--").partition("=")[0]
+        if arg.startswith("--") and not _is_known(name, flags):
+            raise ConfigError("unknown option", found=f"--{name}", expected="--" + _nearest(name, flags))
+    for path in _config_files(argv):
+        for name in _yaml_keys(path):
+            if not _is_known(name, flags):
+                raise ConfigError("unknown key", where=str(path), found=name, expected=_nearest(name, flags))
+
+
+def _is_known(name: str, flags: set[str]) -> bool:
+    # below lora.options stand peft's own names, which LoraOptions checks
+    return name in flags or any(name.startswith(f"{flag}.") for flag in flags if flag == "lora.options")
+
+
+def _config_files(argv: list[str]) -> Iterator[Path]:
+    for arg, following in zip(argv, [*argv[1:], ""], strict=True):
+        if arg.startswith("--config="):
+            yield Path(arg.removeprefix("--config="))
+        elif arg == "--config" and following:
+            yield Path(following)
+
+
+def _yaml_keys(path: Path) -> list[str]:
+    try:
+        content = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError("cannot read the configuration", where=str(path), found=str(error)) from error
+    if not isinstance(content, dict):
+        raise ConfigError("not a configuration", where=str(path), found=type(content).__name__, expected="key: value")
+    nested = {key: value for key, value in content.items() if isinstance(value, dict)}
+    return [str(key) for key in content] + [f"{key}.{name}" for key, value in nested.items() for name in value]
+
+
+def _nearest(name: str, legal: Iterable[str]) -> str:
+    names = sorted(legal)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return near[0] if near else " or ".join(names)
+
+
+def _with_underscores(arg: str) -> str:
+    if not arg.startswith("--"):
+        return arg
+    name, equals, value = arg.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+# --- what people see ---
+
+
+def _quiet_libraries() -> None:
+    """Leave the screen to the account of the run: errors of the libraries still show."""
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|accelerate|jsonargparse)\b")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _fail(text: str, status: int) -> int:
+    print(f"glm4ft: error: {text}", file=sys.stderr)
+    return status
+
+
+def _os_error_fix(error: OSError) -> str:
+    if error.errno == 28:  # ENOSPC
+        return "free some space on the disk; files that were complete before are untouched"
+    return ""

@@ -1,0 +1,1 @@
+"""What a person reads: text in the terminal, one HTML file, plots."""

@@ -1,0 +1,153 @@
+r"""Makes text from conversations harmless in terminals and CI logs, and shows what would be invisible.
+
+Conversation text is data from anywhere. Printed raw it can move the cursor, recolour or retitle a terminal (ESC and
+other controls), show its characters in another order than they are trained in (bidi controls), hide characters that
+are trained (zero-width and other format characters), or command a CI runner from its log.
+
+What is hidden becomes an escape with Python's spelling, ``\x1b`` or ``\u202e``, so nothing is lost. A backslash is
+escaped only where it would otherwise read as such an escape; the Windows paths, the regular expressions and the
+``\u4e2d`` of JSON strings stay as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+
+NEWLINE, TAB = "↵", "⇥"
+
+# GitHub reads a line that starts with "::" as a command, after trimming white space, and "##[" anywhere in a line
+# (actions/runner, src/Runner.Common/ActionCommand.cs); Azure Pipelines and TeamCity read "##vso[" and "##teamcity[".
+_COMMANDS = re.compile(r"(?:\A|\n)[^\S\n]*(:)(?=:)|(#)(?=#\w*\[)")
+_OWN_GLYPHS = re.compile(f"([{NEWLINE}{TAB}])")
+_ESCAPES = re.compile(r"(\\)(?=(x[0-9a-f]{2}|u[0-9a-f]{4}|U000[1-9a-f][0-9a-f]{4}|U0010[0-9a-f]{4}))")
+
+# Category Cf, but drawn: Arabic and Kaithi number signs and the like, which stand before the digits they span.
+_DRAWN_FORMAT = frozenset(map(chr, (*range(0x600, 0x606), 0x6DD, 0x70F, 0x890, 0x891, 0x8E2, 0x110BD, 0x110CD)))
+# Drawn as nothing although their category is letter, mark, symbol or unassigned (Default_Ignorable_Code_Point in the
+# Unicode Character Database, and the empty Braille pattern).
+_BLANK = frozenset(map(chr, (0x34F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x2065, 0x2800, 0x3164, 0xFFA0)))
+_BLANK_RANGES = ((0xFFF0, 0xFFF8), (0xE0000, 0xE0FFF))
+_SELECTOR_RANGES = ((0x180B, 0x180D), (0x180F, 0x180F), (0xFE00, 0xFE0F), (0xE0100, 0xE01EF))
+_JOINERS = ("\u200c", "\u200d")
+_VIRAMA = 9  # canonical combining class of the signs that join Indic consonants
+
+
+def visible(text: str, *, newlines: bool = True, reserved: Sequence[str] = ()) -> str:
+    r"""The text as it may be printed; the same text always gives the same result, and different texts differ.
+
+    * Controls (also tab and CR), bidi controls, lone surrogates, line and paragraph separators and invisible format
+      characters become escapes; a newline becomes ``↵`` and a tab ``⇥``.
+    * Zero-width joiners and variation selectors stay where they shape what is drawn (emoji sequences, Persian, Indic
+      scripts): there they are spelling. Anywhere else they only hide something and become escapes.
+    * A combining mark without a character to stand on would change what the caller printed before it: an escape.
+    * What a CI runner would obey is broken up: ``\x3a:error`` at the start of a line, ``\x23#[group]`` anywhere.
+
+    Args:
+        text: anything.
+        newlines: follow ``↵`` by a real newline; if False the result is one line.
+        reserved: strings that have a meaning where the text is shown; their first character is escaped in the text.
+
+    Returns:
+        Printable text.
+    """
+    reserved = tuple(reserved)
+    forced = set(_forced(text, reserved))
+    shown, previous = [], ""  # previous: the character drawn before; "" if there is none to stand on
+    for at, char in enumerate(text):
+        if char == "\n":
+            shown.append(NEWLINE + "\n" if newlines else NEWLINE)
+        elif char == "\t":
+            shown.append(TAB)
+        elif at in forced or _is_hidden(char, previous, text[at + 1 : at + 2]):
+            shown.append(escape(char))
+        else:
+            shown.append(char)
+            previous = char
+            continue
+        previous = ""
+    return "".join(shown)
+
+
+def escape(char: str) -> str:
+    r"""The shortest escape of one character: ``\x1b``, ``\u202e`` or ``\U000e0041``."""
+    code = ord(char)
+    return f"\\x{code:02x}" if code <= 0xFF else f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"
+
+
+def _forced(text: str, reserved: tuple[str, ...]) -> Iterator[int]:
+    """Positions of characters that could be drawn but must not be taken for what they look like."""
+    for pattern in (_COMMANDS, _OWN_GLYPHS):
+        for match in pattern.finditer(text):
+            yield match.start(match.lastindex or 0)
+    if reserved:
+        for match in _lookahead(reserved).finditer(text):
+            yield match.start()
+    first_chars = {string[0] for string in reserved}
+    for match in _ESCAPES.finditer(text):
+        meant = chr(int(match[2][1:], 16))
+        if escape(meant) == "\\" + match[2] and (meant in first_chars or _can_be_escaped(meant)):
+            yield match.start()
+
+
+@functools.lru_cache(maxsize=64)
+def _lookahead(reserved: tuple[str, ...]) -> re.Pattern[str]:
+    # without consuming anything: "[[gMASK]" and other overlaps are found too
+    return re.compile("|".join(f"(?={re.escape(string)})" for string in reserved))
+
+
+def _can_be_escaped(char: str) -> bool:
+    return char in ("\\", ":", "#", NEWLINE, TAB) or _kind(char) != ""
+
+
+def _is_hidden(char: str, previous: str, following: str) -> bool:
+    if " " <= char <= "~":
+        return False
+    kind = _kind(char)
+    if kind == "joiner":
+        return not _shapes(previous, following)
+    if kind == "selector":
+        return not _can_be_varied(previous)
+    if kind == "mark":
+        return not previous
+    return kind == "hidden"
+
+
+@functools.lru_cache(maxsize=16384)
+def _kind(char: str) -> str:
+    """``hidden`` always, ``joiner``, ``selector`` or ``mark`` depending on the neighbours, ``""`` never."""
+    if char in _JOINERS:
+        return "joiner"
+    if _is_within(char, _SELECTOR_RANGES):
+        return "selector"
+    if char in _DRAWN_FORMAT:
+        return ""
+    category = unicodedata.category(char)
+    if category in ("Cc", "Cf", "Cs", "Zl", "Zp") or char in _BLANK or _is_within(char, _BLANK_RANGES):
+        return "hidden"
+    return "mark" if category in ("Mn", "Me") else ""
+
+
+def _is_within(char: str, ranges: tuple[tuple[int, int], ...]) -> bool:
+    return any(first <= ord(char) <= last for first, last in ranges)
+
+
+def _shapes(previous: str, following: str) -> bool:
+    """Whether a joiner between two characters is part of the spelling: in emoji, Indic and right-to-left scripts."""
+    if not previous or following.strip() == "" or _kind(following) not in ("", "mark"):
+        return False
+    if _VIRAMA in (unicodedata.combining(previous), unicodedata.combining(following)):
+        return True
+    if unicodedata.category(following)[0] == "S":
+        return unicodedata.category(previous)[0] == "S" or previous == "\ufe0f"
+    is_rtl = unicodedata.bidirectional(following) in ("AL", "R")
+    return is_rtl and unicodedata.bidirectional(previous) in ("AL", "R", "NSM")
+
+
+def _can_be_varied(previous: str) -> bool:
+    """Whether one variation selector may follow: a second one draws nothing, and letters of ASCII have no variants."""
+    if not previous or previous.isspace() or _kind(previous) in ("selector", "joiner"):
+        return False
+    return not (previous.isascii() and previous.isalpha())

@@ -1,0 +1,216 @@
+"""The built-in tiny GLM-4: a tokenizer and a base model made from a recipe, without a download.
+
+The base is *constructed*, not trained, so that it behaves like a pretrained checkpoint in the one respect that
+decides whether a wrong loss mask is visible: which tokens its frozen head can express. Three simpler ways fail:
+
+* A random head of small scale cannot overfit at all. The reachable logits are about ``sqrt(hidden) * |head row|``, so
+  with hidden 64 and rows of 0.1 per entry even the right mask stops at a loss of 0.5.
+* A random head of large scale fits everything, a trained ``<|assistant|>`` header included, so the bug this project
+  was founded on (zai-org/GLM-4 issue 342) leaves no trace in the loss.
+* A few seconds of pretraining leave rarely seen tokens half trained, and separate the masks by a factor of 2 only.
+
+Here ordinary head rows are large and independent, and the rows of the tokens that are never a positive target in
+pretraining (headers, prefix tokens, padding ids) share one small vector. No hidden state can then single one of them
+out, so a trained header keeps a loss near the logarithm of their number, while every legitimate target is reachable.
+That real GLM-4 heads look like this is a hypothesis in the spirit of Land and Bartolo (EMNLP 2024, arXiv 2405.05417),
+who find undertrained tokens by exactly this likeness of rows.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from transformers import (
+    GenerationConfig,
+    Glm4Config,
+    Glm4ForCausalLM,
+    GlmConfig,
+    GlmForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+Architecture = Literal["Glm4ForCausalLM", "GlmForCausalLM"]
+
+# GLM-4's control tokens in GLM-4's order (ids 151329 to 151342 there); here they follow the ordinary vocabulary too.
+CONTROL_TOKENS = (
+    "<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>", "<|assistant|>",
+    "<|observation|>", "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>",
+)  # fmt: skip
+STOP_TOKENS = ("<|endoftext|>", "<|user|>", "<|observation|>")
+NUM_PADDING_IDS = 64  # vocabulary rows beyond the last token, as GLM-4 has 151,343 to 151,551
+
+# Each piece is built left to right by merges, so the vocabulary holds the piece and all its beginnings. Runs of white
+# space are here so that a newline encoded apart from its content gives other ids than one encoded together with it.
+_PIECES = (
+    "\n\n", "\n\n\n", "  ", "    ", "        ", " the", " there", " and", " answer", " assistant", " is", " it", " in",
+    " of", " one", " on", " to", " you", " your", " what", " which", " a", " are", " be", " can", " city", " clear",
+    " call", " degrees", " do", " for", " function", " have", " how", " like", " name", " not", " object", " river",
+    " runs", " string", " that", " this", " through", " today", " tool", " type", " unit", " was", " weather", " will",
+    "ing", "tion", "ment", "er", "ed", "es", "The", "What", "You", "It", "Hello", "Thanks", "\": \"", "\", \"", "{\"",
+    "\"}", "。", "，", "！", "？", "的", "是", "你", "好", "我", "在", "有", "不", "了", "中", "国", "法", "首", "都", "河",
+)  # fmt: skip
+
+_PRE_TOKENS = r"\s*[\r\n]+| ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+# The two templates render the turns exactly as the GLM-4 formats do; the wording of the tool block is our own.
+_TURN = "<|{{ m.role }}|>{{ m.metadata or '' }}\n{{ m.content }}"
+_TOOLS = (
+    "<|system|>\n# Tools{% for tool in tools %}{% set f = tool.function or tool %}\n\n## {{ f.name or f.type }}\n\n"
+    "{{ f | tojson(indent=4) }}\nArguments are given as JSON.{% endfor %}"
+)
+_END = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+CHAT_TEMPLATES: dict[Architecture, str] = {
+    "Glm4ForCausalLM": "[gMASK]<sop>{% if tools %}" + _TOOLS + "{% endif %}"
+    "{% for m in messages if m.role == 'system' %}" + _TURN + "{% endfor %}"
+    "{% for m in messages if m.role in ('user', 'assistant', 'observation') %}" + _TURN + "{% endfor %}" + _END,
+    "GlmForCausalLM": "[gMASK]<sop>{% for m in messages %}{% if m.tools is defined %}{% set tools = m.tools %}"
+    + _TOOLS
+    + "{% endif %}{% if m.content %}"
+    + _TURN
+    + "{% endif %}{% endfor %}"
+    + _END,
+}
+
+
+def tiny_tokenizer(architecture: Architecture = "Glm4ForCausalLM") -> PreTrainedTokenizerFast:
+    """Byte-level BPE tokenizer with GLM-4's control tokens and a chat template of our own wording.
+
+    Args:
+        architecture: decides the shape of the chat template: ``Glm4ForCausalLM`` takes tools as an argument and puts
+            system messages first, ``GlmForCausalLM`` takes tools from a message.
+    Returns:
+        A tokenizer whose pad token is ``<|endoftext|>``, padding right, as the family's checkpoints have it but for
+        the side.
+    """
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    vocab = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    merges: list[tuple[str, str]] = []
+    for piece in _PIECES:
+        symbols = byte_level.pre_tokenize_str(piece)[0][0]
+        for end in range(1, len(symbols)):
+            left, right = symbols[:end], symbols[end]
+            if left + right not in vocab:
+                vocab[left + right] = len(vocab)
+                merges.append((left, right))
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    split = pre_tokenizers.Split(Regex(_PRE_TOKENS), behavior="isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, normalized=False) for token in CONTROL_TOKENS])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        padding_side="right",
+        model_max_length=32768,
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATES[architecture]
+    return tokenizer
+
+
+def tiny_model(
+    seed: int = 0, *, architecture: Architecture = "Glm4ForCausalLM", num_layers: int = 2, hidden: int = 128
+) -> PreTrainedModel:
+    """Build the base model of the recipe, in fp32 on the CPU.
+
+    Args:
+        seed: of every weight.
+        architecture: the transformers class.
+        num_layers: decoder layers.
+        hidden: width; heads are 32 wide.
+    Returns:
+        The model in eval mode, its config and generation config filled in.
+    """
+    tokenizer = tiny_tokenizer(architecture)
+    stop_ids = [tokenizer.convert_tokens_to_ids(token) for token in STOP_TOKENS]
+    config_class, model_class = {
+        "Glm4ForCausalLM": (Glm4Config, Glm4ForCausalLM),
+        "GlmForCausalLM": (GlmConfig, GlmForCausalLM),
+    }[architecture]
+    config = config_class(
+        vocab_size=len(tokenizer) + NUM_PADDING_IDS,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=num_layers,
+        num_attention_heads=hidden // 32,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=32768,
+        rms_norm_eps=1e-5,
+        attention_bias=True,
+        tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=stop_ids,
+    )
+    model = model_class(config)
+    construct_weights(model, shared_row_ids(tokenizer, config.vocab_size), seed)
+    model.generation_config = GenerationConfig(eos_token_id=stop_ids, pad_token_id=tokenizer.pad_token_id)
+    return model.eval()
+
+
+def shared_row_ids(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> list[int]:
+    """Ids whose head rows are alike: control tokens that end no turn, and the padding rows of the vocabulary."""
+    never_sampled = [token for token in CONTROL_TOKENS if token not in STOP_TOKENS]
+    return [tokenizer.convert_tokens_to_ids(token) for token in never_sampled] + list(range(len(tokenizer), vocab_size))
+
+
+@torch.no_grad()
+def construct_weights(model: nn.Module, shared_ids: list[int], seed: int) -> None:
+    """Fill a GLM-4 model with the recipe's weights, in place.
+
+    Args:
+        model: a ``GlmForCausalLM`` or ``Glm4ForCausalLM``.
+        shared_ids: rows of the head that get the common vector. Noise of 1e-3 per entry keeps the rows apart for
+            whoever reads labels back from gradients; at hidden 128 it moves logits by 0.13 nats at most on average,
+            far too little to make one of them reachable.
+        seed: of the generator that draws all of it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(like: torch.Tensor, std: float) -> torch.Tensor:
+        return torch.randn(like.shape, generator=generator) * std
+
+    hidden = model.config.hidden_size
+    for name, weight in model.named_parameters():
+        if "norm" in name:
+            weight.fill_(1.0)
+        elif name.endswith("embed_tokens.weight"):
+            weight.copy_(normal(weight, 1.0))
+        elif name.endswith("lm_head.weight"):
+            weight.copy_(normal(weight, 0.2))
+            common = normal(weight[0], 0.02)
+            weight[shared_ids] = common + normal(weight[shared_ids], 1e-3)
+        else:
+            weight.copy_(normal(weight, 1 / math.sqrt(hidden) if weight.dim() > 1 else 0.02))
+
+
+def write_tiny_base(
+    folder: str | os.PathLike[str],
+    seed: int = 0,
+    *,
+    architecture: Architecture = "Glm4ForCausalLM",
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: str = "5GB",
+) -> Path:
+    """Write the tiny base in the file layout of a real checkpoint.
+
+    Args:
+        folder: is created; holds config, safetensors, generation config, tokenizer and chat template afterwards.
+        seed: of the weights.
+        architecture: the transformers class.
+        dtype: of the stored weights.
+        max_shard_size: above it the weights are split into shards with an index.
+    Returns:
+        The folder.
+    """
+    tiny_model(seed, architecture=architecture).to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+    tiny_tokenizer(architecture).save_pretrained(folder)
+    return Path(folder)

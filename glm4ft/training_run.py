@@ -1,0 +1,301 @@
+"""One training run from its options to its results on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import math
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from peft import PeftModel
+from transformers import TrainingArguments
+
+from glm4ft.base_model import Base, load_base, load_format
+from glm4ft.batching import Collator, PackedRows
+from glm4ft.chat_format import ChatFormat
+from glm4ft.config import TrainConfig
+from glm4ft.conversation import read_conversations
+from glm4ft.dataset import Rows, data_path, prepare_rows
+from glm4ft.errors import ConfigError, RunError
+from glm4ft.generation import TurnRoundTrip, round_trip
+from glm4ft.lora import attach_lora, audit_lora
+from glm4ft.loss import install_supervised_loss
+from glm4ft.trainer import SupervisedTrainer, checkpoint_step, last_checkpoint
+from glm4ft.trajectory import FILE_NAME, Trajectory, append_row, read_trajectory, rewind, write_atomically
+
+CONFIG_FILE = "config.yaml"
+BASE_FOLDER = "base"  # where a run on the built-in base writes that base, so that others can load the adapter
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run leaves behind.
+
+    Args:
+        output: folder with adapter, trajectory, config and checkpoints.
+        trajectory: as on disk.
+        round_trips: one per assistant turn, if they were asked for.
+        target_loss: that was asked for, or None.
+    """
+
+    output: Path
+    trajectory: Trajectory
+    round_trips: tuple[TurnRoundTrip, ...]
+    target_loss: float | None
+
+    @property
+    def reached_target(self) -> bool:
+        """True if the last step's loss is below the target, or none was asked for."""
+        return self.target_loss is None or self.trajectory.steps[-1]["loss"] < self.target_loss
+
+    @property
+    def came_back(self) -> bool:
+        """True if every trained turn that was tried came back exactly."""
+        return all(turn.exact for turn in self.round_trips if turn.supervised)
+
+    def describe(self) -> str:
+        """The results as text."""
+        last = self.trajectory.steps[-1]
+        goal = ""
+        if self.target_loss is not None:
+            goal = f", target {self.target_loss:g} {'reached' if self.reached_target else 'NOT reached'}"
+        lines = [f"loss {last['loss']:.4f} at step {last['step']}{goal}"]
+        if self.round_trips:
+            num_exact = sum(turn.exact for turn in self.round_trips)
+            lines.append(f"round trip: {num_exact} of {len(self.round_trips)} turns came back exactly")
+            lines += [f"  {turn.describe()}" for turn in self.round_trips]
+        return "\n".join([*lines, f"adapter, trajectory and config: {self.output}"])
+
+
+def chat_format_of(config: TrainConfig) -> ChatFormat:
+    """The chat format of a run, from its checkpoint and options."""
+    tokenizer, name = load_format(config.model, config.chat_format)
+    return ChatFormat(
+        name,
+        tokenizer,
+        final_stop=config.final_stop,
+        train_on=config.train_on,
+        allow_nonstop_terminator=config.allow_nonstop_terminator,
+    )
+
+
+def run_training(
+    config: TrainConfig, *, resume: bool = False, say: Callable[[str], object] = print
+) -> RunResult:
+    """Train an adapter.
+
+    Everything the user gave is read and checked before anything is written below ``config.output``.
+
+    Args:
+        config: the options; ``data`` and ``output`` are set.
+        resume: continue the run in ``config.output`` after its last complete checkpoint.
+        say: is given each line of the account for people.
+    Returns:
+        The results.
+    Raises:
+        InputError: if an option, a conversation or the checkpoint cannot be used.
+        RunError: if the run had to stop.
+    """
+    say = say if int(os.environ.get("RANK", "0")) == 0 else _silent
+    output = _require_output(config, resume)
+    chat_format = chat_format_of(config)
+    data = data_path(str(config.data))
+    rows, report = prepare_rows(data, chat_format, max_length=config.max_length)
+    say(report.describe())
+    eval_rows = None
+    if config.eval_data:
+        eval_rows, eval_report = prepare_rows(data_path(config.eval_data), chat_format, max_length=config.max_length)
+        say(eval_report.describe())
+    base = load_base(config.model, dtype=config.dtype, chat_format=config.chat_format)
+    for warning in base.warnings:
+        say(f"warning: {warning}")
+    model = _adapt(base, config, output)
+    say(audit_lora(model, config.lora).describe())
+    header = _header(rows, model)
+    _require_disk_space(output, model, config.keep_checkpoints if config.save_every else 0)
+    trainer = make_trainer(config, base, model, rows, eval_rows, output)
+    checkpoint = _rewind(output, header) if resume else _begin(output, config, base, header)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.save_model(str(output))
+    trips = round_trip(model, chat_format, read_conversations(data)) if config.round_trip else []
+    return RunResult(output, read_trajectory(output / FILE_NAME), tuple(trips), config.target_loss)
+
+
+def make_trainer(
+    config: TrainConfig, base: Base, model: PeftModel, rows: Rows, eval_rows: Rows | None, output: Path
+) -> SupervisedTrainer:
+    """The trainer of a run; its trajectory goes to ``output``."""
+    trajectory = output / FILE_NAME
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    return SupervisedTrainer(
+        record=(lambda row: append_row(trajectory, row)) if is_main else _silent,
+        target_loss=config.target_loss,
+        model=model,
+        args=training_arguments(config, output, has_eval=eval_rows is not None, bf16=_is_bf16(base)),
+        train_dataset=PackedRows(rows, rows.lengths, config.max_length) if config.packing else rows,
+        eval_dataset=eval_rows,
+        data_collator=Collator(base.tokenizer.pad_token_id),
+        processing_class=base.tokenizer,
+    )
+
+
+def training_arguments(config: TrainConfig, output: Path, *, has_eval: bool, bf16: bool) -> TrainingArguments:
+    """Our options in transformers' words."""
+    # passed only where asked for: transformers is renaming the option, and says so at every mention
+    options: dict[str, Any] = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    checkpointing = options if config.gradient_checkpointing else {}
+    with_warmup = config.schedule == "constant" and config.warmup_steps
+    args = TrainingArguments(
+        output_dir=str(output),
+        per_device_train_batch_size=config.micro_batch_size,
+        per_device_eval_batch_size=config.micro_batch_size,
+        gradient_accumulation_steps=config.accumulation,
+        learning_rate=config.peak_learning_rate,
+        lr_scheduler_type="constant_with_warmup" if with_warmup else config.schedule,
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.weight_decay,
+        # clipping to an infinite norm changes nothing but still measures
+        max_grad_norm=config.max_grad_norm or math.inf,
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps or -1,
+        seed=config.seed,
+        bf16=bf16,
+        use_cpu=not torch.cuda.is_available(),
+        **checkpointing,
+        eval_strategy="steps" if has_eval else "no",
+        eval_steps=config.eval_every,
+        save_strategy="steps" if config.save_every else "no",
+        save_steps=config.save_every or 500,
+        save_total_limit=config.keep_checkpoints,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        report_to=config.report_to or "none",
+        remove_unused_columns=False,
+        label_names=["labels"],
+    )
+    # one process drives one device; transformers would split batches over all it sees, past our forward
+    args._n_gpu = min(args.n_gpu, 1)
+    return args
+
+
+def new_output() -> str:
+    """A folder below ``runs`` that does not exist yet, named by the time."""
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    names = [f"runs/{stamp}", *(f"runs/{stamp}-{i}" for i in range(2, 100))]
+    return next(name for name in names if not Path(name).exists())
+
+
+def _adapt(base: Base, config: TrainConfig, output: Path) -> PeftModel:
+    if base.source == "tiny":
+        # peft writes this into adapter_config.json: where whoever loads the adapter finds its base
+        base.model.name_or_path = str((output / BASE_FOLDER).resolve())
+    install_supervised_loss(base.model)
+    return attach_lora(base.model, config.lora, seed=config.seed)
+
+
+def _begin(output: Path, config: TrainConfig, base: Base, header: dict[str, Any]) -> None:
+    """Write what a run has before its first step; leave nothing behind if that fails."""
+    if int(os.environ.get("RANK", "0")) != 0:
+        return
+    existed = output.exists()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        if base.source == "tiny":
+            _save_base(base, output / BASE_FOLDER)
+        write_atomically(output / CONFIG_FILE, yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
+        append_row(output / FILE_NAME, header)
+    except OSError:
+        for path in output.iterdir() if existed else [output]:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+        raise
+
+
+def _save_base(base: Base, folder: Path) -> None:
+    # the adapter is already attached: its wrapped layers would save under other names, so the base is built anew
+    from glm4ft.tiny import write_tiny_base
+
+    write_tiny_base(folder)
+
+
+def _rewind(output: Path, header: dict[str, Any]) -> Path | None:
+    """Bring a run back to its last complete checkpoint."""
+    path = output / FILE_NAME
+    before = read_trajectory(path).header
+    if before["rows_sha256"] != header["rows_sha256"]:
+        raise ConfigError(
+            "the data are not those of the run to resume",
+            where=str(output),
+            found=header["rows_sha256"],
+            expected=before["rows_sha256"],
+            fix="restore the data file, or start a new run with another --output",
+        )
+    checkpoint = last_checkpoint(output)
+    step = checkpoint_step(checkpoint) if checkpoint else 0
+    for other in output.glob("checkpoint-*"):
+        if checkpoint_step(other) > step:
+            shutil.rmtree(other)
+    rewind(path, step)
+    return checkpoint
+
+
+def _header(rows: Rows, model: PeftModel) -> dict[str, Any]:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    libraries = {name: version(name) for name in ("glm4ft", "torch", "transformers", "peft", "accelerate")}
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {
+        "type": "header",
+        "rows_sha256": rows.sha256(),
+        "rows": len(rows),
+        "trained_parameters": trained,
+        "device": device,
+        "libraries": libraries,
+    }
+
+
+def _require_output(config: TrainConfig, resume: bool) -> Path:
+    output = Path(str(config.output))
+    if resume:
+        return output
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(
+            "the output folder is already in use",
+            where="--output",
+            found=str(output),
+            expected="a folder that is empty or does not exist",
+            fix=f"choose another folder, or continue that run with --resume {output}",
+        )
+    return output
+
+
+def _require_disk_space(output: Path, model: PeftModel, keep_checkpoints: int) -> None:
+    """Fail before the first step rather than at the first checkpoint."""
+    adapter_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    # a checkpoint holds the adapter and AdamW's two moments; one more than is kept exists while one is written
+    needed = adapter_bytes * (1 + 3 * (keep_checkpoints + bool(keep_checkpoints))) + 2**24
+    existing = next(parent for parent in [output.resolve(), *output.resolve().parents] if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if not free >= needed:
+        raise ConfigError(
+            "not enough room on the disk for the run",
+            where=str(output),
+            found=f"{free / 2**20:,.0f} MiB free",
+            expected=f"{needed / 2**20:,.0f} MiB",
+            fix="free some space, choose another --output, or lower --keep_checkpoints",
+        )
+
+
+def _is_bf16(base: Base) -> bool:
+    return base.model.dtype == torch.bfloat16
+
+
+def _silent(_: object) -> None:
+    """Say nothing: this process is not the first."""

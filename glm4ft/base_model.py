@@ -86,18 +86,15 @@ def load_base(
     """
     device = torch.device(device) if device is not None else _default_device()
     torch_dtype = _torch_dtype(dtype, device)
-    folder = None if model == TINY else find_checkpoint(model)
-    tokenizer, format_name = load_format(model if folder is None else str(folder), chat_format)
-    if folder is None:
-        loaded = tiny_model(seed)
-        for parameter in loaded.parameters():  # not buffers: the rotary frequencies stay fp32, as transformers has it
-            parameter.data = parameter.data.to(torch_dtype)
+    if model == TINY:
+        folder, loaded = None, _built_in(seed, torch_dtype)
+        tokenizer, format_name = load_format(model, chat_format)
     else:
-        model_class = MODEL_CLASSES[_architecture(folder)]
-        _require_room_for(tokenizer, model_class, folder)
-        for shard in _shards(find_checkpoint(model, weights=True)):
-            require_whole_file(shard)
-        loaded = _load_weights(model_class, folder, torch_dtype)
+        folder = find_checkpoint(model)
+        architecture = _architecture(folder)
+        tokenizer, format_name = load_format(str(folder), chat_format)
+        _require_room_for(tokenizer, architecture, folder)
+        loaded = _read_weights(architecture, find_checkpoint(model, weights=True), torch_dtype)
         # peft writes this into adapter_config.json, where a folder must be found again from any working directory
         loaded.name_or_path = str(folder) if Path(model).expanduser().is_dir() else model
     warnings = [*_complete_stops(loaded, tokenizer, model), *_template_warnings(tokenizer, format_name, model)]
@@ -221,9 +218,7 @@ def require_whole_file(path: Path) -> list[str]:
         with path.open("rb") as raw:
             is_pointer = raw.read(40).startswith(b"version https://git-lfs")
         raise ModelError(
-            "a file of weights is only a git-lfs pointer"
-            if is_pointer
-            else "a file of weights is truncated or corrupt",
+            f"a file of weights is {'a git-lfs pointer' if is_pointer else 'truncated or corrupt'}",
             where=str(path),
             found=f"{path.stat().st_size:,} bytes; {one_line(error)}",
             expected="a safetensors file as long as its header says",
@@ -262,10 +257,9 @@ def _torch_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 def _architecture(folder: Path) -> str:
     """The name in config.json, if this module can load what the folder holds."""
-    has_adapter = (folder / "adapter_config.json").exists()
-    if has_adapter and not (folder / "config.json").exists():
-        fix = "name the adapter's base, or merge the two first"
-        raise ModelError("the folder holds an adapter, not a base", where=str(folder), fix=fix)
+    if (folder / "adapter_config.json").exists():  # beside a base, transformers would load the two as one
+        fix = "name the adapter's base, merge the two, or move the adapter into a folder of its own"
+        raise ModelError("the folder holds an adapter, not a base alone", where=str(folder), fix=fix)
     config, where, expected = read_json(folder / "config.json"), str(folder / "config.json"), " or ".join(MODEL_CLASSES)
     names = [str(name) for name in config.get("architectures") or ["no architectures"]]
     found = ", ".join(names)
@@ -279,10 +273,7 @@ def _architecture(folder: Path) -> str:
         message = "quantised bases are not supported: merging and the checks read plain weights"
         fix = "use the bf16 checkpoint that this one was made from"
         raise ModelError(message, where=where, found="quantization_config", fix=fix)
-    if has_adapter:
-        message = "the folder holds a base and an adapter, and transformers would load the two as one"
-        fix = "move adapter_config.json and the adapter's weights into a folder of their own"
-        raise ModelError(message, where=str(folder), fix=fix)
+    _config(found, folder)
     return found
 
 
@@ -297,13 +288,16 @@ def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _require_room_for(tokenizer: PreTrainedTokenizerBase, model_class: Any, folder: Path) -> None:
+def _config(architecture: str, folder: Path) -> Any:
     try:
-        vocab_size = model_class.config_class.from_pretrained(folder).vocab_size
+        return MODEL_CLASSES[architecture].config_class.from_pretrained(folder)
     except Exception as error:  # its validation has error classes of its own
         where, found = str(folder / "config.json"), one_line(error)
         raise ModelError("the model's configuration cannot be used", where=where, found=found) from error
-    highest = max(tokenizer.get_vocab().values())
+
+
+def _require_room_for(tokenizer: PreTrainedTokenizerBase, architecture: str, folder: Path) -> None:
+    highest, vocab_size = max(tokenizer.get_vocab().values()), _config(architecture, folder).vocab_size
     if highest >= vocab_size:
         raise ModelError(
             "the tokenizer has tokens that the model has no row for",
@@ -335,9 +329,19 @@ def _shards(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _load_weights(model_class: Any, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+def _built_in(seed: int, dtype: torch.dtype) -> PreTrainedModel:
+    model = tiny_model(seed)
+    for parameter in model.parameters():  # not the buffers: rotary frequencies stay fp32, as transformers has it
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def _read_weights(architecture: str, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    for shard in _shards(folder):
+        require_whole_file(shard)
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     try:
-        loaded = model_class.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
+        loaded = MODEL_CLASSES[architecture].from_pretrained(folder, **options)
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         raise ModelError("the weights cannot be loaded", where=str(folder), found=one_line(error)) from error
     model: PreTrainedModel = loaded[0]
@@ -348,7 +352,7 @@ def _load_weights(model_class: Any, folder: Path, dtype: torch.dtype) -> PreTrai
                 f"{message} in the checkpoint",
                 where=str(folder),
                 found=f"{len(loaded[1][keys])}: {listed(loaded[1][keys])}",
-                expected=f"exactly the tensors of {type(model).__name__}",
+                expected=f"exactly the tensors of {architecture}",
                 fix="compare config.json with the original checkpoint's, or download it again",
             )
     return model
@@ -363,7 +367,8 @@ def _complete_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         known = stated if isinstance(stated, list) else [] if stated is None else [stated]
         lacking = [token for token in STOPS if ids[token] not in known]
         if lacking:
-            config.eos_token_id = list(dict.fromkeys([*(ids[token] for token in STOPS), *known]))
+            others = [i for i in known if i < model.config.vocab_size]  # a default of the class can lie beyond
+            config.eos_token_id = list(dict.fromkeys([*(ids[token] for token in STOPS), *others]))
             warnings.append(
                 f"{source}: eos_token_id of {name} lacks {' and '.join(lacking)}, so a server would not stop there; "
                 "here, and in what is merged from it, it has all three"

@@ -68,9 +68,7 @@ class PackedRows(Dataset[Item]):
         pack_length: capacity of a pack, in tokens.
     """
 
-    def __init__(
-        self, rows: Dataset[Item], lengths: Sequence[int] | np.ndarray[Any, Any], pack_length: int
-    ) -> None:
+    def __init__(self, rows: Dataset[Item], lengths: Sequence[int] | np.ndarray[Any, Any], pack_length: int) -> None:
         self.rows, self.packs = rows, pack(lengths, pack_length)
         lengths = np.asarray(lengths)
         self.lengths = np.array([lengths[p].sum() for p in self.packs])
@@ -146,6 +144,7 @@ class Collator:
         self.pad_id = pad_id
 
     def __call__(self, items: Sequence[Item]) -> dict[str, torch.Tensor]:
+        """Join or pad the items; ``lines`` are those of all of them, for messages."""
         lines = torch.tensor([line for item in items for line in item["lines"]])
         if "position_ids" in items[0]:
             joined = join(items)

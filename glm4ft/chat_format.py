@@ -1,13 +1,13 @@
-"""The GLM-4 family's chat formats: a conversation in, token ids and what is supervised out.
+r"""The GLM-4 family's chat formats: a conversation in, token ids and what is supervised out.
 
 A token is supervised exactly if the model must sample it at inference, given the prompt that serving sends. GLM-4 has
 no end-of-turn token: a turn is ended by the control token of whoever acts next, so for an assistant turn
 
-    ``<|user|> \\n hi <|assistant|> [\\n] [hello] [<|user|>]``
+    ``<|user|> \n hi <|assistant|> [\n] [hello] [<|user|>]``
 
 the bracketed tokens are supervised: all that follows the header, up to and including the next control token.
 
-The mask comes from structure. Headers are control ids; a body (``metadata + "\\n" + content``) is encoded on its own by
+The mask comes from structure. Headers are control ids; a body (``metadata + "\n" + content``) is encoded on its own by
 a tokenizer that knows no control tokens, so text can never become one, and no boundary is ever searched for in ids.
 """
 
@@ -17,6 +17,7 @@ import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 from tokenizers import Tokenizer
@@ -119,7 +120,7 @@ class ChatFormat:
         name: ``glm-4-9b-chat`` keeps the order of messages; ``glm-4-0414`` puts system messages first.
         tokenizer: a fast tokenizer with GLM-4's control tokens.
         final_stop: what ends a conversation whose last turn is the assistant's: ``role`` is ``<|observation|>`` after
-            a tool call and ``<|user|>`` after a reply, as serving sees it; ``endoftext`` is the other convention in use.
+            a tool call and ``<|user|>`` after a reply, as serving sees it; ``endoftext`` is the other convention.
         train_on: ``all`` assistant turns, or the ``last`` assistant message only.
         allow_nonstop_terminator: train the header that follows an assistant turn even where it is not a stop token
             (another assistant or system message). Off by default: only who collected the data knows whether one
@@ -217,7 +218,7 @@ class ChatFormat:
     def _require_stops(self, blocks: list[_Block], conversation: Conversation) -> None:
         if self.allow_nonstop_terminator:
             return
-        for block, following in zip(blocks, blocks[1:], strict=False):
+        for block, following in pairwise(blocks):
             if block.role == "assistant" and following.role in ("assistant", "system"):
                 raise DataError(
                     f"an assistant turn is followed by a {following.role} message, whose header is not a stop token",
@@ -244,7 +245,7 @@ class ChatFormat:
         start, end = "".join(PREFIX) + HEADERS["system"], HEADERS["user"] + "\nprobe"
         on_message = [{"role": "system", "content": "", "tools": tools}, probe]
         for messages, argument in ((on_message, None), ([probe], tools)):
-            text = self.tokenizer.apply_chat_template(messages, tools=argument, tokenize=False)
+            text = str(self.tokenizer.apply_chat_template(messages, tools=argument, tokenize=False))
             body = text[len(start) : -len(end)]
             if text.startswith(start) and text.endswith(end) and all(_tool_name(tool) in body for tool in tools):
                 return body

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
@@ -156,11 +157,27 @@ def _inspect_parser() -> ArgumentParser:
 
 
 def _inspect(options: Namespace) -> int:
+    from glm4ft.base_model import load_format
+    from glm4ft.chat_format import ChatFormat
+    from glm4ft.dataset import data_path
     from glm4ft.report.inspection import inspect_conversations
 
-    options = Namespace(**vars(options))
-    del options.argv
-    inspect_conversations(**vars(options))
+    tokenizer, format_name = load_format(options.model, options.chat_format)
+    chat_format = ChatFormat(
+        format_name,
+        tokenizer,
+        final_stop=options.final_stop,
+        train_on=options.train_on,
+        allow_nonstop_terminator=options.allow_nonstop_terminator,
+    )
+    inspect_conversations(
+        data_path(options.data),
+        chat_format,
+        max_length=options.max_length,
+        boundaries=options.boundaries,
+        limit=options.limit,
+        json_file=options.json,
+    )
     return 0
 
 
@@ -195,11 +212,31 @@ def _parse(parser: ArgumentParser, argv: list[str]) -> Namespace:
     """Parse and validate; ``argv`` of the result holds the arguments as they were given."""
     _refuse_unknown(parser, argv)
     try:
-        options = parser.instantiate(parser.parse_args(argv))
+        options: Namespace = parser.instantiate(parser.parse_args(argv))
     except ArgumentError as error:
-        raise ConfigError("an option cannot be used", found=str(error), fix=f"see {parser.prog} --help") from error
+        raise _explain(error, parser.prog) from error
     options.argv = argv
     return options
+
+
+def _explain(error: ArgumentError, prog: str) -> ConfigError:
+    """The parser's message as ours: it names the option first and shows the value last."""
+    fix = f"see {prog} --help"
+    match = re.match(r'Parser key "(?P<key>[^"]+)":\s*(?P<text>.*)', str(error), re.DOTALL)
+    if not match:
+        fix = "write --option true or --option false" if "expected one argument" in str(error) else fix
+        return ConfigError("the options cannot be used", found=" ".join(str(error).split()), fix=fix)
+    text = " ".join(match["text"].split())
+    kinds = re.findall(r"Expected an? (.+?)(?:\. Got| - | Given|$)", text)
+    names = [re.sub(r"<class '(\w+)'>|typing\.Literal\[(.*)\]", r"\1\2", kind) for kind in kinds]
+    value = re.search(r"(?:Got|Given) value: (.*)$", text)
+    return ConfigError(
+        "an option has a value that cannot be used" if value else text,
+        where=f"--{match['key']}",
+        found=value[1] if value else "",
+        expected=" or ".join(names).replace("NoneType", "null"),
+        fix=fix,
+    )
 
 
 def _refuse_unknown(parser: ArgumentParser, argv: list[str]) -> None:
@@ -221,11 +258,10 @@ def _is_known(name: str, flags: set[str]) -> bool:
 
 
 def _config_files(argv: list[str]) -> Iterator[Path]:
-    for arg, following in zip(argv, [*argv[1:], ""], strict=True):
-        if arg.startswith("--config="):
-            yield Path(arg.removeprefix("--config="))
-        elif arg == "--config" and following:
-            yield Path(following)
+    for i, arg in enumerate(argv):
+        name, equals, value = arg.partition("=")
+        if name == "--config" and (equals or argv[i + 1 :]):
+            yield Path(value if equals else argv[i + 1])
 
 
 def _yaml_keys(path: Path) -> list[str]:

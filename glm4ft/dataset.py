@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -195,7 +196,9 @@ def _write_rows(folder: Path, path: str | os.PathLike[str], chat_format: ChatFor
         for conversation in _with_progress(read_conversations(path)):
             report.conversations += 1
             for warning in conversation.warnings:
-                report.warnings.setdefault(warning, []).append(conversation.line)
+                # without the message's index, or a large file would have a kind of warning on every line
+                kind = re.sub(r"\[\d+\]", "[*]", warning)
+                report.warnings.setdefault(kind, []).append(conversation.line)
             row, reason = fit_row(conversation, chat_format, max_length)
             if row is None:
                 report.dropped.setdefault(reason, []).append(conversation.line)

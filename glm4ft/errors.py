@@ -16,9 +16,7 @@ class InputError(Exception):
         fix: what to do about it.
     """
 
-    def __init__(
-        self, message: str, *, where: str = "", found: str = "", expected: str = "", fix: str = ""
-    ) -> None:
+    def __init__(self, message: str, *, where: str = "", found: str = "", expected: str = "", fix: str = "") -> None:
         self.message, self.where, self.found, self.expected, self.fix = message, where, found, expected, fix
         super().__init__(self.explain())
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel
 
 from glm4ft.chat_format import ChatFormat, Row, Turn
@@ -53,12 +55,13 @@ class TurnRoundTrip:
         kind = "differs" if self.supervised else "differs, not trained,"
         return (
             f"{place}: {kind} at token {self.first_difference}, {stop}\n"
-            f"    expected:  {visible(self.expected, newlines=False)}\n    generated: {visible(self.generated, newlines=False)}"
+            f"    expected:  {visible(self.expected, newlines=False)}\n"
+            f"    generated: {visible(self.generated, newlines=False)}"
         )
 
 
 def round_trip(
-    model: PreTrainedModel, chat_format: ChatFormat, conversations: Iterable[Conversation]
+    model: PreTrainedModel | PeftModel, chat_format: ChatFormat, conversations: Iterable[Conversation]
 ) -> list[TurnRoundTrip]:
     """Generate every assistant turn from its inference prompt and compare.
 
@@ -78,7 +81,9 @@ def round_trip(
         model.train(was_training)
 
 
-def greedy(model: PreTrainedModel, prompt: list[int], stop_ids: list[int], max_new_tokens: int) -> list[int]:
+def greedy(
+    model: PreTrainedModel | PeftModel, prompt: list[int], stop_ids: list[int], max_new_tokens: int
+) -> list[int]:
     """Continue a prompt by the likeliest token each time.
 
     Args:
@@ -98,14 +103,13 @@ def greedy(model: PreTrainedModel, prompt: list[int], stop_ids: list[int], max_n
         use_cache=True,
     )
     input_ids = torch.tensor([prompt], device=model.device)
+    generate: Any = model.generate
     with torch.no_grad():
-        output = model.generate(
-            input_ids=input_ids, attention_mask=torch.ones_like(input_ids), generation_config=config
-        )
+        output = generate(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), generation_config=config)
     return list(output[0, len(prompt) :].tolist())
 
 
-def _try_turn(model: PreTrainedModel, chat_format: ChatFormat, row: Row, turn: Turn) -> TurnRoundTrip:
+def _try_turn(model: PreTrainedModel | PeftModel, chat_format: ChatFormat, row: Row, turn: Turn) -> TurnRoundTrip:
     expected = row.input_ids[turn.start : turn.end + 1]
     # a terminator that is no stop token (a second <|assistant|>, where that was asked for) must end the turn here too
     stops = list(dict.fromkeys([*chat_format.stop_ids, expected[-1]]))
@@ -117,8 +121,8 @@ def _try_turn(model: PreTrainedModel, chat_format: ChatFormat, row: Row, turn: T
         line=row.line,
         message=turn.message,
         supervised=turn.supervised,
-        expected=tokenizer.decode(expected),
-        generated=tokenizer.decode(generated),
+        expected=str(tokenizer.decode(expected)),
+        generated=str(tokenizer.decode(generated)),
         first_difference=first,
-        stop=tokenizer.convert_ids_to_tokens(generated[-1]) if generated and generated[-1] in stops else None,
+        stop=str(tokenizer.convert_ids_to_tokens(generated[-1])) if generated and generated[-1] in stops else None,
     )

@@ -48,9 +48,7 @@ def install_supervised_loss(model: PreTrainedModel) -> None:
         **kwargs: Any,
     ) -> Any:
         if labels is None:
-            return full_forward(
-                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
-            )
+            return full_forward(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
         # A cache object would switch off the isolation of packed samples, which is inferred from the positions.
         hidden_BTD = model.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
@@ -62,7 +60,7 @@ def install_supervised_loss(model: PreTrainedModel) -> None:
             loss = nll_N.sum() / (len(nll_N) if num_items_in_batch is None else num_items_in_batch)
         return CausalLMOutputWithPast(loss=loss)
 
-    model.forward = forward  # type: ignore[method-assign]
+    model.forward = forward
 
 
 def supervised_nll(

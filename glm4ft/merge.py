@@ -30,7 +30,7 @@ from glm4ft.errors import ConfigError, ModelError, RunError
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
 # Largest difference of a logit between adapter and merged weights, relative to the largest logit. Measured on an AMD
-# EPYC, torch 2.13, 2025-11-23, tiny bases of both architectures with random adapters on all targets that move logits by
+# EPYC, torch 2.13, 2026-11-23, tiny bases of both architectures with random adapters on all targets that move logits by
 # 0.02 to 1.2 (relative): fp32 at most 1.4e-6 with 2 layers (60 runs) and 4.3e-6 with 40 (6 runs); bf16 at most 1.9e-2
 # and 6.0e-2, which is the rounding of the forward pass: the merged bf16 weights equal, bit for bit, those merged in
 # fp32 and rounded once, so merging in fp32 would double the memory for nothing.
@@ -108,7 +108,7 @@ def merge_adapter(adapter: Path, output: Path, *, model: str | None = None, dtyp
     before_BTV = _logits(base.model, probe_BT)
     adapted = _load_adapter(base.model, adapter)
     adapted_BTV = _logits(adapted, probe_BT)
-    merged: Any = adapted.merge_and_unload()
+    merged = _merge(adapted, adapter)
     effect, error = _compare(before_BTV, adapted_BTV, _logits(merged, probe_BT), TOLERANCES[dtype])
     _write(merged, base, output)
     return MergeReport(output, base.source, dtype, effect, error, (*base.warnings, *_doubts(effect, error)))
@@ -155,7 +155,9 @@ def _load_base(adapter: Path, config: dict[str, Any], model: str | None, dtype: 
             "the adapter does not name its base", where=str(adapter / CONFIG), fix="name the base with --model"
         )
     try:
-        return load_base(named, dtype=_stored_dtype(named) if dtype == "auto" else dtype)
+        dtype = _stored_dtype(named) if dtype == "auto" else dtype
+        # the format only shapes the probe; naming one also admits checkpoints whose format has to be chosen
+        return load_base(named, dtype=dtype, chat_format="glm-4-0414")
     except ModelError as error:
         if model:
             raise
@@ -182,6 +184,8 @@ def _load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             adapted = PeftModel.from_pretrained(model, str(adapter))
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise ModelError("the adapter does not fit the base", where=str(adapter), found=one_line(error)) from error
     wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
@@ -196,6 +200,18 @@ def _load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
                 expected=f"the {len(wanted)} tensors that {CONFIG} describes",
             )
     return adapted.eval()
+
+
+def _merge(adapted: PeftModel, adapter: Path) -> PreTrainedModel:
+    try:
+        merged: PreTrainedModel = adapted.merge_and_unload()  # type: ignore[operator]
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(
+            "peft cannot merge this adapter", where=str(adapter / CONFIG), found=one_line(error)
+        ) from error
+    return merged
 
 
 def _probe(base: Base) -> torch.Tensor:

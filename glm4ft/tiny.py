@@ -54,7 +54,8 @@ _PIECES = (
     " call", " degrees", " do", " for", " function", " have", " how", " like", " name", " not", " object", " river",
     " runs", " string", " that", " this", " through", " today", " tool", " type", " unit", " was", " weather", " will",
     "ing", "tion", "ment", "er", "ed", "es", "The", "What", "You", "It", "Hello", "Thanks", "\": \"", "\", \"", "{\"",
-    "\"}", "。", "，", "！", "？", "的", "是", "你", "好", "我", "在", "有", "不", "了", "中", "国", "法", "首", "都", "河",
+    "\"}", "。", "，", "！", "？", "的", "是", "你", "好", "我", "在", "有", "不", "了", "中", "国", "法", "首", "都",
+    "河",
 )  # fmt: skip
 
 _PRE_TOKENS = r"\s*[\r\n]+| ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -130,7 +131,7 @@ def tiny_model(
         The model in eval mode, its config and generation config filled in.
     """
     tokenizer = tiny_tokenizer(architecture)
-    stop_ids = [tokenizer.convert_tokens_to_ids(token) for token in STOP_TOKENS]
+    stop_ids = [tokenizer.get_added_vocab()[token] for token in STOP_TOKENS]
     config_class, model_class = {
         "Glm4ForCausalLM": (Glm4Config, Glm4ForCausalLM),
         "GlmForCausalLM": (GlmConfig, GlmForCausalLM),
@@ -150,20 +151,22 @@ def tiny_model(
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=stop_ids,
     )
-    model = model_class(config)
+    model: PreTrainedModel = model_class(config)
     construct_weights(model, shared_row_ids(tokenizer, config.vocab_size), seed)
     model.generation_config = GenerationConfig(eos_token_id=stop_ids, pad_token_id=tokenizer.pad_token_id)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def shared_row_ids(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> list[int]:
     """Ids whose head rows are alike: control tokens that end no turn, and the padding rows of the vocabulary."""
     never_sampled = [token for token in CONTROL_TOKENS if token not in STOP_TOKENS]
-    return [tokenizer.convert_tokens_to_ids(token) for token in never_sampled] + list(range(len(tokenizer), vocab_size))
+    ids = tokenizer.get_added_vocab()
+    return [ids[token] for token in never_sampled] + list(range(len(tokenizer), vocab_size))
 
 
 @torch.no_grad()
-def construct_weights(model: nn.Module, shared_ids: list[int], seed: int) -> None:
+def construct_weights(model: PreTrainedModel, shared_ids: list[int], seed: int) -> None:
     """Fill a GLM-4 model with the recipe's weights, in place.
 
     Args:
@@ -211,6 +214,8 @@ def write_tiny_base(
     Returns:
         The folder.
     """
-    tiny_model(seed, architecture=architecture).to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+    model = tiny_model(seed, architecture=architecture)
+    nn.Module.to(model, dtype)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
     tiny_tokenizer(architecture).save_pretrained(folder)
     return Path(folder)

@@ -64,6 +64,7 @@ class SupervisedTrainer(Trainer):
     ) -> None:
         super().__init__(**kwargs)
         self.record, self.target_loss = record, target_loss
+        self.folder = Path(str(self.args.output_dir))
         self.step_contents = StepContents()
         self._step_began_s = time.perf_counter()
         self.remove_callback(PrinterCallback)
@@ -74,7 +75,7 @@ class SupervisedTrainer(Trainer):
     # --- data ---
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         batch_size = 1 if isinstance(dataset, PackedRows) else self.args.train_batch_size
         self.sampler = ShuffledByLength(dataset.lengths, batch_size, self.args.seed)
         return self.sampler
@@ -134,17 +135,19 @@ class SupervisedTrainer(Trainer):
     def _place(self) -> str:
         """Rows and last good checkpoint, for the message of a run that stops."""
         lines = ", ".join(str(line) for line in sorted(set(self.step_contents.lines)))
-        checkpoint = last_checkpoint(Path(self.args.output_dir))
+        checkpoint = last_checkpoint(self.folder)
         return f"rows from line(s) {lines}; last good checkpoint: {checkpoint or 'none'}"
 
     # --- evaluation ---
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
-        """Mean loss over all supervised tokens of the held-out rows, in nats; each row counts once on any number of
-        processes.
+        """Mean loss over all supervised tokens of the held-out rows, in nats.
+
+        Each row counts once, on any number of processes and in batches of any size.
         """
         began_s = time.perf_counter()
-        model, was_training = self.model_wrapped, self.model.training
+        model: Any = self.model_wrapped
+        was_training = model.training
         model.eval()
         loss_sum, num_supervised = 0.0, 0
         try:
@@ -171,13 +174,13 @@ class SupervisedTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         # a pickle; config.yaml says the same in the open
-        Path(output_dir or self.args.output_dir, _TRAINING_ARGS_PICKLE).unlink(missing_ok=True)
+        Path(output_dir or self.folder, _TRAINING_ARGS_PICKLE).unlink(missing_ok=True)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         super()._save_checkpoint(*args, **kwargs)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+            folder = self.folder / f"checkpoint-{self.state.global_step}"
             write_atomically(folder / COMPLETE_MARKER, f"{self.state.global_step}\n")
         self._step_began_s = time.perf_counter()
 
@@ -189,10 +192,12 @@ class _StepGuard(TrainerCallback):
         self.trainer = trainer
 
     def on_epoch_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Hand the epoch to the sampler."""
         # under several processes the epoch does not reach a sampler below accelerate's batch sampler shards
         self.trainer.sampler.set_epoch(int(state.epoch or 0))
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note the rate, and refuse a gradient that is not finite."""
         optimizer = kwargs["optimizer"]
         self.trainer.step_contents.lr = optimizer.param_groups[0]["lr"]
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -205,15 +210,18 @@ class ProgressBar(TrainerCallback):
     """One bar over the optimiser steps, with loss, gradient norm and rate; silent where stderr is no terminal."""
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the bar where a resumed run goes on."""
         hidden = None if state.is_world_process_zero else True
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", disable=hidden)
 
     def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Show the latest figures."""
         shown = {"loss": "loss", "grad_norm": "grad", "learning_rate": "lr", "eval_loss": "eval"}
         self.bar.set_postfix({shown[k]: f"{v:.4g}" for k, v in logs.items() if k in shown}, refresh=False)
         self.bar.update(state.global_step - self.bar.n)
 
     def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave the finished bar on the screen."""
         self.bar.close()
 
 

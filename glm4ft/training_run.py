@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import math
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from glm4ft.chat_format import ChatFormat
 from glm4ft.config import TrainConfig
 from glm4ft.conversation import read_conversations
 from glm4ft.dataset import Rows, data_path, prepare_rows
-from glm4ft.errors import ConfigError, RunError
+from glm4ft.errors import ConfigError
 from glm4ft.generation import TurnRoundTrip, round_trip
 from glm4ft.lora import attach_lora, audit_lora
 from glm4ft.loss import install_supervised_loss
@@ -87,9 +86,7 @@ def chat_format_of(config: TrainConfig) -> ChatFormat:
     )
 
 
-def run_training(
-    config: TrainConfig, *, resume: bool = False, say: Callable[[str], object] = print
-) -> RunResult:
+def run_training(config: TrainConfig, *, resume: bool = False, say: Callable[[str], object] = print) -> RunResult:
     """Train an adapter.
 
     Everything the user gave is read and checked before anything is written below ``config.output``.
@@ -104,7 +101,7 @@ def run_training(
         InputError: if an option, a conversation or the checkpoint cannot be used.
         RunError: if the run had to stop.
     """
-    say = say if int(os.environ.get("RANK", "0")) == 0 else _silent
+    say = say if _is_main_process() else _silent
     output = _require_output(config, resume)
     chat_format = chat_format_of(config)
     data = data_path(str(config.data))
@@ -121,8 +118,12 @@ def run_training(
     say(audit_lora(model, config.lora).describe())
     header = _header(rows, model)
     _require_disk_space(output, model, config.keep_checkpoints if config.save_every else 0)
+    checkpoint = None
+    if resume:
+        checkpoint = _rewind(output, header) if _is_main_process() else last_checkpoint(output)
+    elif _is_main_process():
+        _begin(output, config, base, header)
     trainer = make_trainer(config, base, model, rows, eval_rows, output)
-    checkpoint = _rewind(output, header) if resume else _begin(output, config, base, header)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_model(str(output))
     trips = round_trip(model, chat_format, read_conversations(data)) if config.round_trip else []
@@ -134,9 +135,8 @@ def make_trainer(
 ) -> SupervisedTrainer:
     """The trainer of a run; its trajectory goes to ``output``."""
     trajectory = output / FILE_NAME
-    is_main = int(os.environ.get("RANK", "0")) == 0
     return SupervisedTrainer(
-        record=(lambda row: append_row(trajectory, row)) if is_main else _silent,
+        record=(lambda row: append_row(trajectory, row)) if _is_main_process() else _silent,
         target_loss=config.target_loss,
         model=model,
         args=training_arguments(config, output, has_eval=eval_rows is not None, bf16=_is_bf16(base)),
@@ -150,7 +150,10 @@ def make_trainer(
 def training_arguments(config: TrainConfig, output: Path, *, has_eval: bool, bf16: bool) -> TrainingArguments:
     """Our options in transformers' words."""
     # passed only where asked for: transformers is renaming the option, and says so at every mention
-    options: dict[str, Any] = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    options: dict[str, Any] = {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    }
     checkpointing = options if config.gradient_checkpointing else {}
     with_warmup = config.schedule == "constant" and config.warmup_steps
     args = TrainingArguments(
@@ -204,8 +207,6 @@ def _adapt(base: Base, config: TrainConfig, output: Path) -> PeftModel:
 
 def _begin(output: Path, config: TrainConfig, base: Base, header: dict[str, Any]) -> None:
     """Write what a run has before its first step; leave nothing behind if that fails."""
-    if int(os.environ.get("RANK", "0")) != 0:
-        return
     existed = output.exists()
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -295,6 +296,10 @@ def _require_disk_space(output: Path, model: PeftModel, keep_checkpoints: int) -
 
 def _is_bf16(base: Base) -> bool:
     return base.model.dtype == torch.bfloat16
+
+
+def _is_main_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _silent(_: object) -> None:

@@ -42,7 +42,7 @@ CASES = [
 
 
 def assert_learnt_by_heart(result: RunResult) -> None:
-    """Finite norms, loss below the target, exact round trip, stop: in the order in which failures explain each other."""
+    """Finite norms, loss below target, exact round trip, stop: in the order in which failures explain each other."""
     norms = [row["grad_norm"] for row in result.trajectory.steps]
     assert_grad_norms_stable(norms)
     losses = [row["loss"] for row in result.trajectory.steps]
@@ -61,7 +61,7 @@ def test_two_conversations_are_learnt_by_heart(case: Case, tmp_path: Path) -> No
 
 @pytest.mark.gpu
 def test_two_conversations_are_learnt_by_heart_on_a_gpu(tmp_path: Path, glm4ft_model: str) -> None:
-    """The same on CUDA in bf16, on the checkpoint at --glm4ft-model; a real one learns at a lower rate, in more steps."""
+    """The same on CUDA in bf16, on the checkpoint at --glm4ft-model; a real one needs a lower rate and more steps."""
     config = replace(OVERFIT, model=glm4ft_model, dtype="bf16", output=str(tmp_path / "run"))
     if glm4ft_model != "tiny":
         config = replace(config, learning_rate=1e-3, max_steps=200, gradient_checkpointing=True)
@@ -112,7 +112,7 @@ def test_founding_bug_never_learns_to_stop(buggy_run: RunResult) -> None:
 
 def test_jump_of_the_founding_report_is_called_unstable() -> None:
     """A norm of 32.75 beside 0.01 at a loss of 0.25."""
-    with pytest.raises(AssertionError, match="step 31 is 32.75, 3275.0 times the median"):
+    with pytest.raises(AssertionError, match=r"step 31 is 32\.75, 3275\.0 times the median"):
         assert_grad_norms_stable([0.01] * 30 + [32.75] + [0.01] * 10)
 
 
@@ -123,5 +123,5 @@ def test_norm_that_is_not_finite_is_called_unstable(bad: float | None) -> None:
 
 
 def test_norm_that_does_not_decay_is_not_a_healthy_overfit_run() -> None:
-    with pytest.raises(AssertionError, match="from 1 to 0.5 over 2 steps"):
+    with pytest.raises(AssertionError, match=r"from 1 to 0\.5 over 2 steps"):
         assert_grad_norms_decay([1.0, 0.5])

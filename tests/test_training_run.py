@@ -161,21 +161,20 @@ def padded(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
 
 @pytest.mark.parametrize(
     "change",
-    [{"micro_batch_size": 1, "accumulation": 2}, {"gradient_checkpointing": True}, {"packing": True, "max_length": 600}],
+    [
+        {"micro_batch_size": 1, "accumulation": 2},
+        {"gradient_checkpointing": True},
+        {"packing": True, "max_length": 600},
+    ],
     ids=lambda change: "-".join(change),
 )
-def test_way_of_computing_does_not_change_the_result(
-    tmp_path: Path, change: dict[str, Any], padded: RunResult
-) -> None:
+def test_way_of_computing_does_not_change_the_result(tmp_path: Path, change: dict[str, Any], padded: RunResult) -> None:
     """Accumulated, checkpointed and packed runs are the padded one, at 1e-6 relative in loss for 5 steps.
 
-    Largest differences measured to step 60 at 5e-3 (x86-64 CPU, torch 2.13): 4e-5 relative.
+    Measured on an x86-64 CPU with torch 2.13: at most 7e-8 to step 5 and 2.1e-6 to step 60; checkpointing is exact.
     """
     expected = [row["loss"] for row in padded.trajectory.steps]
     got = [row["loss"] for row in train(replace(SIXTY, **change), tmp_path / "changed").trajectory.steps]
-    worst = max(abs(a - b) / a for a, b in zip(expected, got, strict=True))
-    early = max(abs(a - b) / a for a, b in zip(expected[:5], got[:5], strict=True))
-    print("WORST", change, worst, early)
     for step, (a, b) in enumerate(zip(expected, got, strict=True), start=1):
         assert abs(a - b) <= (1e-6 if step <= 5 else 1e-4) * a, f"step {step}: {a} and {b}"
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hypothesis import strategies as st
@@ -30,7 +31,7 @@ _WHITE_SPACE = (
     "\u2028", "\u2029", "\u3000",
 )  # fmt: skip
 _TEXTS = (
-    "a", "b", "Hello, world!", "It's 42 degrees", "12345678", "法国的首都是巴黎。", "你好！", "日本語", "한국어", "Привет", "नमस्ते",
+    "a", "b", "Hello, world!", "It's 42 degrees", "法国的首都是巴黎。", "你好！", "日本語", "한국어", "नमस्ते",
     "\U0001f44d", "\U0001f44d\U0001f3fd", "\U0001f469\u200d\U0001f469\u200d\U0001f467", "\U0001f1eb\U0001f1f7",  # emoji
     "e\u0301", "\u0301", "Z\u0351\u036b\u0343", "\ufb01", "\u1100\u1161\u11a8",  # combining, and what NFKC would change
     "שלום", "مرحبا", "\u202eabc\u202c", "\u2066x\u2069", "\u200f",  # right to left, bidi controls
@@ -55,6 +56,7 @@ def marker_free_contents(*, markers: Iterable[str] = MARKERS) -> SearchStrategy[
 
     Args:
         markers: strings that must not occur.
+
     Returns:
         Strings without any of them.
     """
@@ -67,6 +69,7 @@ def tool_names(contents: SearchStrategy[str] | None = None) -> SearchStrategy[st
 
     Args:
         contents: where the other text is taken from; by default ``text_contents()``.
+
     Returns:
         Strings that GLM-4 can write on a header's line.
     """
@@ -86,18 +89,14 @@ def tool_definitions(
         contents: text of descriptions; by default ``text_contents()``.
         names: of functions; by default ``tool_names(contents)``.
         built_in: True for the built-in tools of glm-4-9b-chat only, False for functions only, None for both.
+
     Returns:
         Objects with ``type`` and, for a function, ``function``.
     """
     texts = _contents(contents)
-    values = st.integers() | st.booleans() | st.floats(allow_nan=False, allow_infinity=False) | texts
-    schemas = st.fixed_dictionaries(
-        {"type": st.sampled_from(["string", "integer", "object"])},
-        optional={"description": texts, "default": values, "enum": st.lists(values, max_size=2)},
-    )
+    values = st.sampled_from([0, -1, 0.1, 1e300, True, {}, {"a": [None]}]) | texts
     parameters = st.fixed_dictionaries(
-        {"type": st.just("object"), "properties": st.dictionaries(st.sampled_from(["city", "日期", "x"]), schemas)},
-        optional={"required": st.just(["city"])},
+        {"type": st.just("object")}, optional={"required": st.just(["x"]), "日期": values}
     )
     functions = st.fixed_dictionaries(
         {"name": tool_names(texts) if names is None else names},
@@ -119,6 +118,7 @@ def tool_calls(
         contents: texts within the arguments; by default ``text_contents()``.
         names: of the tools; by default ``tool_names(contents)``.
         loss: the loss flag; None for either.
+
     Returns:
         Messages whose ``metadata`` is not empty.
     """
@@ -160,60 +160,110 @@ def conversations(
         loss: the loss flag of all assistant messages; None for any mixture.
         nonstop_terminators: whether an assistant message may be followed by an assistant or a system message, whose
             header is not a stop token. Chat formats refuse that by default.
+
     Returns:
         Conversations with ``min_turns`` to ``max_turns`` assistant messages.
     """
     if not 1 <= min_turns <= max_turns:
         raise InvalidArgument(f"1 <= min_turns <= max_turns is needed, not {min_turns=}, {max_turns=}")
-    grammar = _grammar(_contents(contents), late_system, nonstop_terminators, loss)
-    declared = draw(_optional(grammar.declared, tools))
-    answers = grammar.answers(declared)
-    opening = draw(_optional(grammar.opening, system))
-    is_asked = draw(st.sampled_from([True] * 7 + [False]))  # rarely, the assistant speaks first
-    asking = draw(grammar.asked)  # drawn in any case, so that a conversation without it is no simpler one
-    messages = [*opening, *(asking if is_asked else []), draw(answers)]
-    exchanges = st.lists(st.tuples(grammar.between, answers), min_size=min_turns - 1, max_size=max_turns - 1)
-    for between, answer in draw(exchanges):
-        messages += [*between, answer]
-    messages += draw(_optional(grammar.trailing, trailing))
+    contents = _contents(contents)
+    rules = _Rules(max_turns, late_system, nonstop_terminators, may_open=system is not False)
+    declared = draw(_optional(_declared(contents), tools))
+    may_speak_first = draw(st.sampled_from([False] * 9 + [True]))
+    steps = draw(_steps(contents, loss))
+    messages = rules.put_right([_resolved(message, declared) for message in steps], may_speak_first)
+    if system and (not messages or messages[0].role != "system"):
+        messages.insert(0, Message("system", draw(contents)))
+    while _num_turns(messages) < min_turns:
+        if not messages or messages[-1].role in ("assistant", "system"):
+            messages.append(Message("user", draw(contents)))
+        messages.append(draw(_replies(contents, loss)))
+    while trailing is False and messages[-1].role != "assistant":
+        messages.pop()
+    if trailing and messages[-1].role == "assistant":
+        messages.append(Message("user", draw(contents)))
     return Conversation(tuple(messages), tuple(declared))
 
 
-class _Grammar:
-    """The parts of a conversation, each a strategy for a list of messages."""
+@functools.lru_cache(maxsize=32)
+def _steps(contents: SearchStrategy[str], loss: bool | None) -> SearchStrategy[list[Message]]:
+    """Messages without regard to their order, in proportions that make every pattern likely once they are put right.
 
-    def __init__(self, contents: SearchStrategy[str], late_system: bool, nonstop: bool, loss: bool | None) -> None:
-        roles: tuple[Role, ...] = ("system", "user", "observation")
-        systems, users, observations = (contents.map(functools.partial(Message, role)) for role in roles)
-        more = st.lists(users | systems if late_system else users, max_size=1)
-        self.contents, self.loss = contents, loss
-        self.declared = st.lists(tool_definitions(contents), min_size=1, max_size=2)
-        self.opening = st.lists(systems, min_size=1, max_size=2)
-        self.asked = st.tuples(st.lists(users, min_size=1, max_size=1), more).map(_flat)
-        observed = st.tuples(st.lists(observations, min_size=1, max_size=3), more).map(_flat)
-        self.trailing = self.asked | observed
-        self.between = self.trailing | more if nonstop else self.trailing
-        self.replies = st.builds(lambda text, flag: Message("assistant", text, loss=flag), contents, _flags(loss))
-
-    def answers(self, declared: list[dict[str, Any]]) -> SearchStrategy[Message]:
-        """Replies, and calls if tools are declared; now and then of a tool that is not."""
-        if not declared:
-            return self.replies
-        names = [tool["function"]["name"] if tool["type"] == "function" else tool["type"] for tool in declared]
-        named = st.sampled_from(names)
-        return self.replies | tool_calls(self.contents, names=named | named | tool_names(self.contents), loss=self.loss)
+    Drawn that way, Hypothesis can leave out any one of them when it shrinks; an exchange of several messages is more
+    than it removes in one go. Metadata that is a number stands for a declared tool.
+    """
+    roles: tuple[Role, ...] = ("user", "observation", "system")
+    users, observations, systems = (contents.map(functools.partial(Message, role)) for role in roles)
+    numbers = st.integers(0, 3).map(str)
+    answers = [_replies(contents, loss) for _ in range(3)]
+    calls = [tool_calls(contents, names=numbers | tool_names(contents), loss=loss) for _ in range(3)]
+    steps = st.lists(st.one_of(users, *answers, observations, *calls, systems), max_size=30)
+    return st.tuples(steps, steps).map(lambda halves: [*halves[0], *halves[1]])  # one list alone holds 5 on average
 
 
-_grammar = functools.lru_cache(maxsize=64)(_Grammar)
+@functools.lru_cache(maxsize=32)
+def _declared(contents: SearchStrategy[str]) -> SearchStrategy[list[dict[str, Any]]]:
+    return st.lists(tool_definitions(contents), min_size=1, max_size=2)
+
+
+@functools.lru_cache(maxsize=32)
+def _replies(contents: SearchStrategy[str], loss: bool | None) -> SearchStrategy[Message]:
+    return st.builds(lambda text, flag: Message("assistant", text, loss=flag), contents, _flags(loss))
+
+
+def _resolved(message: Message, declared: list[dict[str, Any]]) -> Message:
+    """A call of a declared tool where a number stands for it, and a reply where no tool is declared."""
+    if not message.is_call:
+        return message
+    if not declared:
+        return replace(message, metadata="")
+    if not message.metadata.isdecimal():
+        return message
+    tool = declared[int(message.metadata) % len(declared)]
+    return replace(message, metadata=tool["function"]["name"] if tool["type"] == "function" else tool["type"])
+
+
+@dataclass(frozen=True)
+class _Rules:
+    """Which message may follow which, under the options of ``conversations``."""
+
+    max_turns: int
+    late_system: bool
+    nonstop: bool
+    may_open: bool  # with a system message
+
+    def put_right(self, steps: list[Message], may_speak_first: bool) -> list[Message]:
+        """The same texts in the same order, with another role where theirs may not stand."""
+        messages: list[Message] = []
+        for step in steps:
+            if not self._may_follow(messages, step, may_speak_first):
+                answers_a_call = bool(messages) and messages[-1].is_call and step.role == "assistant"
+                step = Message("observation" if answers_a_call else "user", step.content)
+            messages.append(step)
+        return messages
+
+    def _may_follow(self, messages: list[Message], step: Message, may_speak_first: bool) -> bool:
+        before = messages[-1].role if messages else "system"
+        is_opening = all(message.role == "system" for message in messages)
+        if step.role == "observation":
+            return before in ("assistant", "observation")
+        if step.role == "system" and is_opening:
+            return self.may_open
+        if step.role == "system":
+            return self.late_system and (self.nonstop or before != "assistant")
+        if step.role == "assistant":
+            is_asked = not is_opening or may_speak_first
+            return is_asked and (self.nonstop or before != "assistant") and _num_turns(messages) < self.max_turns
+        return True
+
+
+def _num_turns(messages: list[Message]) -> int:
+    return sum(message.role == "assistant" for message in messages)
 
 
 def _optional(parts: SearchStrategy[list[Any]], wanted: bool | None) -> SearchStrategy[list[Any]]:
     nothing: SearchStrategy[list[Any]] = st.just([])
     return parts if wanted else nothing if wanted is False else nothing | parts
-
-
-def _flat(parts: Iterable[list[Message]]) -> list[Message]:
-    return [message for part in parts for message in part]
 
 
 def _flags(wanted: bool | None) -> SearchStrategy[bool]:
@@ -223,8 +273,9 @@ def _flags(wanted: bool | None) -> SearchStrategy[bool]:
 @functools.cache
 def _joined(fragments: tuple[str, ...]) -> SearchStrategy[str]:
     """Fragments and free text put together, so that white space and markers stand at every place of a text."""
-    pieces = st.sampled_from(fragments) | st.text(min_size=1, max_size=6)
-    return st.lists(pieces, min_size=1, max_size=5).map("".join)
+    whole = st.sampled_from(fragments)
+    pieces = whole | st.text(min_size=1, max_size=6)
+    return whole | st.lists(pieces, min_size=1, max_size=4).map("".join)
 
 
 def _contents(contents: SearchStrategy[str] | None) -> SearchStrategy[str]:

@@ -147,3 +147,4 @@ def test_a_backslash_is_escaped_only_before_what_reads_as_our_escape() -> None:
 
 def test_a_reserved_string_loses_its_looks() -> None:
     assert visible("[[gMASK] <|user|><|user", reserved=RESERVED) == r"[\x5bgMASK] \x3c|user|><|user"
+    assert visible("abc", reserved=("ab", "bc")) == r"\x61\x62c"

@@ -1,0 +1,84 @@
+"""What ``glm4ft inspect`` does: encode each conversation as training would, and show it or write it as JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console
+from rich.text import Text
+
+from glm4ft.chat_format import ChatFormat
+from glm4ft.conversation import read_conversations
+from glm4ft.dataset import fit_row
+from glm4ft.report.mask_view import Totals, mask_record, render_legend, render_row, render_totals
+from glm4ft.report.safe_text import visible
+
+
+def inspect_conversations(
+    data: Path,
+    chat_format: ChatFormat,
+    *,
+    max_length: int,
+    boundaries: bool = False,
+    limit: int = 10,
+    json_file: str | None = None,
+) -> None:
+    """Show which tokens of a file's conversations are supervised.
+
+    Args:
+        data: JSONL of conversations.
+        chat_format: encodes them.
+        max_length: longest row, in tokens.
+        boundaries: add a table of the tokens around each turn's start and end.
+        limit: conversations to show; all of them count in the totals.
+        json_file: write one JSON line per conversation here; ``-`` is stdout, where nothing else goes then.
+    Raises:
+        DataError: for the first conversation that cannot be used; a JSON file is left as it was.
+    """
+    console, totals = Console(highlight=False, quiet=json_file == "-"), Totals()
+    with _json_output(json_file) as output:
+        for index, conversation in enumerate(read_conversations(data)):
+            if index == 0:
+                console.print(render_legend())
+            row, reason = fit_row(conversation, chat_format, max_length)
+            dropped = None if row else reason
+            totals.add(row, line=conversation.line, dropped=dropped, warnings=conversation.warnings)
+            if output:
+                output.write(json.dumps(mask_record(index, row, line=conversation.line, dropped=dropped)) + "\n")
+            if index < limit:
+                console.print()
+                shown = render_row(row, chat_format, boundaries=boundaries) if row else _drop(conversation.line, reason)
+                console.print(shown)
+                for warning in conversation.warnings:
+                    console.print(Text(f"warning: {visible(warning, newlines=False)}", style="yellow"))
+    if totals.conversations > limit:
+        console.print(f"\n{totals.conversations - limit:,} more conversations are counted below; --limit shows more")
+    console.print()
+    console.print(render_totals(totals))
+
+
+def _drop(line: int, reason: str) -> Text:
+    return Text(f"line {line}: dropped, {reason}", style="bold red")
+
+
+@contextlib.contextmanager
+def _json_output(name: str | None) -> Iterator[TextIO | None]:
+    """Where the JSON lines go; a file appears only when all of them are written."""
+    if name is None:
+        yield None
+    elif name == "-":
+        yield sys.stdout
+    else:
+        unfinished = Path(f"{name}.{os.getpid()}.part")
+        try:
+            with open(unfinished, "w", encoding="utf-8") as file:
+                yield file
+            os.replace(unfinished, name)
+        finally:
+            unfinished.unlink(missing_ok=True)

@@ -1,0 +1,263 @@
+"""Every command does what its help says, and bad input is one readable block, exit status 2, and nothing written.
+
+Run: pytest tests/test_cli.py
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from glm4ft.chat_format import ChatFormat
+from glm4ft.cli import run
+from glm4ft.conversation import read_conversations
+from glm4ft.dataset import DEMO_DATA
+from glm4ft.generation import greedy
+from glm4ft.tiny import write_tiny_base
+from glm4ft.trajectory import read_trajectory
+
+GOOD = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+
+
+def talk(*messages: tuple[str, Any], **record: Any) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": content} for role, content in messages], **record}
+
+
+def lines(*records: Any) -> bytes:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+
+
+@dataclass(frozen=True)
+class BadData:
+    """A file that cannot be used, and what the error must say."""
+
+    id: str
+    content: bytes
+    says: tuple[str, ...]
+
+
+CALL = {"role": "assistant", "content": "{}", "metadata": "f"}
+BAD_DATA = [
+    BadData("malformed JSON", lines(GOOD) + b'{"messages": [}\n', ("data.jsonl:2", "not JSON at column 15")),
+    BadData(
+        "wrong role", lines(GOOD, talk(("robot", "x"))), ("data.jsonl:2: messages[0].role", "'robot'", "assistant")
+    ),
+    BadData("empty content", lines(talk(("user", "a"), ("assistant", ""))), ("data.jsonl:1: messages[1].content",)),
+    BadData(
+        "missing content",
+        lines({"messages": [{"role": "user"}, {"role": "assistant", "content": "b"}]}),
+        ("data.jsonl:1: messages[0].content", "missing"),
+    ),
+    BadData("no assistant turn", lines(GOOD, talk(("user", "a"))), ("data.jsonl:2: messages[0]", "no assistant turn")),
+    BadData(
+        "consecutive assistant turns",
+        lines(GOOD, talk(("user", "a"), ("assistant", "b"), ("assistant", "c"))),
+        ("data.jsonl:2: messages[2].role", "--allow_nonstop_terminator"),
+    ),
+    BadData(
+        "call without tools",
+        lines({"messages": [{"role": "user", "content": "a"}, CALL]}),
+        ("data.jsonl:1: messages[1]", "without tools"),
+    ),
+    BadData("invalid UTF-8", lines(GOOD) + b'{"messages": "\xff"}\n', ("data.jsonl:2", "not UTF-8 at byte 15")),
+    BadData("truncated file", lines(GOOD) + lines(GOOD)[:40], ("data.jsonl:2", "truncated")),
+    BadData("empty file", b"", ("data.jsonl", "no conversation")),
+    BadData("lone surrogate", lines(GOOD).replace(b"Hello", b"\\ud800"), ("data.jsonl:1: messages[1].content",)),
+]
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_refused(argv: list[str], capsys: pytest.CaptureFixture[str], folder: Path, *says: str) -> None:
+    """Status 2, one block with each of the texts, no traceback, and nothing changed below the folder."""
+    before = snapshot(folder)
+    status = run(argv)
+    error = capsys.readouterr().err
+    assert status == 2, error
+    assert error.startswith("glm4ft: error: ")
+    assert "Traceback" not in error
+    for text in says:
+        assert text in error
+    assert snapshot(folder) == before
+    assert not (folder / "out").exists()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLM4FT_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.mark.parametrize("case", BAD_DATA, ids=lambda case: case.id)
+@pytest.mark.parametrize("command", ["train", "inspect"])
+def test_bad_data_is_refused(case: BadData, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_bytes(case.content)
+    argv = {
+        "train": ["train", f"--data={data}", f"--output={tmp_path / 'out'}"],
+        "inspect": ["inspect", str(data), f"--json={tmp_path / 'out'}"],
+    }[command]
+    assert_refused(argv, capsys, tmp_path, *case.says)
+
+
+def test_consecutive_assistant_turns_train_with_the_option(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_bytes(lines(talk(("user", "a"), ("assistant", "b"), ("assistant", "c"))))
+    argv = ["train", f"--data={data}", f"--output={tmp_path / 'out'}", "--max_steps=1"]
+    assert run([*argv, "--allow_nonstop_terminator=true"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ("--data={tmp}", ("this is a directory",)),
+        ("--data={tmp}/none.jsonl", ("No such file",)),
+        ("--model={tmp}/none", ("none",)),
+        ("--model=./none", ("none",)),
+        ("--dtype=fp16", ("--dtype", "overflow")),
+        ("--chat_format=glm-z1", ("glm-z1 is not supported",)),
+        ("--chat_format=chatml", ("chatml", "glm-4-0414")),
+        ("--learning-rat=1", ("--learning_rat", "--learning_rate")),
+        ("--lora.rnk=1", ("--lora.rnk", "--lora.rank")),
+        ("--lora.targets=[gate_proj]", ("gate_proj", "gate_up_proj")),
+        ("--lora.options.use_rs_lora=true", ("use_rs_lora", "use_rslora")),
+        ("--schedule=cos", ("--schedule", "cos", "'cosine', 'linear', 'constant'")),
+        ("--max_steps=0", ("--max_steps", "more than 0")),
+        ("--packing", ("--packing", "--option true")),
+        ("--max_length=3", ("no conversation is left", "--max_length")),
+        ("--config={tmp}/none.yaml", ("none.yaml", "No such file")),
+        ("--resume={tmp}/none", ("no run to resume",)),
+    ],
+)
+def test_bad_option_is_refused(
+    option: str, says: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["train", "--data=demo", f"--output={tmp_path / 'out'}", option.format(tmp=tmp_path)]
+    assert_refused(argv, capsys, tmp_path, *says)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("learning_rat: 1", ("config.yaml", "learning_rat", "learning_rate")),
+        ("lora: {rnk: 3}", ("config.yaml", "lora.rnk", "lora.rank")),
+        ("[1, 2]", ("config.yaml", "not a configuration")),
+        ("data: [", ("config.yaml",)),
+        ("data: !!python/object/apply:os.getcwd []", ("config.yaml", "cannot read")),
+    ],
+)
+def test_bad_configuration_is_refused(
+    content: str, says: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text(content)
+    assert_refused(["train", f"--config={tmp_path / 'config.yaml'}"], capsys, tmp_path, *says)
+
+
+@pytest.fixture(scope="module")
+def sharded_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_base(tmp_path_factory.mktemp("base"), max_shard_size="500KB")
+
+
+def test_missing_shard_is_refused(tmp_path: Path, sharded_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = shutil.copytree(sharded_base, tmp_path / "base")
+    shard = sorted(base.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    argv = ["train", "--data=demo", f"--model={base}", f"--output={tmp_path / 'out'}"]
+    assert_refused(argv, capsys, tmp_path, shard.name)
+
+
+def test_tokenizer_without_control_tokens_is_refused(
+    tmp_path: Path, sharded_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = shutil.copytree(sharded_base, tmp_path / "base")
+    tokenizer = json.loads((base / "tokenizer.json").read_text())
+    tokenizer["added_tokens"] = [t for t in tokenizer["added_tokens"] if t["content"] != "<|observation|>"]
+    (base / "tokenizer.json").write_text(json.dumps(tokenizer))
+    argv = ["inspect", "demo", f"--model={base}", f"--json={tmp_path / 'out'}"]
+    assert_refused(argv, capsys, tmp_path, "<|observation|>", "control tokens")
+
+
+def test_full_disk_is_one_block(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A write that fails while the run is set up leaves nothing behind."""
+
+    def fail(path: Path, _: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr("glm4ft.training_run.write_atomically", fail)
+    argv = ["train", "--data=demo", f"--output={tmp_path / 'out'}"]
+    assert_refused(argv, capsys, tmp_path, "No space left on device", "free some space")
+
+
+def test_run_that_misses_its_target_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["train", "--data=demo", f"--output={tmp_path / 'out'}", "--max_steps=2", "--target_loss=0.01"]
+    assert run(argv) == 1
+    assert "target 0.01 NOT reached" in capsys.readouterr().out
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_flags_win_over_the_configuration(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"data": "demo", "max_steps": 9, "lora": {"rank": 4}}))
+    argv = ["train", f"--config={tmp_path / 'config.yaml'}", "--max-steps=2", f"--output={tmp_path / 'out'}"]
+    assert run(argv) == 0
+    config = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
+    assert (config["max_steps"], config["lora"]["rank"], config["lora"]["alpha"]) == (2, 4, 16.0)
+    assert len(read_trajectory(tmp_path / "out" / "trajectory.jsonl").steps) == 2
+
+
+def test_inspect_writes_the_ids_that_training_uses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By contract: a JSON line per conversation on stdout, and nothing else there."""
+    assert run(["inspect", "demo", "--json"]) == 0
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    base = write_tiny_base(tmp_path / "base")
+    chat_format = ChatFormat("glm-4-0414", AutoTokenizer.from_pretrained(base))
+    for index, conversation in enumerate(read_conversations(DEMO_DATA)):
+        row = chat_format.encode(conversation)
+        wanted = {"schema": 1, "index": index, "line": index + 1, "input_ids": row.input_ids, "labels": row.labels}
+        assert records[index] == wanted
+    assert len(records) == 2
+
+
+def test_inspect_says_what_is_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "data.jsonl"
+    untrained = {"messages": [GOOD["messages"][0], {**GOOD["messages"][1], "loss": False}]}
+    data.write_bytes(lines(GOOD, untrained))
+    assert run(["inspect", str(data), "--json=-"]) == 0
+    record = json.loads(capsys.readouterr().out.splitlines()[1])
+    assert record == {"schema": 1, "index": 1, "line": 2, "dropped": "no supervised token"}
+
+
+def test_readme_command_learns_the_demo_and_its_merge_says_the_same(tmp_path: Path) -> None:
+    """As a user types it: ``glm4ft train`` in an empty folder, then ``glm4ft merge``, then plain transformers."""
+    command = [sys.executable, "-m", "glm4ft"]
+    trained = subprocess.run([*command, "train"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    assert "target 0.01 reached" in trained.stdout
+    assert "round trip: 4 of 4 turns came back exactly" in trained.stdout
+    (output,) = (tmp_path / "runs").iterdir()
+    assert len(read_trajectory(output / "trajectory.jsonl").steps) <= 60
+    assert run(["merge", str(output), f"--output={tmp_path / 'merged'}"]) == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert model.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids(
+        ["<|endoftext|>", "<|user|>", "<|observation|>"]
+    )
+    chat_format = ChatFormat("glm-4-0414", tokenizer)
+    for conversation in read_conversations(DEMO_DATA):
+        row = chat_format.encode(conversation)
+        for turn in row.turns:
+            expected = row.input_ids[turn.start : turn.end + 1]
+            assert greedy(model, row.input_ids[: turn.start], chat_format.stop_ids, len(expected) + 16) == expected

@@ -204,7 +204,7 @@ def _load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
 
 def _merge(adapted: PeftModel, adapter: Path) -> PreTrainedModel:
     try:
-        merged: PreTrainedModel = adapted.merge_and_unload()  # type: ignore[operator]
+        merged: PreTrainedModel = adapted.merge_and_unload()
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError) as error:

@@ -181,6 +181,7 @@ def training_arguments(config: TrainConfig, output: Path, *, has_eval: bool, bf1
         logging_steps=1,
         logging_nan_inf_filter=False,
         disable_tqdm=True,
+        ddp_find_unused_parameters=False,
         report_to=config.report_to or "none",
         remove_unused_columns=False,
         label_names=["labels"],

@@ -399,7 +399,7 @@ def test_adapter_that_does_not_fit_is_refused(damage: Damage, adapter: Path, tmp
 
 
 @pytest.mark.parametrize("options", [{"alora_invocation_tokens": [10]}, {"lora_bias": True}], ids=str)
-@pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning")
+@pytest.mark.filterwarnings("ignore:.*(lora_bias|invalid shape)")
 def test_adapter_that_no_weights_can_stand_for_is_refused(
     options: dict[str, Any], base_folder: Path, tmp_path: Path
 ) -> None:

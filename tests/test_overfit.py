@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from glm4ft.chat_format import ChatFormat, Row
 from glm4ft.config import TrainConfig
-from glm4ft.conversation import Conversation
+from glm4ft.testing.founding_bug import FoundingBugFormat
 from glm4ft.testing.stability import assert_grad_norms_decay, assert_grad_norms_stable
 from glm4ft.training_run import RunResult, run_training
 
@@ -68,25 +67,13 @@ def test_two_conversations_are_learnt_by_heart_on_a_gpu(tmp_path: Path, glm4ft_m
     assert_learnt_by_heart(run_training(config))
 
 
-class FoundingBug(ChatFormat):
-    """The label rule of zai-org/GLM-4 issue 342: header in, terminator out."""
-
-    def encode(self, conversation: Conversation) -> Row:
-        """Supervise each turn from its header to the token before its terminator."""
-        row = super().encode(conversation)
-        supervised = [False] * len(row.input_ids)
-        for turn in row.turns:
-            supervised[turn.start - 1 : turn.end] = [True] * (turn.end - turn.start + 1)
-        return replace(row, supervised=supervised)
-
-
 @pytest.fixture(scope="module")
 def buggy_run(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
     """A run with the bug where it occurred: in the code that encodes the training data."""
     folder = tmp_path_factory.mktemp("founding_bug")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GLM4FT_CACHE", str(folder / "cache"))
-        patch.setattr("glm4ft.training_run.ChatFormat", FoundingBug)
+        patch.setattr("glm4ft.training_run.ChatFormat", FoundingBugFormat)
         return run_training(replace(OVERFIT, output=str(folder / "run")))
 
 

@@ -17,12 +17,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.cells import get_character_cell_size
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from glm4ft.report.safe_text import visible
+from glm4ft.report.safe_text import Ruled, visible
 
 if TYPE_CHECKING:
     from glm4ft.chat_format import ChatFormat, Row, Segment
@@ -105,11 +104,9 @@ def render_row(row: Row, chat_format: ChatFormat, *, boundaries: bool = False) -
     Returns:
         A renderable for ``Console.print``. Every line with text of the conversation starts with a rule.
     """
-    decoder = _Decoder(chat_format)
-    parts: list[RenderableType] = [_summary(row), _Ruled(_mask_text(row, decoder, CONTEXT_TOKENS))]
-    if boundaries:
-        parts += [_boundary_table(row, number, decoder) for number in range(len(row.turns))]
-    return Group(*parts)
+    text = Ruled(mask_text(row, chat_format), cues=OPEN + CLOSE, style=SUPERVISED)
+    tables = _boundary_tables(row, _Decoder(chat_format)) if boundaries else ()
+    return Group(_summary(row), text, *tables)
 
 
 def mask_text(row: Row, chat_format: ChatFormat, *, context_tokens: int = CONTEXT_TOKENS) -> Text:
@@ -124,7 +121,21 @@ def mask_text(row: Row, chat_format: ChatFormat, *, context_tokens: int = CONTEX
         Text; what stands between ``⟦`` and ``⟧`` is exactly what is supervised. To print it use ``render_row``: a
         line that a terminal width breaks could start with what a CI runner obeys.
     """
-    return _mask_text(row, _Decoder(chat_format), context_tokens)
+    decoder = _Decoder(chat_format)
+    text, is_open = Text(), False
+    for run in _runs(row, decoder):
+        if run.supervised != is_open:
+            text.append(OPEN if run.supervised else CLOSE, SUPERVISED)
+            is_open = run.supervised
+        head, num_folded, tail = _fold(run, context_tokens)
+        _append_units(text, head, run.supervised, decoder)
+        if num_folded:
+            whose = run.segment.role or run.segment.part
+            text.append(f"{FOLD_OPEN} {num_folded:,} ignored tokens ({whose}) {FOLD_CLOSE}", "italic")
+            _append_units(text, tail, run.supervised, decoder)
+    if is_open:
+        text.append(CLOSE, SUPERVISED)
+    return text
 
 
 @dataclass
@@ -203,7 +214,6 @@ class Totals:
 def render_totals(totals: Totals) -> Table:
     """The totals as tables: tokens by label, then what was dropped and what was warned about."""
     outer = Table.grid()
-    num_tokens, num_supervised = totals.tokens.total(), totals.supervised.total()
     outer.add_row(Text(f"{_plural(totals.conversations, 'conversation')}, {_plural(totals.rows, 'row')}"))
     counts = _table("tokens of", "all", "supervised", "share")
     for column in counts.columns[1:]:
@@ -212,15 +222,14 @@ def render_totals(totals: Totals) -> Table:
         if totals.tokens[label]:
             counts.add_row(*_count_cells(label, totals.tokens[label], totals.supervised[label]))
     counts.add_section()
-    counts.add_row(*_count_cells("total", num_tokens, num_supervised))
+    counts.add_row(*_count_cells("total", totals.tokens.total(), totals.supervised.total()))
     outer.add_row(counts)
     if totals.dropped or totals.warnings:
         events = _table("what", "count", "first lines")
         for word, found in (("dropped", totals.dropped), ("warning", totals.warnings)):
             for text, lines in found.items():
-                events.add_row(
-                    Text(f"{word}: {visible(text, newlines=False)}"), Text(f"{lines.count:,}"), Text(str(lines))
-                )
+                what = f"{word}: {visible(text, newlines=False)}"
+                events.add_row(*map(Text, (what, f"{lines.count:,}", str(lines))))
         outer.add_row(events)
     return outer
 
@@ -244,10 +253,8 @@ def _plural(number: int, noun: str) -> str:
 
 
 def _percent(part: int, whole: int) -> str:
-    """Rounded towards the middle: only all is 100%, and only none is 0%."""
-    if not whole:
-        return "-"
-    return "<1%" if 0 < part * 100 < whole else f"{part * 100 // whole}%"
+    """Rounded down, so that only all is 100%; only none is 0%."""
+    return "<1%" if 0 < part * 100 < whole else f"{part * 100 // max(whole, 1)}%"
 
 
 def _table(*columns: str, title: Text | None = None) -> Table:
@@ -259,11 +266,7 @@ def _table(*columns: str, title: Text | None = None) -> Table:
 
 
 class _Decoder:
-    """Reads the tokens of a byte-level BPE tokenizer back, byte by byte.
-
-    Args:
-        chat_format: whose tokenizer is meant.
-    """
+    """Reads the tokens of a chat format's byte-level BPE tokenizer back, byte by byte."""
 
     def __init__(self, chat_format: ChatFormat) -> None:
         self._tokenizer = chat_format.tokenizer
@@ -272,7 +275,7 @@ class _Decoder:
 
     def units(self, ids: list[int], start: int = 0) -> Iterator[_Unit]:
         """Group neighbouring tokens until their bytes are whole characters; bytes that never are become surrogates."""
-        decoder, text, first, end = _utf8_decoder(), "", start, start + len(ids)
+        decoder, text, first, end = _Utf8Decoder("surrogateescape"), "", start, start + len(ids)
         for position, (token_id, token) in enumerate(zip(ids, self._names(ids), strict=True), start):
             name = self._control.get(token_id) or (f"<id {token_id}>" if token is None else None)
             if name is None:
@@ -284,13 +287,14 @@ class _Decoder:
             if first < position:
                 yield _Unit(first, position, text + decoder.decode(b"", final=True), False)
             yield _Unit(position, position + 1, name, True)
-            decoder, text, first = _utf8_decoder(), "", position + 1
+            decoder, text, first = _Utf8Decoder("surrogateescape"), "", position + 1
         if first < end:
             yield _Unit(first, end, text + decoder.decode(b"", final=True), False)
 
     def show(self, text: str, *, newlines: bool = True) -> str:
         r"""Text of the row as it may be printed; a byte without its character as ``\xe5``."""
-        return _bytes_of_surrogates(visible(text, newlines=newlines, reserved=self.reserved))
+        shown = visible(text, newlines=newlines, reserved=self.reserved)
+        return re.sub(r"\\udc([89a-f][0-9a-f])", r"\\x\1", shown)
 
     def show_token(self, token_id: int, position: int, unit: _Unit) -> str:
         """One token for a table: a control token's name, or quoted text; of a part of a character, its bytes."""
@@ -306,25 +310,12 @@ class _Decoder:
         return list(self._tokenizer.convert_ids_to_tokens(ids))
 
 
-def _utf8_decoder() -> codecs.IncrementalDecoder:
-    return codecs.getincrementaldecoder("utf-8")("surrogateescape")
-
-
-def _bytes_of_surrogates(shown: str) -> str:
-    return re.sub(r"\\udc([89a-f][0-9a-f])", r"\\x\1", shown)
-
-
-def _byte_symbols() -> dict[str, int]:
-    """The byte that each symbol of byte-level BPE stands for: itself if it can be drawn, else 256 and up in order.
-
-    Source: GPT-2's encoder, which every byte-level tokenizer follows.
-    """
-    drawn = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in drawn]
-    return {chr(byte): byte for byte in drawn} | {chr(256 + n): byte for n, byte in enumerate(others)}
-
-
-_BYTE_SYMBOLS = _byte_symbols()
+# The byte that each symbol of byte-level BPE stands for: itself if it can be drawn, else 256 and up in order, as in
+# GPT-2's encoder, which every byte-level tokenizer follows.
+_DRAWN_BYTES = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+_OTHER_BYTES = (byte for byte in range(256) if byte not in _DRAWN_BYTES)
+_BYTE_SYMBOLS = {chr(byte): byte for byte in _DRAWN_BYTES} | {chr(256 + n): b for n, b in enumerate(_OTHER_BYTES)}
+_Utf8Decoder = codecs.getincrementaldecoder("utf-8")
 
 
 def _token_bytes(token: str) -> bytes:
@@ -340,23 +331,6 @@ def _runs(row: Row, decoder: _Decoder) -> Iterator[_Run]:
             positions = list(group)
             ids = row.input_ids[positions[0] : positions[-1] + 1]
             yield _Run(segment, positions[0], supervised, tuple(decoder.units(ids, positions[0])))
-
-
-def _mask_text(row: Row, decoder: _Decoder, context_tokens: int) -> Text:
-    text, is_open = Text(), False
-    for run in _runs(row, decoder):
-        if run.supervised != is_open:
-            text.append(OPEN if run.supervised else CLOSE, SUPERVISED)
-            is_open = run.supervised
-        head, num_folded, tail = _fold(run, context_tokens)
-        _append_units(text, head, run.supervised, decoder)
-        if num_folded:
-            whose = run.segment.role or run.segment.part
-            text.append(f"{FOLD_OPEN} {num_folded:,} ignored tokens ({whose}) {FOLD_CLOSE}", "italic")
-            _append_units(text, tail, run.supervised, decoder)
-    if is_open:
-        text.append(CLOSE, SUPERVISED)
-    return text
 
 
 def _fold(run: _Run, context_tokens: int) -> tuple[tuple[_Unit, ...], int, tuple[_Unit, ...]]:
@@ -392,66 +366,34 @@ def _summary(row: Row) -> Text:
     )
 
 
-def _boundary_table(row: Row, number: int, decoder: _Decoder) -> Table:
-    turn = row.turns[number]
-    title = f"turn {number + 1} (message {turn.message}): starts at {turn.start}, terminator at {turn.end}"
-    table = _table("position", "id", "token", "role", "part", "loss", title=Text(title))
-    units = {position: unit for run in _runs(row, decoder) for unit in run.units for position in _span(unit)}
-    segments = {position: segment for segment in row.segments for position in _span(segment)}
+def _boundary_tables(row: Row, decoder: _Decoder) -> Iterator[Table]:
+    """A table for each assistant turn: the tokens around its start and its end."""
+    units = [unit for run in _runs(row, decoder) for unit in run.units for _ in _span(unit)]
+    segments = [segment for segment in row.segments for _ in _span(segment)]
     near = BOUNDARY_TOKENS
-    shown = {*range(turn.start - near, turn.start + near), *range(turn.end + 1 - near, turn.end + 1 + near)}
-    previous = None
-    for position in sorted(shown & set(units)):
-        if previous is not None and position > previous + 1:
-            table.add_row(Text("…"), Text(""), Text(_plural(position - previous - 1, "more token"), style="italic"))
-        previous, token_id, segment = position, row.input_ids[position], segments[position]
-        supervised, unit = row.supervised[position], units[position]
-        style = SUPERVISED if supervised else IGNORED
-        table.add_row(
-            Text(str(position)),
-            Text(str(token_id)),
-            Text(decoder.show_token(token_id, position, unit), style=CONTROL[supervised] if unit.is_control else style),
-            Text(segment.role or "-"),
-            Text("terminator" if position == turn.end else segment.part),
-            Text("supervised" if supervised else "ignored", style=style),
-        )
-    return table
+    for number, turn in enumerate(row.turns, 1):
+        title = f"turn {number} (message {turn.message}): starts at {turn.start}, terminator at {turn.end}"
+        table = _table("position", "id", "token", "role", "part", "loss", title=Text(title))
+        shown = {*range(turn.start - near, turn.start + near), *range(turn.end + 1 - near, turn.end + 1 + near)}
+        previous = None
+        for position in sorted(shown & set(range(len(units)))):
+            if previous is not None and position > previous + 1:
+                table.add_row("…", "", Text(_plural(position - previous - 1, "more token"), style="italic"))
+            table.add_row(*_token_cells(row, position, units[position], segments[position], decoder))
+            previous = position
+        yield table
+
+
+def _token_cells(row: Row, position: int, unit: _Unit, segment: Segment, decoder: _Decoder) -> Iterator[Text]:
+    token_id, supervised = row.input_ids[position], row.supervised[position]
+    style = SUPERVISED if supervised else IGNORED
+    yield Text(str(position))
+    yield Text(str(token_id))
+    yield Text(decoder.show_token(token_id, position, unit), style=CONTROL[supervised] if unit.is_control else style)
+    yield Text(segment.role or "-")
+    yield Text("terminator" if position in {turn.end for turn in row.turns} else segment.part)
+    yield Text("supervised" if supervised else "ignored", style=style)
 
 
 def _span(piece: _Unit | Segment) -> range:
     return range(piece.start, piece.end)
-
-
-class _Ruled:
-    """Text with a rule at the left of every printed line, heavy where the line begins inside a supervised run.
-
-    Lines are broken here and not by rich: rich drops the spaces at a break, and a broken line must get its rule.
-    """
-
-    def __init__(self, text: Text) -> None:
-        self._text = text
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        width = max(options.max_width - 2, 2)
-        is_open = False
-        for whole in self._text.split("\n"):
-            for line in whole.divide(_breaks(whole.plain, width)):
-                rule = ("┃ ", SUPERVISED) if is_open else ("│ ", IGNORED)
-                last_open, last_close = line.plain.rfind(OPEN), line.plain.rfind(CLOSE)
-                is_open = last_open > last_close if last_open != last_close else is_open
-                yield Text.assemble(rule, line, no_wrap=True, overflow="ignore")
-
-
-def _breaks(line: str, width: int) -> list[int]:
-    """Offsets where a line is broken so that each piece fits: after a space if it holds one, and nothing is lost."""
-    cells = [get_character_cell_size(char) + (line[at + 1 : at + 2] == "\ufe0f") for at, char in enumerate(line)]
-    breaks, start, after_space, used = [], 0, 0, 0
-    for at, char in enumerate(line):
-        while used + cells[at] > width and at > start:
-            start = after_space if after_space > start else at
-            used = sum(cells[start:at])
-            breaks.append(start)
-        used += cells[at]
-        if char == " ":
-            after_space = at + 1
-    return breaks

@@ -16,6 +16,10 @@ import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 
+from rich.cells import get_character_cell_size
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.text import Text
+
 NEWLINE, TAB = "↵", "⇥"
 
 # GitHub reads a line that starts with "::" as a command, after trimming white space, and "##[" anywhere in a line
@@ -75,6 +79,46 @@ def escape(char: str) -> str:
     r"""The shortest escape of one character: ``\x1b``, ``\u202e`` or ``\U000e0041``."""
     code = ord(char)
     return f"\\x{code:02x}" if code <= 0xFF else f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"
+
+
+class Ruled:
+    """Text with a rule at the left of every printed line: no line starts with text from the data, wherever it breaks.
+
+    Lines are broken here and not by rich, which drops spaces at a break and would leave a broken line without a rule.
+
+    Args:
+        text: made of strings that passed through ``visible``.
+        cues: an opening and a closing character, or ""; the rule is heavy where a line begins between the two.
+        style: of the heavy rule.
+    """
+
+    def __init__(self, text: Text, *, cues: str = "", style: str = "") -> None:
+        self.text, self.cues, self.style = text, cues, style
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width, is_open = max(options.max_width - 2, 2), False
+        for whole in self.text.split("\n"):
+            for line in whole.divide(_breaks(whole.plain, width)):
+                rule = ("┃ ", self.style) if is_open else ("│ ", "dim")
+                yield Text.assemble(rule, line, no_wrap=True, overflow="ignore")
+                for cue in filter(self.cues.__contains__, line.plain):
+                    is_open = cue == self.cues[0]
+
+
+def _breaks(line: str, width: int) -> list[int]:
+    """Offsets where a line is broken so that each piece fits: after a space if it holds one, and nothing is lost."""
+    # an emoji selector widens the character before it in some versions of rich
+    cells = [get_character_cell_size(char) + (line[at + 1 : at + 2] == "\ufe0f") for at, char in enumerate(line)]
+    breaks, start, after_space, used = [], 0, 0, 0
+    for at, char in enumerate(line):
+        while used + cells[at] > width and at > start:
+            start = after_space if after_space > start else at
+            used = sum(cells[start:at])
+            breaks.append(start)
+        used += cells[at]
+        if char == " ":
+            after_space = at + 1
+    return breaks
 
 
 def _forced(text: str, reserved: tuple[str, ...]) -> Iterator[int]:

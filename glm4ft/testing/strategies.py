@@ -195,9 +195,8 @@ def _steps(contents: SearchStrategy[str], loss: bool | None) -> SearchStrategy[l
     roles: tuple[Role, ...] = ("user", "observation", "system")
     users, observations, systems = (contents.map(functools.partial(Message, role)) for role in roles)
     numbers = st.integers(0, 3).map(str)
-    answers = [_replies(contents, loss) for _ in range(3)]
     calls = [tool_calls(contents, names=numbers | tool_names(contents), loss=loss) for _ in range(3)]
-    steps = st.lists(st.one_of(users, *answers, observations, *calls, systems), max_size=30)
+    steps = st.lists(st.one_of(users, _replies(contents, loss), observations, *calls, systems), max_size=30)
     return st.tuples(steps, steps).map(lambda halves: [*halves[0], *halves[1]])  # one list alone holds 5 on average
 
 
@@ -208,7 +207,9 @@ def _declared(contents: SearchStrategy[str]) -> SearchStrategy[list[dict[str, An
 
 @functools.lru_cache(maxsize=32)
 def _replies(contents: SearchStrategy[str], loss: bool | None) -> SearchStrategy[Message]:
-    return st.builds(lambda text, flag: Message("assistant", text, loss=flag), contents, _flags(loss))
+    trained = contents.map(lambda text: Message("assistant", text))
+    untrained = contents.map(lambda text: Message("assistant", text, loss=False))
+    return trained if loss else untrained if loss is False else trained | untrained
 
 
 def _resolved(message: Message, declared: list[dict[str, Any]]) -> Message:

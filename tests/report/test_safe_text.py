@@ -5,6 +5,7 @@ Run: pytest tests/report/test_safe_text.py
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 import unicodedata
@@ -12,8 +13,11 @@ import unicodedata
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from rich.cells import cell_len
+from rich.console import Console
+from rich.text import Text
 
-from glm4ft.report.safe_text import escape, visible
+from glm4ft.report.safe_text import Ruled, escape, visible
 
 BIDI = [chr(code) for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C)]
 CONTROLS = [chr(code) for code in (*range(0x20), *range(0x7F, 0xA0))]
@@ -21,8 +25,8 @@ RESERVED = ("<|user|>", "[gMASK]", "⟦")
 FAMILY = "\U0001f468\u200d\U0001f469\u200d\U0001f467"  # man, woman, girl, joined
 FORBIDDEN = re.compile("[" + re.escape("".join(c for c in CONTROLS if c != "\n") + "".join(BIDI)) + "\u2028\u2029]")
 
-fragments = st.sampled_from(
-    [*BIDI, *CONTROLS, *RESERVED, "::", ":", "#", "##", "[", "##[group]", "\\", "x1b", "u202e", "U000e0041", "\\x5c",
+fragments = st.sampled_from(BIDI + CONTROLS) | st.sampled_from(
+    [*RESERVED, "::", ":", "#", "##", "[", "##[group]", "\\", "x1b", "u202e", "U000e0041", "\\x5c",
      "↵", "⇥", "\u200c", "\u200d", "\ufe0f", "\u0301", "\u094d", "\ud800", "\U000e0041", "\u3000", " ", "a", "你", "❤"]
 )  # fmt: skip
 texts = st.text(st.characters()) | st.lists(fragments | st.characters()).map("".join)
@@ -62,6 +66,7 @@ def test_nothing_is_lost(text: str, newlines: bool) -> None:
 
 
 @given(texts)
+@example("".join(RESERVED))
 def test_nothing_reads_as_a_reserved_string(text: str) -> None:
     shown = visible(text, reserved=RESERVED)
     assert not any(string in shown for string in RESERVED)
@@ -148,3 +153,20 @@ def test_a_backslash_is_escaped_only_before_what_reads_as_our_escape() -> None:
 def test_a_reserved_string_loses_its_looks() -> None:
     assert visible("[[gMASK] <|user|><|user", reserved=RESERVED) == r"[\x5bgMASK] \x3c|user|><|user"
     assert visible("abc", reserved=("ab", "bc")) == r"\x61\x62c"
+
+
+@pytest.mark.parametrize("width", [4, 5, 8, 40])
+def test_every_printed_line_has_a_rule_and_no_character_is_lost(width: int) -> None:
+    text = "::a  long   word-that-is-long\n\n::error::x 你好 " + "❤\ufe0f" * 9
+    file = io.StringIO()
+    Console(file=file, width=width, color_system=None).print(Ruled(Text(text)))
+    lines = file.getvalue().split("\n")
+    assert all(line.startswith("│ ") and cell_len(line) <= width for line in lines[:-1])
+    assert "".join(line[2:] for line in lines) == text.replace("\n", "")
+
+
+def test_the_rule_is_heavy_where_a_line_begins_between_the_cues() -> None:
+    file = io.StringIO()
+    text = Text("a <b\nc\nd> <e> f\ng <h\ni")
+    Console(file=file, width=40, color_system=None).print(Ruled(text, cues="<>"))
+    assert file.getvalue().split("\n") == ["│ a <b", "┃ c", "┃ d> <e> f", "│ g <h", "┃ i", ""]

@@ -1,0 +1,100 @@
+"""What the whole test suite shares: Hypothesis profiles, an isolated environment, and the lanes of chat formats."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports torch. Two processes of two spinning threads were measured 15 times slower than two of one.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("default", max_examples=100, deadline=None)  # shared machines: no test is timed by one run
+settings.register_profile("nightly", max_examples=1000, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@dataclass(frozen=True)
+class Lane:
+    """A chat format with a tokenizer whose own template renders it.
+
+    Args:
+        id: as shown by pytest.
+        chat_format: name of the chat format.
+        architecture: of the built-in tokenizer; "" for the real one.
+    """
+
+    id: str
+    chat_format: str
+    architecture: str = ""
+
+
+TINY_LANES = (
+    Lane("tiny-9b-chat", "glm-4-9b-chat", "GlmForCausalLM"),
+    Lane("tiny-0414", "glm-4-0414", "Glm4ForCausalLM"),
+)
+REAL_LANE = Lane("real-9b-chat", "glm-4-9b-chat")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run what uses a lane once per lane; the real one exists only where a tokenizer is given."""
+    if "lane" in metafunc.fixturenames:
+        from glm4ft.testing.plugin import TOKENIZER
+
+        lanes = [*TINY_LANES, REAL_LANE] if TOKENIZER.value(metafunc.config) else TINY_LANES
+        metafunc.parametrize("lane", lanes, ids=lambda lane: lane.id, scope="session")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _isolated_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Encoded files of tests go where nobody finds them again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GLM4FT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def real_tokenizer(glm4ft_tokenizer: str) -> Any:
+    """The real tokenizer; the test is skipped where none is given. Loading takes four seconds, so it is shared."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(glm4ft_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(lane: Lane, request: pytest.FixtureRequest) -> Any:
+    """The tokenizer of the lane."""
+    if not lane.architecture:
+        return request.getfixturevalue("real_tokenizer")
+    from glm4ft.tiny import tiny_tokenizer
+
+    return tiny_tokenizer(lane.architecture)
+
+
+@pytest.fixture(scope="session")
+def make_chat_format(lane: Lane, tokenizer: Any) -> Callable[..., Any]:
+    """Make the lane's chat format with the given options, each only once: with the real tokenizer it takes seconds."""
+    from glm4ft.chat_format import ChatFormat
+
+    made: dict[tuple[tuple[str, Any], ...], ChatFormat] = {}
+
+    def make(**options: Any) -> ChatFormat:
+        key = tuple(sorted(options.items()))
+        if key not in made:
+            made[key] = ChatFormat(lane.chat_format, tokenizer, **options)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def chat_format(make_chat_format: Callable[..., Any]) -> Any:
+    """The lane's chat format with default options."""
+    return make_chat_format()

@@ -1,0 +1,57 @@
+"""Draws the founding case: the same run with the right mask and with the founding bug.
+
+Run: python docs/plot_founding_case.py        (needs matplotlib; writes docs/founding_case.svg)
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import matplotlib
+import matplotlib.pyplot as plt
+
+from glm4ft.chat_format import ChatFormat
+from glm4ft.config import TrainConfig
+from glm4ft.testing.founding_bug import FoundingBugFormat
+from glm4ft.training_run import RunResult, run_training
+
+RUN = TrainConfig(data="demo", learning_rate=5e-3, schedule="constant", max_steps=150, round_trip=True, save_every=0)
+
+
+def train(chat_format: type[ChatFormat], folder: Path) -> RunResult:
+    """The demo for 150 steps, its data encoded by the given format."""
+    environment = mock.patch.dict(os.environ, GLM4FT_CACHE=str(folder / "cache"))
+    with environment, mock.patch("glm4ft.training_run.ChatFormat", chat_format):
+        return run_training(TrainConfig(**{**vars(RUN), "output": str(folder / "run")}), say=lambda _: None)
+
+
+def main() -> None:
+    """Train both and draw their losses."""
+    matplotlib.rcParams.update({"svg.hashsalt": "glm4ft", "font.family": "sans-serif", "font.size": 11})
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    curves = [
+        ("founding bug: <|assistant|> trained, stop token not", FoundingBugFormat, "#c2410c"),
+        ("right mask: stop token trained, <|assistant|> not", ChatFormat, "#15803d"),
+    ]
+    for label, chat_format, colour in curves:
+        with tempfile.TemporaryDirectory() as folder:
+            result = train(chat_format, Path(folder))
+        losses = [row["loss"] for row in result.trajectory.steps]
+        axes.plot(range(1, len(losses) + 1), losses, color=colour, linewidth=2, label=label)
+        axes.annotate(f" {losses[-1]:.3g}", (len(losses), losses[-1]), color=colour, va="center")
+        exact = sum(turn.exact for turn in result.round_trips)
+        print(f"{label}: loss {losses[-1]:.4f} after {len(losses)} steps, {exact} of {len(result.round_trips)} turns exact")
+    axes.axhline(0.01, color="#64748b", linestyle="--", linewidth=1)
+    axes.annotate("0.01, the gate of the overfit test", (75, 0.0105), color="#64748b", ha="center", va="bottom")
+    axes.set(yscale="log", xlabel="optimiser step", ylabel="loss, nats per supervised token", xlim=(1, 162))
+    axes.grid(alpha=0.25, which="both")
+    axes.legend(frameon=False, loc="upper right")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(Path(__file__).parent / "founding_case.svg", metadata={"Date": None}, facecolor="white")
+
+
+if __name__ == "__main__":
+    main()

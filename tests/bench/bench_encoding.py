@@ -1,0 +1,55 @@
+"""Encoding conversations with their mask against ``apply_chat_template``, which yields the ids alone.
+
+Run: pytest tests/bench/bench_encoding.py -o python_files=bench_*.py [--glm4ft-tokenizer PATH]
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from glm4ft.chat_format import ChatFormat
+from glm4ft.conversation import Conversation, from_messages
+from glm4ft.tiny import tiny_tokenizer
+
+TEXT = "The Seine runs through Paris, 塞纳河穿过巴黎。 It is 777 kilometres long and rises near Dijon.\n"
+
+
+def conversations(num: int) -> list[Conversation]:
+    return [
+        from_messages(
+            [
+                {"role": "user" if turn % 2 == 0 else "assistant", "content": f"{i} {turn}: " + TEXT * (1 + (i + turn) % 5)}
+                for turn in range(6)
+            ]
+        )
+        for i in range(num)
+    ]
+
+
+@pytest.mark.benchmark(group="encoding")
+def test_encoding_against_the_chat_template(benchmark: Any, request: pytest.FixtureRequest) -> None:
+    path = request.config.getoption("--glm4ft-tokenizer") or os.environ.get("GLM4FT_TOKENIZER")
+    tokenizer = AutoTokenizer.from_pretrained(path) if path else tiny_tokenizer()
+    chat_format = ChatFormat("glm-4-9b-chat" if path else "glm-4-0414", tokenizer)
+    data = conversations(300)
+    plain = [[{"role": m.role, "content": m.content, "metadata": ""} for m in c.messages] for c in data]
+    ratios = []
+
+    def round_() -> None:
+        began_s = time.perf_counter()
+        for messages in plain:
+            tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+        between_s = time.perf_counter()
+        for conversation in data:
+            chat_format.encode(conversation)
+        ratios.append((between_s - began_s) / (time.perf_counter() - between_s))
+
+    benchmark.pedantic(round_, rounds=7, warmup_rounds=1)
+    benchmark.extra_info["template/ours"] = [round(ratio, 2) for ratio in sorted(ratios)]
+    print(f"\napply_chat_template / glm4ft, time: median {statistics.median(ratios):.2f}, {sorted(ratios)}")

@@ -42,8 +42,9 @@ def main() -> None:
         losses = [row["loss"] for row in result.trajectory.steps]
         axes.plot(range(1, len(losses) + 1), losses, color=colour, linewidth=2, label=label)
         axes.annotate(f" {losses[-1]:.3g}", (len(losses), losses[-1]), color=colour, va="center")
-        exact = sum(turn.exact for turn in result.round_trips)
-        print(f"{label}: loss {losses[-1]:.4f} after {len(losses)} steps, {exact} of {len(result.round_trips)} turns exact")
+        turns = result.round_trips
+        exact = f"{sum(turn.exact for turn in turns)} of {len(turns)} turns exact"
+        print(f"{label}: loss {losses[-1]:.4f} after {len(losses)} steps, {exact}")
     axes.axhline(0.01, color="#64748b", linestyle="--", linewidth=1)
     axes.annotate("0.01, the gate of the overfit test", (75, 0.0105), color="#64748b", ha="center", va="bottom")
     axes.set(yscale="log", xlabel="optimiser step", ylabel="loss, nats per supervised token", xlim=(1, 162))

@@ -189,7 +189,7 @@ def _merge_parser() -> ArgumentParser:
     parser.add_argument("adapter", type=str, help="Output folder of a run, or any PEFT adapter of a GLM-4.")
     parser.add_argument("--output", type=str, required=True, help="Folder for the merged checkpoint.")
     parser.add_argument("--model", type=str, help="Base checkpoint, if not the one that the adapter names.")
-    parser.add_argument("--dtype", type=str, default="auto", help="bf16, fp32 or auto, as in train.")
+    parser.add_argument("--dtype", type=str, default="auto", help="bf16 or fp32; auto: as the base is stored.")
     return parser
 
 

@@ -151,7 +151,8 @@ def tiny_model(
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=stop_ids,
     )
-    model: PreTrainedModel = model_class(config)
+    with torch.random.fork_rng(devices=[]):  # transformers draws weights first, which are then replaced
+        model: PreTrainedModel = model_class(config)
     construct_weights(model, shared_row_ids(tokenizer, config.vocab_size), seed)
     model.generation_config = GenerationConfig(eos_token_id=stop_ids, pad_token_id=tokenizer.pad_token_id)
     model.eval()

@@ -115,7 +115,10 @@ def run_training(config: TrainConfig, *, resume: bool = False, say: Callable[[st
     for warning in base.warnings:
         say(f"warning: {warning}")
     model = _adapt(base, config, output)
-    say(audit_lora(model, config.lora).describe())
+    adapters = audit_lora(model, config.lora)
+    say(adapters.describe())
+    for warning in adapters.warnings:
+        say(f"warning: {warning}")
     header = _header(rows, model)
     _require_disk_space(output, model, config.keep_checkpoints if config.save_every else 0)
     checkpoint = None

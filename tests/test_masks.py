@@ -174,7 +174,7 @@ def test_every_turn_is_preceded_by_the_prompt_of_serving(chat_format: ChatFormat
     row = chat_format.encode(conversation)
     for turn in row.turns:
         history = Conversation(conversation.messages[: turn.message], conversation.tools)
-        if history.messages or history.tools:  # transformers renders no empty conversation
+        if history.messages:  # transformers renders no empty conversation
             prompt = render(chat_format, history, tokenize=True, add_generation_prompt=True)
             assert row.input_ids[: turn.start] == list(prompt)
 

@@ -17,7 +17,7 @@ from glm4ft.chat_format import ChatFormat
 from glm4ft.conversation import read_conversations
 from glm4ft.dataset import fit_row
 from glm4ft.report.mask_view import Totals, mask_record, render_legend, render_row, render_totals
-from glm4ft.report.safe_text import visible
+from glm4ft.report.safe_text import Ruled, visible
 
 
 def inspect_conversations(
@@ -56,7 +56,7 @@ def inspect_conversations(
                 shown = render_row(row, chat_format, boundaries=boundaries) if row else _drop(conversation.line, reason)
                 console.print(shown)
                 for warning in conversation.warnings:
-                    console.print(Text(f"warning: {visible(warning, newlines=False)}", style="yellow"))
+                    console.print(Ruled(Text(f"warning: {visible(warning, newlines=False)}", style="yellow")))
     if totals.conversations > limit:
         console.print(f"\n{totals.conversations - limit:,} more conversations are counted below; --limit shows more")
     console.print()

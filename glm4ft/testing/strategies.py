@@ -170,7 +170,7 @@ def conversations(
     rules = _Rules(max_turns, late_system, nonstop_terminators, may_open=system is not False)
     declared = draw(_optional(_declared(contents), tools))
     may_speak_first = draw(st.sampled_from([False] * 9 + [True]))
-    steps = draw(_steps(contents, loss))
+    steps = draw(_steps(contents, loss, calls=bool(declared)))
     messages = rules.put_right([_resolved(message, declared) for message in steps], may_speak_first)
     if system and (not messages or messages[0].role != "system"):
         messages.insert(0, Message("system", draw(contents)))
@@ -186,17 +186,17 @@ def conversations(
 
 
 @functools.lru_cache(maxsize=32)
-def _steps(contents: SearchStrategy[str], loss: bool | None) -> SearchStrategy[list[Message]]:
+def _steps(contents: SearchStrategy[str], loss: bool | None, calls: bool) -> SearchStrategy[list[Message]]:
     """Messages without regard to their order, in proportions that make every pattern likely once they are put right.
 
     Drawn that way, Hypothesis can leave out any one of them when it shrinks; an exchange of several messages is more
     than it removes in one go. Metadata that is a number stands for a declared tool.
     """
-    roles: tuple[Role, ...] = ("user", "observation", "system")
-    users, observations, systems = (contents.map(functools.partial(Message, role)) for role in roles)
+    roles: tuple[Role, ...] = ("user", "system", "observation", "observation")
+    users, systems, observations, more = (contents.map(functools.partial(Message, role)) for role in roles)
     numbers = st.integers(0, 3).map(str)
-    calls = [tool_calls(contents, names=numbers | tool_names(contents), loss=loss) for _ in range(3)]
-    steps = st.lists(st.one_of(users, _replies(contents, loss), observations, *calls, systems), max_size=30)
+    called = [tool_calls(contents, names=numbers | tool_names(contents), loss=loss) for _ in range(7 * calls)]
+    steps = st.lists(st.one_of(users, _replies(contents, loss), systems, observations, more, *called), max_size=30)
     return st.tuples(steps, steps).map(lambda halves: [*halves[0], *halves[1]])  # one list alone holds 5 on average
 
 
@@ -213,11 +213,7 @@ def _replies(contents: SearchStrategy[str], loss: bool | None) -> SearchStrategy
 
 
 def _resolved(message: Message, declared: list[dict[str, Any]]) -> Message:
-    """A call of a declared tool where a number stands for it, and a reply where no tool is declared."""
-    if not message.is_call:
-        return message
-    if not declared:
-        return replace(message, metadata="")
+    """A call of a declared tool where a number stands for it."""
     if not message.metadata.isdecimal():
         return message
     tool = declared[int(message.metadata) % len(declared)]
@@ -234,13 +230,14 @@ class _Rules:
     may_open: bool  # with a system message
 
     def put_right(self, steps: list[Message], may_speak_first: bool) -> list[Message]:
-        """The same texts in the same order, with another role where theirs may not stand."""
+        """The same texts in the same order, with another role where theirs may not stand; no call that may not."""
         messages: list[Message] = []
         for step in steps:
-            if not self._may_follow(messages, step, may_speak_first):
+            if self._may_follow(messages, step, may_speak_first):
+                messages.append(step)
+            elif not step.is_call:  # what a call says is made of arguments, not of contents
                 answers_a_call = bool(messages) and messages[-1].is_call and step.role == "assistant"
-                step = Message("observation" if answers_a_call else "user", step.content)
-            messages.append(step)
+                messages.append(Message("observation" if answers_a_call else "user", step.content))
         return messages
 
     def _may_follow(self, messages: list[Message], step: Message, may_speak_first: bool) -> bool:

@@ -21,15 +21,11 @@ TEXT = "The Seine runs through Paris, 塞纳河穿过巴黎。 It is 777 kilomet
 
 
 def conversations(num: int) -> list[Conversation]:
-    return [
-        from_messages(
-            [
-                {"role": "user" if turn % 2 == 0 else "assistant", "content": f"{i} {turn}: " + TEXT * (1 + (i + turn) % 5)}
-                for turn in range(6)
-            ]
-        )
-        for i in range(num)
-    ]
+    def message(i: int, turn: int) -> dict[str, str]:
+        text = f"{i} {turn}: " + TEXT * (1 + (i + turn) % 5)
+        return {"role": "assistant" if turn % 2 else "user", "content": text}
+
+    return [from_messages([message(i, turn) for turn in range(6)]) for i in range(num)]
 
 
 @pytest.mark.benchmark(group="encoding")

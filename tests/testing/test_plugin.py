@@ -12,6 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 
+# pytester forgets what is imported while a test runs in process, and torch crashes when it is imported a second time.
+import glm4ft.tiny  # noqa: F401
 from glm4ft.testing.plugin import MODEL, TOKENIZER, what_stands_in_for_cuda
 
 pytest_plugins = ["pytester"]

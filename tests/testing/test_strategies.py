@@ -5,7 +5,9 @@ Run: pytest tests/testing/test_strategies.py
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import pytest
@@ -16,6 +18,7 @@ from hypothesis.strategies import SearchStrategy
 
 from glm4ft.conversation import Conversation, Message, parse_conversation
 from glm4ft.testing.strategies import (
+    MARKER_LOOK_ALIKES,
     MARKERS,
     conversations,
     marker_free_contents,
@@ -26,17 +29,24 @@ from glm4ft.testing.strategies import (
 )
 
 T = TypeVar("T")
-LOOK = settings(max_examples=3000, database=None, derandomize=True, phases=[Phase.generate])
-SHRINK = settings(LOOK, phases=[Phase.generate, Phase.shrink])
+SHRINK = settings(max_examples=1000, database=None, derandomize=True, phases=[Phase.generate, Phase.shrink])
 
 
 def minimal(strategy: SearchStrategy[T], condition: Callable[[T], bool] = lambda _: True) -> T:
     return find(strategy, condition, settings=SHRINK)
 
 
-def can_draw(strategy: SearchStrategy[T], condition: Callable[[T], bool]) -> None:
-    """Fails if none of some thousand examples, the same ones in every run, meets the condition."""
-    find(strategy, condition, settings=LOOK)
+def sample(strategy: SearchStrategy[T], size: int) -> list[T]:
+    """Examples, the same ones in every run: what a test would see of the strategy."""
+    drawn: list[T] = []
+
+    @settings(max_examples=size, database=None, derandomize=True, phases=[Phase.generate], deadline=None)
+    @given(strategy)
+    def collect(value: T) -> None:
+        drawn.append(value)
+
+    collect()
+    return drawn
 
 
 def as_record(conversation: Conversation) -> dict[str, Any]:
@@ -80,7 +90,7 @@ def test_every_option_is_obeyed(options: dict[str, Any], data: st.DataObject) ->
     assert options["trailing"] in (None, word[-1] not in "rc")
     assert options["loss"] is None or {turn.loss for turn in turns} == {options["loss"]}
     assert options["late_system"] or "s" not in word.lstrip("s")
-    nonstop = any(pair[0] in "rc" and pair[1] in "rcs" for pair in zip(word, word[1:], strict=False))
+    nonstop = any(pair[0] in "rc" and pair[1] in "rcs" for pair in pairwise(word))
     assert options["nonstop_terminators"] or not nonstop
     assert "c" not in word or conversation.tools
     parse_conversation(as_record(conversation))
@@ -108,18 +118,25 @@ def test_given_contents_are_used_for_every_text(conversation: Conversation) -> N
 
 # --- every pattern --------------------------------------------------------------------------------------------------
 
-PATTERNS = ["ur", "sur", "ssur", "r", "sr", "uur", "usur", "urur", "uru", "uro", "ucor", "ucoor", "uco", "uc", "ucur",
-            "ucocor", "sucor", "uroru", "ucosr"]  # fmt: skip
+PATTERNS = ["^ur$", "^sur", "^ssu", "^s*r", "uur", "usur", "urur", "ru$", "ro$", "ror", "ucor", "ucoor", "co$",
+            "uc$", "ucur", "coco", "^s.*cor", "os", "roru", "ooo"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def drawn() -> list[Conversation]:
+    return sample(conversations(), 800)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_each_pattern_of_roles_can_occur(pattern: str) -> None:
-    can_draw(conversations(max_turns=3), lambda conversation: letters(conversation) == pattern)
+def test_each_pattern_of_roles_occurs(drawn: list[Conversation], pattern: str) -> None:
+    assert any(re.search(pattern, letters(conversation)) for conversation in drawn)
 
 
-@pytest.mark.parametrize("pattern", ["rr", "rc", "cc", "rs", "cs"])
-def test_turns_that_no_stop_token_ends_can_occur_on_request(pattern: str) -> None:
-    can_draw(conversations(nonstop_terminators=True), lambda conversation: pattern in letters(conversation))
+def test_turns_that_no_stop_token_ends_occur_on_request() -> None:
+    words = [letters(conversation) for conversation in sample(conversations(nonstop_terminators=True), 200)]
+    assert {pair for pair in ("rr", "rc", "cr", "cc", "rs", "cs") if any(pair in word for word in words)} == {
+        "rr", "rc", "cr", "cc", "rs", "cs"
+    }  # fmt: skip
 
 
 CONVERSATIONS: dict[str, Callable[[Conversation], bool]] = {
@@ -130,13 +147,13 @@ CONVERSATIONS: dict[str, Callable[[Conversation], bool]] = {
     "call-of-a-declared-tool": lambda c: "c" in letters(c) and not any("not among" in text for text in c.warnings),
     "built-in-tool": lambda c: {"type": "python"} in c.tools,
     "marker-in-a-tools-name": lambda c: any("<|" in m.metadata for m in c.messages),
-    "marker-in-an-observation": lambda c: any("<|user|>" in m.content for m in c.messages if m.role == "observation"),
+    "marker-in-an-observation": lambda c: any("<|" in m.content for m in c.messages if m.role == "observation"),
 }
 
 
 @pytest.mark.parametrize("condition", CONVERSATIONS.values(), ids=CONVERSATIONS)
-def test_each_kind_of_conversation_can_occur(condition: Callable[[Conversation], bool]) -> None:
-    can_draw(conversations(), condition)
+def test_each_kind_of_conversation_occurs(drawn: list[Conversation], condition: Callable[[Conversation], bool]) -> None:
+    assert any(map(condition, drawn))
 
 
 TEXTS: dict[str, Callable[[str], bool]] = {
@@ -160,13 +177,18 @@ TEXTS: dict[str, Callable[[str], bool]] = {
     "control-character": lambda t: "\x1b" in t,
     "astral": lambda t: any(ord(c) > 0xFFFF for c in t),
     "long": lambda t: len(t) > 1000,
-    "free": lambda t: any(0x400 < ord(c) < 0x500 or 0xA000 < ord(c) < 0xA4D0 for c in t),
+    "free": lambda t: any(0x20000 < ord(c) < 0x100000 for c in t),
 }
 
 
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    return sample(text_contents(), 1000)
+
+
 @pytest.mark.parametrize("condition", TEXTS.values(), ids=TEXTS)
-def test_each_kind_of_text_can_occur(condition: Callable[[str], bool]) -> None:
-    can_draw(text_contents(), condition)
+def test_each_kind_of_text_occurs(texts: list[str], condition: Callable[[str], bool]) -> None:
+    assert any(map(condition, texts))
 
 
 # --- simplest examples ----------------------------------------------------------------------------------------------
@@ -194,9 +216,10 @@ def test_the_simplest_part_is_short(strategy: SearchStrategy[Any], simplest: Any
 def test_a_found_text_shrinks_to_three_messages() -> None:
     """Messages around it go away, and what stays becomes trivial."""
     found = minimal(conversations(), CONVERSATIONS["marker-in-an-observation"])
-    assert letters(found) == "uro"
-    assert [m.content for m in found.messages][::2] == ["a", "<|user|>"]
-    assert found.tools == ()
+    assert letters(found) in ("uro", "uco")
+    assert found.messages[0].content == "a"
+    assert found.messages[2].content in (*MARKERS, *MARKER_LOOK_ALIKES)
+    assert len(found.tools) <= 1
 
 
 # --- usage errors ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,239 @@
+"""Executable specification of one training step, in plain torch and independent of any trainer.
+
+Every function computes what a stage should have produced *from the recorded input of that stage*, so that the first
+stage that departs is the one that is wrong.
+
+Shapes: N supervised tokens, T positions, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from glm4ft.chat_format import IGNORED
+from glm4ft.testing.trace import Forward, Tensors, backbone_of
+
+_ADAPTER = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<matrix>[AB])\.(?P<adapter>\w+)\.weight$")
+# A gradient this much smaller than the largest of its forward pass is rounding: bf16 keeps 8 bits of mantissa.
+ZERO_GRADIENT = 1e-6
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Where LoRA matrices go.
+
+    Args:
+        scale: what ``B A`` is multiplied by.
+    """
+
+    scale: float
+
+    @classmethod
+    def of(cls, model: Any) -> Adapter:
+        """The one that the model's PEFT configuration states.
+
+        Raises:
+            ValueError: if the configuration is of a kind this specification does not cover.
+        """
+        (config,) = model.peft_config.values()
+        if getattr(config, "use_dora", False) or config.rank_pattern or config.alpha_pattern:
+            raise ValueError("DoRA and per-module ranks are not covered by the reference")
+        return cls(config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r))
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the gradient at the final norm says about one row.
+
+    Args:
+        labels_T: unshifted, -100 where no gradient arrives.
+        weights_T: of each target in the loss; 0 where there is none.
+        fit: smallest cosine between a gradient and that of cross entropy with the found label; 1 is a perfect fit.
+    """
+
+    labels_T: torch.Tensor
+    weights_T: torch.Tensor
+    fit: float
+
+
+class Reference:
+    """The base as the harness wrote it, with a forward of its own.
+
+    Args:
+        base_dir: Hugging Face model folder.
+        adapter: how the trained matrices act on it.
+    """
+
+    def __init__(self, base_dir: str | Path, adapter: Adapter) -> None:
+        self.model: Any = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32).eval()
+        self.model.requires_grad_(False)
+        self.adapter = adapter
+        self.backbone, self.head = backbone_of(self.model), self.model.lm_head
+        self.weights: Tensors = dict(self.model.named_parameters())
+
+    def hidden(self, input_ids: Sequence[int], trained: Tensors) -> torch.Tensor:
+        """Output of the final norm for one row alone, without padding or neighbours.
+
+        Args:
+            input_ids: of the row.
+            trained: the adapter's matrices by their names in the model under test.
+        Returns:
+            (T, D), differentiable in ``trained``.
+        """
+        # the backbone's parameters are those of the whole model without its prefix
+        adapted = {name.removeprefix("model."): weight for name, weight in self._adapted(trained).items()}
+        ids = torch.tensor([list(input_ids)])
+        output = torch.func.functional_call(self.backbone, adapted, (ids,), {"use_cache": False})
+        hidden: torch.Tensor = output.last_hidden_state[0]
+        return hidden
+
+    def loss(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]], trained: Tensors) -> torch.Tensor:
+        """Token mean over all rows of an optimiser step.
+
+        Args:
+            rows: (input_ids, labels), labels unshifted.
+            trained: the adapter's matrices.
+        """
+        total, count = torch.zeros(()), 0
+        for input_ids, labels in rows:
+            targets = torch.tensor(list(labels))[1:]
+            logits = self.head(self.hidden(input_ids, trained)[:-1])
+            total = total + F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+            count += int((targets != IGNORED).sum())
+        return total / count
+
+    def gradient(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]], trained: Tensors) -> Tensors:
+        """Gradient of ``loss`` with respect to each trained matrix."""
+        leaves = {name: tensor.float().requires_grad_(True) for name, tensor in trained.items()}
+        gradients = torch.autograd.grad(self.loss(rows, leaves), list(leaves.values()))
+        return dict(zip(leaves, gradients, strict=True))
+
+    def _adapted(self, trained: Tensors) -> Tensors:
+        matrices: dict[str, dict[str, torch.Tensor]] = {}
+        for name, tensor in trained.items():
+            match = _ADAPTER.match(name)
+            if not match:
+                raise ValueError(f"{name} is trained, but is no LoRA matrix")
+            matrices.setdefault(match["module"] + ".weight", {})[match["matrix"]] = tensor.float()
+        deltas = {name: self.adapter.scale * (pair["B"] @ pair["A"]) for name, pair in matrices.items()}
+        return {name: self.weights[name] + delta for name, delta in deltas.items()}
+
+
+def split_rows(forward: Forward) -> list[tuple[int, torch.Tensor]]:
+    """The rows of a forward pass: padded ones by the mask, packed ones by positions that restart.
+
+    Returns:
+        For each row its index in the batch and the positions (T) it takes there.
+    """
+    rows = []
+    for b, ids_T in enumerate(forward.input_ids_BT):
+        mask = forward.attention_mask
+        real = mask[b].bool() if mask is not None and mask.dim() == 2 else torch.ones(len(ids_T), dtype=torch.bool)
+        places = real.nonzero()[:, 0]
+        if forward.positions_BT is None:
+            rows.append((b, places))
+            continue
+        positions = forward.positions_BT[min(b, len(forward.positions_BT) - 1)][places]
+        starts = [i for i in range(len(places)) if i == 0 or positions[i] <= positions[i - 1]]
+        ends = [*starts[1:], len(places)]
+        rows += [(b, places[start:end]) for start, end in zip(starts, ends, strict=True)]
+    return rows
+
+
+def recover_targets(hidden_TD: torch.Tensor, gradient_TD: torch.Tensor, head: nn.Linear, ids: torch.Tensor) -> Targets:
+    """Read label and weight of every token out of the loss's gradient at the final norm.
+
+    For cross entropy that gradient is ``w * W^T (p - e_y)``; given the hidden state only ``w`` and ``y`` are unknown,
+    and y is the token whose direction ``W^T p - W_y`` the gradient has.
+
+    Args:
+        hidden_TD: output of the final norm.
+        gradient_TD: of the loss there.
+        head: the frozen output head.
+        ids: the row's ids, of which only the length is used.
+    """
+    weight_VD = head.weight.detach().double().cpu()
+    hidden, gradient = hidden_TD.double(), gradient_TD.double()
+    labels, weights = torch.full((len(ids),), IGNORED), torch.zeros(len(ids), dtype=torch.float64)
+    size = gradient.norm(dim=1)
+    active = (size > ZERO_GRADIENT * size.max()).nonzero()[:, 0] if size.max() > 0 else torch.zeros(0, dtype=torch.long)
+    fit = 1.0
+    for t in active.tolist():
+        expected_D = (hidden[t] @ weight_VD.T).softmax(0) @ weight_VD
+        directions_VD = expected_D - weight_VD
+        lengths_V = directions_VD.norm(dim=1).clamp_min(1e-300)
+        cosine_V = directions_VD @ gradient[t] / (lengths_V * size[t])
+        best = int(cosine_V.argmax())
+        fit = min(fit, float(cosine_V[best]))
+        if t + 1 < len(ids):
+            labels[t + 1] = best
+            weights[t + 1] = size[t] / lengths_V[best]
+    return Targets(labels, weights, fit)
+
+
+def clip_factor(gradients: Tensors, max_norm: float) -> tuple[float, float]:
+    """Global norm and what every gradient is multiplied by.
+
+    Returns:
+        ``(norm, factor)``; the factor is ``min(1, max_norm / (norm + 1e-6))``, and 1 if ``max_norm`` is 0.
+    Source: ``torch.nn.utils.clip_grad_norm_``.
+    """
+    norm = math.sqrt(sum(float(g.double().pow(2).sum()) for g in gradients.values()))
+    return norm, min(1.0, max_norm / (norm + 1e-6)) if max_norm else 1.0
+
+
+def scheduled_rate(step: int, plan: dict[str, Any], total_steps: int) -> float:
+    """Learning rate of an update.
+
+    Args:
+        step: from 1.
+        plan: peak rate, schedule and warm-up.
+        total_steps: of the whole run.
+    Source: the closed forms of transformers' ``get_scheduler``: linear warm-up from 0 over ``warmup_steps``, then
+        constant, linear to 0, or half a cosine to 0.
+    """
+    done, warmup = step - 1, plan["warmup_steps"]
+    if done < warmup:
+        return float(plan["learning_rate"] * done / warmup)
+    share = (done - warmup) / max(1, total_steps - warmup)
+    shape = {"constant": 1.0, "linear": 1 - share, "cosine": (1 + math.cos(math.pi * share)) / 2}[plan["schedule"]]
+    return float(plan["learning_rate"] * shape)
+
+
+class AdamW:
+    """The update of decoupled Adam, carried from step to step in float64.
+
+    Args:
+        betas: decay of the two moments.
+        eps: added to the root of the second.
+        weight_decay: decoupled; applied to every trained matrix.
+    Source: Loshchilov and Hutter, arXiv 1711.05101, algorithm 2.
+    """
+
+    def __init__(self, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+        self.betas, self.eps, self.weight_decay, self.steps = betas, eps, weight_decay, 0
+        self.first, self.second = Tensors(), Tensors()
+
+    def update(self, before: Tensors, gradients: Tensors, rate: float) -> Tensors:
+        """Parameters after one step."""
+        self.steps += 1
+        beta1, beta2 = self.betas
+        after = {}
+        for name, gradient in gradients.items():
+            g = gradient.double()
+            self.first[name] = beta1 * self.first.get(name, torch.zeros_like(g)) + (1 - beta1) * g
+            self.second[name] = beta2 * self.second.get(name, torch.zeros_like(g)) + (1 - beta2) * g * g
+            root = (self.second[name] / (1 - beta2**self.steps)).sqrt() + self.eps
+            direction = self.first[name] / (1 - beta1**self.steps) / root
+            after[name] = before[name].double() * (1 - rate * self.weight_decay) - rate * direction
+        return after

@@ -1,0 +1,121 @@
+"""What a fine-tuning pipeline has to offer to be put on trial.
+
+A *subject* is any object with the members below; no type of ours has to be imported to write one. Its parts are found
+by presence: a check that needs a part the subject lacks is skipped and counted. Named ``MODULE:ATTR`` on the command
+line, the attribute is a subject, or a function that is given ``base_dir`` and returns one.
+
+Required
+    ``name``: shown in reports.
+    ``tokenizer``: a transformers tokenizer.
+    ``encode(messages, tools=None)``: ``{"input_ids": [...], "labels": [...]}``, plain lists, labels unshifted, -100
+    where a token is not supervised.
+
+Optional
+    ``chat_format``: ``"glm-4-9b-chat"`` or ``"glm-4-0414"``; without it only rules that hold for every template apply.
+    ``stop_ids``: ids that end generation.
+    ``prompt(messages, tools=None)``: ids that serving sends for the next assistant turn.
+    ``collate(rows)``: a batch of tensors from what ``encode`` returned.
+    ``build_model(base_dir, seed)``: the base with adapters attached, on its device.
+    ``train(model, conversations, plan)``: trains in place. A conversation is ``{"messages": [...], "tools": [...]}``.
+    ``evaluate(model, conversations)``: the mean loss over all supervised tokens.
+    ``save(model, folder)``, ``load(base_dir, folder)``: an adapter to disk and back.
+    ``merge(base_dir, folder, output)``: a merged checkpoint from a base and a saved adapter.
+
+``base_dir`` is a Hugging Face model folder that the harness wrote, so the harness knows the base and can load it on
+its own. ``plan`` is a plain mapping with the keys of :data:`PLAN`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from glm4ft.errors import ConfigError
+
+REQUIRED = ("name", "tokenizer", "encode")
+OPTIONAL = (
+    "chat_format", "stop_ids", "prompt", "collate", "build_model", "train", "evaluate", "save", "load", "merge",
+)  # fmt: skip
+
+PLAN: Mapping[str, Any] = {
+    "steps": 10,  # optimiser steps
+    "micro_batch_size": 2,  # rows in one forward pass
+    "accumulation": 1,  # forward passes per optimiser step
+    "learning_rate": 5e-3,
+    "schedule": "constant",  # or "linear", "cosine"
+    "warmup_steps": 0,
+    "max_grad_norm": 1.0,  # 0: no clipping
+    "weight_decay": 0.0,
+    "betas": (0.9, 0.999),
+    "eps": 1e-8,
+    "seed": 0,
+    "packing": False,
+    "output_dir": None,  # a folder the trainer may write to
+    "save_every": 0,  # steps between checkpoints in output_dir; 0: none
+    "resume_from": None,  # a checkpoint to continue from
+}
+
+
+def make_plan(**changes: Any) -> dict[str, Any]:
+    """A plan with some keys changed.
+
+    Raises:
+        ConfigError: if a key is not one of a plan's.
+    """
+    for key in changes:
+        if key not in PLAN:
+            raise ConfigError("a plan has no such key", found=key, expected=", ".join(PLAN))
+    return {**PLAN, **changes}
+
+
+def load_subject(spec: str, base_dir: Path) -> Any:
+    """Find a subject by name.
+
+    Args:
+        spec: ``MODULE:ATTR``; modules of the working directory are found too.
+        base_dir: given to the attribute if it is a function.
+    Returns:
+        The subject.
+    Raises:
+        ConfigError: if there is no such attribute, or it is no subject.
+    """
+    module_name, colon, attribute = spec.partition(":")
+    if not (module_name and colon and attribute):
+        raise ConfigError("not the name of a subject", where="--subject", found=spec, expected="MODULE:ATTR")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = importlib.import_module(module_name)
+        for name in attribute.split("."):
+            found = getattr(found, name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError("the subject cannot be imported", where="--subject", found=f"{spec}: {error}") from error
+    subject = found(str(base_dir)) if inspect.isroutine(found) or inspect.isclass(found) else found
+    require_subject(subject, spec)
+    return subject
+
+
+def require_subject(subject: Any, spec: str = "") -> None:
+    """Refuse an object that lacks a required member.
+
+    Raises:
+        ConfigError: naming what is missing.
+    """
+    missing = [name for name in REQUIRED if getattr(subject, name, None) is None]
+    if missing:
+        raise ConfigError(
+            "not a subject",
+            where=spec or type(subject).__name__,
+            found=f"no {', '.join(missing)}",
+            expected=f"at least {', '.join(REQUIRED)}",
+            fix="see the documentation of glm4ft.testing.subject",
+        )
+
+
+def parts(subject: Any) -> frozenset[str]:
+    """The members a subject has, required and optional."""
+    return frozenset(name for name in (*REQUIRED, *OPTIONAL) if getattr(subject, name, None) is not None)

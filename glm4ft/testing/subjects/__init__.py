@@ -1,0 +1,1 @@
+"""Pipelines that are put on trial: this project's own, and others."""

@@ -1,0 +1,112 @@
+"""glm4ft itself as a subject."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch.utils.data import Dataset
+
+from glm4ft.base_model import load_base
+from glm4ft.batching import Collator, Item
+from glm4ft.chat_format import ChatFormat
+from glm4ft.config import TrainConfig
+from glm4ft.conversation import from_messages
+from glm4ft.lora import LoraOptions, attach_lora
+from glm4ft.loss import install_supervised_loss
+from glm4ft.merge import merge_adapter
+from glm4ft.training_run import make_trainer
+
+
+class MemoryRows(Dataset[Item]):
+    """Encoded rows that need no file."""
+
+    def __init__(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> None:
+        self.items = [
+            {"input_ids": np.array(row["input_ids"]), "labels": np.array(row["labels"]), "lines": [index]}
+            for index, row in enumerate(rows, start=1)
+        ]
+        self.lengths = np.array([len(item["input_ids"]) for item in self.items])
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Item:
+        return self.items[index]
+
+
+class Subject:
+    """This project's trainer on a base folder.
+
+    Args:
+        base_dir: Hugging Face model folder.
+    """
+
+    name = "glm4ft"
+
+    def __init__(self, base_dir: str) -> None:
+        self.base = load_base(base_dir)
+        self.tokenizer, self.chat_format = self.base.tokenizer, self.base.format_name
+        self.format = ChatFormat(self.chat_format, self.tokenizer)
+        self.stop_ids = self.format.stop_ids
+
+    def encode(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> dict[str, list[int]]:
+        """Ids and labels of one conversation."""
+        row = self.format.encode(from_messages(messages, tools))
+        return {"input_ids": row.input_ids, "labels": row.labels}
+
+    def build_model(self, base_dir: str, seed: int) -> PeftModel:
+        """The base with adapters on GLM-4's six targets."""
+        self.base = load_base(base_dir)
+        install_supervised_loss(self.base.model)
+        return attach_lora(self.base.model, LoraOptions(), seed=seed)
+
+    def train(self, model: PeftModel, conversations: Sequence[Mapping[str, Any]], plan: Mapping[str, Any]) -> None:
+        """Train in place, by the plan."""
+        rows = MemoryRows([self.encode(c["messages"], c.get("tools")) for c in conversations])
+        output = Path(plan["output_dir"] or tempfile.mkdtemp())
+        config = TrainConfig(
+            output=str(output),
+            max_length=int(rows.lengths.max()) * 4,
+            packing=plan["packing"],
+            learning_rate=plan["learning_rate"],
+            schedule=plan["schedule"],
+            warmup_steps=plan["warmup_steps"],
+            weight_decay=plan["weight_decay"],
+            max_grad_norm=plan["max_grad_norm"],
+            max_steps=plan["steps"],
+            micro_batch_size=plan["micro_batch_size"],
+            accumulation=plan["accumulation"],
+            save_every=plan["save_every"],
+            seed=plan["seed"],
+        )
+        trainer = make_trainer(config, self.base, model, rows, None, output)
+        trainer.args.adam_beta1, trainer.args.adam_beta2 = plan["betas"]
+        trainer.args.adam_epsilon = plan["eps"]
+        trainer.train(resume_from_checkpoint=plan["resume_from"])
+
+    def evaluate(self, model: PeftModel, conversations: Sequence[Mapping[str, Any]]) -> float:
+        """Mean loss over all supervised tokens."""
+        rows = MemoryRows([self.encode(c["messages"], c.get("tools")) for c in conversations])
+        batch = Collator(self.tokenizer.pad_token_id)([rows[i] for i in range(len(rows))])
+        batch.pop("lines")
+        with torch.no_grad():
+            return float(model(**batch).loss)
+
+    def save(self, model: PeftModel, folder: str) -> None:
+        """Write the adapter."""
+        model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def load(self, base_dir: str, folder: str) -> PeftModel:
+        """The base with a saved adapter."""
+        return PeftModel.from_pretrained(load_base(base_dir).model, folder)
+
+    def merge(self, base_dir: str, folder: str, output: str) -> None:
+        """Write a merged checkpoint."""
+        merge_adapter(Path(folder), Path(output), model=base_dir)

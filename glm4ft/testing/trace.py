@@ -1,0 +1,227 @@
+"""Records what reaches the loss and the optimiser, from outside, on a trainer that knows nothing of it.
+
+Hooked is what every trainer must pass through: the input of the token embedding, the output of the final norm and the
+gradient that comes back into it, the gradient that accumulates in each trained parameter, and the optimiser's step. A
+forward pre-hook on the whole model would be passed by a trainer that calls backbone and head itself.
+
+Shapes: B rows of a forward pass, T positions, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass
+class Forward:
+    """One forward pass whose loss was differentiated.
+
+    Args:
+        input_ids_BT: as they entered the embedding.
+        positions_BT: as they entered the backbone; None if the model had to count them itself.
+        attention_mask: as it entered the backbone; None if there was none.
+        hidden_BTD: output of the final norm.
+        gradient_BTD: of the loss, at that output; None until the backward pass.
+        training: whether the model was in training mode.
+    """
+
+    input_ids_BT: torch.Tensor
+    positions_BT: torch.Tensor | None
+    attention_mask: torch.Tensor | None
+    hidden_BTD: torch.Tensor
+    gradient_BTD: torch.Tensor | None
+    training: bool
+
+
+@dataclass
+class ParameterGroup:
+    """The optimiser's settings for the parameters of one group."""
+
+    names: tuple[str, ...]
+    settings: dict[str, Any]
+
+
+@dataclass
+class Step:
+    """One optimiser step.
+
+    Args:
+        forwards: the passes whose gradients it applied, in order.
+        raw: gradient of each trained parameter as it stood after the last backward pass.
+        clipped: the same as the optimiser received it.
+        before: trained parameters before the update.
+        after: and behind it.
+        groups: the optimiser's groups, with rate, betas, eps and weight decay.
+        optimizer: name of its class.
+    """
+
+    forwards: list[Forward]
+    raw: Tensors
+    clipped: Tensors
+    before: Tensors
+    groups: list[ParameterGroup]
+    optimizer: str
+    after: Tensors = field(default_factory=dict)
+
+
+@dataclass
+class Trace:
+    """The first optimiser steps of a run.
+
+    Args:
+        steps: complete ones, in order.
+        dtype: of the base's weights.
+        trained: names of the parameters that require a gradient when the recording begins.
+        optimized: those that the optimiser holds.
+        evaluations: forward passes without gradient between the steps.
+    """
+
+    steps: list[Step] = field(default_factory=list)
+    dtype: torch.dtype = torch.float32
+    trained: tuple[str, ...] = ()
+    optimized: tuple[str, ...] = ()
+    evaluations: int = 0
+
+
+@contextmanager
+def record(model: nn.Module, max_steps: int) -> Iterator[Trace]:
+    """Record the optimiser steps taken while the context is open.
+
+    Args:
+        model: with its adapters attached; wrapped, moved and trained by whoever comes next.
+        max_steps: after these the hooks are gone and the run goes on at full speed.
+    Yields:
+        The trace, filled as the run proceeds.
+    """
+    recorder = _Recorder(model, max_steps)
+    try:
+        yield recorder.trace
+    finally:
+        recorder.close()
+
+
+def backbone_of(model: nn.Module) -> nn.Module:
+    """The decoder below the head: the module that holds the embedding, the layers and the final norm.
+
+    Raises:
+        ValueError: if there is none, or more than one.
+    """
+    found = [m for m in model.modules() if hasattr(m, "embed_tokens") and hasattr(m, "layers") and hasattr(m, "norm")]
+    if len(found) != 1:
+        raise ValueError(f"{type(model).__name__} has {len(found)} modules with embed_tokens, layers and norm, not one")
+    return found[0]
+
+
+def head_of(model: nn.Module) -> nn.Linear:
+    """The output head.
+
+    Raises:
+        ValueError: if there is no ``lm_head``.
+    """
+    for name, module in model.named_modules():
+        if name.split(".")[-1] == "lm_head":
+            return getattr(module, "base_layer", module)
+    raise ValueError(f"{type(model).__name__} has no lm_head")
+
+
+class _Recorder:
+    def __init__(self, model: nn.Module, max_steps: int) -> None:
+        backbone: Any = backbone_of(model)
+        self.max_steps, self.pending, self.raw = max_steps, list[Forward](), Tensors()
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.names = {id(p): name for name, p in self.parameters.items()}
+        self.trace = Trace(dtype=head_of(model).weight.dtype, trained=tuple(self.parameters))
+        self.inputs: dict[str, torch.Tensor | None] = {}
+        self.stack = ExitStack()
+        hooks: list[RemovableHandle] = [
+            backbone.register_forward_pre_hook(self._backbone_called, with_kwargs=True),
+            backbone.embed_tokens.register_forward_pre_hook(self._ids_embedded),
+            backbone.norm.register_forward_hook(self._hidden_ready),
+            register_optimizer_step_pre_hook(self._step_begins),
+            register_optimizer_step_post_hook(self._step_ended),
+        ]
+        for name, parameter in self.parameters.items():
+            hooks.append(parameter.register_post_accumulate_grad_hook(self._keep_raw(name)))
+        for hook in hooks:
+            self.stack.callback(hook.remove)
+
+    def close(self) -> None:
+        self.stack.close()
+
+    def _backbone_called(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self.inputs = {name: _copy(kwargs.get(name)) for name in ("position_ids", "attention_mask")}
+
+    def _ids_embedded(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        self.inputs["input_ids"] = _copy(args[0])
+
+    def _hidden_ready(self, module: nn.Module, args: Any, hidden: torch.Tensor) -> None:
+        if not (torch.is_grad_enabled() and hidden.requires_grad):
+            self.trace.evaluations += 1
+            return
+        input_ids = self.inputs.get("input_ids")
+        if input_ids is None:
+            raise ValueError("the final norm ran without the token embedding: the trainer feeds embeddings directly")
+        forward = Forward(
+            input_ids_BT=input_ids,
+            positions_BT=self.inputs.get("position_ids"),
+            attention_mask=self.inputs.get("attention_mask"),
+            hidden_BTD=hidden.detach().float().cpu().clone(),
+            gradient_BTD=None,
+            training=module.training,
+        )
+
+        def keep(gradient: torch.Tensor) -> None:
+            forward.gradient_BTD = gradient.detach().float().cpu().clone()
+
+        hidden.register_hook(keep)
+        self.pending.append(forward)
+
+    def _keep_raw(self, name: str) -> Any:
+        def keep(parameter: torch.Tensor) -> None:
+            # overwritten by every backward pass: what stands here at the step is the accumulated gradient
+            self.raw[name] = _copy(parameter.grad)
+
+        return keep
+
+    def _step_begins(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        groups = [
+            ParameterGroup(
+                tuple(self.names[id(p)] for p in group["params"] if id(p) in self.names),
+                {key: value for key, value in group.items() if key != "params"},
+            )
+            for group in optimizer.param_groups
+        ]
+        if not any(group.names for group in groups):
+            return  # another optimiser's step
+        self.trace.optimized = tuple(name for group in groups for name in group.names)
+        self.trace.steps.append(
+            Step(
+                forwards=[forward for forward in self.pending if forward.gradient_BTD is not None],
+                raw=dict(self.raw),
+                clipped={n: _copy(p.grad) for n, p in self.parameters.items() if p.grad is not None},
+                before={n: _copy(p) for n, p in self.parameters.items()},
+                groups=groups,
+                optimizer=type(optimizer).__name__,
+            )
+        )
+        self.pending, self.raw = [], {}
+
+    def _step_ended(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self.trace.steps and not self.trace.steps[-1].after:
+            self.trace.steps[-1].after = {n: _copy(p) for n, p in self.parameters.items()}
+            if len(self.trace.steps) >= self.max_steps:
+                self.close()
+
+
+def _copy(tensor: Any) -> Any:
+    return tensor.detach().cpu().clone() if isinstance(tensor, torch.Tensor) else None

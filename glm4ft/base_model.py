@@ -45,7 +45,7 @@ class Base:
 
     Args:
         model: in eval mode, frozen, on its device.
-        tokenizer: pads right.
+        tokenizer: as the checkpoint has it; batches are padded without it.
         format_name: the chat format.
         source: ``tiny``, or the folder or hub id as it was given.
         warnings: what is allowed but probably not meant, one sentence each.
@@ -132,14 +132,13 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
         model: as for ``load_base``.
 
     Returns:
-        The tokenizer, padding right: left padding can give NaN on a GPU (transformers 5).
+        The tokenizer as the checkpoint has it, with a pad token.
 
     Raises:
         ModelError: if there is none, it cannot be read, or it lacks a control token.
     """
     tokenizer = tiny_tokenizer() if model == TINY else _read_tokenizer(find_checkpoint(model))
     control_ids(tokenizer)
-    tokenizer.padding_side = "right"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = END_OF_TEXT
     return tokenizer

@@ -19,6 +19,15 @@ Item = dict[str, Any]  # input_ids, labels, lines; a packed item also has positi
 WINDOW = 64
 
 
+class RowSet(Dataset[Item]):
+    """Rows by index; ``lengths`` are their numbers of tokens."""
+
+    lengths: np.ndarray[Any, Any]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
 class ShuffledByLength(Sampler[int]):
     """Yields every index once per epoch, in a random order in which neighbours have similar length.
 
@@ -59,22 +68,17 @@ class ShuffledByLength(Sampler[int]):
         yield from order[whole:].tolist()
 
 
-class PackedRows(Dataset[Item]):
+class PackedRows(RowSet):
     """Whole rows joined into packs of at most ``pack_length`` tokens.
 
     Args:
         rows: the rows to pack; each at most ``pack_length`` long.
-        lengths: tokens of each row.
         pack_length: capacity of a pack, in tokens.
     """
 
-    def __init__(self, rows: Dataset[Item], lengths: Sequence[int] | np.ndarray[Any, Any], pack_length: int) -> None:
-        self.rows, self.packs = rows, pack(lengths, pack_length)
-        lengths = np.asarray(lengths)
-        self.lengths = np.array([lengths[p].sum() for p in self.packs])
-
-    def __len__(self) -> int:
-        return len(self.packs)
+    def __init__(self, rows: RowSet, pack_length: int) -> None:
+        self.rows, self.packs = rows, pack(rows.lengths, pack_length)
+        self.lengths = np.array([rows.lengths[p].sum() for p in self.packs])
 
     def __getitem__(self, index: int) -> Item:
         return join([self.rows[i] for i in self.packs[index]])

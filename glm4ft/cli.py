@@ -1,4 +1,4 @@
-"""The command line: ``glm4ft train``, ``inspect`` and ``merge``."""
+"""The command line: ``glm4ft train``, ``inspect``, ``merge`` and ``check``."""
 
 from __future__ import annotations
 
@@ -61,8 +61,13 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _dispatch(argv: list[str]) -> int:
-    parsers = {"train": _train_parser, "inspect": _inspect_parser, "merge": _merge_parser}
-    commands: dict[str, Callable[[Namespace], int]] = {"train": _train, "inspect": _inspect, "merge": _merge}
+    parsers = {"train": _train_parser, "inspect": _inspect_parser, "merge": _merge_parser, "check": _check_parser}
+    commands: dict[str, Callable[[Namespace], int]] = {
+        "train": _train,
+        "inspect": _inspect,
+        "merge": _merge,
+        "check": _check,
+    }
     if not argv or argv[0] in ("-h", "--help"):
         print(f"usage: glm4ft {{{','.join(parsers)}}} ...\n\n{glm4ft.__doc__}\n")
         print("\n".join(f"  glm4ft {name:<8} {make().description}" for name, make in parsers.items()))
@@ -199,6 +204,24 @@ def _merge(options: Namespace) -> int:
     report = merge_adapter(Path(options.adapter), Path(options.output), model=options.model, dtype=options.dtype)
     print(report.describe())
     return 0
+
+
+# --- check ---
+
+
+def _check_parser() -> ArgumentParser:
+    parser = _parser("check", "Put a fine-tuning pipeline on trial; by default, this project's own.")
+    parser.add_argument(
+        "--subject", type=str, default="glm4ft.testing.subjects.own:Subject", help="MODULE:ATTR of the pipeline."
+    )
+    parser.add_argument("--json", nargs="?", const="-", help="Write the results as JSON here, or to stdout.")
+    return parser
+
+
+def _check(options: Namespace) -> int:
+    from glm4ft.testing.check_report import show_checks
+
+    return EXIT_FAILED if show_checks(options.subject, json_file=options.json) else 0
 
 
 # --- options ---

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from glm4ft.batching import Item
+from glm4ft.batching import Item, RowSet
 from glm4ft.chat_format import IGNORED, ChatFormat, Row
 from glm4ft.conversation import Conversation, Message, read_conversations
 from glm4ft.errors import DataError
@@ -68,7 +67,7 @@ class DataReport:
         return "\n".join(lines)
 
 
-class Rows(Dataset[Item]):
+class Rows(RowSet):
     """Encoded rows of one file, read by memory map.
 
     Args:
@@ -88,9 +87,6 @@ class Rows(Dataset[Item]):
         for array in (self.input_ids, self.supervised, self.offsets):
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
-
-    def __len__(self) -> int:
-        return len(self.lines)
 
     def __getitem__(self, index: int) -> Item:
         span = slice(self.offsets[index], self.offsets[index + 1])

@@ -18,7 +18,7 @@ from peft import PeftModel
 from transformers import TrainingArguments
 
 from glm4ft.base_model import Base, load_base, load_format
-from glm4ft.batching import Collator, PackedRows
+from glm4ft.batching import Collator, PackedRows, RowSet
 from glm4ft.chat_format import ChatFormat
 from glm4ft.config import TrainConfig
 from glm4ft.conversation import read_conversations
@@ -134,7 +134,7 @@ def run_training(config: TrainConfig, *, resume: bool = False, say: Callable[[st
 
 
 def make_trainer(
-    config: TrainConfig, base: Base, model: PeftModel, rows: Rows, eval_rows: Rows | None, output: Path
+    config: TrainConfig, base: Base, model: PeftModel, rows: RowSet, eval_rows: RowSet | None, output: Path
 ) -> SupervisedTrainer:
     """The trainer of a run; its trajectory goes to ``output``."""
     trajectory = output / FILE_NAME
@@ -143,7 +143,7 @@ def make_trainer(
         target_loss=config.target_loss,
         model=model,
         args=training_arguments(config, output, has_eval=eval_rows is not None, bf16=_is_bf16(base)),
-        train_dataset=PackedRows(rows, rows.lengths, config.max_length) if config.packing else rows,
+        train_dataset=PackedRows(rows, config.max_length) if config.packing else rows,
         eval_dataset=eval_rows,
         data_collator=Collator(base.tokenizer.pad_token_id),
         processing_class=base.tokenizer,

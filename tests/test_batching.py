@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glm4ft.batching import Collator, PackedRows, ShuffledByLength, join, pack
+from glm4ft.batching import Collator, PackedRows, RowSet, ShuffledByLength, join, pack
 from glm4ft.chat_format import IGNORED
 from glm4ft.loss import install_supervised_loss
 from glm4ft.tiny import tiny_model
@@ -24,6 +24,16 @@ LENGTHS = st.lists(st.integers(1, 64), min_size=1, max_size=200)
 def chat_like_lengths(num_rows: int, seed: int = 0) -> np.ndarray:
     """Log-normal with median 350 and a long tail to 2,048 tokens, as public chat sets have it."""
     return np.random.default_rng(seed).lognormal(np.log(350), 0.8, num_rows).clip(20, 2048).astype(int)
+
+
+class Items(RowSet):
+    """Rows in memory."""
+
+    def __init__(self, *items: dict) -> None:
+        self.items, self.lengths = items, np.array([len(item["input_ids"]) for item in items])
+
+    def __getitem__(self, index: int) -> dict:
+        return self.items[index]
 
 
 def item(ids: list[int], line: int = 1) -> dict:
@@ -96,7 +106,7 @@ def test_padding_is_on_the_right_never_supervised_and_masked_by_length() -> None
 
 def test_packed_rows_have_restarting_positions_and_no_mask() -> None:
     """An all-ones mask would switch the isolation off without a word (transformers 46634)."""
-    packed = PackedRows([item([1, 2, 3]), item([4, 5], 2)], [3, 2], 8)
+    packed = PackedRows(Items(item([1, 2, 3]), item([4, 5], 2)), 8)
     batch = Collator(0)([packed[0]])
     assert "attention_mask" not in batch
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5]]
@@ -106,7 +116,7 @@ def test_packed_rows_have_restarting_positions_and_no_mask() -> None:
 
 
 def test_several_packs_of_a_micro_batch_become_one_row() -> None:
-    packed = PackedRows([item([1, 2, 3]), item([4, 5])], [3, 2], 3)
+    packed = PackedRows(Items(item([1, 2, 3]), item([4, 5])), 3)
     batch = Collator(0)([packed[0], packed[1]])
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
 

@@ -114,7 +114,7 @@ class Reference:
 
     def gradient(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]], trained: Tensors) -> Tensors:
         """Gradient of ``loss`` with respect to each trained matrix."""
-        leaves = {name: tensor.float().requires_grad_(True) for name, tensor in trained.items()}
+        leaves = {name: tensor.detach().float().clone().requires_grad_(True) for name, tensor in trained.items()}
         gradients = torch.autograd.grad(self.loss(rows, leaves), list(leaves.values()))
         return dict(zip(leaves, gradients, strict=True))
 

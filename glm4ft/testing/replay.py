@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -69,11 +69,13 @@ class Verdict:
         departure: the first, or None.
         largest: stage to the largest relative departure seen in it, for stages judged by a number.
         steps: optimiser steps compared.
+        packed: whether a row stood behind another in the same row of a batch.
     """
 
     departure: Departure | None = None
     largest: dict[str, float] = field(default_factory=dict)
     steps: int = 0
+    packed: bool = False
 
 
 def replay(trace: Trace, reference: Reference, rows: Sequence[Row], plan: Mapping[str, Any]) -> Verdict:
@@ -92,20 +94,32 @@ def replay(trace: Trace, reference: Reference, rows: Sequence[Row], plan: Mappin
         verdict.departure = Departure("update", 1, "no optimiser step changed a trained parameter")
     for number, step in enumerate(trace.steps, start=1):
         replayed = _ReplayedStep(number, step, history)
+        verdict.packed = verdict.packed or any(not row.is_first for row in replayed.seen)
         for stage, judge in replayed.stages():
             for departure in judge():
                 if math.isfinite(departure.size):
                     verdict.largest[stage] = max(verdict.largest.get(stage, 0.0), departure.size)
-                if not departure.size <= _limit(stage, trace.dtype):
-                    verdict.departure = departure
+                if not departure.size <= LIMITS[trace.dtype]:
+                    verdict.departure = _hidden_by_zero_b(departure, trace, history) or departure
                     return verdict
         verdict.steps = number
         history.previous = step
     return verdict
 
 
-def _limit(stage: str, dtype: torch.dtype) -> float:
-    return LIMITS[dtype]
+def _hidden_by_zero_b(departure: Departure, trace: Trace, history: _History) -> Departure | None:
+    """The model's departure behind one of the first gradient.
+
+    While B is zero, an adapter with the wrong scale changes the gradient but not yet the output; one step on, it does.
+    """
+    if departure.stage != "gradient" or departure.step != 1 or len(trace.steps) < 2:
+        return None
+    for later in _ReplayedStep(2, trace.steps[1], history).model():
+        if not later.size <= history.limit:
+            scale = departure.cause.removeprefix("it is ").removesuffix(" times the token mean")
+            cause = f"the adapter's scale: before B moved, its gradient was {scale} times what it should be"
+            return replace(later, cause=cause if scale != departure.cause else later.cause)
+    return None
 
 
 class _History:
@@ -204,10 +218,15 @@ class _ReplayedStep:
         missing = (expected != IGNORED) & ~trained & self._unsure(row, expected)
         extra = trained & (expected == IGNORED)
         if missing.any() or extra.any():
-            words = [f"position {t} (id {row.ids[t]}) is {'trained' if extra[t] else 'not trained'}" for t in
-                     (missing | extra).nonzero()[:, 0].tolist()[:4]]
-            yield self._depart("rows", f"{int(extra.sum())} tokens are trained that should not be, "
-                               f"{int(missing.sum())} are not that should: " + ", ".join(words))
+            words = [
+                f"position {t} (id {row.ids[t]}) is {'trained' if extra[t] else 'not trained'}"
+                for t in (missing | extra).nonzero()[:, 0].tolist()[:4]
+            ]
+            yield self._depart(
+                "rows",
+                f"{int(extra.sum())} tokens are trained that should not be, "
+                f"{int(missing.sum())} are not that should: " + ", ".join(words),
+            )
 
     def _unsure(self, row: _SeenRow, expected: torch.Tensor) -> torch.Tensor:
         """Where the model gives the expected target a probability that leaves a gradient to be seen."""
@@ -274,7 +293,7 @@ class _ReplayedStep:
             following = [t for t in trained.tolist() if t + 1 < len(ids) and got[t] == ids[t + 1]]
             before = [t for t in trained.tolist() if t and got[t] == ids[t - 1]]
             cause = ""
-            if len(following) > len(trained) // 2:
+            if len(following) > max(len(before), len(trained) // 2):
                 cause = "labels are shifted twice: each position learns the token after next"
             elif len(before) > len(trained) // 2:
                 cause = "labels are not shifted: each position learns its own token"
@@ -303,7 +322,10 @@ class _ReplayedStep:
 
     def _gradient_cause(self, expected: Tensors) -> str:
         raw, previous = self.step.raw, self.history.previous
-        if previous and relative({n: raw[n] - previous.clipped[n] for n in raw if n in previous.clipped}, expected) < 0.1:
+        if (
+            previous
+            and relative({n: raw[n] - previous.clipped[n] for n in raw if n in previous.clipped}, expected) < 0.1
+        ):
             return "the gradient of the step before was not cleared"
         scale = _dot(raw, expected) / _dot(expected, expected)
         if relative(raw, {name: scale * tensor for name, tensor in expected.items()}) <= 10 * self.history.limit:
@@ -328,7 +350,7 @@ class _ReplayedStep:
             yield self._depart("schedule", f"the rate is {got:.6g}, not {expected:.6g}", "", size)
 
     def update(self) -> Iterator[Departure]:
-        step, plan = self.step, self.history.plan
+        step = self.step
         rate = float(step.groups[0].settings["lr"])
         unused = sorted(set(step.before) - {name for group in step.groups for name in group.names})
         if unused:
@@ -342,16 +364,18 @@ class _ReplayedStep:
         off = math.sqrt(sum(float((got[n] - moved[n]).pow(2).sum()) for n in got))
         total = math.sqrt(sum(float(t.pow(2).sum()) for t in moved.values()))
         size = max(0.0, off - rounding) / total if total else off
-        cause = self._update_cause(got, moved, rate, plan) if not size <= self.history.limit else ""
+        cause = self._update_cause() if not size <= self.history.limit else ""
         yield self._depart("update", f"the update is {size:.1e} off AdamW's ({step.optimizer})", cause, size)
 
-    def _update_cause(self, got: Tensors, moved: Tensors, rate: float, plan: Mapping[str, Any]) -> str:
-        for name in ("weight_decay", "betas", "eps"):
-            settings = {str(group.settings.get(name)) for group in self.step.groups}
-            if settings - {str(plan[name])}:
-                return f"{name} is {', '.join(sorted(settings))}, not {plan[name]}"
+    def _update_cause(self) -> str:
         if self.step.optimizer != "AdamW":
             return f"the optimiser is {self.step.optimizer}"
+        for name in ("weight_decay", "betas", "eps"):
+            asked = self.history.plan[name]
+            for group in self.step.groups:
+                got = group.settings.get(name)
+                if group.names and not torch.equal(torch.tensor(got), torch.tensor(asked)):
+                    return f"{name} is {got}, not {asked}"
         return ""
 
 

@@ -130,7 +130,8 @@ def head_of(model: nn.Module) -> nn.Linear:
     """
     for name, module in model.named_modules():
         if name.split(".")[-1] == "lm_head":
-            return getattr(module, "base_layer", module)
+            head: nn.Linear = getattr(module, "base_layer", module)
+            return head
     raise ValueError(f"{type(model).__name__} has no lm_head")
 
 

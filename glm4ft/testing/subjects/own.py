@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
-from torch.utils.data import Dataset
 
 from glm4ft.base_model import load_base
-from glm4ft.batching import Collator, Item
+from glm4ft.batching import Collator, Item, RowSet
 from glm4ft.chat_format import ChatFormat
 from glm4ft.config import TrainConfig
 from glm4ft.conversation import from_messages
@@ -23,7 +22,7 @@ from glm4ft.merge import merge_adapter
 from glm4ft.training_run import make_trainer
 
 
-class MemoryRows(Dataset[Item]):
+class MemoryRows(RowSet):
     """Encoded rows that need no file."""
 
     def __init__(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> None:
@@ -31,10 +30,7 @@ class MemoryRows(Dataset[Item]):
             {"input_ids": np.array(row["input_ids"]), "labels": np.array(row["labels"]), "lines": [index]}
             for index, row in enumerate(rows, start=1)
         ]
-        self.lengths = np.array([len(item["input_ids"]) for item in self.items])
-
-    def __len__(self) -> int:
-        return len(self.items)
+        self.lengths = np.array([len(row["input_ids"]) for row in rows])
 
     def __getitem__(self, index: int) -> Item:
         return self.items[index]

@@ -1,0 +1,201 @@
+r"""Which positions of a row must be supervised, decided a second time and without the trainer's encoder.
+
+In the dense GLM-4 formats nothing but control tokens delimits a turn, so a walk over a row's own ids is enough: after
+``<|assistant|>`` everything is a target up to and including the next control token. How the ids were made does not
+matter, which is why any pipeline can be judged by it. Source: ``openai_api_server.py`` and the text script of
+THUDM/GLM-4, where the stop list holds ``<|user|>``, ``<|observation|>`` and ``<|endoftext|>``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+IGNORED = -100
+PREFIX = ("[gMASK]", "<sop>")
+HEADERS = {
+    "system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>", "observation": "<|observation|>",
+    "tool": "<|observation|>",
+}  # fmt: skip
+END_OF_TEXT = "<|endoftext|>"
+
+WHY = {
+    "prefix": "a prefix token, which serving sends",
+    "header": "a header, which serving sends and the model never samples",
+    "terminator": "the terminator, which the model must sample to stop",
+    "answer": "part of the answer, which the model must sample",
+    "loss false": "part of a turn whose loss is false",
+    "context": "context, which the model is given",
+}
+
+
+class Undecidable(Exception):
+    """A row whose control tokens do not fit its conversation; the message says how."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Where an assistant turn stands in a row.
+
+    Args:
+        message: index of its message.
+        header: position of ``<|assistant|>``.
+        end: position of the next control token, the turn's terminator; the row's length if there is none.
+        supervised: False if the message says ``loss: false``.
+    """
+
+    message: int
+    header: int
+    end: int
+    supervised: bool
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """One position whose label is wrong.
+
+    Args:
+        kind: a key of ``WHY``.
+        position: in the row; the row's length for a terminator that is not there.
+        is_supervised: what the row says; the opposite is right.
+    """
+
+    kind: str
+    position: int
+    is_supervised: bool
+
+
+def control_ids(tokenizer: Any) -> dict[str, int]:
+    """Control token to id.
+
+    Raises:
+        Undecidable: if the tokenizer lacks one that the formats need.
+    """
+    added = tokenizer.get_added_vocab()
+    needed = [*PREFIX, *dict.fromkeys(HEADERS.values()), END_OF_TEXT]
+    missing = [token for token in needed if token not in added]
+    if missing:
+        raise Undecidable(f"the tokenizer lacks control tokens of GLM-4: {', '.join(missing)}")
+    return {token: added[token] for token in needed}
+
+
+def find_turns(ids: Sequence[int], messages: Sequence[Mapping[str, Any]], controls: Mapping[str, int]) -> list[Turn]:
+    """Walk over a row's control tokens.
+
+    Args:
+        ids: the row.
+        messages: it was made of.
+        controls: from ``control_ids``.
+    Raises:
+        Undecidable: if the row has more or fewer ``<|assistant|>`` than there are assistant messages.
+    """
+    known, bounds, header = set(controls.values()), [], None
+    for position, token in enumerate(ids):
+        if token in known:
+            if header is not None:
+                bounds.append((header, position))
+            header = position if token == controls[HEADERS["assistant"]] else None
+    if header is not None:
+        bounds.append((header, len(ids)))
+    answers = [(index, m.get("loss") is not False) for index, m in enumerate(messages) if m["role"] == "assistant"]
+    if len(bounds) != len(answers):
+        raise Undecidable(f"{len(bounds)} {HEADERS['assistant']} for {len(answers)} assistant turns")
+    return [Turn(index, *bound, loss) for bound, (index, loss) in zip(bounds, answers, strict=True)]
+
+
+def find_mistakes(
+    ids: Sequence[int], labels: Sequence[int], turns: Sequence[Turn], controls: Mapping[str, int]
+) -> Iterator[Mistake]:
+    """Compare a row's labels with what the model must sample, position by position.
+
+    Args:
+        ids: the row.
+        labels: as many, -100 where a token is not supervised.
+        turns: from ``find_turns``.
+        controls: from ``control_ids``.
+    """
+    owner = {position: turn for turn in turns for position in range(turn.header + 1, turn.end + 1)}
+    for position, (token, label) in enumerate(zip(ids, labels, strict=True)):
+        turn = owner.get(position)
+        should = turn is not None and turn.supervised
+        if (label != IGNORED) != should:
+            yield Mistake(_kind(position, token, turn, controls), position, not should)
+    if turns and turns[-1].supervised and turns[-1].end == len(ids):
+        yield Mistake("terminator", len(ids), False)
+
+
+def _kind(position: int, token: int, turn: Turn | None, controls: Mapping[str, int]) -> str:
+    if turn is not None and turn.supervised:
+        return "terminator" if position == turn.end else "answer"
+    if token == controls[HEADERS["assistant"]]:
+        return "header"
+    if turn is not None:
+        return "loss false"
+    return "prefix" if token in (controls[name] for name in PREFIX) else "context"
+
+
+def legal_stops(messages: Sequence[Mapping[str, Any]], index: int) -> tuple[str, ...]:
+    """The control tokens that may end an assistant turn: the next message's header; at the end, either convention.
+
+    Args:
+        messages: of the conversation.
+        index: of the assistant message.
+    """
+    if index + 1 < len(messages):
+        return (HEADERS[messages[index + 1]["role"]],)
+    return (HEADERS["observation" if messages[index].get("metadata") else "user"], END_OF_TEXT)
+
+
+def show_tokens(tokenizer: Any, ids: Sequence[int], position: int, *, before: int = 4, after: int = 2) -> str:
+    """A few tokens around a position, with their positions; the one in question in brackets.
+
+    Args:
+        tokenizer: that made the ids.
+        ids: the row.
+        position: may be the row's length, for what is missing there.
+        before: how many tokens to show before it.
+        after: how many to show behind it.
+    """
+    around = range(max(0, position - before), min(len(ids), position + after + 1))
+    shown = [f"{i} {show_token(tokenizer, ids, i)}" for i in around]
+    if position < len(ids):
+        shown[position - around.start] = f"[{shown[position - around.start]}]"
+    else:
+        shown.append(f"[{position} end of the row]")
+    return "  ".join(shown)
+
+
+def show_token(tokenizer: Any, ids: Sequence[int], position: int) -> str:
+    """The text of one token, quoted."""
+    return repr(tokenizer.decode([ids[position]])) if position < len(ids) else "end of the row"
+
+
+def explain_mistakes(tokenizer: Any, ids: Sequence[int], turns: Sequence[Turn], mistakes: Sequence[Mistake]) -> str:
+    """The first mistake of each kind, with the tokens around it and how many there are like it.
+
+    Args:
+        tokenizer: that made the ids.
+        ids: the row.
+        turns: of the row.
+        mistakes: at least one.
+    """
+    lines = []
+    for kind in dict.fromkeys(mistake.kind for mistake in mistakes):
+        same = [mistake for mistake in mistakes if mistake.kind == kind]
+        lines.append(_explain_mistake(tokenizer, ids, turns, same[0]) + f" ({len(same)} like it)" * (len(same) > 1))
+        lines.append(f"  {show_tokens(tokenizer, ids, same[0].position)}")
+    return "\n".join(lines)
+
+
+def _explain_mistake(tokenizer: Any, ids: Sequence[int], turns: Sequence[Turn], mistake: Mistake) -> str:
+    position = mistake.position
+    if position == len(ids):
+        return f"turn {len(turns)} (message {turns[-1].message}): no terminator; the row ends at position {position}"
+    number = next((n for n, turn in enumerate(turns, 1) if position <= turn.end), 0)
+    where = f"turn {number} (message {turns[number - 1].message})" if number else "behind the last turn"
+    if number and position < turns[number - 1].header:
+        where = f"before turn {number}"
+    is_now, should = ("supervised", "ignored") if mistake.is_supervised else ("ignored", "supervised")
+    text = show_token(tokenizer, ids, position)
+    return f"{where}: position {position} {text} is {is_now}, should be {should}: {WHY[mistake.kind]}"

@@ -1,0 +1,130 @@
+"""Runs the checks on a subject: what ``glm4ft check`` does, and what a pytest suite parametrises over."""
+
+from __future__ import annotations
+
+import importlib
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from glm4ft.errors import ConfigError, InputError, RunError
+from glm4ft.testing.checks.registry import CHECKS, STAGES, Check, CheckFailed, NotApplicable
+from glm4ft.testing.checks.trial import Trial
+from glm4ft.testing.subject import load_subject, parts
+from glm4ft.tiny import write_tiny_base
+
+Status = Literal["passed", "failed", "error", "skipped", "expected-failure"]
+CHECK_MODULES = ("rows", "steps", "outcome")
+OWN_SUBJECT = "glm4ft.testing.subjects.own:Subject"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one check.
+
+    Args:
+        check: its name.
+        stage: that it judges.
+        status: ``error`` if the subject broke down instead of giving a wrong result.
+        message: why it did not pass; "" if it did.
+        seconds: it took.
+    """
+
+    check: str
+    stage: str
+    status: Status
+    message: str
+    seconds: float
+
+
+def all_checks() -> list[Check]:
+    """Every check, in the order of the stages."""
+    for module in CHECK_MODULES:
+        importlib.import_module(f"glm4ft.testing.checks.{module}")
+    return sorted(CHECKS, key=lambda check: STAGES.index(check.stage))
+
+
+def run_checks(
+    trial: Trial, checks: Sequence[Check], *, expected_failures: Mapping[str, str] | None = None
+) -> Iterator[Result]:
+    """Run checks one after the other.
+
+    Args:
+        trial: of the subject.
+        checks: to run.
+        expected_failures: check to the reason why it is known to fail. Strict: one that passes is a failure, so that
+            the entry goes when the fault does.
+    Yields:
+        A result per check, as soon as it is there.
+    Raises:
+        ConfigError: if an expected failure names no check.
+    """
+    expected = dict(expected_failures or {})
+    unknown = set(expected) - {check.name for check in checks}
+    if unknown:
+        raise ConfigError("an expected failure names no check", found=", ".join(sorted(unknown)))
+    for check in checks:
+        began_s = time.perf_counter()
+        status, message = _run(check, trial)
+        if check.name in expected:
+            status, message = _expect(status, message, expected[check.name])
+        yield Result(check.name, check.stage, status, message, time.perf_counter() - began_s)
+
+
+def check_subject(
+    spec: str, *, expected_failures: Mapping[str, str] | None = None, stages: Sequence[str] = STAGES
+) -> Iterator[Result]:
+    """Put a subject on trial on the built-in base.
+
+    Args:
+        spec: ``MODULE:ATTR``.
+        expected_failures: as for ``run_checks``.
+        stages: to judge.
+    Yields:
+        A result per check.
+    """
+    with tempfile.TemporaryDirectory(prefix="glm4ft-check-") as name:
+        folder = Path(name)
+        base_dir = write_tiny_base(folder / "base")
+        trial = Trial(load_subject(spec, base_dir), base_dir, folder)
+        checks = [check for check in all_checks() if check.stage in stages]
+        yield from run_checks(trial, checks, expected_failures=expected_failures)
+
+
+def _run(check: Check, trial: Trial) -> tuple[Status, str]:
+    missing = sorted(check.needs - parts(trial.subject))
+    if missing:
+        return "skipped", f"the subject has no {', '.join(missing)}"
+    try:
+        check.run(trial)
+    except CheckFailed as error:
+        return "failed", str(error)
+    except NotApplicable as error:
+        return "skipped", str(error)
+    except (InputError, RunError) as error:
+        return "error", str(error)
+    except Exception as error:  # whatever a foreign pipeline raises is a result, not our crash
+        return "error", f"{type(error).__name__}: {error}"
+    return "passed", ""
+
+
+def _expect(status: Status, message: str, reason: str) -> tuple[Status, str]:
+    if status == "failed":
+        return "expected-failure", f"{reason}: {message}"
+    if status == "passed":
+        return "failed", f"expected to fail ({reason}), but it passes: remove the entry"
+    return status, message
+
+
+def summary(spec: str, results: Sequence[Result], seconds: float) -> dict[str, Any]:
+    """The results as ``glm4ft check --json`` writes them."""
+    names = ("check", "stage", "status", "message")
+    return {
+        "schema": 1,
+        "subject": spec,
+        "checks": [{name: getattr(result, name) for name in names} for result in results],
+        "seconds": seconds,
+    }

@@ -1,0 +1,94 @@
+"""Plain ``transformers.Trainer`` with the seq2seq collator, as people wire it up by hand."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from glm4ft.chat_format import IGNORED, ChatFormat
+from glm4ft.conversation import from_messages
+from glm4ft.lora import GLM4_TARGETS
+
+
+class Subject:
+    """transformers.Trainer on a base folder; the rows are encoded by glm4ft, since Trainer has no opinion on them.
+
+    Args:
+        base_dir: Hugging Face model folder.
+    """
+
+    name = "transformers.Trainer"
+    chat_format = "glm-4-0414"
+
+    def __init__(self, base_dir: str) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(base_dir)
+        self.format = ChatFormat(self.chat_format, self.tokenizer)
+        self.stop_ids = self.format.stop_ids
+
+    def encode(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> dict[str, list[int]]:
+        """Ids and labels of one conversation."""
+        row = self.format.encode(from_messages(messages, tools))
+        return {"input_ids": row.input_ids, "labels": row.labels}
+
+    def build_model(self, base_dir: str, seed: int) -> Any:
+        """The base with adapters on GLM-4's six targets."""
+        set_seed(seed)
+        base = AutoModelForCausalLM.from_pretrained(base_dir)
+        config = LoraConfig(r=8, lora_alpha=16, target_modules=list(GLM4_TARGETS), task_type="CAUSAL_LM")
+        return get_peft_model(base, config)
+
+    def train(self, model: Any, conversations: Sequence[Mapping[str, Any]], plan: Mapping[str, Any]) -> None:
+        """Train in place, by the plan; it has no packing of its own, so rows are padded."""
+        trainer = self.make_trainer(model, [self.encode(c["messages"], c.get("tools")) for c in conversations], plan)
+        trainer.train(resume_from_checkpoint=plan["resume_from"])
+
+    def make_trainer(self, model: Any, rows: list[dict[str, list[int]]], plan: Mapping[str, Any]) -> Trainer:
+        """The trainer that the plan asks for."""
+        args = TrainingArguments(
+            output_dir=plan["output_dir"] or tempfile.mkdtemp(),
+            max_steps=plan["steps"],
+            per_device_train_batch_size=plan["micro_batch_size"],
+            gradient_accumulation_steps=plan["accumulation"],
+            learning_rate=plan["learning_rate"],
+            lr_scheduler_type="constant_with_warmup" if plan["schedule"] == "constant" else plan["schedule"],
+            warmup_steps=plan["warmup_steps"],
+            max_grad_norm=plan["max_grad_norm"],
+            weight_decay=plan["weight_decay"],
+            adam_beta1=plan["betas"][0],
+            adam_beta2=plan["betas"][1],
+            adam_epsilon=plan["eps"],
+            seed=plan["seed"],
+            save_strategy="steps" if plan["save_every"] else "no",
+            save_steps=plan["save_every"] or 500,
+            report_to="none",
+            disable_tqdm=True,
+            logging_strategy="no",
+            remove_unused_columns=False,
+        )
+        collator = DataCollatorForSeq2Seq(self.tokenizer, label_pad_token_id=IGNORED)
+        data: Any = rows
+        return Trainer(model=model, args=args, train_dataset=data, data_collator=collator)
+
+    def save(self, model: Any, folder: str) -> None:
+        """Write the adapter."""
+        model.save_pretrained(folder)
+
+    def load(self, base_dir: str, folder: str) -> PeftModel:
+        """The base with a saved adapter."""
+        return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_dir), folder)
+
+    def merge(self, base_dir: str, folder: str, output: str) -> None:
+        """Write a merged checkpoint."""
+        self.load(base_dir, folder).merge_and_unload().save_pretrained(output)
+        self.tokenizer.save_pretrained(output)

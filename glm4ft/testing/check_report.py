@@ -49,9 +49,12 @@ def _print(console: Console, spec: str, results: list[Result]) -> None:
             console.print(Text(stage, style="bold"))
         claim = result.check.replace("_", " ")
         line = Text.assemble("  ", (f"{result.status:<17}", STYLES[result.status]), f"{claim} ({result.seconds:.1f} s)")
-        console.print(line)
+        console.print(line, soft_wrap=True)
         if result.message:
-            console.print(Ruled(Text(visible(result.message))))
+            text = "\n".join(visible(line, newlines=False) for line in result.message.split("\n"))
+            console.print(Ruled(Text(text)))
     counts = {status: sum(result.status == status for result in results) for status in STYLES}
     told = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
-    console.print(Text(f"{visible(spec, newlines=False)}: {told} in {sum(r.seconds for r in results):.1f} s"))
+    console.print(
+        Text(f"{visible(spec, newlines=False)}: {told} in {sum(r.seconds for r in results):.1f} s"), soft_wrap=True
+    )

@@ -91,6 +91,7 @@ TOOL_TALK = Talk(
     ),
     (WEATHER,),
 )
+CALL_TALK = Talk("ends with a tool call", TOOL_TALK.messages[:2], TOOL_TALK.tools)
 MARKERS_TALK = Talk(
     "marker text",
     (
@@ -108,6 +109,7 @@ BANK = (
     Talk("several turns", SEVERAL),
     Talk("system", ({"role": "system", "content": "be clear"}, user("hi"), answer("hello"), user("x"), answer("y"))),
     TOOL_TALK,
+    CALL_TALK,
     Talk("Chinese and emoji", (user("法国的首都？👍🏽"), answer("巴黎。🇫🇷 é"), user("谢谢"), answer("不客气👍"))),
     Talk("white space", (user("  hi \n"), answer("\n\n it is \n"), user("\n"), answer(" \n  one\t"))),
     TRAILING,
@@ -289,6 +291,21 @@ def check_supervised_text_is_the_answer(trial: Trial) -> None:
                 _fail(trial, row, f"{problem} decode to {text!r}, should be {legal[0]!r}", run.start)
 
 
+@check(stage="rows", incident="LLaMA-Factory e734222: a system message vanished in some layouts")
+def check_every_message_stands_in_the_row(trial: Trial) -> None:
+    """The row decodes to all texts in order; verbatim in a GLM-4 format, where others may strip them."""
+    for talk in _bank(trial):
+        row, found = _row(trial, talk), 0
+        text = trial.subject.tokenizer.decode(row.ids, clean_up_tokenization_spaces=False)
+        for index, message in enumerate(talk.messages):
+            content = message["content"] if _is_glm(trial) else message["content"].strip()
+            begin = text.find(content, found)
+            if begin < 0:
+                problem = f"message {index} ({message['role']}), {content!r}, does not stand in the row"
+                raise CheckFailed(f"conversation {_name(talk)}, {problem}, {text!r}")
+            found = begin + len(content)
+
+
 @check(stage="rows", needs=("prompt",), incident="ChatGLM3 4568c63: training and serving rendered tools differently")
 def check_prompt_of_serving_begins_the_row(trial: Trial) -> None:
     """What serving sends for a turn is the row up to that turn, id by id, and the turn's targets begin right there."""
@@ -307,7 +324,7 @@ def check_prompt_of_serving_begins_the_row(trial: Trial) -> None:
             where = _first_difference(prompt, row.ids[:start])
             if where < max(len(prompt), start):
                 problem = f"turn {number} (message {index}): serving sends {len(prompt)} ids, the row has {start}"
-                sent = show_token(trial.subject.tokenizer, prompt, where).replace("end of the row", "nothing")
+                sent = show_token(trial.subject.tokenizer, prompt, where) if where < len(prompt) else "nothing"
                 _fail(trial, row, f"{problem} before the answer; at position {where} serving sends {sent}", where)
 
 

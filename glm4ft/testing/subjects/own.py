@@ -56,6 +56,12 @@ class Subject:
         row = self.format.encode(from_messages(messages, tools))
         return {"input_ids": row.input_ids, "labels": row.labels}
 
+    def prompt(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> list[int]:
+        """The ids that serving sends to have the next assistant turn generated."""
+        # a conversation needs an answer to be valid; this one is taken off again
+        conversation = from_messages([*messages, {"role": "assistant", "content": "."}], tools)
+        return self.format.prompt(conversation.messages[:-1], conversation.tools)
+
     def build_model(self, base_dir: str, seed: int) -> PeftModel:
         """The base with adapters on GLM-4's six targets."""
         self.base = load_base(base_dir)

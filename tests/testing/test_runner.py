@@ -1,0 +1,131 @@
+"""Claims become results: healthy pipelines pass, the founding bug fails where it must, known failures have to fail.
+
+Run: pytest tests/testing/test_runner.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from glm4ft.cli import run
+from glm4ft.errors import ConfigError
+from glm4ft.testing.checks.registry import STAGES, Check, CheckFailed, NotApplicable
+from glm4ft.testing.checks.trial import Trial
+from glm4ft.testing.runner import Result, all_checks, check_subject, run_checks
+from glm4ft.testing.subject import load_subject, make_plan
+
+OWN = "glm4ft.testing.subjects.own:Subject"
+FOUNDING_BUG = "glm4ft.testing.subjects.founding_bug:Subject"
+
+
+def fails(trial: Trial) -> None:
+    raise CheckFailed("found 2, expected 1")
+
+
+def breaks(trial: Trial) -> None:
+    raise KeyError("labels")
+
+
+def does_not_apply(trial: Trial) -> None:
+    raise NotApplicable("no chat format")
+
+
+def passes(trial: Trial) -> None:
+    pass
+
+
+def results(*functions: Any, needs: frozenset[str] = frozenset(), **kwargs: Any) -> list[Result]:
+    subject = SimpleNamespace(name="x", tokenizer=object(), encode=print)
+    trial = Trial(subject, Path(), Path())
+    return list(run_checks(trial, [Check(function, "rows", needs) for function in functions], **kwargs))
+
+
+def test_each_outcome_has_its_status() -> None:
+    """A subject that breaks down is a result, not a crash of the suite."""
+    found = [(r.status, r.message) for r in results(passes, fails, breaks, does_not_apply)]
+    assert found == [
+        ("passed", ""),
+        ("failed", "found 2, expected 1"),
+        ("error", "KeyError: 'labels'"),
+        ("skipped", "no chat format"),
+    ]
+
+
+def test_check_that_needs_a_missing_part_is_skipped_with_the_reason() -> None:
+    (result,) = results(passes, needs=frozenset({"train", "save"}))
+    assert (result.status, result.message) == ("skipped", "the subject has no save, train")
+
+
+def test_expected_failure_is_strict() -> None:
+    """One that passes is a failure: the entry goes when the fault does."""
+    failing, passing = results(fails, passes, expected_failures={"fails": "theirs", "passes": "theirs"})
+    assert (failing.status, failing.message) == ("expected-failure", "theirs: found 2, expected 1")
+    assert passing.status == "failed"
+    assert "remove the entry" in passing.message
+
+
+def test_expected_failure_of_no_check_is_refused() -> None:
+    with pytest.raises(ConfigError, match="names no check"):
+        results(passes, expected_failures={"pases": "a slip"})
+
+
+def test_checks_come_in_the_order_of_the_stages_and_say_why_they_exist() -> None:
+    checks = all_checks()
+    assert len({check.name for check in checks}) == len(checks)
+    assert {check.stage for check in checks} == set(STAGES)
+    order = [STAGES.index(check.stage) for check in checks]
+    assert order == sorted(order)
+    assert all(check.incident for check in checks)
+
+
+def test_own_trainer_passes_every_check_and_the_results_keep_the_contract(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """None is skipped, and with ``--json -`` nothing but the JSON is on stdout."""
+    assert run(["check", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["schema"] == 1
+    assert report["subject"] == OWN
+    assert report["seconds"] > 0
+    assert [check["check"] for check in report["checks"]] == [check.name for check in all_checks()]
+    wrong = [check for check in report["checks"] if check["status"] != "passed"]
+    assert not wrong
+
+
+def test_founding_bug_fails_at_the_rows_and_still_at_the_outcome() -> None:
+    """Rows name the header and the missing terminator; without them the run itself gives the bug away."""
+    found = list(check_subject(FOUNDING_BUG, stages=["rows", "outcome"]))
+    failed = {stage: [r for r in found if r.status == "failed" and r.stage == stage] for stage in STAGES}
+    text = "\n".join(r.message for r in failed["rows"])
+    assert "'<|assistant|>' is supervised, should be ignored" in text
+    assert "the terminator" in text
+    assert {r.check for r in failed["outcome"]} == {
+        "two_conversations_reach_a_loss_below_a_hundredth",
+        "every_turn_has_learnt_to_stop",
+        "header_is_not_learnt",
+        "every_turn_comes_back_and_stops",
+    }
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("no_colon", "MODULE:ATTR"),
+        ("no.such.module:Subject", "No module named"),
+        ("glm4ft.testing.subjects.own:Nothing", "Nothing"),
+        ("pathlib:PurePosixPath", "not a subject"),
+    ],
+)
+def test_subject_that_is_none_is_refused(spec: str, says: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=says):
+        load_subject(spec, tmp_path)
+
+
+def test_plan_with_an_unknown_key_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no such key"):
+        make_plan(stepps=3)

@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 
 from glm4ft.chat_format import ChatFormat
 from glm4ft.config import TrainConfig
-from glm4ft.testing.founding_bug import FoundingBugFormat
+from glm4ft.testing.subjects.founding_bug import FoundingBugFormat
 from glm4ft.training_run import RunResult, run_training
 
 RUN = TrainConfig(data="demo", learning_rate=5e-3, schedule="constant", max_steps=150, round_trip=True, save_every=0)

@@ -168,9 +168,12 @@ def test_ids_equal_the_checkpoints_own_template(make_chat_format: MakeChatFormat
     assert len(row.input_ids) == len(rendered) + appended
 
 
-@given(conversation=conversations(marker_free_contents(), late_system=False))
-def test_every_turn_is_preceded_by_the_prompt_of_serving(chat_format: ChatFormat, conversation: Conversation) -> None:
+@given(conversation=conversations(marker_free_contents(), late_system=False, nonstop_terminators=True))
+def test_every_turn_is_preceded_by_the_prompt_of_serving(
+    make_chat_format: MakeChatFormat, conversation: Conversation
+) -> None:
     """E8: the row up to a turn is what the template sends to have that turn generated."""
+    chat_format = make_chat_format(allow_nonstop_terminator=True)
     row = chat_format.encode(conversation)
     for turn in row.turns:
         history = Conversation(conversation.messages[: turn.message], conversation.tools)
@@ -179,9 +182,10 @@ def test_every_turn_is_preceded_by_the_prompt_of_serving(chat_format: ChatFormat
             assert row.input_ids[: turn.start] == list(prompt)
 
 
-@given(conversation=conversations(late_system=False))
-def test_prompt_builds_the_beginning_of_the_row(chat_format: ChatFormat, conversation: Conversation) -> None:
+@given(conversation=conversations(late_system=False, nonstop_terminators=True))
+def test_prompt_builds_the_beginning_of_the_row(make_chat_format: MakeChatFormat, conversation: Conversation) -> None:
     """E8 for all texts: ``prompt`` and ``encode`` agree, so what is generated later continues what was trained."""
+    chat_format = make_chat_format(allow_nonstop_terminator=True)
     row = chat_format.encode(conversation)
     for turn in row.turns:
         prompt = chat_format.prompt(conversation.messages[: turn.message], conversation.tools)

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from glm4ft.config import TrainConfig
-from glm4ft.testing.founding_bug import FoundingBugFormat
 from glm4ft.testing.stability import assert_grad_norms_decay, assert_grad_norms_stable
+from glm4ft.testing.subjects.founding_bug import FoundingBugFormat
 from glm4ft.training_run import RunResult, run_training
 
 OVERFIT = TrainConfig(

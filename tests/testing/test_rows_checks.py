@@ -18,9 +18,9 @@ from glm4ft.chat_format import ChatFormat
 from glm4ft.testing.checks import rows
 from glm4ft.testing.checks.registry import CHECKS, Check, CheckFailed, NotApplicable
 from glm4ft.testing.checks.trial import Trial
-from glm4ft.testing.founding_bug import FoundingBugFormat
 from glm4ft.testing.oracle import IGNORED, Mistake, Undecidable, control_ids, find_mistakes, find_turns
 from glm4ft.testing.subjects import own
+from glm4ft.testing.subjects.founding_bug import FoundingBugFormat
 from glm4ft.testing.subjects.own import Subject
 from glm4ft.tiny import write_tiny_base
 
@@ -30,7 +30,7 @@ Lists = dict[str, list[int]]
 
 
 class Serving(Subject):
-    """This project's encoder, with the prompt that serving sends."""
+    """This project's encoder, with the prompt cut out of a row: independent of the project's own."""
 
     def __init__(self, base_dir: str) -> None:
         super().__init__(base_dir)
@@ -280,8 +280,8 @@ CASES = (
     Case(LabelsShort, LISTS, (r"\d+ input_ids but \d+ labels",)),
     Case(LabelsShifted, LISTS, (r"conversation 1 \(reply\), position \d+: label \d+ over id \d+ '",)),
     Case(FirstTrained, LISTS, ("position 0 is supervised", r"\[0 '\[gMASK\]'\]")),
-    Case(Founding, MASK, (HEADER_WRONG, STOP_WRONG, "2 wrong labels", r"turn 1 \(message 1\): position \d+")),
-    Case(HeaderTrained, MASK, (HEADER_WRONG, "1 wrong labels")),
+    Case(Founding, MASK, (HEADER_WRONG, STOP_WRONG, "wrong labels: 2", r"turn 1 \(message 1\): position \d+")),
+    Case(HeaderTrained, MASK, (HEADER_WRONG, "wrong labels: 1")),
     Case(StopIgnored, MASK, (STOP_WRONG,)),
     Case(StopMissing, MASK, (r"turn 1 \(message 1\): no terminator", "end of the row")),
     Case(MaskShifted, MASK, (HEADER_WRONG, STOP_WRONG)),
@@ -314,8 +314,8 @@ CASES = (
     Case(PromptWithoutHeader, PROMPT, ("serving sends nothing", r"\[\d+ '<\|assistant\|>'\]")),
     Case(PromptStripped, PROMPT, (r"\(white space\), turn 1",)),
     Case(DoublePrefix, PROMPT, ("at position 2 serving sends",)),
-    Case(HistoryRewritten, EARLIER, ("the ids of the first 1 turns change at position",)),
-    Case(OnlyLastTurn, EARLIER, ("the labels of the first 1 turns change",)),
+    Case(HistoryRewritten, EARLIER, ("the ids of the conversation to turn 1 change when more follows",)),
+    Case(OnlyLastTurn, EARLIER, (r"the labels of the conversation to turn 1 change .* was \d+ for '\\n', is -100",)),
     Case(Flags, FLAG, (r"turn 1 \(message 1\) has loss false: position \d+ '\\n' is supervised, should be ignored",)),
     Case(FlagForAll, FLAG, ("is ignored, should be supervised",)),
     Case(DropsFlagged, FLAG, ("the flag changes the ids at position",)),
@@ -353,7 +353,7 @@ def test_every_claim_has_a_case_that_breaks_it() -> None:
 
 @each_check
 def test_holds_for_this_projects_encoder(check: Check, try_subject: MakeTrial) -> None:
-    check.run(try_subject(Serving))
+    check.run(try_subject(Subject))
 
 
 @each_check
@@ -384,7 +384,7 @@ def test_a_failure_shows_every_kind_of_mistake_with_the_tokens_around_it(try_sub
     with pytest.raises(CheckFailed) as caught:
         ROWS[MASK].run(try_subject(Founding))
     lines = str(caught.value).splitlines()
-    assert lines[0] == "conversation 1 (reply), 2 wrong labels"
+    assert lines[0] == "conversation 1 (reply), wrong labels: 2"
     assert lines[1].endswith("a header, which serving sends and the model never samples")
     assert re.search(r"\[\d+ '<\|assistant\|>'\]", lines[2])
     assert lines[3].endswith("the terminator, which the model must sample to stop")

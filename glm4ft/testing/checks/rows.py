@@ -137,7 +137,8 @@ def _is_glm(trial: Trial) -> bool:
 
 def _controls(trial: Trial) -> dict[str, int]:
     if not _is_glm(trial):
-        raise NotApplicable(f"the claim is about {' and '.join(DENSE_FORMATS)}, and the subject's chat_format is other")
+        found = getattr(trial.subject, "chat_format", None)
+        raise NotApplicable(f"the claim is about {' and '.join(DENSE_FORMATS)}; the subject's chat_format is {found}")
     try:
         return control_ids(trial.subject.tokenizer)
     except Undecidable as error:
@@ -166,6 +167,10 @@ def _name(talk: Talk) -> str:
 def _fail(trial: Trial, row: Row, problem: str, position: int) -> NoReturn:
     shown = show_tokens(trial.subject.tokenizer, row.ids, position)
     raise CheckFailed(f"conversation {_name(row.talk)}, {problem}\n  {shown}")
+
+
+def _at(values: Sequence[int], position: int) -> str:
+    return str(values[position]) if position < len(values) else "missing"
 
 
 def _first_difference(left: Sequence[int], right: Sequence[int]) -> int:
@@ -203,7 +208,7 @@ def check_mask_is_what_the_model_must_sample(trial: Trial) -> None:
         mistakes = list(find_mistakes(row.ids, row.labels, turns, controls))
         if mistakes:
             text = explain_mistakes(trial.subject.tokenizer, row.ids, turns, mistakes)
-            raise CheckFailed(f"conversation {_name(row.talk)}, {len(mistakes)} wrong labels\n{text}")
+            raise CheckFailed(f"conversation {_name(row.talk)}, wrong labels: {len(mistakes)}\n{text}")
 
 
 @check(stage="rows", incident="unsloth-zoo 959, TRL 1509, open-r1 462: the template's prefix and the tokenizer's")
@@ -340,8 +345,9 @@ def check_earlier_turns_do_not_change(trial: Trial) -> None:
             for name, before, after in (("ids", part.ids, whole.ids), ("labels", part.labels, whole.labels)):
                 where = _first_difference(before[:kept], after)
                 if where < kept:
-                    problem = f"the {name} of the first {number} turns change at position {where} when more follows"
-                    _fail(trial, whole, f"{problem}: {before[where]} becomes {list(after[where : where + 1])}", where)
+                    problem = f"the {name} of the conversation to turn {number} change when more follows"
+                    was = f"{before[where]} for {show_token(trial.subject.tokenizer, part.ids, where)}"
+                    _fail(trial, whole, f"{problem}; position {where} was {was}, is {_at(after, where)}", where)
 
 
 @check(stage="rows", incident="ms-swift 9266: flags lost when turns were merged")

@@ -221,12 +221,12 @@ class ChatFormat:
         for block, following in pairwise(blocks):
             if block.role == "assistant" and following.role in ("assistant", "system"):
                 raise DataError(
-                    f"an assistant turn is followed by a {following.role} message, whose header is not a stop token",
+                    f"a message of role {following.role} follows an assistant turn, and its header is no stop token",
                     where=f"{conversation.where(following.message)}.role",
                     found=f"assistant, then {following.role}",
                     expected="user or observation after an assistant turn",
-                    fix="merge the two messages, or pass --allow_nonstop_terminator to train "
-                    f"{HEADERS[following.role]} as the first turn's end",
+                    fix="merge the messages if they were one reply; if one generation wrote both, as parallel calls, "
+                    f"pass --allow_nonstop_terminator true to train {HEADERS[following.role]} as the first one's end",
                 )
 
     def _render_tool_block(self, tools_json: str) -> str:

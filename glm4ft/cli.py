@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
@@ -99,7 +99,11 @@ def _train(options: Namespace) -> int:
     from glm4ft.training_run import run_training
 
     config = _resumed_config(options) if options.resume else _config(options)
-    result = run_training(config, resume=bool(options.resume), say=lambda line: print(line, flush=True))
+    try:
+        result = run_training(config, resume=bool(options.resume), say=lambda line: print(line, flush=True))
+    except KeyboardInterrupt:
+        print(f"\nto go on after the last checkpoint: glm4ft train --resume {config.output}", file=sys.stderr)
+        raise
     if int(os.environ.get("RANK", "0")) == 0:
         print(result.describe())
     return 0 if result.reached_target and result.came_back else EXIT_FAILED
@@ -164,9 +168,13 @@ def _inspect_parser() -> ArgumentParser:
 def _inspect(options: Namespace) -> int:
     from glm4ft.base_model import load_format
     from glm4ft.chat_format import ChatFormat
+    from glm4ft.config import TrainConfig
     from glm4ft.dataset import data_path
     from glm4ft.report.inspection import inspect_conversations
 
+    if options.limit < 0:
+        raise ConfigError("option out of range", where="--limit", found=str(options.limit), expected="at least 0")
+    max_length = TrainConfig(max_length=options.max_length).max_length
     tokenizer, format_name = load_format(options.model, options.chat_format)
     chat_format = ChatFormat(
         format_name,
@@ -178,7 +186,7 @@ def _inspect(options: Namespace) -> int:
     inspect_conversations(
         data_path(options.data),
         chat_format,
-        max_length=options.max_length,
+        max_length=max_length,
         boundaries=options.boundaries,
         limit=options.limit,
         json_file=options.json,
@@ -247,7 +255,7 @@ def _explain(error: ArgumentError, prog: str) -> ConfigError:
     fix = f"see {prog} --help"
     match = re.match(r'Parser key "(?P<key>[^"]+)":\s*(?P<text>.*)', str(error), re.DOTALL)
     if not match:
-        fix = "write --option true or --option false" if "expected one argument" in str(error) else fix
+        fix = "give it a value; a switch takes true or false" if "expected one argument" in str(error) else fix
         return ConfigError("the options cannot be used", found=" ".join(str(error).split()), fix=fix)
     text = " ".join(match["text"].split())
     kinds = re.findall(r"Expected an? (.+?)(?:\. Got| - | Given|$)", text)
@@ -257,20 +265,23 @@ def _explain(error: ArgumentError, prog: str) -> ConfigError:
         "an option has a value that cannot be used" if value else text,
         where=f"--{match['key']}",
         found=value[1] if value else "",
-        expected=" or ".join(names).replace("NoneType", "null"),
+        expected=" or ".join({"NoneType": "null", "list": "a list, as [a,b]"}.get(name, name) for name in names),
         fix=fix,
     )
 
 
 def _refuse_unknown(parser: ArgumentParser, argv: list[str]) -> None:
     """Name the nearest legal option for one that does not exist, on the command line or in a YAML file."""
-    flags = {flag.removeprefix("--") for action in parser._actions for flag in action.option_strings}
+    options = {flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")}
+    flags = {flag.removeprefix("--") for flag in options}
     for arg in argv:
         name = arg.removeprefix("--").partition("=")[0]
         if arg.startswith("--") and not _is_known(name, flags):
             raise ConfigError("unknown option", found=f"--{name}", expected="--" + _nearest(name, flags))
     for path in _config_files(argv):
-        for name in _yaml_keys(path):
+        for name, value in _yaml_keys(path).items():
+            if any(flag.startswith(f"{name}.") for flag in flags) and not isinstance(value, dict):
+                raise ConfigError("a group of options has a plain value", where=str(path), found=f"{name}: {value!r}")
             if not _is_known(name, flags):
                 raise ConfigError("unknown key", where=str(path), found=name, expected=_nearest(name, flags))
 
@@ -287,7 +298,8 @@ def _config_files(argv: list[str]) -> Iterator[Path]:
             yield Path(value if equals else argv[i + 1])
 
 
-def _yaml_keys(path: Path) -> list[str]:
+def _yaml_keys(path: Path) -> dict[str, Any]:
+    """Every key with its value, those of a group with the group's name before them."""
     try:
         content = yaml.safe_load(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -295,7 +307,8 @@ def _yaml_keys(path: Path) -> list[str]:
     if not isinstance(content, dict):
         raise ConfigError("not a configuration", where=str(path), found=type(content).__name__, expected="key: value")
     nested = {key: value for key, value in content.items() if isinstance(value, dict)}
-    return [str(key) for key in content] + [f"{key}.{name}" for key, value in nested.items() for name in value]
+    below = {f"{key}.{name}": value for key, group in nested.items() for name, value in group.items()}
+    return {str(key): value for key, value in content.items()} | below
 
 
 def _nearest(name: str, legal: Iterable[str]) -> str:

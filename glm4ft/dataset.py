@@ -24,6 +24,7 @@ from glm4ft.conversation import Conversation, Message, read_conversations
 from glm4ft.errors import DataError
 
 DEMO_DATA = Path(__file__).parent / "demo" / "two_conversations.jsonl"
+WARNING_KINDS = 20  # counted apart: warnings quote names from the data
 NO_TARGETS = "no supervised token"
 TOO_LONG = "longer than max_length even with the last turn alone"
 _REPORT = "report.json"
@@ -194,6 +195,8 @@ def _write_rows(folder: Path, path: str | os.PathLike[str], chat_format: ChatFor
             for warning in conversation.warnings:
                 # without the message's index, or a large file would have a kind of warning on every line
                 kind = re.sub(r"\[\d+\]", "[*]", warning)
+                if kind not in report.warnings and len(report.warnings) >= WARNING_KINDS:
+                    kind = "other warnings"
                 report.warnings.setdefault(kind, []).append(conversation.line)
             row, reason = fit_row(conversation, chat_format, max_length)
             if row is None:

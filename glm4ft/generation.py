@@ -11,7 +11,6 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel
 
 from glm4ft.chat_format import ChatFormat, Row, Turn
-from glm4ft.conversation import Conversation
 from glm4ft.report.safe_text import visible
 
 # A turn that does not stop is given this many tokens to show how it goes on.
@@ -24,7 +23,7 @@ class TurnRoundTrip:
 
     Args:
         line: of the conversation in its file.
-        message: index of the turn in ``Conversation.messages``.
+        message: index of the turn in the conversation, without the turns that were cut to fit.
         supervised: False if the turn was not trained, and so need not come back.
         expected: text of the turn, its terminator by name.
         generated: text that was generated, control tokens by name.
@@ -60,22 +59,19 @@ class TurnRoundTrip:
         )
 
 
-def round_trip(
-    model: PreTrainedModel | PeftModel, chat_format: ChatFormat, conversations: Iterable[Conversation]
-) -> list[TurnRoundTrip]:
+def round_trip(model: PreTrainedModel | PeftModel, chat_format: ChatFormat, rows: Iterable[Row]) -> list[TurnRoundTrip]:
     """Generate every assistant turn from its inference prompt and compare.
 
     Args:
         model: in any mode; left as it was.
         chat_format: that the model was trained with.
-        conversations: whose assistant turns are tried, each after the true turns before it.
+        rows: as trained; each of their assistant turns is tried after the true turns before it.
     Returns:
         One result per assistant turn, in order.
     """
     was_training = model.training
     model.eval()
     try:
-        rows = (chat_format.encode(conversation) for conversation in conversations)
         return [_try_turn(model, chat_format, row, turn) for row in rows for turn in row.turns]
     finally:
         model.train(was_training)

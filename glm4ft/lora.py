@@ -7,6 +7,7 @@ half of what its configuration lists. Here every target has to match, and the ac
 from __future__ import annotations
 
 import difflib
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -23,6 +24,7 @@ GLM4_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_pr
 
 # peft's names for what has an option of its own here, and why others may not be set
 _OWN_NAMES = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "targets"}
+INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 _FIXED = {"task_type": "it is CAUSAL_LM", "peft_type": "it is LORA", "inference_mode": "it would train nothing"}
 
 
@@ -53,6 +55,7 @@ class LoraOptions:
         _require(are_names and len(self.targets) > 0, "targets", self.targets, "a list of module names")
         if self.options:
             _require_peft_fields(self.options)
+            _require_unchanged_base(self.options.get("init_lora_weights", True))
             self.peft_config()
 
     def peft_config(self) -> LoraConfig:
@@ -126,6 +129,7 @@ def attach_lora(model: PreTrainedModel, options: LoraOptions, *, seed: int) -> P
         raise ConfigError("the model has adapters already", found=type(model).__name__, fix="load the base anew")
     config, was_training = options.peft_config(), model.training
     _require_targets(model, config, options)
+    _require_modules(model, options)
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
         # what peft still calls in transformers is between the two; warnings about the options pass
@@ -191,6 +195,25 @@ def _require_peft_fields(options: Mapping[str, Any]) -> None:
         if name not in legal:
             near = difflib.get_close_matches(name, legal, n=1, cutoff=0.5)
             raise ConfigError("peft.LoraConfig has no such field", where=where, expected=near[0] if near else "")
+
+
+def _require_unchanged_base(init: object) -> None:
+    """Some initialisations move a part of the base into the adapter, which is then right on the changed base alone."""
+    if init not in INITIALISATIONS:
+        raise ConfigError(
+            "this initialisation changes the base, which is not saved with the adapter",
+            where="--lora.options.init_lora_weights",
+            found=repr(init),
+            expected=", ".join(map(repr, INITIALISATIONS)),
+        )
+
+
+def _require_modules(model: PreTrainedModel, options: LoraOptions) -> None:
+    """Further options of peft's that name modules, and say nothing either of a name that matches none."""
+    for key in ("modules_to_save", "rank_pattern", "alpha_pattern"):
+        for pattern in options.options.get(key) or ():
+            if not any(re.search(rf"(^|\.)({pattern})$", name) for name, _ in model.named_modules()):
+                raise ConfigError("the name matches no module", where=f"--lora.options.{key}", found=str(pattern))
 
 
 def _refused_by_peft(options: Mapping[str, Any], error: Exception) -> ConfigError:

@@ -134,9 +134,10 @@ class SupervisedTrainer(Trainer):
 
     def _place(self) -> str:
         """Rows and last good checkpoint, for the message of a run that stops."""
-        lines = ", ".join(str(line) for line in sorted(set(self.step_contents.lines)))
+        lines = sorted(set(self.step_contents.lines))
+        shown = ", ".join(map(str, lines[:20])) + f" and {len(lines) - 20} more" * (len(lines) > 20)
         checkpoint = last_checkpoint(self.folder)
-        return f"rows from line(s) {lines}; last good checkpoint: {checkpoint or 'none'}"
+        return f"rows from line(s) {shown}; last good checkpoint: {checkpoint or 'none'}"
 
     # --- evaluation ---
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,19 +17,22 @@ from typing import Any
 import torch
 import yaml
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from glm4ft.base_model import Base, load_base, load_format
 from glm4ft.batching import Collator, PackedRows, RowSet
 from glm4ft.chat_format import ChatFormat
 from glm4ft.config import TrainConfig
 from glm4ft.conversation import read_conversations
-from glm4ft.dataset import Rows, data_path, prepare_rows
-from glm4ft.errors import ConfigError
+from glm4ft.dataset import Rows, data_path, fit_row, prepare_rows
+from glm4ft.errors import ConfigError, RunError
 from glm4ft.generation import TurnRoundTrip, round_trip
 from glm4ft.lora import attach_lora, audit_lora
 from glm4ft.loss import install_supervised_loss
-from glm4ft.trainer import SupervisedTrainer, checkpoint_step, last_checkpoint
+from glm4ft.tiny import write_tiny_base
+from glm4ft.trainer import COMPLETE_MARKER, SupervisedTrainer, checkpoint_step, last_checkpoint
 from glm4ft.trajectory import FILE_NAME, Trajectory, append_row, read_trajectory, rewind, write_atomically
 
 CONFIG_FILE = "config.yaml"
@@ -102,7 +107,13 @@ def run_training(config: TrainConfig, *, resume: bool = False, say: Callable[[st
         RunError: if the run had to stop.
     """
     say = say if _is_main_process() else _silent
-    output = _require_output(config, resume)
+    output = Path(str(config.output))
+    if resume and (output / COMPLETE_MARKER).exists():
+        say(f"the run in {output} is complete")
+        return RunResult(output, read_trajectory(output / FILE_NAME), (), config.target_loss)
+    if not resume and _is_main_process():
+        _require_unused(output)
+    _require_trackers(config.report_to)
     chat_format = chat_format_of(config)
     data = data_path(str(config.data))
     rows, report = prepare_rows(data, chat_format, max_length=config.max_length)
@@ -112,12 +123,10 @@ def run_training(config: TrainConfig, *, resume: bool = False, say: Callable[[st
         eval_rows, eval_report = prepare_rows(data_path(config.eval_data), chat_format, max_length=config.max_length)
         say(eval_report.describe())
     base = load_base(config.model, dtype=config.dtype, chat_format=config.chat_format)
-    for warning in base.warnings:
-        say(f"warning: {warning}")
     model = _adapt(base, config, output)
     adapters = audit_lora(model, config.lora)
     say(adapters.describe())
-    for warning in adapters.warnings:
+    for warning in (*base.warnings, *adapters.warnings):
         say(f"warning: {warning}")
     header = _header(rows, model)
     _require_disk_space(output, model, config.keep_checkpoints if config.save_every else 0)
@@ -127,9 +136,18 @@ def run_training(config: TrainConfig, *, resume: bool = False, say: Callable[[st
     elif _is_main_process():
         _begin(output, config, base, header)
     trainer = make_trainer(config, base, model, rows, eval_rows, output)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    trainer.save_model(str(output))
-    trips = round_trip(model, chat_format, read_conversations(data)) if config.round_trip else []
+    with _writing(output):
+        if checkpoint and _is_last(checkpoint, config):
+            model.load_adapter(str(checkpoint), "default", is_trainable=True)
+        else:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.save_model(str(output))
+        if _is_main_process():
+            write_atomically(output / COMPLETE_MARKER, "")
+    trips = []
+    if config.round_trip:
+        trained = (fit_row(c, chat_format, config.max_length)[0] for c in read_conversations(data))
+        trips = round_trip(model, chat_format, (row for row in trained if row))
     return RunResult(output, read_trajectory(output / FILE_NAME), tuple(trips), config.target_loss)
 
 
@@ -215,20 +233,41 @@ def _begin(output: Path, config: TrainConfig, base: Base, header: dict[str, Any]
     try:
         output.mkdir(parents=True, exist_ok=True)
         if base.source == "tiny":
-            _save_base(base, output / BASE_FOLDER)
+            write_tiny_base(output / BASE_FOLDER)  # anew: the one in memory has adapters in it
         write_atomically(output / CONFIG_FILE, yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
         append_row(output / FILE_NAME, header)
-    except OSError:
-        for path in output.iterdir() if existed else [output]:
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
-        raise
+    except (OSError, SafetensorError) as error:
+        if existed:
+            shutil.rmtree(output / BASE_FOLDER, ignore_errors=True)
+            for name in (CONFIG_FILE, FILE_NAME):
+                (output / name).unlink(missing_ok=True)
+        else:
+            shutil.rmtree(output, ignore_errors=True)
+        raise ConfigError("the run cannot be written", where=str(output), found=str(error)) from error
 
 
-def _save_base(base: Base, folder: Path) -> None:
-    # the adapter is already attached: its wrapped layers would save under other names, so the base is built anew
-    from glm4ft.tiny import write_tiny_base
+@contextlib.contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    """Say what is left where a disk fills up in mid-run."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch.save reports a failed write as a RuntimeError of its archive writer
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise
+        left = last_checkpoint(output)
+        raise RunError(
+            f"the run cannot be written: {error}; last good checkpoint: {left or 'none'}; when there is room, continue "
+            f"with --resume {output}"
+        ) from error
 
-    write_tiny_base(folder)
+
+def _is_last(checkpoint: Path, config: TrainConfig) -> bool:
+    """Whether a run has nothing to train after a checkpoint; transformers would take one step more."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
+    steps = read_trajectory(checkpoint.parent / FILE_NAME).steps
+    has_target = config.target_loss is not None and bool(steps) and steps[-1]["loss"] < config.target_loss
+    return bool(state["global_step"] >= state["max_steps"]) or has_target
 
 
 def _rewind(output: Path, header: dict[str, Any]) -> Path | None:
@@ -266,10 +305,7 @@ def _header(rows: Rows, model: PeftModel) -> dict[str, Any]:
     }
 
 
-def _require_output(config: TrainConfig, resume: bool) -> Path:
-    output = Path(str(config.output))
-    if resume:
-        return output
+def _require_unused(output: Path) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(
             "the output folder is already in use",
@@ -278,7 +314,19 @@ def _require_output(config: TrainConfig, resume: bool) -> Path:
             expected="a folder that is empty or does not exist",
             fix=f"choose another folder, or continue that run with --resume {output}",
         )
-    return output
+
+
+def _require_trackers(names: Sequence[str]) -> None:
+    available = get_available_reporting_integrations()
+    for name in names:
+        if name not in (*available, "all", "none"):
+            raise ConfigError(
+                "the experiment tracker is unknown or not installed",
+                where="--report_to",
+                found=name,
+                expected=", ".join(available) or "none: no tracker is installed",
+                fix="install the tracker's package, or leave it out",
+            )
 
 
 def _require_disk_space(output: Path, model: PeftModel, keep_checkpoints: int) -> None:

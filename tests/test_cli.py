@@ -135,7 +135,11 @@ def test_consecutive_assistant_turns_train_with_the_option(tmp_path: Path) -> No
         ("--lora.options.use_rs_lora=true", ("use_rs_lora", "use_rslora")),
         ("--schedule=cos", ("--schedule", "cos", "'cosine', 'linear', 'constant'")),
         ("--max_steps=0", ("--max_steps", "more than 0")),
-        ("--packing", ("--packing", "--option true")),
+        ("--packing", ("--packing", "true or false")),
+        ("--report_to=[nonesuch]", ("--report_to", "nonesuch")),
+        ("--report_to=tensorboard", ("--report_to", "a list, as [a,b]")),
+        ("--lora.options.modules_to_save=[nope]", ("modules_to_save", "nope")),
+        ("--lora.options.init_lora_weights=pissa", ("init_lora_weights", "pissa", "changes the base")),
         ("--max_length=3", ("no conversation is left", "--max_length")),
         ("--config={tmp}/none.yaml", ("none.yaml", "No such file")),
         ("--resume={tmp}/none", ("no run to resume",)),
@@ -148,11 +152,17 @@ def test_bad_option_is_refused(
     assert_refused(argv, capsys, tmp_path, *says)
 
 
+@pytest.mark.parametrize("option", ["--limit=-1", "--max_length=0"])
+def test_bad_option_of_inspect_is_refused(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert_refused(["inspect", "demo", option], capsys, tmp_path, option.partition("=")[0])
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
         ("learning_rat: 1", ("config.yaml", "learning_rat", "learning_rate")),
         ("lora: {rnk: 3}", ("config.yaml", "lora.rnk", "lora.rank")),
+        ("lora: 3", ("lora",)),
         ("[1, 2]", ("config.yaml", "not a configuration")),
         ("data: [", ("config.yaml",)),
         ("data: !!python/object/apply:os.getcwd []", ("config.yaml", "cannot read")),
@@ -199,7 +209,29 @@ def test_full_disk_is_one_block(
 
     monkeypatch.setattr("glm4ft.training_run.write_atomically", fail)
     argv = ["train", "--data=demo", f"--output={tmp_path / 'out'}"]
-    assert_refused(argv, capsys, tmp_path, "No space left on device", "free some space")
+    assert_refused(argv, capsys, tmp_path, "No space left on device", "cannot be written")
+
+
+@pytest.mark.parametrize(("limit_kib", "status"), [(300, 2), (700, 1)])
+def test_disk_that_fills_up_is_one_block(tmp_path: Path, limit_kib: int, status: int) -> None:
+    """With files limited to 300 KiB the base does not fit: nothing is left. With 700 a checkpoint does not."""
+    resource = pytest.importorskip("resource")
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit_kib * 1024, limit_kib * 1024))
+
+    script = (
+        "import signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); from glm4ft.cli import run; "
+        "sys.exit(run(sys.argv[1:]))"
+    )
+    base = write_tiny_base(tmp_path / "base") if status == 1 else "tiny"
+    argv = ["train", "--data=demo", f"--model={base}", "--max_steps=2", "--save_every=1", "--lora.rank=64"]
+    command = [sys.executable, "-c", script, *argv, f"--output={tmp_path / 'out'}"]
+    result = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, check=False)
+    assert result.returncode == status, result.stdout + result.stderr
+    assert "cannot be written" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert (tmp_path / "out").exists() == (status == 1)
 
 
 def test_run_that_misses_its_target_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,6 +25,7 @@ CONVERSATION = from_messages(
         {"role": "assistant", "content": "Bye"},
     ]
 )
+ROW = CHAT_FORMAT.encode(CONVERSATION)
 
 
 class Parrot(torch.nn.Module):
@@ -48,12 +49,12 @@ def answer(text: str, stop: str) -> list[int]:
 
 
 def try_last_turn(says: list[int]) -> TurnRoundTrip:
-    return round_trip(Parrot(says), CHAT_FORMAT, [CONVERSATION])[1]  # type: ignore[arg-type]
+    return round_trip(Parrot(says), CHAT_FORMAT, [ROW])[1]  # type: ignore[arg-type]
 
 
 def test_prompt_is_that_of_serving_and_decoding_is_greedy() -> None:
     parrot = Parrot(answer("Bye", "<|user|>"))
-    round_trip(parrot, CHAT_FORMAT, [CONVERSATION])  # type: ignore[arg-type]
+    round_trip(parrot, CHAT_FORMAT, [ROW])  # type: ignore[arg-type]
     assert parrot.prompts == [CHAT_FORMAT.prompt(CONVERSATION.messages[:n]) for n in (1, 3)]
     assert all(config.do_sample is False and config.num_beams == 1 for config in parrot.configs)
     assert all(config.eos_token_id == CHAT_FORMAT.stop_ids for config in parrot.configs)
@@ -87,7 +88,7 @@ def test_turn_cut_short_differs_where_it_ends() -> None:
 
 
 def test_untrained_turn_is_tried_but_marked() -> None:
-    first, last = round_trip(Parrot([5]), CHAT_FORMAT, [CONVERSATION])  # type: ignore[arg-type]
+    first, last = round_trip(Parrot([5]), CHAT_FORMAT, [ROW])  # type: ignore[arg-type]
     assert (first.supervised, last.supervised) == (False, True)
     assert "not trained" in first.describe()
 
@@ -100,7 +101,5 @@ def test_hostile_text_is_shown_harmlessly() -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_models_mode_is_left_as_it_was(training: bool) -> None:
     model = tiny_model().train(training)
-    round_trip(
-        model, CHAT_FORMAT, [from_messages([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])]
-    )
+    round_trip(model, CHAT_FORMAT, [ROW])
     assert model.training is training

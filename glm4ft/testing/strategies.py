@@ -48,7 +48,7 @@ def text_contents() -> SearchStrategy[str]:
     Returns:
         Strings that UTF-8 can encode, from one character to a few thousand.
     """
-    return _joined((*_TEXTS, *_WHITE_SPACE, *MARKER_LOOK_ALIKES, *MARKERS))
+    return _joined((*_WHITE_SPACE, *MARKER_LOOK_ALIKES, *MARKERS))
 
 
 def marker_free_contents(*, markers: Iterable[str] = MARKERS) -> SearchStrategy[str]:
@@ -61,7 +61,7 @@ def marker_free_contents(*, markers: Iterable[str] = MARKERS) -> SearchStrategy[
         Strings without any of them.
     """
     unwanted = tuple(markers)
-    return _joined((*_TEXTS, *_WHITE_SPACE, *MARKER_LOOK_ALIKES)).filter(lambda text: not _holds(text, unwanted))
+    return _joined((*_WHITE_SPACE, *MARKER_LOOK_ALIKES)).filter(lambda text: not _holds(text, unwanted))
 
 
 def tool_names(contents: SearchStrategy[str] | None = None) -> SearchStrategy[str]:
@@ -193,10 +193,11 @@ def _steps(contents: SearchStrategy[str], loss: bool | None, calls: bool) -> Sea
     than it removes in one go. Metadata that is a number stands for a declared tool.
     """
     roles: tuple[Role, ...] = ("user", "system", "observation", "observation")
-    users, systems, observations, more = (contents.map(functools.partial(Message, role)) for role in roles)
+    contexts = [contents.map(functools.partial(Message, role)) for role in roles]
+    replies = [_replies(contents, loss), _replies(contents, loss)]
     numbers = st.integers(0, 3).map(str)
-    called = [tool_calls(contents, names=numbers | tool_names(contents), loss=loss) for _ in range(7 * calls)]
-    steps = st.lists(st.one_of(users, _replies(contents, loss), systems, observations, more, *called), max_size=30)
+    called = [tool_calls(contents, names=numbers | tool_names(contents), loss=loss) for _ in range(14 * calls)]
+    steps = st.lists(st.one_of(contexts[0], *replies, *contexts[1:], *called), max_size=30)
     return st.tuples(steps, steps).map(lambda halves: [*halves[0], *halves[1]])  # one list alone holds 5 on average
 
 
@@ -205,7 +206,6 @@ def _declared(contents: SearchStrategy[str]) -> SearchStrategy[list[dict[str, An
     return st.lists(tool_definitions(contents), min_size=1, max_size=2)
 
 
-@functools.lru_cache(maxsize=32)
 def _replies(contents: SearchStrategy[str], loss: bool | None) -> SearchStrategy[Message]:
     trained = contents.map(lambda text: Message("assistant", text))
     untrained = contents.map(lambda text: Message("assistant", text, loss=False))
@@ -269,11 +269,10 @@ def _flags(wanted: bool | None) -> SearchStrategy[bool]:
 
 
 @functools.cache
-def _joined(fragments: tuple[str, ...]) -> SearchStrategy[str]:
-    """Fragments and free text put together, so that white space and markers stand at every place of a text."""
-    whole = st.sampled_from(fragments)
-    pieces = whole | st.text(min_size=1, max_size=6)
-    return whole | st.lists(pieces, min_size=1, max_size=4).map("".join)
+def _joined(odd: tuple[str, ...]) -> SearchStrategy[str]:
+    """Whole fragments, and fragments and free text put together: anything odd stands at every place of a text."""
+    fragments = st.sampled_from(_TEXTS) | st.sampled_from(odd)
+    return fragments | st.lists(fragments | st.text(min_size=1, max_size=6), min_size=1, max_size=5).map("".join)
 
 
 def _contents(contents: SearchStrategy[str] | None) -> SearchStrategy[str]:

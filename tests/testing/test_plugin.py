@@ -103,13 +103,9 @@ def test_the_command_line_goes_before_the_environment(
     )
 
 
-def test_xdist_workers_find_the_tokenizer_as_well(
-    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, folder: Path
-) -> None:
+def test_xdist_workers_find_the_tokenizer_as_well(pytester: pytest.Pytester, folder: Path) -> None:
     pytester.makepyfile(f"def test_it(glm4ft_tokenizer): assert glm4ft_tokenizer == {str(folder)!r}\n")
     pytester.runpytest_subprocess("-n2", TOKENIZER.flag, str(folder)).assert_outcomes(passed=1)
-    monkeypatch.setenv(TOKENIZER.variable, str(folder))
-    pytester.runpytest_subprocess("-n2").assert_outcomes(passed=1)
 
 
 def test_without_a_tokenizer_its_tests_are_skipped(pytester: pytest.Pytester) -> None:

@@ -16,13 +16,24 @@ Optional
     ``prompt(messages, tools=None)``: ids that serving sends for the next assistant turn.
     ``collate(rows)``: a batch of tensors from what ``encode`` returned.
     ``build_model(base_dir, seed)``: the base with adapters attached, on its device.
+    ``lora``: what the user asked for, by peft's names (``r``, ``lora_alpha``, ``target_modules``, ``use_rslora``,
+    ``rank_pattern``, ``alpha_pattern``, ``layers_to_transform``); without it the model's own configuration is believed.
     ``train(model, conversations, plan)``: trains in place. A conversation is ``{"messages": [...], "tools": [...]}``.
-    ``evaluate(model, conversations)``: the mean loss over all supervised tokens.
+    It may return its log: a mapping per optimiser step with any of ``step``, ``loss``, ``grad_norm`` (before clipping),
+    ``learning_rate``, and ``eval_loss`` where it evaluated. Logged figures are not judged without it.
+    ``distributed``: True if ``train`` can run as one of several processes in the environment that torchrun sets
+    (``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR``, ...), where it joins the process group by itself, on a CPU with gloo.
+    ``micro_batch_size`` and ``accumulation`` are then those of one process.
+    ``evaluate(model, conversations)``: the mean loss over all supervised tokens, or ``{"loss": ..., "accuracy": ...}``,
+    the accuracy being the share of supervised tokens that are the likeliest.
+    ``generate(model, messages, tools, max_new_tokens)``: the new ids of the next assistant turn, decoded greedily by
+    the subject's own inference path; the stop id included if one came.
     ``save(model, folder)``, ``load(base_dir, folder)``: an adapter to disk and back.
     ``merge(base_dir, folder, output)``: a merged checkpoint from a base and a saved adapter.
 
 ``base_dir`` is a Hugging Face model folder that the harness wrote, so the harness knows the base and can load it on
-its own. ``plan`` is a plain mapping with the keys of :data:`PLAN`.
+its own. ``plan`` is a plain mapping with the keys of :data:`PLAN`. Checkpoints are folders ``checkpoint-<step>`` below
+its ``output_dir``. With ``eval_every`` it is the training conversations that are evaluated, in whatever batches.
 """
 
 from __future__ import annotations
@@ -38,7 +49,8 @@ from glm4ft.errors import ConfigError
 
 REQUIRED = ("name", "tokenizer", "encode")
 OPTIONAL = (
-    "chat_format", "stop_ids", "prompt", "collate", "build_model", "train", "evaluate", "save", "load", "merge",
+    "chat_format", "stop_ids", "prompt", "collate", "build_model", "lora", "train", "distributed", "evaluate",
+    "generate", "save", "load", "merge",
 )  # fmt: skip
 
 PLAN: Mapping[str, Any] = {
@@ -55,8 +67,11 @@ PLAN: Mapping[str, Any] = {
     "seed": 0,
     "packing": False,
     "output_dir": None,  # a folder the trainer may write to
-    "save_every": 0,  # steps between checkpoints in output_dir; 0: none
-    "resume_from": None,  # a checkpoint to continue from
+    "gradient_checkpointing": False,  # recompute activations; True leaves the kind to the trainer
+    "log_every": 1,  # steps between entries of the log
+    "eval_every": 0,  # steps between evaluations; 0: none
+    "save_every": 0,  # steps between checkpoints in output_dir; 0: none. All of them are kept.
+    "resume_from": None,  # a checkpoint to continue from, in another output_dir
 }
 
 

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from peft import PeftModel
 
 from glm4ft.base_model import load_base
-from glm4ft.batching import Collator, Item, RowSet
+from glm4ft.batching import Item, RowSet
 from glm4ft.chat_format import ChatFormat
 from glm4ft.config import TrainConfig
 from glm4ft.conversation import from_messages
+from glm4ft.generation import greedy
 from glm4ft.lora import LoraOptions, attach_lora
 from glm4ft.loss import install_supervised_loss
 from glm4ft.merge import merge_adapter
@@ -44,6 +44,8 @@ class Subject:
     """
 
     name = "glm4ft"
+    distributed = True
+    options = LoraOptions()
 
     def __init__(self, base_dir: str) -> None:
         self.base = load_base(base_dir)
@@ -66,10 +68,19 @@ class Subject:
         """The base with adapters on GLM-4's six targets."""
         self.base = load_base(base_dir)
         install_supervised_loss(self.base.model)
-        return attach_lora(self.base.model, LoraOptions(), seed=seed)
+        return attach_lora(self.base.model, self.options, seed=seed)
 
-    def train(self, model: PeftModel, conversations: Sequence[Mapping[str, Any]], plan: Mapping[str, Any]) -> None:
-        """Train in place, by the plan."""
+    @property
+    def lora(self) -> dict[str, Any]:
+        """The adapter that ``build_model`` is to attach, by peft's names."""
+        options = self.options
+        asked = {"r": options.rank, "lora_alpha": options.alpha, "target_modules": list(options.targets)}
+        return {**asked, **options.options}
+
+    def train(
+        self, model: PeftModel, conversations: Sequence[Mapping[str, Any]], plan: Mapping[str, Any]
+    ) -> list[dict[str, Any]]:
+        """Train in place, by the plan; the log is transformers'."""
         rows = MemoryRows([self.encode(c["messages"], c.get("tools")) for c in conversations])
         output = Path(plan["output_dir"] or tempfile.mkdtemp())
         config = TrainConfig(
@@ -84,21 +95,34 @@ class Subject:
             max_steps=plan["steps"],
             micro_batch_size=plan["micro_batch_size"],
             accumulation=plan["accumulation"],
+            gradient_checkpointing=plan["gradient_checkpointing"],
+            eval_every=plan["eval_every"] or plan["steps"],
             save_every=plan["save_every"],
+            keep_checkpoints=plan["steps"],
             seed=plan["seed"],
         )
-        trainer = make_trainer(config, self.base, model, rows, None, output)
+        trainer = make_trainer(config, self.base, model, rows, rows if plan["eval_every"] else None, output)
         trainer.args.adam_beta1, trainer.args.adam_beta2 = plan["betas"]
         trainer.args.adam_epsilon = plan["eps"]
         trainer.train(resume_from_checkpoint=plan["resume_from"])
+        return list(trainer.state.log_history)
 
     def evaluate(self, model: PeftModel, conversations: Sequence[Mapping[str, Any]]) -> float:
         """Mean loss over all supervised tokens."""
         rows = MemoryRows([self.encode(c["messages"], c.get("tools")) for c in conversations])
-        batch = Collator(self.tokenizer.pad_token_id)([rows[i] for i in range(len(rows))])
-        batch.pop("lines")
-        with torch.no_grad():
-            return float(model(**batch).loss)
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = make_trainer(TrainConfig(output=folder), self.base, model, rows, rows, Path(folder))
+            return float(trainer.evaluate()["eval_loss"])
+
+    def generate(
+        self, model: PeftModel, messages: Sequence[Mapping[str, Any]], tools: Any, max_new_tokens: int
+    ) -> list[int]:
+        """The next assistant turn, by greedy decoding."""
+        was_training = model.training
+        try:
+            return greedy(model.eval(), self.prompt(messages, tools), self.stop_ids, max_new_tokens)
+        finally:
+            model.train(was_training)
 
     def save(self, model: PeftModel, folder: str) -> None:
         """Write the adapter."""

@@ -6,11 +6,13 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
+    PrinterCallback,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -19,6 +21,7 @@ from transformers import (
 from glm4ft.chat_format import IGNORED, ChatFormat
 from glm4ft.conversation import from_messages
 from glm4ft.lora import GLM4_TARGETS
+from glm4ft.testing.subject import make_plan
 
 
 class Subject:
@@ -30,6 +33,8 @@ class Subject:
 
     name = "transformers.Trainer"
     chat_format = "glm-4-0414"
+    distributed = True
+    lora: Mapping[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": list(GLM4_TARGETS)}
 
     def __init__(self, base_dir: str) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(base_dir)
@@ -45,13 +50,21 @@ class Subject:
         """The base with adapters on GLM-4's six targets."""
         set_seed(seed)
         base = AutoModelForCausalLM.from_pretrained(base_dir)
-        config = LoraConfig(r=8, lora_alpha=16, target_modules=list(GLM4_TARGETS), task_type="CAUSAL_LM")
+        config = LoraConfig(task_type="CAUSAL_LM", **self.lora)
         return get_peft_model(base, config)
 
-    def train(self, model: Any, conversations: Sequence[Mapping[str, Any]], plan: Mapping[str, Any]) -> None:
+    def train(
+        self, model: Any, conversations: Sequence[Mapping[str, Any]], plan: Mapping[str, Any]
+    ) -> list[dict[str, Any]]:
         """Train in place, by the plan; it has no packing of its own, so rows are padded."""
         trainer = self.make_trainer(model, [self.encode(c["messages"], c.get("tools")) for c in conversations], plan)
         trainer.train(resume_from_checkpoint=plan["resume_from"])
+        return list(trainer.state.log_history)
+
+    def evaluate(self, model: Any, conversations: Sequence[Mapping[str, Any]]) -> float:
+        """Mean loss, as ``Trainer.evaluate`` reports it."""
+        rows = [self.encode(c["messages"], c.get("tools")) for c in conversations]
+        return float(self.make_trainer(model, rows, make_plan()).evaluate()["eval_loss"])
 
     def make_trainer(self, model: Any, rows: list[dict[str, list[int]]], plan: Mapping[str, Any]) -> Trainer:
         """The trainer that the plan asks for."""
@@ -71,14 +84,20 @@ class Subject:
             seed=plan["seed"],
             save_strategy="steps" if plan["save_every"] else "no",
             save_steps=plan["save_every"] or 500,
+            eval_strategy="steps" if plan["eval_every"] else "no",
+            eval_steps=plan["eval_every"] or None,
+            gradient_checkpointing=plan["gradient_checkpointing"],
+            use_cpu=not torch.cuda.is_available(),
             report_to="none",
             disable_tqdm=True,
-            logging_strategy="no",
+            logging_steps=plan["log_every"],
             remove_unused_columns=False,
         )
         collator = DataCollatorForSeq2Seq(self.tokenizer, label_pad_token_id=IGNORED)
         data: Any = rows
-        return Trainer(model=model, args=args, train_dataset=data, data_collator=collator)
+        trainer = Trainer(model=model, args=args, train_dataset=data, eval_dataset=data, data_collator=collator)
+        trainer.remove_callback(PrinterCallback)
+        return trainer
 
     def save(self, model: Any, folder: str) -> None:
         """Write the adapter."""

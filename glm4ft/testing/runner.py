@@ -104,6 +104,8 @@ def _run(check: Check, trial: Trial) -> tuple[Status, str]:
         return "failed", str(error)
     except NotApplicable as error:
         return "skipped", str(error)
+    except NotImplementedError as error:
+        return "skipped", f"the subject does not offer this: {error}"
     except (InputError, RunError) as error:
         return "error", str(error)
     except Exception as error:  # whatever a foreign pipeline raises is a result, not our crash

@@ -31,6 +31,9 @@ Optional
     ``save(model, folder)``, ``load(base_dir, folder)``: an adapter to disk and back.
     ``merge(base_dir, folder, output)``: a merged checkpoint from a base and a saved adapter.
 
+A member that raises ``NotImplementedError`` says that the pipeline does not offer what it was asked for: a conversation
+that it refuses or drops is left out, and a check that cannot do without is skipped, with the error's message.
+
 ``base_dir`` is a Hugging Face model folder that the harness wrote, so the harness knows the base and can load it on
 its own. ``plan`` is a plain mapping with the keys of :data:`PLAN`. Checkpoints are folders ``checkpoint-<step>`` below
 its ``output_dir``. With ``eval_every`` it is the training conversations that are evaluated, in whatever batches.
@@ -41,6 +44,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -85,6 +89,39 @@ def make_plan(**changes: Any) -> dict[str, Any]:
         if key not in PLAN:
             raise ConfigError("a plan has no such key", found=key, expected=", ".join(PLAN))
     return {**PLAN, **changes}
+
+
+def training_arguments(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """A plan in the names of ``transformers.TrainingArguments``, which most trainers take; adapters may use it.
+
+    Args:
+        plan: as ``train`` gets it.
+    Returns:
+        Keyword arguments; ``output_dir`` is a new folder if the plan names none.
+    """
+    return {
+        "output_dir": plan["output_dir"] or tempfile.mkdtemp(),
+        "max_steps": plan["steps"],
+        "per_device_train_batch_size": plan["micro_batch_size"],
+        "gradient_accumulation_steps": plan["accumulation"],
+        "learning_rate": plan["learning_rate"],
+        "lr_scheduler_type": "constant_with_warmup" if plan["schedule"] == "constant" else plan["schedule"],
+        "warmup_steps": plan["warmup_steps"],
+        "max_grad_norm": plan["max_grad_norm"],
+        "weight_decay": plan["weight_decay"],
+        "adam_beta1": plan["betas"][0],
+        "adam_beta2": plan["betas"][1],
+        "adam_epsilon": plan["eps"],
+        "seed": plan["seed"],
+        "gradient_checkpointing": plan["gradient_checkpointing"],
+        "logging_steps": plan["log_every"],
+        "eval_strategy": "steps" if plan["eval_every"] else "no",
+        "eval_steps": plan["eval_every"] or None,
+        "save_strategy": "steps" if plan["save_every"] else "no",
+        "save_steps": plan["save_every"] or 500,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
 
 
 def load_subject(spec: str, base_dir: Path) -> Any:

@@ -31,6 +31,10 @@ def breaks(trial: Trial) -> None:
     raise KeyError("labels")
 
 
+def is_not_offered(trial: Trial) -> None:
+    raise NotImplementedError("no packing")
+
+
 def does_not_apply(trial: Trial) -> None:
     raise NotApplicable("no chat format")
 
@@ -47,18 +51,42 @@ def results(*functions: Any, needs: frozenset[str] = frozenset(), **kwargs: Any)
 
 def test_each_outcome_has_its_status() -> None:
     """A subject that breaks down is a result, not a crash of the suite."""
-    found = [(r.status, r.message) for r in results(passes, fails, breaks, does_not_apply)]
+    found = [(r.status, r.message) for r in results(passes, fails, breaks, does_not_apply, is_not_offered)]
     assert found == [
         ("passed", ""),
         ("failed", "found 2, expected 1"),
         ("error", "KeyError: 'labels'"),
         ("skipped", "no chat format"),
+        ("skipped", "the subject does not offer this: no packing"),
     ]
 
 
 def test_check_that_needs_a_missing_part_is_skipped_with_the_reason() -> None:
     (result,) = results(passes, needs=frozenset({"train", "save"}))
     assert (result.status, result.message) == ("skipped", "the subject has no save, train")
+
+
+class Choosy:
+    """Takes no conversation with a system message; takes none at all if ``only`` says so."""
+
+    name, chat_format = "choosy", None
+    tokenizer = SimpleNamespace(chat_template="", decode=lambda ids, **_: bytes(ids).decode())
+
+    def __init__(self, only: str) -> None:
+        self.only = only
+
+    def encode(self, messages: Any, tools: Any = None) -> dict[str, list[int]]:
+        if self.only == "none" or messages[0]["role"] == "system":
+            raise NotImplementedError("refused")
+        ids = list("".join(message["content"] for message in messages).encode())
+        return {"input_ids": ids, "labels": [-100] * len(ids)}
+
+
+@pytest.mark.parametrize(("only", "status"), [("without system", "passed"), ("none", "skipped")])
+def test_refused_conversation_is_left_out_but_refusing_all_proves_nothing(only: str, status: str) -> None:
+    checks = [check for check in all_checks() if check.name == "every_message_stands_in_the_row"]
+    (result,) = run_checks(Trial(Choosy(only), Path(), Path()), checks)
+    assert result.status == status, result.message
 
 
 def test_expected_failure_is_strict() -> None:

@@ -29,13 +29,10 @@ from glm4ft.testing.oracle import (
 )
 
 DENSE_FORMATS = ("glm-4-9b-chat", "glm-4-0414")
+CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 WEATHER = {
     "type": "function",
-    "function": {
-        "name": "get_weather",
-        "description": "the weather of a city",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-    },
+    "function": {"name": "get_weather", "description": "the weather of a city", "parameters": CITY},
 }
 
 
@@ -118,14 +115,20 @@ BANK = (
 
 
 def _bank(trial: Trial) -> list[Talk]:
-    """The bank without what the subject has no words for: tools need a GLM-4 format and a template that knows them."""
+    """The bank without what the subject has no words for, or refuses; tools need a template that knows them."""
     knows_tools = _is_glm(trial) and "tools" in str(trial.subject.tokenizer.chat_template or "")
-    return [talk for talk in BANK if knows_tools or not talk.tools]
+    talks = [talk for talk in BANK if (knows_tools or not talk.tools) and trial.takes(_conversation(talk))]
+    if not talks:
+        raise NotApplicable("not judged: the subject refuses every conversation of the bank")
+    return talks
+
+
+def _conversation(talk: Talk) -> dict[str, Any]:
+    return copy.deepcopy({"messages": list(talk.messages), "tools": list(talk.tools) if talk.tools else None})
 
 
 def _row(trial: Trial, talk: Talk) -> Row:
-    conversation = {"messages": list(talk.messages), "tools": list(talk.tools) if talk.tools else None}
-    ((ids, labels),) = trial.rows([copy.deepcopy(conversation)])
+    ((ids, labels),) = trial.rows([_conversation(talk)])
     if len(ids) != len(labels):
         raise NotApplicable("not judged: ids and labels differ in length")
     return Row(talk, ids, labels)

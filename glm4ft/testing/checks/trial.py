@@ -95,6 +95,16 @@ class Trial:
         encoded = [self.subject.encode(c["messages"], c.get("tools")) for c in conversations]
         return [(tuple(row["input_ids"]), tuple(row["labels"])) for row in encoded]
 
+    def takes(self, conversation: dict[str, Any]) -> bool:
+        """False if the subject says by ``NotImplementedError`` that it refuses or drops a conversation."""
+        try:
+            self.rows([conversation])
+        except NotImplementedError:
+            return False
+        except Exception:  # for the check that needs the row to report
+            return True
+        return True
+
     def replayed(self, **changes: Any) -> Verdict:
         """Record the first steps of a run and replay them, once for each plan.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ from transformers import (
 from glm4ft.chat_format import IGNORED, ChatFormat
 from glm4ft.conversation import from_messages
 from glm4ft.lora import GLM4_TARGETS
-from glm4ft.testing.subject import make_plan
+from glm4ft.testing.subject import make_plan, training_arguments
 
 
 class Subject:
@@ -68,31 +67,8 @@ class Subject:
 
     def make_trainer(self, model: Any, rows: list[dict[str, list[int]]], plan: Mapping[str, Any]) -> Trainer:
         """The trainer that the plan asks for."""
-        args = TrainingArguments(
-            output_dir=plan["output_dir"] or tempfile.mkdtemp(),
-            max_steps=plan["steps"],
-            per_device_train_batch_size=plan["micro_batch_size"],
-            gradient_accumulation_steps=plan["accumulation"],
-            learning_rate=plan["learning_rate"],
-            lr_scheduler_type="constant_with_warmup" if plan["schedule"] == "constant" else plan["schedule"],
-            warmup_steps=plan["warmup_steps"],
-            max_grad_norm=plan["max_grad_norm"],
-            weight_decay=plan["weight_decay"],
-            adam_beta1=plan["betas"][0],
-            adam_beta2=plan["betas"][1],
-            adam_epsilon=plan["eps"],
-            seed=plan["seed"],
-            save_strategy="steps" if plan["save_every"] else "no",
-            save_steps=plan["save_every"] or 500,
-            eval_strategy="steps" if plan["eval_every"] else "no",
-            eval_steps=plan["eval_every"] or None,
-            gradient_checkpointing=plan["gradient_checkpointing"],
-            use_cpu=not torch.cuda.is_available(),
-            report_to="none",
-            disable_tqdm=True,
-            logging_steps=plan["log_every"],
-            remove_unused_columns=False,
-        )
+        use_cpu = not torch.cuda.is_available()
+        args = TrainingArguments(**training_arguments(plan), use_cpu=use_cpu, remove_unused_columns=False)
         collator = DataCollatorForSeq2Seq(self.tokenizer, label_pad_token_id=IGNORED)
         data: Any = rows
         trainer = Trainer(model=model, args=args, train_dataset=data, eval_dataset=data, data_collator=collator)

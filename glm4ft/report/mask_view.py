@@ -8,7 +8,6 @@ token is one.
 
 from __future__ import annotations
 
-import codecs
 import itertools
 import re
 from collections import Counter
@@ -22,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from glm4ft.report.safe_text import Ruled, visible
+from glm4ft.report.token_text import TokenDecoder, Unit
 
 if TYPE_CHECKING:
     from glm4ft.chat_format import ChatFormat, Row, Segment
@@ -43,23 +43,13 @@ NEVER_SUPERVISED = LABELS[:5]
 
 
 @dataclass(frozen=True)
-class _Unit:
-    """The fewest tokens that together decode to whole characters; a control token is one alone."""
-
-    start: int
-    end: int
-    text: str
-    is_control: bool
-
-
-@dataclass(frozen=True)
 class _Run:
     """Neighbouring tokens of one segment that are all supervised or all ignored."""
 
     segment: Segment
     start: int
     supervised: bool
-    units: tuple[_Unit, ...]
+    units: tuple[Unit, ...]
 
 
 def mask_record(index: int, row: Row | None, *, line: int, dropped: str | None) -> dict[str, Any]:
@@ -105,7 +95,7 @@ def render_row(row: Row, chat_format: ChatFormat, *, boundaries: bool = False) -
         A renderable for ``Console.print``. Every line with text of the conversation starts with a rule.
     """
     text = Ruled(mask_text(row, chat_format), cues=OPEN + CLOSE, style=SUPERVISED)
-    tables = _boundary_tables(row, _Decoder(chat_format)) if boundaries else ()
+    tables = _boundary_tables(row, _decoder(chat_format)) if boundaries else ()
     return Group(_summary(row), text, *tables)
 
 
@@ -121,7 +111,7 @@ def mask_text(row: Row, chat_format: ChatFormat, *, context_tokens: int = CONTEX
         Text; what stands between ``⟦`` and ``⟧`` is exactly what is supervised. To print it use ``render_row``: a
         line that a terminal width breaks could start with what a CI runner obeys.
     """
-    decoder = _Decoder(chat_format)
+    decoder = _decoder(chat_format)
     text, is_open = Text(), False
     for run in _runs(row, decoder):
         if run.supervised != is_open:
@@ -265,66 +255,11 @@ def _table(*columns: str, title: Text | None = None) -> Table:
     return table
 
 
-class _Decoder:
-    """Reads the tokens of a chat format's byte-level BPE tokenizer back, byte by byte."""
-
-    def __init__(self, chat_format: ChatFormat) -> None:
-        self._tokenizer = chat_format.tokenizer
-        self._control = {i: name for name, i in self._tokenizer.get_added_vocab().items()}
-        self.reserved = (OPEN, CLOSE, FOLD_OPEN, *self._control.values())
-
-    def units(self, ids: list[int], start: int = 0) -> Iterator[_Unit]:
-        """Group neighbouring tokens until their bytes are whole characters; bytes that never are become surrogates."""
-        decoder, text, first, end = _Utf8Decoder("surrogateescape"), "", start, start + len(ids)
-        for position, (token_id, token) in enumerate(zip(ids, self._names(ids), strict=True), start):
-            name = self._control.get(token_id) or (f"<id {token_id}>" if token is None else None)
-            if name is None:
-                text += decoder.decode(_token_bytes(token or ""))
-                if not decoder.getstate()[0]:
-                    yield _Unit(first, position + 1, text, False)
-                    text, first = "", position + 1
-                continue
-            if first < position:
-                yield _Unit(first, position, text + decoder.decode(b"", final=True), False)
-            yield _Unit(position, position + 1, name, True)
-            decoder, text, first = _Utf8Decoder("surrogateescape"), "", position + 1
-        if first < end:
-            yield _Unit(first, end, text + decoder.decode(b"", final=True), False)
-
-    def show(self, text: str, *, newlines: bool = True) -> str:
-        r"""Text of the row as it may be printed; a byte without its character as ``\xe5``."""
-        shown = visible(text, newlines=newlines, reserved=self.reserved)
-        return re.sub(r"\\udc([89a-f][0-9a-f])", r"\\x\1", shown)
-
-    def show_token(self, token_id: int, position: int, unit: _Unit) -> str:
-        """One token for a table: a control token's name, or quoted text; of a part of a character, its bytes."""
-        if unit.is_control:
-            return visible(unit.text, newlines=False)
-        if unit.end - unit.start == 1:
-            return f"'{self.show(unit.text, newlines=False)}'"
-        own = _token_bytes(self._names([token_id])[0] or "").decode("utf-8", "surrogateescape")
-        place = f"{position - unit.start + 1} of {unit.end - unit.start}"
-        return f"'{self.show(own, newlines=False)}' ({place}: {self.show(unit.text, newlines=False)})"
-
-    def _names(self, ids: list[int]) -> list[str | None]:
-        return list(self._tokenizer.convert_ids_to_tokens(ids))
+def _decoder(chat_format: ChatFormat) -> TokenDecoder:
+    return TokenDecoder(chat_format.tokenizer, cues=(OPEN, CLOSE, FOLD_OPEN))
 
 
-# The byte that each symbol of byte-level BPE stands for: itself if it can be drawn, else 256 and up in order, as in
-# GPT-2's encoder, which every byte-level tokenizer follows.
-_DRAWN_BYTES = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
-_OTHER_BYTES = (byte for byte in range(256) if byte not in _DRAWN_BYTES)
-_BYTE_SYMBOLS = {chr(byte): byte for byte in _DRAWN_BYTES} | {chr(256 + n): b for n, b in enumerate(_OTHER_BYTES)}
-_Utf8Decoder = codecs.getincrementaldecoder("utf-8")
-
-
-def _token_bytes(token: str) -> bytes:
-    if not _BYTE_SYMBOLS.keys() >= set(token):
-        return token.encode("utf-8", "surrogatepass")  # not from a byte-level vocabulary: taken for plain text
-    return bytes(_BYTE_SYMBOLS[symbol] for symbol in token)
-
-
-def _runs(row: Row, decoder: _Decoder) -> Iterator[_Run]:
+def _runs(row: Row, decoder: TokenDecoder) -> Iterator[_Run]:
     for segment in row.segments:
         span = range(segment.start, segment.end)
         for supervised, group in itertools.groupby(span, key=row.supervised.__getitem__):
@@ -333,7 +268,7 @@ def _runs(row: Row, decoder: _Decoder) -> Iterator[_Run]:
             yield _Run(segment, positions[0], supervised, tuple(decoder.units(ids, positions[0])))
 
 
-def _fold(run: _Run, context_tokens: int) -> tuple[tuple[_Unit, ...], int, tuple[_Unit, ...]]:
+def _fold(run: _Run, context_tokens: int) -> tuple[tuple[Unit, ...], int, tuple[Unit, ...]]:
     """The units before the fold, the number of tokens in it, and the units after it."""
     end = run.units[-1].end
     head = tuple(unit for unit in run.units if unit.end - run.start <= context_tokens)
@@ -344,7 +279,7 @@ def _fold(run: _Run, context_tokens: int) -> tuple[tuple[_Unit, ...], int, tuple
     return head, num_folded, tail
 
 
-def _append_units(text: Text, units: tuple[_Unit, ...], supervised: bool, decoder: _Decoder) -> None:
+def _append_units(text: Text, units: tuple[Unit, ...], supervised: bool, decoder: TokenDecoder) -> None:
     for is_control, group in itertools.groupby(units, key=lambda unit: unit.is_control):
         if is_control:
             text.append("".join(visible(unit.text, newlines=False) for unit in group), CONTROL[supervised])
@@ -366,7 +301,7 @@ def _summary(row: Row) -> Text:
     )
 
 
-def _boundary_tables(row: Row, decoder: _Decoder) -> Iterator[Table]:
+def _boundary_tables(row: Row, decoder: TokenDecoder) -> Iterator[Table]:
     """A table for each assistant turn: the tokens around its start and its end."""
     units = [unit for run in _runs(row, decoder) for unit in run.units for _ in _span(unit)]
     segments = [segment for segment in row.segments for _ in _span(segment)]
@@ -384,7 +319,7 @@ def _boundary_tables(row: Row, decoder: _Decoder) -> Iterator[Table]:
         yield table
 
 
-def _token_cells(row: Row, position: int, unit: _Unit, segment: Segment, decoder: _Decoder) -> Iterator[Text]:
+def _token_cells(row: Row, position: int, unit: Unit, segment: Segment, decoder: TokenDecoder) -> Iterator[Text]:
     token_id, supervised = row.input_ids[position], row.supervised[position]
     style = SUPERVISED if supervised else IGNORED
     yield Text(str(position))
@@ -395,5 +330,5 @@ def _token_cells(row: Row, position: int, unit: _Unit, segment: Segment, decoder
     yield Text("supervised" if supervised else "ignored", style=style)
 
 
-def _span(piece: _Unit | Segment) -> range:
+def _span(piece: Unit | Segment) -> range:
     return range(piece.start, piece.end)

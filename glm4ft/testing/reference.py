@@ -9,61 +9,42 @@ Shapes: N supervised tokens, T positions, D hidden, V vocabulary.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from transformers import AutoModelForCausalLM
 
 from glm4ft.chat_format import IGNORED
+from glm4ft.testing.adapter import Adapter, adapted_modules, base_name
 from glm4ft.testing.trace import Forward, Tensors, backbone_of
 
-_ADAPTER = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<matrix>[AB])\.(?P<adapter>\w+)\.weight$")
+Row = tuple[tuple[int, ...], tuple[int, ...]]  # input ids and unshifted labels
+
 # A gradient this much smaller than the largest of its forward pass is rounding: bf16 keeps 8 bits of mantissa.
 ZERO_GRADIENT = 1e-6
 
 
 @dataclass(frozen=True)
-class Adapter:
-    """Where LoRA matrices go.
-
-    Args:
-        scale: what ``B A`` is multiplied by.
-    """
-
-    scale: float
-
-    @classmethod
-    def of(cls, model: Any) -> Adapter:
-        """The one that the model's PEFT configuration states.
-
-        Raises:
-            ValueError: if the configuration is of a kind this specification does not cover.
-        """
-        (config,) = model.peft_config.values()
-        if getattr(config, "use_dora", False) or config.rank_pattern or config.alpha_pattern:
-            raise ValueError("DoRA and per-module ranks are not covered by the reference")
-        return cls(config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r))
-
-
-@dataclass(frozen=True)
 class Targets:
-    """What the gradient at the final norm says about one row.
+    """What the gradient at the final norm says about the tokens of a sequence.
 
     Args:
         labels_T: unshifted, -100 where no gradient arrives.
         weights_T: of each target in the loss; 0 where there is none.
-        fit: smallest cosine between a gradient and that of cross entropy with the found label; 1 is a perfect fit.
+        fit_T: cosine between the gradient and that of cross entropy with the found label; 1 is a perfect fit.
     """
 
     labels_T: torch.Tensor
     weights_T: torch.Tensor
-    fit: float
+    fit_T: torch.Tensor
+
+    def at(self, places: torch.Tensor) -> Targets:
+        """Those of some of the tokens."""
+        return Targets(self.labels_T[places], self.weights_T[places], self.fit_T[places])
 
 
 class Reference:
@@ -78,7 +59,7 @@ class Reference:
         self.model: Any = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32).eval()
         self.model.requires_grad_(False)
         self.adapter = adapter
-        self.backbone, self.head = backbone_of(self.model), self.model.lm_head
+        self.backbone = backbone_of(self.model)
         self.weights: Tensors = dict(self.model.named_parameters())
 
     def hidden(self, input_ids: Sequence[int], trained: Tensors) -> torch.Tensor:
@@ -86,47 +67,70 @@ class Reference:
 
         Args:
             input_ids: of the row.
-            trained: the adapter's matrices by their names in the model under test.
+            trained: the trained parameters by their names in the model under test.
         Returns:
             (T, D), differentiable in ``trained``.
         """
         # the backbone's parameters are those of the whole model without its prefix
-        adapted = {name.removeprefix("model."): weight for name, weight in self._adapted(trained).items()}
+        changed = {name.removeprefix("model."): weight for name, weight in self.adapted(trained).items()}
+        changed.pop("lm_head.weight", None)
         ids = torch.tensor([list(input_ids)])
-        output = torch.func.functional_call(self.backbone, adapted, (ids,), {"use_cache": False})
+        output = torch.func.functional_call(self.backbone, changed, (ids,), {"use_cache": False})
         hidden: torch.Tensor = output.last_hidden_state[0]
         return hidden
 
-    def loss(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]], trained: Tensors) -> torch.Tensor:
+    def head_weight(self, trained: Tensors) -> torch.Tensor:
+        """Weight (V, D) of the output head, its adapter included."""
+        return self.adapted(trained, "lm_head").get("lm_head.weight", self.weights["lm_head.weight"])
+
+    def nll(self, input_ids: Sequence[int], trained: Tensors) -> torch.Tensor:
+        """Loss of each token but the first given all before it, in nats; shape T - 1."""
+        logits = self.hidden(input_ids, trained)[:-1] @ self.head_weight(trained).T
+        return F.cross_entropy(logits, torch.tensor(list(input_ids))[1:], reduction="none")
+
+    def loss(self, rows: Sequence[Row], trained: Tensors) -> torch.Tensor:
         """Token mean over all rows of an optimiser step.
 
         Args:
             rows: (input_ids, labels), labels unshifted.
-            trained: the adapter's matrices.
+            trained: the trained parameters.
         """
         total, count = torch.zeros(()), 0
         for input_ids, labels in rows:
             targets = torch.tensor(list(labels))[1:]
-            logits = self.head(self.hidden(input_ids, trained)[:-1])
+            logits = self.hidden(input_ids, trained)[:-1] @ self.head_weight(trained).T
             total = total + F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
             count += int((targets != IGNORED).sum())
         return total / count
 
-    def gradient(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]], trained: Tensors) -> Tensors:
-        """Gradient of ``loss`` with respect to each trained matrix."""
+    def gradient(self, rows: Sequence[Row], trained: Tensors) -> Tensors:
+        """Gradient of ``loss`` with respect to each trained parameter."""
         leaves = {name: tensor.detach().float().clone().requires_grad_(True) for name, tensor in trained.items()}
         gradients = torch.autograd.grad(self.loss(rows, leaves), list(leaves.values()))
         return dict(zip(leaves, gradients, strict=True))
 
-    def _adapted(self, trained: Tensors) -> Tensors:
-        matrices: dict[str, dict[str, torch.Tensor]] = {}
-        for name, tensor in trained.items():
-            match = _ADAPTER.match(name)
-            if not match:
-                raise ValueError(f"{name} is trained, but is no LoRA matrix")
-            matrices.setdefault(match["module"] + ".weight", {})[match["matrix"]] = tensor.float()
-        deltas = {name: self.adapter.scale * (pair["B"] @ pair["A"]) for name, pair in matrices.items()}
-        return {name: self.weights[name] + delta for name, delta in deltas.items()}
+    def adapted(self, trained: Tensors, only: str = "") -> Tensors:
+        """The base's weights that the trained parameters change, by their names in the base.
+
+        Args:
+            trained: the trained parameters by their names in the model under test.
+            only: the module to compute it for; all if empty.
+        Raises:
+            ValueError: if one of them belongs to no weight of the base.
+        """
+        modules = adapted_modules(list(trained))
+        changed = {f"{module}.weight": self._adapted(module, pair, trained) for module, pair in modules.items()
+                   if only in ("", module)}  # fmt: skip
+        matrices = {name for pair in modules.values() for name in pair.values()}
+        for name in set(trained) - matrices:
+            if base_name(name) not in self.weights:
+                raise ValueError(f"{name} is trained, but is neither a LoRA matrix nor a weight of the base")
+            changed[base_name(name)] = trained[name].float()
+        return changed
+
+    def _adapted(self, module: str, pair: Mapping[str, str], trained: Tensors) -> torch.Tensor:
+        b, a = trained[pair["B"]].float(), trained[pair["A"]].float()
+        return self.weights[f"{module}.weight"] + self.adapter.scale_of(module) * (b @ a)
 
 
 def split_rows(forward: Forward) -> list[tuple[int, torch.Tensor]]:
@@ -150,7 +154,7 @@ def split_rows(forward: Forward) -> list[tuple[int, torch.Tensor]]:
     return rows
 
 
-def recover_targets(hidden_TD: torch.Tensor, gradient_TD: torch.Tensor, head: nn.Linear, ids: torch.Tensor) -> Targets:
+def recover_targets(hidden_TD: torch.Tensor, gradient_TD: torch.Tensor, weight_VD: torch.Tensor) -> Targets:
     """Read label and weight of every token out of the loss's gradient at the final norm.
 
     For cross entropy that gradient is ``w * W^T (p - e_y)``; given the hidden state only ``w`` and ``y`` are unknown,
@@ -159,23 +163,22 @@ def recover_targets(hidden_TD: torch.Tensor, gradient_TD: torch.Tensor, head: nn
     Args:
         hidden_TD: output of the final norm.
         gradient_TD: of the loss there.
-        head: the frozen output head.
-        ids: the row's ids, of which only the length is used.
+        weight_VD: of the output head.
     """
-    weight_VD = head.weight.detach().double().cpu()
+    weight_VD = weight_VD.detach().double()
     hidden, gradient = hidden_TD.double(), gradient_TD.double()
-    labels, weights = torch.full((len(ids),), IGNORED), torch.zeros(len(ids), dtype=torch.float64)
+    labels, weights = torch.full((len(hidden),), IGNORED), torch.zeros(len(hidden), dtype=torch.float64)
     size = gradient.norm(dim=1)
     active = (size > ZERO_GRADIENT * size.max()).nonzero()[:, 0] if size.max() > 0 else torch.zeros(0, dtype=torch.long)
-    fit = 1.0
+    fit = torch.ones(len(hidden), dtype=torch.float64)
     for t in active.tolist():
         expected_D = (hidden[t] @ weight_VD.T).softmax(0) @ weight_VD
         directions_VD = expected_D - weight_VD
         lengths_V = directions_VD.norm(dim=1).clamp_min(1e-300)
         cosine_V = directions_VD @ gradient[t] / (lengths_V * size[t])
         best = int(cosine_V.argmax())
-        fit = min(fit, float(cosine_V[best]))
-        if t + 1 < len(ids):
+        if t + 1 < len(hidden):
+            fit[t + 1] = cosine_V[best]
             labels[t + 1] = best
             weights[t + 1] = size[t] / lengths_V[best]
     return Targets(labels, weights, fit)
@@ -192,7 +195,7 @@ def clip_factor(gradients: Tensors, max_norm: float) -> tuple[float, float]:
     return norm, min(1.0, max_norm / (norm + 1e-6)) if max_norm else 1.0
 
 
-def scheduled_rate(step: int, plan: dict[str, Any], total_steps: int) -> float:
+def scheduled_rate(step: int, plan: Mapping[str, Any], total_steps: int) -> float:
     """Learning rate of an update.
 
     Args:

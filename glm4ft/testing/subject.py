@@ -99,7 +99,10 @@ def training_arguments(plan: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         Keyword arguments; ``output_dir`` is a new folder if the plan names none.
     """
+    # named only where asked for: transformers is renaming the option, and says so at every mention
+    checkpointing = {"gradient_checkpointing": True} if plan["gradient_checkpointing"] else {}
     return {
+        **checkpointing,
         "output_dir": plan["output_dir"] or tempfile.mkdtemp(),
         "max_steps": plan["steps"],
         "per_device_train_batch_size": plan["micro_batch_size"],
@@ -113,7 +116,6 @@ def training_arguments(plan: Mapping[str, Any]) -> dict[str, Any]:
         "adam_beta2": plan["betas"][1],
         "adam_epsilon": plan["eps"],
         "seed": plan["seed"],
-        "gradient_checkpointing": plan["gradient_checkpointing"],
         "logging_steps": plan["log_every"],
         "eval_strategy": "steps" if plan["eval_every"] else "no",
         "eval_steps": plan["eval_every"] or None,

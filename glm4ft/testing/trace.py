@@ -24,15 +24,15 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass
 class Forward:
-    """One forward pass whose loss was differentiated.
+    """One forward pass.
 
     Args:
         input_ids_BT: as they entered the embedding.
         positions_BT: as they entered the backbone; None if the model had to count them itself.
         attention_mask: as it entered the backbone; None if there was none.
         hidden_BTD: output of the final norm.
-        gradient_BTD: of the loss, at that output; None until the backward pass.
-        training: whether the model was in training mode.
+        gradient_BTD: of the loss, at that output; None until the backward pass, and where there is none.
+        training: whether every module of the model was in training mode.
     """
 
     input_ids_BT: torch.Tensor
@@ -45,10 +45,17 @@ class Forward:
 
 @dataclass
 class ParameterGroup:
-    """The optimiser's settings for the parameters of one group."""
+    """The optimiser's settings for the parameters of one group.
+
+    Args:
+        names: of the trained parameters in it.
+        settings: rate, betas, eps, weight decay.
+        size: number of parameters in it, trained or not.
+    """
 
     names: tuple[str, ...]
     settings: dict[str, Any]
+    size: int = 0
 
 
 @dataclass
@@ -61,6 +68,7 @@ class Step:
         clipped: the same as the optimiser received it.
         before: trained parameters before the update.
         after: and behind it.
+        state_dtypes: of the optimiser's moments, by parameter.
         groups: the optimiser's groups, with rate, betas, eps and weight decay.
         optimizer: name of its class.
     """
@@ -72,6 +80,7 @@ class Step:
     groups: list[ParameterGroup]
     optimizer: str
     after: Tensors = field(default_factory=dict)
+    state_dtypes: dict[str, torch.dtype] = field(default_factory=dict)
 
 
 @dataclass
@@ -83,14 +92,14 @@ class Trace:
         dtype: of the base's weights.
         trained: names of the parameters that require a gradient when the recording begins.
         optimized: those that the optimiser holds.
-        evaluations: forward passes without gradient between the steps.
+        evaluations: forward passes without gradient, each with the number of steps taken before it.
     """
 
     steps: list[Step] = field(default_factory=list)
     dtype: torch.dtype = torch.float32
     trained: tuple[str, ...] = ()
     optimized: tuple[str, ...] = ()
-    evaluations: int = 0
+    evaluations: list[tuple[int, Forward]] = field(default_factory=list)
 
 
 @contextmanager
@@ -138,6 +147,7 @@ def head_of(model: nn.Module) -> nn.Linear:
 class _Recorder:
     def __init__(self, model: nn.Module, max_steps: int) -> None:
         backbone: Any = backbone_of(model)
+        self.backbone: nn.Module = backbone
         self.max_steps, self.pending, self.raw = max_steps, list[Forward](), Tensors()
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.names = {id(p): name for name, p in self.parameters.items()}
@@ -166,9 +176,6 @@ class _Recorder:
         self.inputs["input_ids"] = _copy(args[0])
 
     def _hidden_ready(self, module: nn.Module, args: Any, hidden: torch.Tensor) -> None:
-        if not (torch.is_grad_enabled() and hidden.requires_grad):
-            self.trace.evaluations += 1
-            return
         input_ids = self.inputs.get("input_ids")
         if input_ids is None:
             raise ValueError("the final norm ran without the token embedding: the trainer feeds embeddings directly")
@@ -178,8 +185,11 @@ class _Recorder:
             attention_mask=self.inputs.get("attention_mask"),
             hidden_BTD=hidden.detach().float().cpu().clone(),
             gradient_BTD=None,
-            training=module.training,
+            training=all(part.training for part in self.backbone.modules()),
         )
+        if not (torch.is_grad_enabled() and hidden.requires_grad):
+            self.trace.evaluations.append((len(self.trace.steps), forward))
+            return
 
         def keep(gradient: torch.Tensor) -> None:
             forward.gradient_BTD = gradient.detach().float().cpu().clone()
@@ -199,6 +209,7 @@ class _Recorder:
             ParameterGroup(
                 tuple(self.names[id(p)] for p in group["params"] if id(p) in self.names),
                 {key: value for key, value in group.items() if key != "params"},
+                len(group["params"]),
             )
             for group in optimizer.param_groups
         ]
@@ -219,9 +230,17 @@ class _Recorder:
 
     def _step_ended(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if self.trace.steps and not self.trace.steps[-1].after:
-            self.trace.steps[-1].after = {n: _copy(p) for n, p in self.parameters.items()}
+            step = self.trace.steps[-1]
+            step.after = {n: _copy(p) for n, p in self.parameters.items()}
+            step.state_dtypes = {n: found for n, p in self.parameters.items() if (found := _moments(optimizer, p))}
             if len(self.trace.steps) >= self.max_steps:
                 self.close()
+
+
+def _moments(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> torch.dtype | None:
+    """Dtype of what the optimiser remembers of a parameter, apart from its count of steps."""
+    state = optimizer.state.get(parameter, {}).values()
+    return next((v.dtype for v in state if isinstance(v, torch.Tensor) and v.shape == parameter.shape), None)
 
 
 def _copy(tensor: Any) -> Any:

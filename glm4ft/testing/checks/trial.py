@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from glm4ft.dataset import DEMO_DATA
+from glm4ft.testing.adapter import Adapter
 from glm4ft.testing.checks.registry import STAGES, CheckFailed, NotApplicable
-from glm4ft.testing.reference import Adapter, Reference
-from glm4ft.testing.replay import Row, Verdict, replay
+from glm4ft.testing.reference import Reference, Row
+from glm4ft.testing.replay import Verdict, replay
 from glm4ft.testing.subject import make_plan
 from glm4ft.testing.trace import Tensors, record
 
@@ -39,16 +39,14 @@ class Overfit:
             raise CheckFailed("no optimiser step changed a trained parameter")
         self.trained: Tensors = self.trace.steps[-1].after
         try:
-            self.reference = Reference(trial.base_dir, Adapter.of(self.model))
+            self.reference = Reference(trial.base_dir, Adapter.of(vars(self.model.peft_config["default"])))
         except ValueError as error:
             raise NotApplicable(str(error)) from error
 
     def nll(self, row: Row, adapter: Tensors | None = None) -> list[float]:
         """Loss of each token of a row given what is before it, in nats; 0 for the first."""
         with torch.no_grad():
-            hidden = self.reference.hidden(row[0], self.trained if adapter is None else adapter)
-            logits = self.reference.head(hidden[:-1])
-            return [0.0, *F.cross_entropy(logits, torch.tensor(row[0][1:]), reduction="none").tolist()]
+            return [0.0, *self.reference.nll(row[0], self.trained if adapter is None else adapter).tolist()]
 
 
 @dataclass
@@ -121,7 +119,7 @@ class Trial:
         plan = make_plan(**{"steps": RECORDED_STEPS, "output_dir": str(output), **changes})
         model = self.subject.build_model(str(self.base_dir), plan["seed"])
         try:
-            adapter = Adapter.of(model)
+            adapter = Adapter.of(vars(model.peft_config["default"]))
         except ValueError as error:
             raise NotApplicable(str(error)) from error
         with record(model, plan["steps"]) as trace:

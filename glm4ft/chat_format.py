@@ -283,7 +283,7 @@ def control_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 
 
 def plain_text_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """A copy of the tokenizer that knows no added tokens: marker text stays text, ordinary text keeps its ids.
+    """The tokenizer without its added tokens: marker text stays text, ordinary text keeps its ids.
 
     The flag ``encode_special_tokens`` would not do: it lets added tokens through that are not flagged as special.
 
@@ -298,9 +298,11 @@ def plain_text_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
             found=type(tokenizer).__name__,
             expected="a tokenizer folder with tokenizer.json",
         )
-    spec = json.loads(backend.to_str())
-    spec.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
-    return Tokenizer.from_str(json.dumps(spec))
+    plain = Tokenizer(backend.model)  # shares the vocabulary; a real one takes seconds to copy
+    if backend.normalizer is not None:
+        plain.normalizer = backend.normalizer
+    plain.pre_tokenizer, plain.decoder = backend.pre_tokenizer, backend.decoder
+    return plain
 
 
 def detect_format(architectures: Sequence[str], chat_template: str | None, *, where: str = "") -> FormatName:

@@ -234,6 +234,7 @@ def _digest(path: str | os.PathLike[str], chat_format: ChatFormat, max_length: i
     digest.update(_file_digest(path))
     options: dict[str, Any] = {
         "code": _code_digest(),
+        "encoder": f"{type(chat_format).__module__}.{type(chat_format).__qualname__}",
         "format": chat_format.name,
         "final_stop": chat_format.final_stop,
         "train_on": chat_format.train_on,

@@ -8,8 +8,6 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -213,24 +211,24 @@ def test_full_disk_is_one_block(
 
 
 @pytest.mark.parametrize(("limit_kib", "status"), [(300, 2), (700, 1)])
-def test_disk_that_fills_up_is_one_block(tmp_path: Path, limit_kib: int, status: int) -> None:
+def test_disk_that_fills_up_is_one_block(
+    tmp_path: Path, limit_kib: int, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     """With files limited to 300 KiB the base does not fit: nothing is left. With 700 a checkpoint does not."""
     resource = pytest.importorskip("resource")
 
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit_kib * 1024, limit_kib * 1024))
-
-    script = (
-        "import signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); from glm4ft.cli import run; "
-        "sys.exit(run(sys.argv[1:]))"
-    )
     base = write_tiny_base(tmp_path / "base") if status == 1 else "tiny"
     argv = ["train", "--data=demo", f"--model={base}", "--max_steps=2", "--save_every=1", "--lora.rank=64"]
-    command = [sys.executable, "-c", script, *argv, f"--output={tmp_path / 'out'}"]
-    result = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, check=False)
-    assert result.returncode == status, result.stdout + result.stderr
-    assert "cannot be written" in result.stderr
-    assert "Traceback" not in result.stderr
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_kib * 1024, unlimited[1]))  # Python ignores the signal: EFBIG
+    try:
+        assert run([*argv, f"--output={tmp_path / 'out'}"]) == status
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    error = capsys.readouterr().err
+    assert error.startswith("glm4ft: error: ")
+    assert "cannot be written" in error
+    assert "Traceback" not in error
     assert (tmp_path / "out").exists() == (status == 1)
 
 
@@ -272,13 +270,15 @@ def test_inspect_says_what_is_dropped(tmp_path: Path, capsys: pytest.CaptureFixt
     assert record == {"schema": 1, "index": 1, "line": 2, "dropped": "no supervised token"}
 
 
-def test_readme_command_learns_the_demo_and_its_merge_says_the_same(tmp_path: Path) -> None:
+def test_readme_command_learns_the_demo_and_its_merge_says_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As a user types it: ``glm4ft train`` in an empty folder, then ``glm4ft merge``, then plain transformers."""
-    command = [sys.executable, "-m", "glm4ft"]
-    trained = subprocess.run([*command, "train"], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert trained.returncode == 0, trained.stdout + trained.stderr
-    assert "target 0.01 reached" in trained.stdout
-    assert "round trip: 4 of 4 turns came back exactly" in trained.stdout
+    monkeypatch.chdir(tmp_path)
+    assert run(["train"]) == 0
+    said = capsys.readouterr().out
+    assert "target 0.01 reached" in said
+    assert "round trip: 4 of 4 turns came back exactly" in said
     (output,) = (tmp_path / "runs").iterdir()
     assert len(read_trajectory(output / "trajectory.jsonl").steps) <= 60
     assert run(["merge", str(output), f"--output={tmp_path / 'merged'}"]) == 0

@@ -15,6 +15,7 @@ from glm4ft.chat_format import IGNORED, ChatFormat
 from glm4ft.conversation import from_messages
 from glm4ft.dataset import DEMO_DATA, NO_TARGETS, TOO_LONG, fit_row, prepare_rows
 from glm4ft.errors import DataError
+from glm4ft.testing.subjects.founding_bug import FoundingBugFormat
 from glm4ft.tiny import tiny_tokenizer
 
 
@@ -137,7 +138,7 @@ def test_cache_is_used_again(chat_format: ChatFormat, tmp_path: Path, monkeypatc
     assert len(rows) == 2
 
 
-@pytest.mark.parametrize("change", ["data", "max_length", "format", "template", "tokenizer", "option"])
+@pytest.mark.parametrize("change", ["data", "max_length", "format", "encoder", "template", "tokenizer", "option"])
 def test_cache_is_not_used_after_a_change(change: str, tmp_path: Path) -> None:
     """A stale cache trains on another model's ids without a sign (axolotl 1265, 1298)."""
     path = write(tmp_path / "a.jsonl", talk(2))
@@ -149,7 +150,8 @@ def test_cache_is_not_used_after_a_change(change: str, tmp_path: Path) -> None:
         if changed == "template":
             tokenizer.chat_template += " "
         name = "glm-4-9b-chat" if changed == "format" else "glm-4-0414"
-        chat_format = ChatFormat(name, tokenizer, train_on="last" if changed == "option" else "all")
+        encoder = FoundingBugFormat if changed == "encoder" else ChatFormat
+        chat_format = encoder(name, tokenizer, train_on="last" if changed == "option" else "all")
         prepare_rows(path, chat_format, max_length=99 if changed == "max_length" else 100, cache=tmp_path)
 
     def entries() -> set[str]:

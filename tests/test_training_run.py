@@ -33,8 +33,8 @@ from glm4ft.generation import greedy
 from glm4ft.trainer import COMPLETE_MARKER, last_checkpoint
 from glm4ft.training_run import RunResult, run_training
 
-SHORT = TrainConfig(data="demo", max_steps=8, save_every=0)
-SIXTY = replace(SHORT, max_steps=60)
+SHORT = TrainConfig(data=str(Path(__file__).with_name("two_short_talks.jsonl")), max_steps=8, save_every=0)
+SIXTY = replace(SHORT, max_steps=60, learning_rate=2e-3)
 
 
 def train(config: TrainConfig, output: Path, **kwargs: Any) -> RunResult:
@@ -60,15 +60,6 @@ def many_talks(path: Path, num_talks: int = 10) -> Path:
     ]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
-
-
-@pytest.fixture(scope="module")
-def learnt(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
-    """The two conversations, learnt by heart."""
-    config = replace(SHORT, max_steps=60, target_loss=0.01, schedule="constant", round_trip=True)
-    result = train(config, tmp_path_factory.mktemp("learnt") / "run")
-    assert result.reached_target
-    return result
 
 
 def test_same_seed_gives_the_same_bits(tmp_path: Path) -> None:
@@ -97,7 +88,7 @@ def test_run_killed_at_a_random_step_resumes_bit_for_bit(tmp_path: Path) -> None
     process = subprocess.Popen([*command, f"--output={killed}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     trajectory = killed / "trajectory.jsonl"
     while process.poll() is None and not (trajectory.exists() and trajectory.read_text().count("\n") > kill_after):
-        time.sleep(0.001)
+        time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert process.returncode == -signal.SIGKILL, f"finished before step {kill_after}"
@@ -193,7 +184,9 @@ def test_resume_refuses_other_data(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def padded(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
     """Sixty steps of padded batches, well past the target."""
-    return train(SIXTY, tmp_path_factory.mktemp("padded") / "run")
+    result = train(SIXTY, tmp_path_factory.mktemp("padded") / "run")
+    assert result.trajectory.steps[-1]["loss"] < 0.01
+    return result
 
 
 @pytest.mark.parametrize(
@@ -201,14 +194,15 @@ def padded(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
     [
         {"micro_batch_size": 1, "accumulation": 2},
         {"gradient_checkpointing": True},
-        {"packing": True, "max_length": 600},
+        {"packing": True, "max_length": 300},
     ],
     ids=lambda change: "-".join(change),
 )
 def test_way_of_computing_does_not_change_the_result(tmp_path: Path, change: dict[str, Any], padded: RunResult) -> None:
     """Accumulated, checkpointed and packed runs are the padded one, at 1e-6 relative in loss for 5 steps.
 
-    Measured on an x86-64 CPU with torch 2.13: at most 7e-8 to step 5 and 2.1e-6 to step 60; checkpointing is exact.
+    Measured on an x86-64 CPU with torch 2.13: at most 1.5e-7 to step 5 and 3.9e-6 to step 60, where the loss is 0.0026;
+    on the bundled demo 7e-8 and 2.1e-6. Checkpointing is exact.
     """
     expected = [row["loss"] for row in padded.trajectory.steps]
     got = [row["loss"] for row in train(replace(SIXTY, **change), tmp_path / "changed").trajectory.steps]
@@ -274,7 +268,6 @@ def test_evaluation_is_the_mean_over_all_held_out_tokens(tmp_path: Path) -> None
     for micro_batch_size in (1, 2):
         config = replace(
             SHORT,
-            data="demo",
             eval_data=data,
             eval_every=1,
             max_steps=1,
@@ -294,7 +287,7 @@ def test_evaluation_changes_nothing(tmp_path: Path) -> None:
     """With dropout on, an evaluation that used up random numbers or left eval mode on would show."""
     config = replace(SHORT, lora=replace(SHORT.lora, dropout=0.3))
     plain = train(config, tmp_path / "plain")
-    evaluated = train(replace(config, eval_data="demo", eval_every=2, save_every=3), tmp_path / "evaluated")
+    evaluated = train(replace(config, eval_data=SHORT.data, eval_every=2, save_every=3), tmp_path / "evaluated")
     assert figures(plain) == figures(evaluated)
     assert [row["step"] for row in evaluated.trajectory.evaluations] == [2, 4, 6, 8]
 

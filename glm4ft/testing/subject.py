@@ -44,7 +44,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -89,41 +88,6 @@ def make_plan(**changes: Any) -> dict[str, Any]:
         if key not in PLAN:
             raise ConfigError("a plan has no such key", found=key, expected=", ".join(PLAN))
     return {**PLAN, **changes}
-
-
-def training_arguments(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """A plan in the names of ``transformers.TrainingArguments``, which most trainers take; adapters may use it.
-
-    Args:
-        plan: as ``train`` gets it.
-    Returns:
-        Keyword arguments; ``output_dir`` is a new folder if the plan names none.
-    """
-    # named only where asked for: transformers is renaming the option, and says so at every mention
-    checkpointing = {"gradient_checkpointing": True} if plan["gradient_checkpointing"] else {}
-    return {
-        **checkpointing,
-        "output_dir": plan["output_dir"] or tempfile.mkdtemp(),
-        "max_steps": plan["steps"],
-        "per_device_train_batch_size": plan["micro_batch_size"],
-        "gradient_accumulation_steps": plan["accumulation"],
-        "learning_rate": plan["learning_rate"],
-        "lr_scheduler_type": "constant_with_warmup" if plan["schedule"] == "constant" else plan["schedule"],
-        "warmup_steps": plan["warmup_steps"],
-        "max_grad_norm": plan["max_grad_norm"],
-        "weight_decay": plan["weight_decay"],
-        "adam_beta1": plan["betas"][0],
-        "adam_beta2": plan["betas"][1],
-        "adam_epsilon": plan["eps"],
-        "seed": plan["seed"],
-        "logging_steps": plan["log_every"],
-        "eval_strategy": "steps" if plan["eval_every"] else "no",
-        "eval_steps": plan["eval_every"] or None,
-        "save_strategy": "steps" if plan["save_every"] else "no",
-        "save_steps": plan["save_every"] or 500,
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
 
 
 def load_subject(spec: str, base_dir: Path) -> Any:

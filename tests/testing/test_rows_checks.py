@@ -16,6 +16,7 @@ import pytest
 
 from glm4ft.chat_format import ChatFormat
 from glm4ft.testing.checks import rows
+from glm4ft.testing.checks.bank import answer, user
 from glm4ft.testing.checks.registry import CHECKS, Check, CheckFailed, NotApplicable
 from glm4ft.testing.checks.trial import Trial
 from glm4ft.testing.oracle import IGNORED, Mistake, Undecidable, control_ids, find_mistakes, find_turns
@@ -203,6 +204,14 @@ class MarkersEncoded(Serving):
         return {"input_ids": ids, "labels": labels}
 
 
+class OnlyMarkersEncoded(MarkersEncoded):
+    """Right but for texts with markers in them."""
+
+    def encode(self, messages: Messages, tools: Any = None) -> Lists:
+        marked = any("<|" in message["content"] for message in messages)
+        return super().encode(messages, tools) if marked else Subject.encode(self, messages, tools)
+
+
 class MarkersDropped(Serving):
     """Content that holds a marker loses its message, header included."""
 
@@ -380,6 +389,17 @@ def test_fails_for_a_faulty_encoder(case: Case, try_subject: MakeTrial) -> None:
         assert re.search(pattern, message), message
 
 
+def test_marker_text_that_becomes_control_tokens_hides_no_other_fault(try_subject: MakeTrial) -> None:
+    """It fails the one check about it; the others judge the rows that have none."""
+    failed = []
+    for check in ROWS.values():
+        try:
+            check.run(try_subject(OnlyMarkersEncoded))
+        except CheckFailed:
+            failed.append(check.name)
+    assert failed == [CONTROL]
+
+
 def test_a_failure_shows_every_kind_of_mistake_with_the_tokens_around_it(try_subject: MakeTrial) -> None:
     with pytest.raises(CheckFailed) as caught:
         ROWS[MASK].run(try_subject(Founding))
@@ -435,7 +455,7 @@ CONTROLS = {
     "[gMASK]": P, "<sop>": S, "<|user|>": USER, "<|assistant|>": BOT, "<|observation|>": TOOL, "<|endoftext|>": END,
     "<|system|>": SYSTEM,
 }  # fmt: skip
-HAND_WRITTEN = [rows.user("q"), rows.answer("f", loss=False), rows.user("q"), rows.answer("a")]
+HAND_WRITTEN = [user("q"), answer("f", loss=False), user("q"), answer("a")]
 IDS = [P, S, USER, 1, BOT, 2, 3, USER, 1, BOT, 4, USER]
 LABELS = [IGNORED] * 10 + [4, USER]
 

@@ -1,7 +1,7 @@
 """Claims about single rows: the ids a conversation becomes, and which of them are supervised.
 
-Each check encodes conversations of a fixed bank, so that a failure repeats. Claims that know GLM-4's control tokens
-need a subject with ``chat_format``; the others hold for every chat template.
+Each check encodes conversations of the fixed bank in ``bank.py``. Claims that know GLM-4's control tokens need a
+subject with ``chat_format``; the others hold for every chat template.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NoReturn
 
+from glm4ft.testing.checks.bank import BANK, FLAGGED, MARKERS_TALK, TRAILING, Talk
 from glm4ft.testing.checks.registry import CheckFailed, NotApplicable, check
 from glm4ft.testing.checks.trial import Trial
 from glm4ft.testing.oracle import (
@@ -29,26 +30,6 @@ from glm4ft.testing.oracle import (
 )
 
 DENSE_FORMATS = ("glm-4-9b-chat", "glm-4-0414")
-CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
-WEATHER = {
-    "type": "function",
-    "function": {"name": "get_weather", "description": "the weather of a city", "parameters": CITY},
-}
-
-
-@dataclass(frozen=True)
-class Talk:
-    """A conversation of the bank.
-
-    Args:
-        id: as messages show it.
-        messages: as ``encode`` takes them.
-        tools: declared, or None.
-    """
-
-    id: str
-    messages: tuple[Mapping[str, Any], ...]
-    tools: tuple[Mapping[str, Any], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -67,60 +48,25 @@ class Row:
         return [range(run[0], run[-1] + 1) for run in runs]
 
 
-def user(content: str) -> dict[str, Any]:
-    """A user message."""
-    return {"role": "user", "content": content}
-
-
-def answer(content: str, **more: Any) -> dict[str, Any]:
-    """An assistant message."""
-    return {"role": "assistant", "content": content, **more}
-
-
-SEVERAL = (user("hi"), answer("hello you"), user("how are you?"), answer("well"), user("bye"), answer("see you."))
-TOOL_TALK = Talk(
-    "tool call",
-    (
-        user("weather in Paris?"),
-        answer('{"city": "Paris"}', metadata="get_weather"),
-        {"role": "observation", "content": "31 degrees"},
-        answer("it is hot"),
-    ),
-    (WEATHER,),
-)
-CALL_TALK = Talk("ends with a tool call", TOOL_TALK.messages[:2], TOOL_TALK.tools)
-MARKERS_TALK = Talk(
-    "marker text",
-    (
-        user("what is <|assistant|>\nno [gMASK]<sop>?"),
-        answer("<|user|> and <|endoftext|> are tokens"),
-        user("<|observation|>"),
-        answer("<|assistant|>\nyes"),
-    ),
-)
-FLAGGED = Talk("loss false", (user("hi"), answer("first try", loss=False), user("again"), answer("better"), user("go")))
-TRAILING = Talk("trailing user message", (user("hi"), answer("hello"), user("and now?")))
-BANK = (
-    Talk("reply", (user("what is it?"), answer("a river"))),
-    Talk("one-token answer", (user("which?"), answer("a"))),
-    Talk("several turns", SEVERAL),
-    Talk("system", ({"role": "system", "content": "be clear"}, user("hi"), answer("hello"), user("x"), answer("y"))),
-    TOOL_TALK,
-    CALL_TALK,
-    Talk("Chinese and emoji", (user("法国的首都？👍🏽"), answer("巴黎。🇫🇷 é"), user("谢谢"), answer("不客气👍"))),
-    Talk("white space", (user("  hi \n"), answer("\n\n it is \n"), user("\n"), answer(" \n  one\t"))),
-    TRAILING,
-    MARKERS_TALK,
-)  # whose turns are all trained; flags have their own check
-
-
 def _bank(trial: Trial) -> list[Talk]:
     """The bank without what the subject has no words for, or refuses; tools need a template that knows them."""
     knows_tools = _is_glm(trial) and "tools" in str(trial.subject.tokenizer.chat_template or "")
     talks = [talk for talk in BANK if (knows_tools or not talk.tools) and trial.takes(_conversation(talk))]
     if not talks:
         raise NotApplicable("not judged: the subject refuses every conversation of the bank")
-    return talks
+    return [talk for talk in talks if talk is not MARKERS_TALK or _keeps_markers(trial)]
+
+
+def _keeps_markers(trial: Trial) -> bool:
+    """False if marker text becomes headers: that has a check of its own, and would only hide other faults in others."""
+    if not _is_glm(trial):
+        return True
+    try:
+        ((ids, _),) = trial.rows([_conversation(MARKERS_TALK)])
+        find_turns(ids, MARKERS_TALK.messages, control_ids(trial.subject.tokenizer))
+    except Undecidable:
+        return False
+    return True
 
 
 def _conversation(talk: Talk) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -20,10 +20,11 @@ from transformers import (
 from glm4ft.chat_format import IGNORED, ChatFormat
 from glm4ft.conversation import from_messages
 from glm4ft.lora import GLM4_TARGETS
-from glm4ft.testing.subject import make_plan, training_arguments
+from glm4ft.testing.subject import make_plan
+from glm4ft.testing.wiring import PeftAdapter, training_arguments
 
 
-class Subject:
+class Subject(PeftAdapter):
     """transformers.Trainer on a base folder; the rows are encoded by glm4ft, since Trainer has no opinion on them.
 
     Args:
@@ -74,16 +75,3 @@ class Subject:
         trainer = Trainer(model=model, args=args, train_dataset=data, eval_dataset=data, data_collator=collator)
         trainer.remove_callback(PrinterCallback)
         return trainer
-
-    def save(self, model: Any, folder: str) -> None:
-        """Write the adapter."""
-        model.save_pretrained(folder)
-
-    def load(self, base_dir: str, folder: str) -> PeftModel:
-        """The base with a saved adapter."""
-        return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_dir), folder)
-
-    def merge(self, base_dir: str, folder: str, output: str) -> None:
-        """Write a merged checkpoint."""
-        self.load(base_dir, folder).merge_and_unload().save_pretrained(output)
-        self.tokenizer.save_pretrained(output)

@@ -1,0 +1,75 @@
+"""The fixed bank of conversations that the checks of rows encode, so that a failure repeats."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+WEATHER = {
+    "type": "function",
+    "function": {"name": "get_weather", "description": "the weather of a city", "parameters": CITY},
+}
+
+
+@dataclass(frozen=True)
+class Talk:
+    """A conversation of the bank.
+
+    Args:
+        id: as messages show it.
+        messages: as ``encode`` takes them.
+        tools: declared, or None.
+    """
+
+    id: str
+    messages: tuple[Mapping[str, Any], ...]
+    tools: tuple[Mapping[str, Any], ...] | None = None
+
+
+def user(content: str) -> dict[str, Any]:
+    """A user message."""
+    return {"role": "user", "content": content}
+
+
+def answer(content: str, **more: Any) -> dict[str, Any]:
+    """An assistant message."""
+    return {"role": "assistant", "content": content, **more}
+
+
+SEVERAL = (user("hi"), answer("hello you"), user("how are you?"), answer("well"), user("bye"), answer("see you."))
+TOOL_TALK = Talk(
+    "tool call",
+    (
+        user("weather in Paris?"),
+        answer('{"city": "Paris"}', metadata="get_weather"),
+        {"role": "observation", "content": "31 degrees"},
+        answer("it is hot"),
+    ),
+    (WEATHER,),
+)
+CALL_TALK = Talk("ends with a tool call", TOOL_TALK.messages[:2], TOOL_TALK.tools)
+MARKERS_TALK = Talk(
+    "marker text",
+    (
+        user("what is <|assistant|>\nno [gMASK]<sop>?"),
+        answer("<|user|> and <|endoftext|> are tokens"),
+        user("<|observation|>"),
+        answer("<|assistant|>\nyes"),
+    ),
+)
+FLAGGED = Talk("loss false", (user("hi"), answer("first try", loss=False), user("again"), answer("better"), user("go")))
+TRAILING = Talk("trailing user message", (user("hi"), answer("hello"), user("and now?")))
+BANK = (
+    Talk("reply", (user("what is it?"), answer("a river"))),
+    Talk("one-token answer", (user("which?"), answer("a"))),
+    Talk("several turns", SEVERAL),
+    Talk("system", ({"role": "system", "content": "be clear"}, user("hi"), answer("hello"), user("x"), answer("y"))),
+    TOOL_TALK,
+    CALL_TALK,
+    Talk("Chinese and emoji", (user("法国的首都？👍🏽"), answer("巴黎。🇫🇷 é"), user("谢谢"), answer("不客气👍"))),
+    Talk("white space", (user("  hi \n"), answer("\n\n it is \n"), user("\n"), answer(" \n  one\t"))),
+    TRAILING,
+    MARKERS_TALK,
+)  # whose turns are all trained; flags have their own check

@@ -1,0 +1,90 @@
+"""What adapters of trainers have in common. A subject needs none of it; an adapter gets shorter with it.
+
+``class Subject(PeftAdapter)`` has ``save``, ``load`` and ``merge``; ``training_arguments`` translates a plan,
+``with_json_calls`` a conversation.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+
+class PeftAdapter:
+    """The disk side of a subject whose model is a ``peft.PeftModel``, in plain peft and transformers."""
+
+    tokenizer: Any
+
+    def save(self, model: Any, folder: str) -> None:
+        """Write the adapter."""
+        model.save_pretrained(folder)
+
+    def load(self, base_dir: str, folder: str) -> Any:
+        """The base with a saved adapter."""
+        return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_dir), folder)
+
+    def merge(self, base_dir: str, folder: str, output: str) -> None:
+        """Write a merged checkpoint."""
+        self.load(base_dir, folder).merge_and_unload().save_pretrained(output)
+        self.tokenizer.save_pretrained(output)
+
+
+def training_arguments(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """A plan in the names of ``transformers.TrainingArguments``, which most trainers take.
+
+    Args:
+        plan: as ``train`` gets it.
+    Returns:
+        Keyword arguments; ``output_dir`` is a new folder if the plan names none.
+    """
+    # named only where asked for: transformers is renaming the option, and says so at every mention
+    checkpointing = {"gradient_checkpointing": True} if plan["gradient_checkpointing"] else {}
+    return {
+        **checkpointing,
+        "output_dir": plan["output_dir"] or tempfile.mkdtemp(),
+        "max_steps": plan["steps"],
+        "per_device_train_batch_size": plan["micro_batch_size"],
+        "gradient_accumulation_steps": plan["accumulation"],
+        "learning_rate": plan["learning_rate"],
+        "lr_scheduler_type": "constant_with_warmup" if plan["schedule"] == "constant" else plan["schedule"],
+        "warmup_steps": plan["warmup_steps"],
+        "max_grad_norm": plan["max_grad_norm"],
+        "weight_decay": plan["weight_decay"],
+        "adam_beta1": plan["betas"][0],
+        "adam_beta2": plan["betas"][1],
+        "adam_epsilon": plan["eps"],
+        "seed": plan["seed"],
+        "logging_steps": plan["log_every"],
+        "eval_strategy": "steps" if plan["eval_every"] else "no",
+        "eval_steps": plan["eval_every"] or None,
+        "save_strategy": "steps" if plan["save_every"] else "no",
+        "save_steps": plan["save_every"] or 500,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def with_json_calls(messages: Any, *, role: str) -> list[dict[str, Any]]:
+    """Messages in the shape in which most trainers take tool calls: a role of their own, name and arguments as JSON.
+
+    Args:
+        messages: as ``encode`` gets them: a call is an assistant message with the tool's name in ``metadata``.
+        role: of a call.
+    Raises:
+        NotImplementedError: if the arguments of a call are no JSON.
+    """
+    return [_with_json_call(message, role) if message.get("metadata") else dict(message) for message in messages]
+
+
+def _with_json_call(message: Mapping[str, Any], role: str) -> dict[str, Any]:
+    rest = {key: value for key, value in message.items() if key != "metadata"}
+    try:
+        call = {"name": message["metadata"], "arguments": json.loads(message["content"])}
+    except json.JSONDecodeError as error:
+        raise NotImplementedError(f"arguments of a call that are no JSON: {error}") from error
+    return {**rest, "role": role, "content": json.dumps(call, ensure_ascii=False)}

@@ -1,0 +1,212 @@
+"""What is known of a run: the record that a diagnosis is drawn from, and that a report shows.
+
+Losses are in nats. Texts of tokens are as decoded: whoever prints them makes them harmless first
+(``glm4ft.report.safe_text``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from glm4ft.floor import Floor
+from glm4ft.generation import TurnRoundTrip
+
+TokenPart = Literal["prefix", "header", "body", "terminator"]
+
+
+@dataclass(frozen=True)
+class TrainedRow:
+    """One row as the run trained it.
+
+    Args:
+        line: of the conversation in its file, from 1; 0 if unknown.
+        input_ids: the row.
+        labels: unshifted; -100 where a token was not supervised.
+    """
+
+    line: int
+    input_ids: Sequence[int]
+    labels: Sequence[int]
+
+
+@dataclass(frozen=True)
+class TokenEvidence:
+    """One token of a row and what the trained model makes of it.
+
+    Args:
+        line: of the conversation in its file; 0 if unknown.
+        turn: number of the assistant turn it belongs to, from 0; None outside assistant turns.
+        position: in the row.
+        id: of the token.
+        text: of the token; control tokens by name.
+        role: whose token it is; a terminator belongs to the assistant, whose turn it ends; "" for the prefix.
+        part: of the message.
+        supervised: True if the run trained it.
+        loss: of the trained model, in nats.
+        probability: ``exp(-loss)``.
+        predicted_id: the token the model holds likeliest here.
+        predicted: its text.
+        base_loss: of the base without the adapter, in nats.
+        share: of the summed loss of all supervised tokens; 0 if not supervised.
+        floor: certified lower bound of the loss here, in nats; None if not computed or not supervised.
+    """
+
+    line: int
+    turn: int | None
+    position: int
+    id: int
+    text: str
+    role: str
+    part: TokenPart
+    supervised: bool
+    loss: float
+    probability: float
+    predicted_id: int
+    predicted: str
+    base_loss: float
+    share: float
+    floor: float | None = None
+
+
+@dataclass(frozen=True)
+class RowEvidence:
+    """One row.
+
+    Args:
+        line: of the conversation in its file; 0 if unknown.
+        tokens: all but the first of the row, in order: the first is never predicted.
+        loss: mean over its supervised tokens; NaN if it has none.
+    """
+
+    line: int
+    tokens: tuple[TokenEvidence, ...]
+    loss: float
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """One logged step; None where the log has no number, NaN or infinite where it was not finite.
+
+    Args:
+        step: from 1.
+        loss: as logged, nats per supervised token.
+        grad_norm: global L2 norm before clipping.
+        lr: of the update.
+    """
+
+    step: int
+    loss: float | None
+    grad_norm: float | None
+    lr: float | None
+
+
+@dataclass(frozen=True)
+class GradientHealth:
+    """The gradient norms of a run in a few figures.
+
+    Args:
+        first: norm of the first step.
+        last: of the last.
+        median: of all that are finite.
+        largest: of all that are finite.
+        largest_step: where it stands.
+        spike_ratio: largest ratio of a norm to the median of its neighbourhood.
+        spike_step: where it stands.
+        non_finite_steps: steps whose loss or norm is not finite.
+    """
+
+    first: float
+    last: float
+    median: float
+    largest: float
+    largest_step: int
+    spike_ratio: float
+    spike_step: int
+    non_finite_steps: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class AdapterWiring:
+    """Which adapters there are, and whether they do anything.
+
+    Args:
+        num_adapters: adapted modules.
+        targets: last name of the adapted modules to their number.
+        dead: names of adapters whose B is zero, so that they add nothing.
+        non_finite: names of adapters with an entry that is not finite.
+        num_trainable: parameters that require a gradient; None where the adapter was read from disk.
+        wanted_but_missing: target names of the configuration that no adapter has.
+        trains_head: True if output head or final norm are trained themselves.
+    """
+
+    num_adapters: int
+    targets: Mapping[str, int]
+    dead: tuple[str, ...]
+    non_finite: tuple[str, ...]
+    num_trainable: int | None = None
+    wanted_but_missing: tuple[str, ...] = ()
+    trains_head: bool = False
+
+
+@dataclass(frozen=True)
+class FirstLoss:
+    """Where the run began, beside where it should have begun.
+
+    Args:
+        logged: loss of the first step; None without a log.
+        base: mean loss of the base alone on the supervised tokens; None if it was not computed.
+        uniform: ``ln V``, the loss of a model that knows nothing.
+    """
+
+    logged: float | None
+    base: float | None
+    uniform: float
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Everything that was measured of one run.
+
+    Args:
+        curve: the logged steps.
+        rows: token by token, for as many rows as were measured.
+        first_loss: where the run began.
+        gradients: None without logged norms.
+        wiring: None without an adapter.
+        round_trips: one per assistant turn tried; ``exact`` says whether it came back.
+        floor: of the data as they were trained; None if it could not be computed.
+        target_loss: that the run was to reach, or None.
+        options: of the run as far as they are known, by our names (``learning_rate``, ``schedule``, ``max_steps``).
+        num_dropped: conversations that were left out.
+        num_cut: conversations that lost turns, or their end, to the length limit.
+    """
+
+    curve: tuple[CurvePoint, ...]
+    rows: tuple[RowEvidence, ...]
+    first_loss: FirstLoss
+    gradients: GradientHealth | None = None
+    wiring: AdapterWiring | None = None
+    round_trips: tuple[TurnRoundTrip, ...] = ()
+    floor: Floor | None = None
+    target_loss: float | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    num_dropped: int = 0
+    num_cut: int = 0
+
+    @property
+    def supervised(self) -> Iterator[TokenEvidence]:
+        """The tokens that were trained."""
+        return (token for row in self.rows for token in row.tokens if token.supervised)
+
+    @property
+    def loss(self) -> float:
+        """Mean loss of the trained model over the supervised tokens; NaN if there are none."""
+        losses = [token.loss for token in self.supervised]
+        return sum(losses) / len(losses) if losses else float("nan")
+
+    @property
+    def worst_tokens(self) -> list[TokenEvidence]:
+        """The supervised tokens, those that hold most of the loss first."""
+        return sorted(self.supervised, key=lambda token: -token.loss)

@@ -222,14 +222,17 @@ def _check_parser() -> ArgumentParser:
     parser.add_argument(
         "--subject", type=str, default="glm4ft.testing.subjects.own:Subject", help="MODULE:ATTR of the pipeline."
     )
+    parser.add_argument("--stages", type=str, help="Stages to judge, as rows,outcome; by default all.")
     parser.add_argument("--json", nargs="?", const="-", help="Write the results as JSON here, or to stdout.")
     return parser
 
 
 def _check(options: Namespace) -> int:
     from glm4ft.testing.check_report import show_checks
+    from glm4ft.testing.checks.registry import STAGES
 
-    return EXIT_FAILED if show_checks(options.subject, json_file=options.json) else 0
+    stages = options.stages.split(",") if options.stages is not None else STAGES
+    return EXIT_FAILED if show_checks(options.subject, stages=stages, json_file=options.json) else 0
 
 
 # --- options ---

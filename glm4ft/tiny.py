@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -33,6 +34,7 @@ from transformers import (
     GlmConfig,
     GlmForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
@@ -44,6 +46,7 @@ CONTROL_TOKENS = (
     "<|observation|>", "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>",
 )  # fmt: skip
 STOP_TOKENS = ("<|endoftext|>", "<|user|>", "<|observation|>")
+_HEAD_WIDTH = 128  # for which the scale of the head's rows was chosen
 NUM_PADDING_IDS = 64  # vocabulary rows beyond the last token, as GLM-4 has 151,343 to 151,551
 
 # Each piece is built left to right by merges, so the vocabulary holds the piece and all its beginnings. Runs of white
@@ -161,9 +164,13 @@ def tiny_model(
 
 def shared_row_ids(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> list[int]:
     """Ids whose head rows are alike: control tokens that end no turn, and the padding rows of the vocabulary."""
-    never_sampled = [token for token in CONTROL_TOKENS if token not in STOP_TOKENS]
+    return never_sampled_ids(tokenizer) + list(range(len(tokenizer), vocab_size))
+
+
+def never_sampled_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of the control tokens that a pretrained model has never had to say: all but those that end a turn."""
     ids = tokenizer.get_added_vocab()
-    return [ids[token] for token in never_sampled] + list(range(len(tokenizer), vocab_size))
+    return [ids[token] for token in CONTROL_TOKENS if token not in STOP_TOKENS]
 
 
 @torch.no_grad()
@@ -172,28 +179,47 @@ def construct_weights(model: PreTrainedModel, shared_ids: list[int], seed: int) 
 
     Args:
         model: a ``GlmForCausalLM`` or ``Glm4ForCausalLM``.
+        shared_ids: rows of the head that get the common vector.
+        seed: of the generator that draws all of it.
+    """
+    weights = dict(model.named_parameters())
+    for name, drawn in constructed_weights(weights, shared_ids, model.config.hidden_size, seed):
+        weights[name].copy_(drawn)
+
+
+def constructed_weights(
+    shapes: Mapping[str, torch.Tensor], shared_ids: list[int], hidden: int, seed: int
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Draw the recipe's weights, one tensor after the other.
+
+    Args:
+        shapes: parameters of a GLM-4 model by name, in the model's order, on any device.
         shared_ids: rows of the head that get the common vector. Noise of 1e-3 per entry keeps the rows apart for
             whoever reads labels back from gradients; at hidden 128 it moves logits by 0.13 nats at most on average,
             far too little to make one of them reachable.
+        hidden: width of the model. Head rows shrink with its root, so that logits spread alike at any width.
         seed: of the generator that draws all of it.
+    Yields:
+        Name and weight, fp32 on the CPU.
     """
     generator = torch.Generator().manual_seed(seed)
+    scale = math.sqrt(_HEAD_WIDTH / hidden)
 
     def normal(like: torch.Tensor, std: float) -> torch.Tensor:
         return torch.randn(like.shape, generator=generator) * std
 
-    hidden = model.config.hidden_size
-    for name, weight in model.named_parameters():
+    for name, like in shapes.items():
         if "norm" in name:
-            weight.fill_(1.0)
+            yield name, torch.ones(like.shape)
         elif name.endswith("embed_tokens.weight"):
-            weight.copy_(normal(weight, 1.0))
+            yield name, normal(like, 1.0)
         elif name.endswith("lm_head.weight"):
-            weight.copy_(normal(weight, 0.2))
-            common = normal(weight[0], 0.02)
-            weight[shared_ids] = common + normal(weight[shared_ids], 1e-3)
+            weight = normal(like, 0.2 * scale)
+            common = normal(weight[0], 0.02 * scale)
+            weight[shared_ids] = common + normal(weight[shared_ids], 1e-3 * scale)
+            yield name, weight
         else:
-            weight.copy_(normal(weight, 1 / math.sqrt(hidden) if weight.dim() > 1 else 0.02))
+            yield name, normal(like, 1 / math.sqrt(hidden) if like.dim() > 1 else 0.02)
 
 
 def write_tiny_base(

@@ -1,7 +1,7 @@
 """Two conversations are learnt by heart: loss below 0.01, every turn said back exactly, stopped; a wrong mask fails.
 
 Run: pytest tests/test_overfit.py
-On a GPU: pytest tests/test_overfit.py -m gpu --glm4ft-model PATH
+On a GPU: pytest tests/test_overfit.py -m gpu --glm4ft-model=PATH
 """
 
 from __future__ import annotations

@@ -6,30 +6,45 @@ import contextlib
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
+from glm4ft.errors import ConfigError
 from glm4ft.report.safe_text import Ruled, visible
+from glm4ft.testing.checks.registry import STAGES
 from glm4ft.testing.runner import Result, all_checks, check_subject, summary
+from glm4ft.testing.verdicts import stage_verdicts
 from glm4ft.trajectory import write_atomically
 
 STYLES = {"passed": "green", "failed": "bold red", "error": "bold red", "skipped": "dim", "expected-failure": "yellow"}
+VERDICT_STYLES = {"passed": "green", "failed": "bold red", "not judged": "dim", "expected failure": "yellow"}
 
 
-def show_checks(spec: str, *, json_file: str | None = None) -> bool:
+def show_checks(spec: str, *, stages: Sequence[str] = STAGES, json_file: str | None = None) -> bool:
     """Run all checks on a subject and print the results.
 
     Args:
         spec: ``MODULE:ATTR`` of the subject.
+        stages: to judge.
         json_file: write the results here by contract; ``-`` is stdout, where nothing else goes then.
     Returns:
         True if a check failed or erred.
+    Raises:
+        ConfigError: if there is no such stage or subject.
     """
+    unknown = [stage for stage in stages if stage not in STAGES]
+    if unknown or not stages:
+        found = ", ".join(unknown) or "none"
+        raise ConfigError("there is no such stage", where="--stages", found=found, expected=", ".join(STAGES))
     began_s, console = time.perf_counter(), Console(highlight=False, quiet=json_file == "-")
-    bar = tqdm(check_subject(spec), total=len(all_checks()), unit="check", leave=False, disable=None)
+    total = sum(check.stage in stages for check in all_checks())
+    bar = tqdm(check_subject(spec, stages=stages), total=total, unit="check", leave=False, disable=None)
     with contextlib.redirect_stdout(sys.stderr):  # what a trainer prints must not end up in the JSON
         results = list(bar)
     _print(console, spec, results)
@@ -53,8 +68,18 @@ def _print(console: Console, spec: str, results: list[Result]) -> None:
         if result.message:
             text = "\n".join(visible(line, newlines=False) for line in result.message.split("\n"))
             console.print(Ruled(Text(text)))
+    _print_verdicts(console, results)
     counts = {status: sum(result.status == status for result in results) for status in STYLES}
     told = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
-    console.print(
-        Text(f"{visible(spec, newlines=False)}: {told} in {sum(r.seconds for r in results):.1f} s"), soft_wrap=True
-    )
+    seconds = sum(result.seconds for result in results)
+    console.print(Text(f"{visible(spec, newlines=False)}: {told} in {seconds:.1f} s"), soft_wrap=True)
+
+
+def _print_verdicts(console: Console, results: list[Result]) -> None:
+    table = Table("stage", "verdict", "checks", "seconds", box=box.SIMPLE)
+    for stage, verdict in stage_verdicts((result.stage, result.status) for result in results).items():
+        mine = [result for result in results if result.stage == stage]
+        judged = sum(result.status != "skipped" for result in mine)
+        seconds = sum(result.seconds for result in mine)
+        table.add_row(stage, Text(verdict, style=VERDICT_STYLES[verdict]), f"{judged} of {len(mine)}", f"{seconds:.1f}")
+    console.print(table)

@@ -1,72 +1,117 @@
-"""The pytest plugin: where a real checkpoint is, and which tests need a GPU.
+"""The pytest plugin: where a real checkpoint is, which tests need a GPU, what tests have to show beside pass or fail.
 
 pytest loads this module in every environment that has glm4ft installed, so it imports nothing heavy: torch only once
-a test marked ``gpu`` has been collected, glm4ft's own modules only inside fixtures.
+a test marked ``gpu`` has been collected, glm4ft's own modules only inside fixtures and in the summary.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from glm4ft.testing import plugin_hooks, plugin_options
+from glm4ft.testing.plugin_options import DEVICE, GPU, MODEL, SUBJECT, TOKENIZER
+from glm4ft.testing.plugin_records import GPU_RAN, Collected, attach_run, summary_lines
 
-@dataclass(frozen=True)
-class _Checkpoint:
-    """An option whose value is given on the command line or, failing that, in the environment."""
+if TYPE_CHECKING:
+    from glm4ft.testing.conformance import Bench, BoundCheck
 
-    flag: str
-    variable: str
-    help: str
-
-    def value(self, config: pytest.Config) -> str:
-        """The option's value, or "" if it is not given."""
-        return str(config.getoption(self.flag) or os.environ.get(self.variable, ""))
-
-    def source(self, config: pytest.Config) -> str:
-        """Where the value came from."""
-        return self.flag if config.getoption(self.flag) else self.variable
-
-
-MODEL = _Checkpoint("--glm4ft-model", "GLM4FT_MODEL", "GLM-4 checkpoint for tests that need a model: folder or hub id")
-TOKENIZER = _Checkpoint("--glm4ft-tokenizer", "GLM4FT_TOKENIZER", "folder of a real GLM-4 tokenizer: one more lane")
+MARKERS = (
+    "gpu: needs a CUDA GPU, is skipped without one; selected by -m gpu",
+    "overfit: trains until a few conversations are known by heart",
+    "slow: takes longer than ten seconds",
+)
+COLLECTED = pytest.StashKey[Collected]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Register the options."""
-    group = parser.getgroup("glm4ft", "GLM-4 fine-tuning")
-    for option in (MODEL, TOKENIZER):
-        group.addoption(option.flag, metavar="PATH", help=f"{option.help} (environment: {option.variable})")
+    for option in plugin_options.OPTIONS:
+        option.register(parser)
+
+
+def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
+    """Register the hook that hands on what the tests attached."""
+    pluginmanager.add_hookspecs(plugin_hooks)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the markers and refuse a tokenizer folder that cannot be one."""
-    config.addinivalue_line("markers", "gpu: needs a CUDA GPU, is skipped without one")
-    config.addinivalue_line("markers", "slow: takes longer than ten seconds")
-    folder = TOKENIZER.value(config)
-    if folder and not (Path(folder) / "tokenizer.json").is_file():
-        raise pytest.UsageError(
-            f"{TOKENIZER.source(config)}={folder}: there is no tokenizer.json, so no test could load the tokenizer; "
-            "give the folder that holds it"
-        )
+    """Register the markers, refuse options that cannot be meant, choose the device before torch looks for one."""
+    for marker in MARKERS:
+        config.addinivalue_line("markers", marker)
+    plugin_options.require_legal(config)
+    _choose_device(config)
+    if not _is_worker(config):
+        config.stash[COLLECTED] = Collected()
+        config.pluginmanager.register(config.stash[COLLECTED], "glm4ft-collected")
+
+
+def _is_worker(config: pytest.Config) -> bool:
+    return hasattr(config, "workerinput")  # of pytest-xdist
+
+
+def _choose_device(config: pytest.Config) -> None:
+    """Show torch, and with it every trainer under test, the one device that was asked for."""
+    kind, _, number = DEVICE.value(config).partition(":")
+    if kind != "cpu" and not number:
+        return
+    patch = pytest.MonkeyPatch()
+    config.add_cleanup(patch.undo)
+    visible = [entry for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if entry]
+    if kind == "cpu":
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+    elif int(number) < len(visible):
+        patch.setenv("CUDA_VISIBLE_DEVICES", visible[int(number)])
+    else:
+        patch.setenv("CUDA_VISIBLE_DEVICES", number)
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
-    """Name each option that is given, with its source."""
-    given = [option for option in (MODEL, TOKENIZER) if option.value(config)]
-    return [f"glm4ft: {option.source(config)}={option.value(config)}" for option in given]
+    """Name each option with its source, and what a run of the gpu lane will judge."""
+    lines = plugin_options.describe(config)
+    if "gpu" in str(config.getoption("markexpr")):
+        from glm4ft.testing.gpu_lane import describe_lane
+
+        lines.append(f"glm4ft: gpu lane: {describe_lane(MODEL.value(config))}")
+    return lines
+
+
+# --- gpu ---
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist starts its workers
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Where a GPU is required, do not begin without one."""
+    config = session.config
+    if GPU.value(config) != "require" or _is_worker(config) or config.getoption("collectonly"):
+        return
+    found = what_stands_in_for_cuda()
+    if found:
+        reason = f"{GPU.flag}=require (from {GPU.source(config)}): needs a CUDA GPU; found {found}"
+        pytest.exit(reason, returncode=pytest.ExitCode.TESTS_FAILED)
 
 
 @pytest.hookimpl(trylast=True)  # after -m and -k have deselected: who runs no gpu test does not wait for torch
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip the tests marked ``gpu`` where they cannot run."""
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
-    found = what_stands_in_for_cuda() if gpu_items else ""
+    reason = _why_no_gpu_test(config) if gpu_items else ""
     for item in gpu_items:
-        if found:
-            item.add_marker(pytest.mark.skip(reason=f"needs a CUDA GPU; found {found}"))
+        if reason:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _why_no_gpu_test(config: pytest.Config) -> str:
+    if GPU.value(config) == "never":
+        return f"{GPU.flag}=never (from {GPU.source(config)})"
+    if DEVICE.value(config) == "cpu":  # a rehearsal of the lane
+        return ""
+    found = what_stands_in_for_cuda()
+    return f"needs a CUDA GPU; found {found}" if found else ""
 
 
 def what_stands_in_for_cuda() -> str:
@@ -82,15 +127,66 @@ def what_stands_in_for_cuda() -> str:
     )
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> None:
+    """Note on the report that a gpu test ran; whether it skipped itself, the report says."""
+    if item.get_closest_marker("gpu"):
+        item.user_properties.append((GPU_RAN, DEVICE.value(item.config)))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A lane that ran nothing is red, and what was collected goes to whoever wants it."""
+    config = session.config
+    collected = config.stash.get(COLLECTED, None)
+    if collected is None or config.getoption("collectonly"):
+        return
+    if _lane_ran_nothing(config, collected) and session.exitstatus in (0, pytest.ExitCode.NO_TESTS_COLLECTED):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    config.hook.pytest_glm4ft_collected(config=config, checks=collected.checks, runs=collected.runs)
+
+
+def _lane_ran_nothing(config: pytest.Config, collected: Collected) -> bool:
+    return GPU.value(config) == "require" and not collected.gpu_ran
+
+
+# --- what tests attached ---
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Add a section with claim, stage and motive to the report of a failed check."""
+    report = yield
+    bound: BoundCheck | None = getattr(item, "callspec", None) and item.callspec.params.get("glm4ft_check")  # type: ignore[attr-defined]
+    if bound is not None and report.when == "call" and report.failed:
+        report.sections.append((f"glm4ft: {bound.check.stage}, {bound.check.name}", bound.explain()))
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Verdicts per stage and curves of runs."""
+    collected = config.stash.get(COLLECTED, None)
+    if collected is None:
+        return
+    lines = summary_lines(collected)
+    if _lane_ran_nothing(config, collected) and not config.getoption("collectonly"):
+        reason = "no test marked gpu ran, so nothing was proven on a GPU"
+        lines.append(f"FAILED: {GPU.flag}=require (from {GPU.source(config)}): {reason}")
+    if lines:
+        terminalreporter.section("glm4ft")
+        terminalreporter.write_line("\n".join(lines))
+
+
+# --- fixtures ---
+
+
 @pytest.fixture(scope="session")
 def glm4ft_model(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The checkpoint given by ``--glm4ft-model``, else a folder with the built-in tiny base."""
-    given = MODEL.value(pytestconfig)
-    if given:
-        return given
-    from glm4ft.tiny import write_tiny_base
+    """The base given by ``--glm4ft-model``: a folder that exists, or a hub id; the built-in base is written first."""
+    from glm4ft.testing.gpu_lane import write_base
 
-    return str(write_tiny_base(tmp_path_factory.mktemp("glm4ft") / "tiny-base"))
+    return write_base(MODEL.value(pytestconfig), tmp_path_factory.mktemp("glm4ft") / "base")
 
 
 @pytest.fixture(scope="session")
@@ -100,3 +196,34 @@ def glm4ft_tokenizer(pytestconfig: pytest.Config) -> str:
     if not given:
         pytest.skip(f"needs a real GLM-4 tokenizer; found neither {TOKENIZER.flag} nor {TOKENIZER.variable}")
     return given
+
+
+@pytest.fixture
+def glm4ft_record_run(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Attach curves: ``glm4ft_record_run(steps, name="")``, a mapping per step with ``loss`` and ``grad_norm``.
+
+    They are drawn at the end of the session, and handed to ``pytest_glm4ft_collected``.
+    """
+
+    def record(steps: Iterable[Mapping[str, Any]], name: str = "") -> None:
+        attach_run(request.node, name, steps)
+
+    return record
+
+
+@pytest.fixture(scope="session")
+def glm4ft_bench(
+    pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Bench:
+    """Makes the trial of each subject, once in a session; a check of ``parametrize_with_checks`` needs it."""
+    from glm4ft.testing.conformance import Bench
+
+    base_dir = Path(request.getfixturevalue("glm4ft_model"))
+    return Bench(base_dir, tmp_path_factory.mktemp("glm4ft-checks"), default_subject=SUBJECT.value(pytestconfig))
+
+
+@pytest.fixture
+def glm4ft_check(request: pytest.FixtureRequest, glm4ft_bench: Bench) -> Callable[[], None]:
+    """A check of the conformance suite, ready to be called; the parameter comes from ``parametrize_with_checks``."""
+    bound: BoundCheck = request.param
+    return lambda: bound.run(request.node, glm4ft_bench)

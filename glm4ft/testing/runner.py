@@ -6,7 +6,7 @@ import importlib
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +31,7 @@ class Result:
         status: ``error`` if the subject broke down instead of giving a wrong result.
         message: why it did not pass; "" if it did.
         seconds: it took.
+        error: that the subject raised, if it broke down.
     """
 
     check: str
@@ -38,6 +39,7 @@ class Result:
     status: Status
     message: str
     seconds: float
+    error: Exception | None = field(default=None, compare=False)
 
 
 def all_checks() -> list[Check]:
@@ -62,16 +64,39 @@ def run_checks(
     Raises:
         ConfigError: if an expected failure names no check.
     """
-    expected = dict(expected_failures or {})
-    unknown = set(expected) - {check.name for check in checks}
+    expected = require_known(expected_failures or {}, checks)
+    for check in checks:
+        yield run_check(check, trial, expected.get(check.name, ""))
+
+
+def require_known(expected_failures: Mapping[str, str], checks: Sequence[Check] = ()) -> Mapping[str, str]:
+    """Refuse entries that name no check: they would stay when the check is renamed.
+
+    Args:
+        expected_failures: check to reason.
+        checks: that may be named beside those of the suite.
+    Raises:
+        ConfigError: naming them.
+    """
+    unknown = set(expected_failures) - {check.name for check in (*checks, *all_checks())}
     if unknown:
         raise ConfigError("an expected failure names no check", found=", ".join(sorted(unknown)))
-    for check in checks:
-        began_s = time.perf_counter()
-        status, message = _run(check, trial)
-        if check.name in expected:
-            status, message = _expect(status, message, expected[check.name])
-        yield Result(check.name, check.stage, status, message, time.perf_counter() - began_s)
+    return expected_failures
+
+
+def run_check(check: Check, trial: Trial, expected: str = "") -> Result:
+    """Run one check.
+
+    Args:
+        check: to run.
+        trial: of the subject.
+        expected: why it is known to fail; "" if it is not.
+    """
+    began_s = time.perf_counter()
+    status, message, error = _run(check, trial)
+    if expected:
+        status, message = _expect(status, message, expected)
+    return Result(check.name, check.stage, status, message, time.perf_counter() - began_s, error)
 
 
 def check_subject(
@@ -81,7 +106,7 @@ def check_subject(
 
     Args:
         spec: ``MODULE:ATTR``.
-        expected_failures: as for ``run_checks``.
+        expected_failures: as for ``run_checks``, beside those that the subject itself lists.
         stages: to judge.
     Yields:
         A result per check.
@@ -91,30 +116,36 @@ def check_subject(
         base_dir = write_tiny_base(folder / "base")
         trial = Trial(load_subject(spec, base_dir), base_dir, folder)
         checks = [check for check in all_checks() if check.stage in stages]
-        yield from run_checks(trial, checks, expected_failures=expected_failures)
+        expected = {**known_failures(trial.subject), **(expected_failures or {})}
+        yield from run_checks(trial, checks, expected_failures=expected)
 
 
-def _run(check: Check, trial: Trial) -> tuple[Status, str]:
+def known_failures(subject: Any) -> Mapping[str, str]:
+    """The subject's own list of checks that it is known to fail, with the evidence."""
+    return dict(getattr(subject, "expected_failures", None) or {})
+
+
+def _run(check: Check, trial: Trial) -> tuple[Status, str, Exception | None]:
     missing = sorted(check.needs - parts(trial.subject))
     if missing:
-        return "skipped", f"the subject has no {', '.join(missing)}"
+        return "skipped", f"the subject has no {', '.join(missing)}", None
     try:
         check.run(trial)
     except CheckFailed as error:
-        return "failed", str(error)
+        return "failed", str(error), None
     except NotApplicable as error:
-        return "skipped", str(error)
+        return "skipped", str(error), None
     except NotImplementedError as error:
-        return "skipped", f"the subject does not offer this: {error}"
+        return "skipped", f"the subject does not offer this: {error}", None
     except (InputError, RunError) as error:
-        return "error", str(error)
+        return "error", str(error), error
     except Exception as error:  # whatever a foreign pipeline raises is a result, not our crash
-        return "error", f"{type(error).__name__}: {error}"
-    return "passed", ""
+        return "error", f"{type(error).__name__}: {error}", error
+    return "passed", "", None
 
 
 def _expect(status: Status, message: str, reason: str) -> tuple[Status, str]:
-    if status == "failed":
+    if status in ("failed", "error"):
         return "expected-failure", f"{reason}: {message}"
     if status == "passed":
         return "failed", f"expected to fail ({reason}), but it passes: remove the entry"

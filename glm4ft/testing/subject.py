@@ -30,6 +30,8 @@ Optional
     the subject's own inference path; the stop id included if one came.
     ``save(model, folder)``, ``load(base_dir, folder)``: an adapter to disk and back.
     ``merge(base_dir, folder, output)``: a merged checkpoint from a base and a saved adapter.
+    ``expected_failures``: check to the reason why the pipeline is known to fail it, with the evidence. An entry whose
+    check passes is a failure, so that it goes when the fault does.
 
 A member that raises ``NotImplementedError`` says that the pipeline does not offer what it was asked for: a conversation
 that it refuses or drops is left out, and a check that cannot do without is skipped, with the error's message.
@@ -111,7 +113,12 @@ def load_subject(spec: str, base_dir: Path) -> Any:
         for name in attribute.split("."):
             found = getattr(found, name)
     except (ImportError, AttributeError) as error:
-        raise ConfigError("the subject cannot be imported", where="--subject", found=f"{spec}: {error}") from error
+        raise ConfigError(
+            "the subject cannot be imported",
+            where="--subject",
+            found=f"{spec}: {error}",
+            fix=f"see what `python -c 'import {module_name}'` says here; modules of the working directory are found",
+        ) from error
     subject = found(str(base_dir)) if inspect.isroutine(found) or inspect.isclass(found) else found
     require_subject(subject, spec)
     return subject

@@ -1,10 +1,11 @@
-"""The plugin loads fast, finds checkpoints by option or environment, and says why a GPU test was skipped.
+"""The plugin loads fast, says where each option came from, and why a GPU test was skipped or a GPU lane is red.
 
 Run: pytest tests/testing/test_plugin.py
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ import pytest
 
 # pytester forgets what is imported while a test runs in process, and torch crashes when it is imported a second time.
 import glm4ft.tiny  # noqa: F401
-from glm4ft.testing.plugin import MODEL, TOKENIZER, what_stands_in_for_cuda
+from glm4ft.testing.plugin import what_stands_in_for_cuda
+from glm4ft.testing.plugin_options import DEVICE, GPU, MODEL, OPTIONS, TOKENIZER
 
 pytest_plugins = ["pytester"]
 
@@ -23,8 +25,8 @@ GPU_TEST = "import pytest\n@pytest.mark.gpu\ndef test_on_gpu(): pass\n"
 
 @pytest.fixture(autouse=True)
 def _nothing_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(MODEL.variable, raising=False)
-    monkeypatch.delenv(TOKENIZER.variable, raising=False)
+    for option in OPTIONS:
+        monkeypatch.delenv(option.variable, raising=False)
 
 
 @pytest.fixture
@@ -84,28 +86,103 @@ def test_a_missing_torch_is_a_reason_too(monkeypatch: pytest.MonkeyPatch) -> Non
     assert what_stands_in_for_cuda().startswith("no torch (")
 
 
+@pytest.fixture
+def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+
+
+def test_a_required_gpu_that_is_missing_stops_the_run_before_it_begins(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A skip has the colour of a pass; a lane that found no GPU must be red, and say what it found."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    pytester.makepyfile("def test_it(): pass\n" + GPU_TEST)
+    result = pytester.runpytest_inprocess("--glm4ft-gpu=require")
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.stdout.fnmatch_lines(["*--glm4ft-gpu=require (from --glm4ft-gpu): needs a CUDA GPU; found torch *"])
+    result.stdout.no_fnmatch_line("*passed*")
+
+
+NOTHING_RAN = "FAILED: --glm4ft-gpu=require (from GLM4FT_GPU): no test marked gpu ran, so nothing was proven on a GPU"
+SKIPS_ITSELF = "import pytest\n@pytest.mark.gpu\ndef test_on_gpu(): pytest.skip('not today')\n"
+
+
+@pytest.mark.usefixtures("pretended_gpu")
+@pytest.mark.parametrize(
+    ("code", "arguments"),
+    [(SKIPS_ITSELF, []), (GPU_TEST, ["-m", "not gpu"]), ("def test_light(): pass\n", [])],
+    ids=["all-skipped", "deselected", "none-there"],
+)
+def test_a_gpu_lane_that_ran_nothing_is_red(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, code: str, arguments: list[str]
+) -> None:
+    monkeypatch.setenv(GPU.variable, "require")
+    pytester.makepyfile(code)
+    result = pytester.runpytest_inprocess(*arguments)
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.stdout.fnmatch_lines([NOTHING_RAN])
+
+
+@pytest.mark.usefixtures("pretended_gpu")
+def test_a_gpu_lane_that_ran_is_as_green_as_its_tests(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(GPU_TEST)
+    result = pytester.runpytest_inprocess("--glm4ft-gpu=require")
+    assert result.ret == pytest.ExitCode.OK
+    result.stdout.no_fnmatch_line("*nothing was proven*")
+
+
+@pytest.mark.usefixtures("pretended_gpu")
+def test_a_gpu_is_left_alone_where_that_is_asked_for(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(GPU_TEST)
+    result = pytester.runpytest_inprocess("-rs", "--glm4ft-gpu=never")
+    result.stdout.fnmatch_lines(["SKIPPED*--glm4ft-gpu=never (from --glm4ft-gpu)"])
+
+
+def test_gpu_tests_are_rehearsed_on_a_cpu_that_is_asked_for(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And torch, with every trainer under test, is shown no GPU."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    code = "import os, pytest\n@pytest.mark.gpu\ndef test_it(): assert os.environ['CUDA_VISIBLE_DEVICES'] == ''\n"
+    pytester.makepyfile(code)
+    pytester.runpytest_inprocess(DEVICE.flag, "cpu").assert_outcomes(passed=1)
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
+
+
+@pytest.mark.parametrize(("visible", "shown"), [("", "1"), ("4,7", "7")])
+def test_one_gpu_of_several_is_chosen_among_the_visible_ones(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, visible: str, shown: str
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    pytester.makepyfile(f"import os\ndef test_it(): assert os.environ['CUDA_VISIBLE_DEVICES'] == {shown!r}\n")
+    pytester.runpytest_inprocess(DEVICE.flag, "cuda:1").assert_outcomes(passed=1)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == visible
+
+
 # --- checkpoints ----------------------------------------------------------------------------------------------------
 
 SHOW = "def test_it(glm4ft_tokenizer): print('found', glm4ft_tokenizer)\n"
 
 
-def test_the_command_line_goes_before_the_environment(
+def test_the_command_line_goes_before_the_environment_and_that_before_the_ini_file(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:
     """And the header says where each value came from."""
     monkeypatch.setenv(TOKENIZER.variable, "/nowhere")
     monkeypatch.setenv(MODEL.variable, "zai-org/model")
+    pytester.makeini("[pytest]\nglm4ft_tokenizer = /nowhere\nglm4ft_model = /nowhere\nglm4ft_gpu = never\n")
     pytester.makepyfile(SHOW)
-    result = pytester.runpytest_inprocess("-s", TOKENIZER.flag, str(folder))
+    result = pytester.runpytest_inprocess("-s", f"{TOKENIZER.flag}={folder}")
     result.assert_outcomes(passed=1)
     result.stdout.fnmatch_lines(
-        ["glm4ft: GLM4FT_MODEL=zai-org/model", f"glm4ft: --glm4ft-tokenizer={folder}", f"*found {folder}*"]
+        [
+            "glm4ft: model=zai-org/model (from GLM4FT_MODEL)",
+            f"glm4ft: tokenizer={folder} (from --glm4ft-tokenizer)",
+            "glm4ft: gpu=never (from glm4ft_gpu in tox.ini)",
+            "glm4ft: subject=glm4ft.testing.subjects.own:Subject, device=auto (default)",
+            f"*found {folder}*",
+        ]
     )
-
-
-def test_xdist_workers_find_the_tokenizer_as_well(pytester: pytest.Pytester, folder: Path) -> None:
-    pytester.makepyfile(f"def test_it(glm4ft_tokenizer): assert glm4ft_tokenizer == {str(folder)!r}\n")
-    pytester.runpytest_subprocess("-n2", TOKENIZER.flag, str(folder)).assert_outcomes(passed=1)
 
 
 def test_without_a_tokenizer_its_tests_are_skipped(pytester: pytest.Pytester) -> None:
@@ -118,14 +195,63 @@ def test_without_a_tokenizer_its_tests_are_skipped(pytester: pytest.Pytester) ->
 
 
 def test_a_folder_without_a_tokenizer_is_a_usage_error(pytester: pytest.Pytester, tmp_path: Path) -> None:
-    result = pytester.runpytest_inprocess(TOKENIZER.flag, str(tmp_path))
+    result = pytester.runpytest_inprocess(f"{TOKENIZER.flag}={tmp_path}")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines([f"*--glm4ft-tokenizer={tmp_path}: there is no tokenizer.json*"])
+    result.stderr.fnmatch_lines([f"*--glm4ft-tokenizer={tmp_path} (from --glm4ft-tokenizer): *no tokenizer.json*"])
+
+
+def test_a_path_behind_a_space_that_hid_the_ini_file_is_a_usage_error(
+    pytester: pytest.Pytester, folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """pytest looks for the ini file where its arguments lie, before it knows which of them are values of options."""
+    pytester.makeini("[pytest]\nglm4ft_gpu = never\n")
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    result = pytester.runpytest_inprocess(MODEL.flag, str(elsewhere))
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([f"*found no ini file; write --glm4ft-model={elsewhere}*"])
+    result = pytester.runpytest_inprocess(f"{MODEL.flag}={elsewhere}")
+    result.stdout.fnmatch_lines(["glm4ft: gpu=never *"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--glm4ft-gpu", "always"], "*--glm4ft-gpu=always*no such mode*give one of auto, require, never*"),
+        (["--glm4ft-device", "tpu"], "*--glm4ft-device=tpu*no such device*give cpu, cuda or cuda:N*"),
+        (["--glm4ft-subject", "my_trainer"], "*--glm4ft-subject=my_trainer*give MODULE:ATTR*"),
+        (["--glm4ft-device=cpu", "--glm4ft-gpu=require"], "*--glm4ft-gpu=require*may not be used*drop one of the two*"),
+    ],
+)
+def test_an_option_that_cannot_be_meant_is_a_usage_error(
+    pytester: pytest.Pytester, arguments: list[str], says: str
+) -> None:
+    """With the mistake, where it was made, and what to give."""
+    result = pytester.runpytest_inprocess(*arguments)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([says])
 
 
 def test_the_model_is_the_given_one(pytester: pytest.Pytester) -> None:
     pytester.makepyfile("def test_it(glm4ft_model): assert glm4ft_model == 'zai-org/model'\n")
     pytester.runpytest_inprocess(MODEL.flag, "zai-org/model").assert_outcomes(passed=1)
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ("tiny", "glm4ft: gpu lane: full set of checks on tiny"),
+        ("random:glm-4-9b", "glm4ft: gpu lane: reduced set of checks on random:glm-4-9b (9.40 billion parameters)*"),
+        (
+            "zai-org/model",
+            "glm4ft: gpu lane: reduced set of checks on zai-org/model (size unknown*",
+        ),
+    ],
+)
+def test_the_header_of_the_gpu_lane_says_which_checks_the_base_gets(
+    pytester: pytest.Pytester, model: str, says: str
+) -> None:
+    result = pytester.runpytest_inprocess("-m", "gpu", MODEL.flag, model)
+    result.stdout.fnmatch_lines([says])
 
 
 def test_the_model_is_the_built_in_base_by_default(pytester: pytest.Pytester) -> None:

@@ -157,3 +157,15 @@ def test_subject_that_is_none_is_refused(spec: str, says: str, tmp_path: Path) -
 def test_plan_with_an_unknown_key_is_refused() -> None:
     with pytest.raises(ConfigError, match="no such key"):
         make_plan(stepps=3)
+
+
+def test_only_the_stages_that_were_asked_for_are_judged(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["check", "--stages", "rows", "--subject", FOUNDING_BUG, "--json"]) == 1
+    stages = {check["stage"] for check in json.loads(capsys.readouterr().out)["checks"]}
+    assert stages == {"rows"}
+
+
+@pytest.mark.parametrize("stages", ["rowz", ""])
+def test_a_stage_that_does_not_exist_is_refused(stages: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["check", f"--stages={stages}"]) == 2
+    assert "no such stage" in capsys.readouterr().err

@@ -1,0 +1,258 @@
+"""A plain torch training loop as a subject: no framework, one small method per thing that can go wrong.
+
+It is the example to start from when a trainer of your own goes on trial, and the healthy body that every fault of
+:mod:`glm4ft.testing.faults` is put into.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch.nn.parallel import DistributedDataParallel
+
+from glm4ft.chat_format import IGNORED
+from glm4ft.testing.subjects.plain_loop_data import Batch, Row
+from glm4ft.testing.subjects.plain_loop_evaluation import Evaluation
+from glm4ft.testing.subjects.plain_loop_model import Model
+
+Conversations = Sequence[Mapping[str, Any]]
+
+
+@dataclass
+class Run:
+    """What a run carries from step to step.
+
+    Args:
+        model: with its adapters.
+        wrapped: the same behind what averages gradients over processes.
+        optimizer: of the trained parameters.
+        plan: as ``train`` got it.
+        rows: to train on, and to evaluate on.
+        step: optimiser steps done.
+        log: an entry per step that is logged.
+    """
+
+    model: Any
+    wrapped: Any
+    optimizer: torch.optim.Optimizer
+    plan: Mapping[str, Any]
+    rows: list[Row]
+    step: int = 0
+    log: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Subject(Evaluation, Model):
+    """A training loop on a base folder.
+
+    Args:
+        base_dir: Hugging Face model folder.
+    """
+
+    name = "plain loop"
+    distributed = True
+
+    # --- the loop ---
+
+    def train(self, model: Any, conversations: Conversations, plan: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Train in place, by the plan; returns the log."""
+        run = self.begin(model, conversations, plan)
+        batches = self.batches(run)
+        while run.step < self.last_step(run):
+            entry = self.train_step(run, list(islice(batches, plan["accumulation"])))
+            run.step += 1
+            if plan["eval_every"] and run.step % plan["eval_every"] == 0:
+                entry["eval_loss"] = self.evaluate_in_training(run)["loss"]
+            if run.step % plan["log_every"] == 0:
+                run.log.append(entry)
+            if plan["save_every"] and run.step % plan["save_every"] == 0 and rank() == 0:
+                self.save_checkpoint(run, Path(plan["output_dir"]) / f"checkpoint-{run.step}")
+        return run.log
+
+    def begin(self, model: Any, conversations: Conversations, plan: Mapping[str, Any]) -> Run:
+        """Everything that a run has before its first step."""
+        join_processes()
+        torch.manual_seed(plan["seed"])
+        if plan["gradient_checkpointing"]:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        rows = [self.encode(c["messages"], c.get("tools")) for c in conversations]
+        run = Run(model, self.wrap(model), self.make_optimizer(model, plan), plan, rows)
+        if plan["resume_from"]:
+            self.resume(run, Path(plan["resume_from"]))
+        return run
+
+    def wrap(self, model: Any) -> Any:
+        """What averages the gradients over processes, where there are several."""
+        return DistributedDataParallel(model) if world_size() > 1 else model
+
+    def last_step(self, run: Run) -> int:
+        """The step after which the run ends."""
+        return int(run.plan["steps"])
+
+    def batches(self, run: Run) -> Iterator[Batch]:
+        """This process's micro-batches, epoch after epoch, from where the run stands."""
+        size, packing = run.plan["micro_batch_size"], run.plan["packing"]
+        items = self.items(run.rows, packing)
+        stream = (items[i] for i in self.stream(len(items), run))
+        while True:
+            yield self.batch(islice(stream, size), packing)
+
+    def stream(self, num_items: int, run: Run) -> Iterator[int]:
+        """Indices of this process's items; the processes take turns, so together they see each once per epoch."""
+        seed, done = run.plan["seed"], run.step * run.plan["accumulation"] * run.plan["micro_batch_size"]
+        order = (index for epoch in count() for index in self.epoch_order(num_items, epoch, seed, rank()))
+        return islice(order, rank() + done * world_size(), None, world_size())
+
+    def evaluate_in_training(self, run: Run) -> dict[str, float]:
+        """Loss and accuracy on the training rows."""
+        with self.evaluating(run.model):
+            return self.score(run.model, run.rows)
+
+    # --- one step ---
+
+    def train_step(self, run: Run, batches: list[Batch]) -> dict[str, Any]:
+        """One optimiser step over several micro-batches; returns the entry for the log."""
+        self.zero_grad(run)
+        num_targets = self.count_targets(batches)
+        losses = [self.train_micro_batch(run, batch, num_targets, len(batches)) for batch in batches]
+        grad_norm = self.clip(run)
+        self.set_rate(run)
+        self.update(run)
+        loss = float(sum_over_processes(torch.stack(losses).sum()))
+        return self.log_entry(run, loss, grad_norm)
+
+    def zero_grad(self, run: Run) -> None:
+        """Forget the last step's gradient."""
+        run.optimizer.zero_grad()
+
+    def count_targets(self, batches: Sequence[Batch]) -> int:
+        """Supervised tokens of the step: over all its micro-batches and processes."""
+        own = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches)
+        return int(sum_over_processes(torch.tensor(own)))
+
+    def train_micro_batch(self, run: Run, batch: Batch, num_targets: int, num_micro_batches: int) -> torch.Tensor:
+        """Forward and backward; returns this micro-batch's part of the step's loss."""
+        loss = self.loss_sum(self.forward(run.wrapped, batch), batch["labels"])
+        self.backward(loss * self.scale(batch, num_targets, num_micro_batches))
+        return loss.detach() / num_targets
+
+    def scale(self, batch: Batch, num_targets: int, num_micro_batches: int) -> float:
+        """What makes the summed loss a mean over the step's tokens; the wrapper averages over processes."""
+        return world_size() / num_targets
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add to the gradient."""
+        loss.backward()
+
+    def clip(self, run: Run) -> float:
+        """Scale the gradient down to the limit; returns its norm before."""
+        norm = torch.nn.utils.clip_grad_norm_(trained(run.model), run.plan["max_grad_norm"] or math.inf)
+        return float(norm)
+
+    def update(self, run: Run) -> None:
+        """Move the parameters."""
+        run.optimizer.step()
+
+    def log_entry(self, run: Run, loss: float, grad_norm: float) -> dict[str, Any]:
+        """What is told of a step."""
+        rate = run.optimizer.param_groups[0]["lr"]
+        return {"step": run.step + 1, "loss": loss, "grad_norm": grad_norm, "learning_rate": rate}
+
+    # --- optimiser and schedule ---
+
+    def make_optimizer(self, model: Any, plan: Mapping[str, Any]) -> torch.optim.Optimizer:
+        """AdamW on what is trained."""
+        groups = self.parameter_groups(model, plan)
+        return torch.optim.AdamW(groups, lr=plan["learning_rate"], betas=tuple(plan["betas"]), eps=plan["eps"])
+
+    def parameter_groups(self, model: Any, plan: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Parameters and their decay; LoRA matrices are all of one kind."""
+        return [{"params": trained(model), "weight_decay": plan["weight_decay"]}]
+
+    def set_rate(self, run: Run) -> None:
+        """Give the optimiser the rate of the step that it is about to take."""
+        for group in run.optimizer.param_groups:
+            group["lr"] = run.plan["learning_rate"] * self.rate_factor(run.step, run.plan)
+
+    def rate_factor(self, step: int, plan: Mapping[str, Any]) -> float:
+        """Share of the peak rate after ``step`` steps: a linear warm-up from 0, then the schedule's shape."""
+        warmup = int(plan["warmup_steps"])
+        if step < warmup:
+            return step / warmup
+        done = (step - warmup) / max(1, self.horizon(plan) - warmup)
+        shapes = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+        return shapes[str(plan["schedule"])]
+
+    def horizon(self, plan: Mapping[str, Any]) -> int:
+        """The step at which a falling schedule arrives at 0."""
+        return int(plan["steps"])
+
+    # --- checkpoints: safetensors and JSON, so that reading one cannot run code ---
+
+    def save_checkpoint(self, run: Run, folder: Path) -> None:
+        """Write what a run needs to go on as if nothing had happened."""
+        self.save(run.model, str(folder))
+        save_file(self.optimizer_state(run), folder / "optimizer.safetensors")
+        save_file({"torch": torch.get_rng_state()}, folder / "rng.safetensors")
+        (folder / "state.json").write_text(json.dumps({"step": run.step}), "utf-8")
+
+    def resume(self, run: Run, folder: Path) -> None:
+        """Go on where a checkpoint was written."""
+        self.load_weights(run.model, folder)
+        self.load_optimizer(run, folder)
+        torch.set_rng_state(load_file(folder / "rng.safetensors")["torch"])
+        run.step = json.loads((folder / "state.json").read_text("utf-8"))["step"]
+
+    def load_weights(self, model: Any, folder: Path) -> None:
+        """Adapters from a checkpoint into a model that is already built."""
+        model.load_adapter(str(folder), "default", is_trainable=True)
+
+    def optimizer_state(self, run: Run) -> dict[str, torch.Tensor]:
+        """AdamW's moments and step counts, by parameter."""
+        states = [(name, run.optimizer.state[p]) for name, p in run.model.named_parameters() if p.requires_grad]
+        return {f"{name}/{key}": value for name, state in states for key, value in state.items()}
+
+    def load_optimizer(self, run: Run, folder: Path) -> None:
+        """The same, back into the optimiser."""
+        parameters = dict(run.model.named_parameters())
+        for key, value in load_file(folder / "optimizer.safetensors").items():
+            name, entry = key.rsplit("/", 1)
+            run.optimizer.state[parameters[name]][entry] = value
+
+
+def trained(model: Any) -> list[torch.nn.Parameter]:
+    """The parameters that are trained."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def join_processes() -> None:
+    """Join the others, if torchrun or the harness started several."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo")
+
+
+def rank() -> int:
+    """This process's number."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum, on every process."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor

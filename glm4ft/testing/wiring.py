@@ -1,7 +1,7 @@
 """What adapters of trainers have in common. A subject needs none of it; an adapter gets shorter with it.
 
-``class Subject(PeftAdapter)`` has ``save``, ``load`` and ``merge``; ``training_arguments`` translates a plan,
-``with_json_calls`` a conversation.
+``class Subject(PeftAdapter)`` has ``save``, ``load`` and ``merge``; ``Generates`` adds ``generate``;
+``training_arguments`` translates a plan, ``with_json_calls`` a conversation.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -32,6 +33,23 @@ class PeftAdapter:
         """Write a merged checkpoint."""
         self.load(base_dir, folder).merge_and_unload().save_pretrained(output)
         self.tokenizer.save_pretrained(output)
+
+
+class Generates:
+    """The inference side of a subject that has ``prompt``, in plain transformers."""
+
+    prompt: Any
+
+    def generate(self, model: Any, messages: Any, tools: Any, max_new_tokens: int) -> list[int]:
+        """The next assistant turn, by greedy decoding; where it stops, the base's generation config says."""
+        was_training, ids = model.training, torch.tensor([self.prompt(messages, tools)], device=model.device)
+        options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": max_new_tokens}
+        try:
+            with torch.no_grad():
+                output = model.eval().generate(input_ids=ids, **options)
+        finally:
+            model.train(was_training)
+        return list(output[0, ids.shape[1] :].tolist())
 
 
 def training_arguments(plan: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,10 +21,10 @@ from glm4ft.chat_format import IGNORED, ChatFormat
 from glm4ft.conversation import from_messages
 from glm4ft.lora import GLM4_TARGETS
 from glm4ft.testing.subject import make_plan
-from glm4ft.testing.wiring import PeftAdapter, training_arguments
+from glm4ft.testing.wiring import Generates, PeftAdapter, training_arguments
 
 
-class Subject(PeftAdapter):
+class Subject(PeftAdapter, Generates):
     """transformers.Trainer on a base folder; the rows are encoded by glm4ft, since Trainer has no opinion on them.
 
     Args:
@@ -45,6 +45,12 @@ class Subject(PeftAdapter):
         """Ids and labels of one conversation."""
         row = self.format.encode(from_messages(messages, tools))
         return {"input_ids": row.input_ids, "labels": row.labels}
+
+    def prompt(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> list[int]:
+        """The ids that serving sends; by glm4ft too, since they belong to the rows."""
+        # a conversation needs an answer to be valid; this one is taken off again
+        conversation = from_messages([*messages, {"role": "assistant", "content": "."}], tools)
+        return self.format.prompt(conversation.messages[:-1], conversation.tools)
 
     def build_model(self, base_dir: str, seed: int) -> Any:
         """The base with adapters on GLM-4's six targets."""

@@ -98,9 +98,10 @@ def _train_parser() -> ArgumentParser:
 def _train(options: Namespace) -> int:
     from glm4ft.training_run import run_training
 
-    config = _resumed_config(options) if options.resume else _config(options)
+    config, sources = _resumed_config(options) if options.resume else _config(options)
+    is_resumed = bool(options.resume)
     try:
-        result = run_training(config, resume=bool(options.resume), say=lambda line: print(line, flush=True))
+        result = run_training(config, resume=is_resumed, say=lambda line: print(line, flush=True), sources=sources)
     except KeyboardInterrupt:
         print(f"\nto go on after the last checkpoint: glm4ft train --resume {config.output}", file=sys.stderr)
         raise
@@ -109,7 +110,8 @@ def _train(options: Namespace) -> int:
     return 0 if result.reached_target and result.came_back else EXIT_FAILED
 
 
-def _config(options: Namespace) -> TrainConfig:
+def _config(options: Namespace) -> tuple[TrainConfig, dict[str, str]]:
+    """The options of a run, and where each that was given came from."""
     from glm4ft.config import TrainConfig
     from glm4ft.training_run import new_output
 
@@ -122,10 +124,12 @@ def _config(options: Namespace) -> TrainConfig:
     if values["output"] is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("several processes need one folder to write to", where="--output", fix="name it")
     values["output"] = values["output"] or new_output()
-    return TrainConfig(**values)
+    files = {key: str(path) for path in _config_files(options.argv) for key in _yaml_keys(path)}
+    flags = {arg.removeprefix("--").partition("=")[0]: "command line" for arg in options.argv if arg.startswith("--")}
+    return TrainConfig(**values), files | flags
 
 
-def _resumed_config(options: Namespace) -> TrainConfig:
+def _resumed_config(options: Namespace) -> tuple[TrainConfig, dict[str, str]]:
     from glm4ft.training_run import CONFIG_FILE
 
     path = Path(options.resume) / CONFIG_FILE

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +31,7 @@ from glm4ft.errors import ConfigError, RunError
 from glm4ft.generation import TurnRoundTrip, round_trip
 from glm4ft.lora import attach_lora, audit_lora
 from glm4ft.loss import install_supervised_loss
+from glm4ft.report.run_report import HTML_FILE, RunReport
 from glm4ft.tiny import write_tiny_base
 from glm4ft.trainer import COMPLETE_MARKER, SupervisedTrainer, checkpoint_step, last_checkpoint
 from glm4ft.trajectory import FILE_NAME, Trajectory, append_row, read_trajectory, rewind, write_atomically
@@ -76,6 +77,7 @@ class RunResult:
             num_exact = sum(turn.exact for turn in self.round_trips)
             lines.append(f"round trip: {num_exact} of {len(self.round_trips)} turns came back exactly")
             lines += [f"  {turn.describe()}" for turn in self.round_trips]
+        lines.append(f"report: {self.output / HTML_FILE}")
         return "\n".join([*lines, f"adapter, trajectory and config: {self.output}"])
 
 
@@ -91,7 +93,13 @@ def chat_format_of(config: TrainConfig) -> ChatFormat:
     )
 
 
-def run_training(config: TrainConfig, *, resume: bool = False, say: Callable[[str], object] = print) -> RunResult:
+def run_training(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    say: Callable[[str], object] = print,
+    sources: Mapping[str, str] | None = None,
+) -> RunResult:
     """Train an adapter.
 
     Everything the user gave is read and checked before anything is written below ``config.output``.
@@ -100,6 +108,7 @@ def run_training(config: TrainConfig, *, resume: bool = False, say: Callable[[st
         config: the options; ``data`` and ``output`` are set.
         resume: continue the run in ``config.output`` after its last complete checkpoint.
         say: is given each line of the account for people.
+        sources: option to where its value came from, for the report.
     Returns:
         The results.
     Raises:
@@ -136,7 +145,9 @@ def run_training(config: TrainConfig, *, resume: bool = False, say: Callable[[st
     elif _is_main_process():
         _begin(output, config, base, header)
     trainer = make_trainer(config, base, model, rows, eval_rows, output)
-    with _writing(output):
+    run_report = RunReport(output, config, chat_format, report, adapters.describe(), sources or {}, _is_main_process())
+    is_alone = trainer.args.world_size == 1  # the others of a run in several processes do not know that this one broke
+    with run_report.of_a_broken_run(model if is_alone else None), _writing(output):
         if checkpoint and _is_last(checkpoint, config):
             model.load_adapter(str(checkpoint), "default", is_trainable=True)
         else:
@@ -148,6 +159,8 @@ def run_training(config: TrainConfig, *, resume: bool = False, say: Callable[[st
     if config.round_trip:
         trained = (fit_row(c, chat_format, config.max_length)[0] for c in read_conversations(data))
         trips = round_trip(model, chat_format, (row for row in trained if row))
+    is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    run_report.write(None if is_sharded else model, trips)
     return RunResult(output, read_trajectory(output / FILE_NAME), tuple(trips), config.target_loss)
 
 

@@ -57,6 +57,20 @@ def visible(text: str, *, newlines: bool = True, reserved: Sequence[str] = ()) -
     Returns:
         Printable text.
     """
+    return "".join(visible_characters(text, newlines=newlines, reserved=reserved))
+
+
+def visible_characters(text: str, *, newlines: bool = True, reserved: Sequence[str] = ()) -> list[str]:
+    """What ``visible`` makes of each character, given those around it: for text that is shown in parts.
+
+    Args:
+        text: anything.
+        newlines: as for ``visible``.
+        reserved: as for ``visible``.
+
+    Returns:
+        One string per character.
+    """
     reserved = tuple(reserved)
     forced = set(_forced(text, reserved))
     shown, previous = [], ""  # previous: the character drawn before; "" if there is none to stand on
@@ -72,7 +86,7 @@ def visible(text: str, *, newlines: bool = True, reserved: Sequence[str] = ()) -
             previous = char
             continue
         previous = ""
-    return "".join(shown)
+    return shown
 
 
 def escape(char: str) -> str:

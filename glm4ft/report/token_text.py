@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import codecs
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from glm4ft.report.safe_text import visible
+from glm4ft.report.safe_text import visible, visible_characters
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,19 @@ class TokenDecoder:
 
     def show(self, text: str, *, newlines: bool = True) -> str:
         r"""Text of the row as it may be printed; a byte without its character as ``\xe5``."""
-        shown = visible(text, newlines=newlines, reserved=self.reserved)
-        return re.sub(r"\\udc([89a-f][0-9a-f])", r"\\x\1", shown)
+        return _bytes_alone(visible(text, newlines=newlines, reserved=self.reserved))
+
+    def show_units(self, units: Sequence[Unit]) -> list[str]:
+        """Neighbouring units, each as it may be printed beside the others; none imitates a control token."""
+        shown: list[str] = []
+        for is_control, group in itertools.groupby(units, key=lambda unit: unit.is_control):
+            texts = [unit.text for unit in group]
+            if is_control:
+                shown += [visible(text, newlines=False) for text in texts]
+                continue
+            characters = iter(visible_characters("".join(texts), reserved=self.reserved))
+            shown += [_bytes_alone("".join(itertools.islice(characters, len(text)))) for text in texts]
+        return shown
 
     def show_token(self, token_id: int, position: int, unit: Unit) -> str:
         """One token for a table: a control token's name, or quoted text; of a part of a character, its bytes."""
@@ -77,6 +89,10 @@ _DRAWN_BYTES = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
 _OTHER_BYTES = (byte for byte in range(256) if byte not in _DRAWN_BYTES)
 _BYTE_SYMBOLS = {chr(byte): byte for byte in _DRAWN_BYTES} | {chr(256 + n): b for n, b in enumerate(_OTHER_BYTES)}
 _Utf8Decoder = codecs.getincrementaldecoder("utf-8")
+
+
+def _bytes_alone(shown: str) -> str:
+    return re.sub(r"\\udc([89a-f][0-9a-f])", r"\\x\1", shown)
 
 
 def _token_bytes(token: str) -> bytes:

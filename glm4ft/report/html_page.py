@@ -1,0 +1,141 @@
+"""The report as one HTML file: no scripts, no network, and a policy that would forbid both."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+import glm4ft
+from glm4ft.report.chart import Chart, Line
+from glm4ft.report.content import Content, Curves, ShownCheck, ShownRow, ShownTurn
+from glm4ft.report.heat_map import LEVEL_NAMES, LEVELS, listed_tokens, stretches
+from glm4ft.report.safe_text import visible
+from glm4ft.report.token_losses import PART_NAMES, costly_tokens
+
+OPEN_TOKENS = 2000  # conversations stand open until this many tokens are on the page
+TONE_NAMES = {"good": "Right", "bad": "Wrong", "unsure": "Unsure"}
+# In order of weight: the first that a stage has among its checks is its verdict.
+STATUSES = ("error", "failed", "expected-failure", "passed", "skipped")
+
+
+def render_page(content: Content) -> str:
+    """The report as HTML.
+
+    Args:
+        content: what to show; texts are made visible and escaped here.
+    Returns:
+        A complete document. Its policy allows its own style sheet, by digest, and nothing else.
+    """
+    rows = list(_rows(content))
+    return _environment().get_template("page.html").render(
+        content=content,
+        style=_style(),
+        style_sha256=base64.b64encode(hashlib.sha256(_style().encode()).digest()).decode(),
+        version=glm4ft.__version__,
+        tone_names=TONE_NAMES,
+        part_names=PART_NAMES,
+        level_names=LEVEL_NAMES,
+        level_ranges=_level_ranges(),
+        charts=charts_of(content.curves),
+        stages=list(_stages(content.checks)),
+        costly=costly_tokens(content.rows, content.tokenizer) if content.rows else [],
+        rows=rows,
+        turns=[_turn(turn) for turn in content.turns],
+        has_losses=any(row.losses for row in content.rows),
+        has_floors=any(row.floors for row in content.rows),
+    )  # fmt: skip
+
+
+def charts_of(curves: Curves) -> list[Chart]:
+    """Loss, gradient norm and rate, as far as they were recorded."""
+    lines = [Line(name, value) for name, value in (("target", curves.target), ("certified floor", curves.floor))
+             if value is not None and value > 0]  # fmt: skip
+    clip = [Line("clipped to", curves.clip)] if curves.clip else []
+    points, name = curves.evaluations, "evaluation loss"
+    charts = [
+        Chart("loss, nats per supervised token", curves.steps, curves.loss, True, lines, points, name),
+        Chart("gradient norm before clipping", curves.steps, curves.grad_norm, True, clip),
+        Chart("learning rate", curves.steps, curves.rate),
+    ]
+    return [chart for chart in charts if any(value is not None for value in chart.values)]
+
+
+def _rows(content: Content) -> Iterator[dict[str, Any]]:
+    so_far = 0
+    for row in content.rows:
+        so_far += len(row.input_ids)
+        yield {
+            "title": row.title,
+            "summary": _summary(row),
+            "is_open": so_far <= OPEN_TOKENS or row is content.rows[0],
+            "stretches": stretches(row, content.tokenizer),
+            "listed": listed_tokens(row, content.tokenizer),
+        }
+
+
+def _summary(row: ShownRow) -> str:
+    text = f"{len(row.input_ids):,} tokens, {len(row.targets):,} supervised"
+    return text if row.mean_loss is None else f"{text}, mean loss {row.mean_loss:.4f}"
+
+
+def _turn(turn: ShownTurn) -> dict[str, Any]:
+    """The turn with what is the same in both texts told apart."""
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(turn.expected, turn.generated, strict=False))
+    same = sum(1 for _ in pairs)
+    stop = f"stopped on {turn.stop}" if turn.stop else "did not stop"
+    kind = "exact" if turn.exact else "differs" if turn.trained else "differs, not trained"
+    return {
+        "title": turn.title,
+        "exact": turn.exact or not turn.trained,
+        "verdict": f"{'✓' if turn.exact else '✗'} {kind}, {stop}",
+        "generated": visible(turn.generated, newlines=False),
+        "same": visible(turn.expected[:same], newlines=False),
+        "expected_rest": visible(turn.expected[same:], newlines=False),
+        "generated_rest": visible(turn.generated[same:], newlines=False) or "(nothing)",
+    }
+
+
+def _stages(checks: tuple[ShownCheck, ...]) -> Iterator[dict[str, Any]]:
+    for name, group in itertools.groupby(checks, key=lambda check: check.stage):
+        mine = list(group)
+        counts = [(status, sum(check.status == status for check in mine)) for status in STATUSES]
+        yield {
+            "name": name,
+            "status": next(status for status, count in counts if count),
+            "summary": ", ".join(f"{count} {status.replace('-', ' ')}" for status, count in counts if count),
+            "told": [check for check in mine if check.status != "passed"],
+            "quiet": [check for check in mine if check.status == "passed"],
+        }
+
+
+def _level_ranges() -> list[str]:
+    ends = ["0", *(f"{end:g}" for end in LEVELS)]
+    return [*(f"{low} to {high}" for low, high in itertools.pairwise(ends)), f"{ends[-1]} nats and more"]
+
+
+@functools.cache
+def _style() -> Markup:
+    """The style sheet: ours, so it needs no escaping, and could bear none, for its digest is the policy's."""
+    return Markup((Path(__file__).parent / "page" / "page.css").read_text("utf-8"))
+
+
+@functools.cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("glm4ft.report", "page"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["shown"] = lambda text: visible(str(text), newlines=False)
+    environment.filters["shown_lines"] = lambda text: "\n".join(visible(s, newlines=False) for s in text.split("\n"))
+    return environment

@@ -1,0 +1,84 @@
+"""What came of a run in plain words, for whoever reads one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from glm4ft.dataset import DataReport
+from glm4ft.generation import TurnRoundTrip
+from glm4ft.report.content import Headline
+
+Counts = Mapping[str, tuple[int, int, int | None]]
+NAMES = {
+    "assistant": ("token of the assistant's text", "tokens of the assistant's text"),
+    "terminator": ("end of an assistant turn", "ends of assistant turns"),
+    "assistant header": ("<|assistant|> header", "<|assistant|> headers"),
+    "header": ("other header", "other headers"),
+    "prefix": ("prefix token", "prefix tokens"),
+    "system": ("token of system text", "tokens of system text"),
+    "user": ("token of user text", "tokens of user text"),
+    "observation": ("token of tool results", "tokens of tool results"),
+}
+
+
+def supervised_sentence(data: DataReport, counts: Counts, *, num_shown: int) -> str:
+    """What was trained.
+
+    Args:
+        data: totals over all conversations.
+        counts: of the conversations shown, by part.
+        num_shown: how many those are.
+    """
+    total = f"{data.supervised_tokens:,} of {data.tokens:,} tokens in {_number(data.rows, 'conversation')}"
+    where = "" if num_shown == data.rows else f" in the {num_shown} shown"
+    return f"{total}{where and ';'}{where}: {parts_sentence(counts)}"
+
+
+def parts_sentence(counts: Counts) -> str:
+    """How much of each part was supervised, and whether that is right."""
+    told = []
+    for part, (tokens, supervised, should) in counts.items():
+        wrong = f" (should be {_all(should, tokens)})" if should is not None and should != supervised else ""
+        if supervised or wrong:
+            told.append(f"{_share(supervised, tokens)} {NAMES.get(part, (part, part))[tokens != 1]}{wrong}")
+    return (", ".join(told) or "nothing at all") + "."
+
+
+def finished_run(
+    steps: Sequence[Mapping[str, Any]], target: float | None, round_trips: Sequence[TurnRoundTrip], supervised: str
+) -> Headline:
+    """A run that came to its end."""
+    last = steps[-1]["loss"]
+    wrong = [turn for turn in round_trips if turn.supervised and not turn.exact]
+    happened = [f"The loss went from {steps[0]['loss']:.3g} to {last:.3g} in {_number(len(steps), 'step')}."]
+    if target is not None:
+        happened.append(f"It was to fall below {target:g}, and {'did' if last < target else 'did not'}.")
+    if round_trips:
+        exact = sum(turn.exact for turn in round_trips)
+        happened.append(f"{exact} of {_number(len(round_trips), 'assistant turn')} came back word for word.")
+    missed = target is not None and not last < target
+    if missed or wrong:
+        text = f"The loss stopped at {last:.3g}" if missed else f"{_number(len(wrong), 'turn')} did not come back"
+        return Headline("bad", text, supervised, tuple(happened))
+    is_proven = target is not None or bool(round_trips)
+    text = f"Learnt: the loss is {last:.3g}" if is_proven else f"Trained: the loss is {last:.3g}"
+    return Headline("good" if is_proven else "unsure", text, supervised, tuple(happened))
+
+
+def failed_run(error: str, supervised: str) -> Headline:
+    """A run that had to stop."""
+    first, _, rest = error.partition("; ")
+    return Headline("bad", f"The run stopped: {first}", supervised, (error,) if rest else ())
+
+
+def _share(part: int, whole: int) -> str:
+    return f"all {whole:,}" if part == whole and whole > 1 else f"{part:,} of {whole:,}"
+
+
+def _all(part: int, whole: int) -> str:
+    return f"all {whole:,}" if part == whole and whole > 1 else f"{part:,}"
+
+
+def _number(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"

@@ -210,6 +210,8 @@ class _StepGuard(TrainerCallback):
 class ProgressBar(TrainerCallback):
     """One bar over the optimiser steps, with loss, gradient norm and rate; silent where stderr is no terminal."""
 
+    bar: tqdm[Any] | None = None  # there is none when a trainer is only asked to evaluate
+
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the bar where a resumed run goes on."""
         hidden = None if state.is_world_process_zero else True
@@ -217,13 +219,16 @@ class ProgressBar(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Show the latest figures."""
+        if self.bar is None:
+            return
         shown = {"loss": "loss", "grad_norm": "grad", "learning_rate": "lr", "eval_loss": "eval"}
         self.bar.set_postfix({shown[k]: f"{v:.4g}" for k, v in logs.items() if k in shown}, refresh=False)
         self.bar.update(state.global_step - self.bar.n)
 
     def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the finished bar on the screen."""
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
 
 
 def last_checkpoint(output: Path) -> Path | None:

@@ -54,7 +54,7 @@ class Bench:
         if spec not in self._trials:
             folder = self.folder / str(len(self._trials))
             folder.mkdir()
-            self._trials[spec] = Trial(load_subject(spec, self.base_dir), self.base_dir, folder)
+            self._trials[spec] = Trial(load_subject(spec, self.base_dir), self.base_dir, folder, spec)
         return self._trials[spec]
 
 

@@ -70,11 +70,12 @@ def _wrong_weights(step: ReplayedStep) -> Departures:
 
 
 def _factor_words(step: ReplayedStep, factor: float) -> str:
-    accumulation = step.history.plan["accumulation"]
-    if accumulation > 1 and abs(factor / accumulation - 1) <= 1e-2:
-        return ": not divided by the number of micro-batches"
-    if accumulation > 1 and abs(factor * accumulation - 1) <= 1e-2:
-        return ": divided by the number of micro-batches twice"
+    for name, words in (("accumulation", "micro-batches"), ("processes", "processes")):
+        count = step.history.plan.get(name, 1)
+        if count > 1 and abs(factor / count - 1) <= 1e-2:
+            return f": not divided by the number of {words}"
+        if count > 1 and abs(factor * count - 1) <= 1e-2:
+            return f": divided by the number of {words} twice"
     return ""
 
 

@@ -17,7 +17,6 @@ from glm4ft.testing.subject import load_subject, parts
 from glm4ft.tiny import write_tiny_base
 
 Status = Literal["passed", "failed", "error", "skipped", "expected-failure"]
-CHECK_MODULES = ("rows", "steps", "outcome")
 OWN_SUBJECT = "glm4ft.testing.subjects.own:Subject"
 
 
@@ -44,8 +43,8 @@ class Result:
 
 def all_checks() -> list[Check]:
     """Every check, in the order of the stages."""
-    for module in CHECK_MODULES:
-        importlib.import_module(f"glm4ft.testing.checks.{module}")
+    for stage in STAGES:
+        importlib.import_module(f"glm4ft.testing.checks.{stage.replace('-', '_')}")
     return sorted(CHECKS, key=lambda check: STAGES.index(check.stage))
 
 
@@ -114,7 +113,7 @@ def check_subject(
     with tempfile.TemporaryDirectory(prefix="glm4ft-check-") as name:
         folder = Path(name)
         base_dir = write_tiny_base(folder / "base")
-        trial = Trial(load_subject(spec, base_dir), base_dir, folder)
+        trial = Trial(load_subject(spec, base_dir), base_dir, folder, spec)
         checks = [check for check in all_checks() if check.stage in stages]
         expected = {**known_failures(trial.subject), **(expected_failures or {})}
         yield from run_checks(trial, checks, expected_failures=expected)

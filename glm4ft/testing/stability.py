@@ -14,6 +14,9 @@ SPIKE_LIMIT = 3.0
 # On an overfit run the norm falls with the loss: to 0.03 of the first step's at a loss of 0.01 (same 8 runs).
 DECAY_LIMIT = 0.2
 
+# Share of clipped steps on an overfit run at max_grad_norm 1: 0.2 of 60 steps at 5e-3 (same runs).
+CLIPPED_LIMIT = 0.5
+
 
 def spike_ratios(grad_norms: Sequence[float]) -> list[float]:
     """Each step's norm over the running median of the ``WINDOW`` steps before it, from the second step on.
@@ -66,4 +69,25 @@ def assert_grad_norms_decay(grad_norms: Sequence[float], *, decay_limit: float =
         raise AssertionError(
             f"gradient norm went from {first:.4g} to {last:.4g} over {len(grad_norms)} steps; on an overfit run it "
             f"falls to {decay_limit:g} of the first or less"
+        )
+
+
+def assert_few_steps_clipped(
+    grad_norms: Sequence[float], max_grad_norm: float, *, share_limit: float = CLIPPED_LIMIT
+) -> None:
+    """Clipping is for the exceptional step; a run that is always clipped trains at another rate than it says.
+
+    Args:
+        grad_norms: global L2 norm before clipping, per step.
+        max_grad_norm: that they are clipped to; 0 for none.
+        share_limit: largest share of clipped steps.
+    Raises:
+        AssertionError: with the share.
+    """
+    __tracebackhide__ = True
+    clipped = sum(norm > max_grad_norm for norm in grad_norms) if max_grad_norm else 0
+    if not clipped <= share_limit * len(grad_norms):
+        raise AssertionError(
+            f"{clipped} of {len(grad_norms)} steps were clipped to a norm of {max_grad_norm:g}; at most "
+            f"{share_limit:.0%} should be"
         )

@@ -32,7 +32,7 @@ class Forward:
         attention_mask: as it entered the backbone; None if there was none.
         hidden_BTD: output of the final norm.
         gradient_BTD: of the loss, at that output; None until the backward pass, and where there is none.
-        training: whether every module of the model was in training mode.
+        training: True if every module was in training mode, False if none was, None if some were.
     """
 
     input_ids_BT: torch.Tensor
@@ -40,7 +40,7 @@ class Forward:
     attention_mask: torch.Tensor | None
     hidden_BTD: torch.Tensor
     gradient_BTD: torch.Tensor | None
-    training: bool
+    training: bool | None
 
 
 @dataclass
@@ -185,7 +185,7 @@ class _Recorder:
             attention_mask=self.inputs.get("attention_mask"),
             hidden_BTD=hidden.detach().float().cpu().clone(),
             gradient_BTD=None,
-            training=all(part.training for part in self.backbone.modules()),
+            training=_mode(self.backbone),
         )
         if not (torch.is_grad_enabled() and hidden.requires_grad):
             self.trace.evaluations.append((len(self.trace.steps), forward))
@@ -235,6 +235,11 @@ class _Recorder:
             step.state_dtypes = {n: found for n, p in self.parameters.items() if (found := _moments(optimizer, p))}
             if len(self.trace.steps) >= self.max_steps:
                 self.close()
+
+
+def _mode(model: nn.Module) -> bool | None:
+    modes = {part.training for part in model.modules()}
+    return modes.pop() if len(modes) == 1 else None
 
 
 def _moments(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> torch.dtype | None:

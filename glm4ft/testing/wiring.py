@@ -22,8 +22,9 @@ class PeftAdapter:
     tokenizer: Any
 
     def save(self, model: Any, folder: str) -> None:
-        """Write the adapter."""
+        """Write the adapter, and the tokenizer beside it, as ``Trainer`` does for its ``processing_class``."""
         model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
 
     def load(self, base_dir: str, folder: str) -> Any:
         """The base with a saved adapter."""

@@ -343,3 +343,15 @@ def check_conversation_without_targets_is_not_trained(trial: Trial) -> None:
         text = show_token(trial.subject.tokenizer, silent.ids, start)
         problem = f"every loss is false, but position {start} {text} is supervised, should be ignored"
         _fail(trial, silent, problem, start)
+
+
+@check(
+    stage="rows",
+    needs=("build_model", "train"),
+    incident="nanochat 83dccc2: the renderer was right, the loader's mask was not",
+)
+def check_mask_reaches_the_loss(trial: Trial) -> None:
+    """Ids and labels that the gradient shows are those that ``encode`` gave, for rows of every kind in one data set."""
+    trial.require_stage("rows")
+    kinds = [c for c in trial.data["mixed"] if trial.takes(c)]
+    trial.require_stage("rows", of="mixed" if len(kinds) == len(trial.data["mixed"]) else "short", steps=2)

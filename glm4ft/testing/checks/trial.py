@@ -1,52 +1,93 @@
-"""What a check is given: the subject, the base it was made on, and what is worth computing once."""
+"""What a check is given: the subject, the base it was made on, and runs that are worth recording only once."""
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from glm4ft.dataset import DEMO_DATA
 from glm4ft.testing.adapter import Adapter
+from glm4ft.testing.checks.conversations import Conversations, all_conversations
 from glm4ft.testing.checks.registry import STAGES, CheckFailed, NotApplicable
 from glm4ft.testing.reference import Reference, Row
 from glm4ft.testing.replay import Verdict, replay
-from glm4ft.testing.subject import make_plan
-from glm4ft.testing.trace import Tensors, record
+from glm4ft.testing.sightings import KnownRows
+from glm4ft.testing.subject import load_subject, make_plan
+from glm4ft.testing.trace import Forward, Tensors, Trace, record
 
-RECORDED_STEPS = 6
+RECORDED_STEPS = 8  # two epochs of the short conversations
 OVERFIT_STEPS = 60  # the built-in base needs 36
 
+Order = list[list[tuple[int, ...]]]
 
-class Overfit:
-    """A run on the two bundled conversations, long enough to learn them by heart.
+
+@dataclass
+class Run:
+    """A recorded run.
 
     Args:
-        trial: of the subject that runs.
+        plan: that the subject was given.
+        rows: what it makes of the conversations that it was given.
+        trace: of all steps.
+        log: as ``train`` returned it; empty if it did not.
+        model: as the run left it.
+        reference: the specification on the same base.
+        random_state: of torch's generator, right after the run.
     """
 
-    def __init__(self, trial: Trial) -> None:
-        plan = make_plan(steps=OVERFIT_STEPS, output_dir=str(trial.folder / "overfit"))
-        self.model = trial.subject.build_model(str(trial.base_dir), plan["seed"])
-        with record(self.model, OVERFIT_STEPS) as self.trace:
-            trial.subject.train(self.model, trial.demo, plan)
-        if not self.trace.steps:
-            raise CheckFailed("no optimiser step changed a trained parameter")
-        self.trained: Tensors = self.trace.steps[-1].after
-        try:
-            self.reference = Reference(trial.base_dir, Adapter.of(vars(self.model.peft_config["default"])))
-        except ValueError as error:
-            raise NotApplicable(str(error)) from error
+    plan: Mapping[str, Any]
+    rows: list[Row]
+    trace: Trace
+    log: list[Mapping[str, Any]]
+    model: Any
+    reference: Reference
+    random_state: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
 
-    def nll(self, row: Row, adapter: Tensors | None = None) -> list[float]:
-        """Loss of each token of a row given what is before it, in nats; 0 for the first."""
-        with torch.no_grad():
-            return [0.0, *self.reference.nll(row[0], self.trained if adapter is None else adapter).tolist()]
+    @functools.cached_property
+    def verdict(self) -> Verdict:
+        """What a replay of it finds."""
+        return replay(self.trace, self.reference, self.rows, self.plan)
+
+    @functools.cached_property
+    def known(self) -> KnownRows:
+        """Its rows, to be found again."""
+        return KnownRows(self.rows)
+
+    @functools.cached_property
+    def order(self) -> Order:
+        """Ids of the rows of each step."""
+        return [self.rows_in(step.forwards) for step in self.trace.steps]
+
+    def rows_in(self, forwards: Sequence[Forward]) -> list[tuple[int, ...]]:
+        """Ids of the rows in forward passes."""
+        return [place.ids for forward in forwards for place in self.known.sight(forward).rows]
+
+    @property
+    def trained(self) -> Tensors:
+        """Trained parameters after the last step."""
+        return self.trace.steps[-1].after
+
+    def at(self, num_steps: int) -> Tensors:
+        """Trained parameters after a number of steps."""
+        return self.trace.steps[num_steps - 1].after if num_steps else self.trace.steps[0].before
+
+    def logged(self, name: str) -> dict[int, float]:
+        """A figure of the log, by step.
+
+        Raises:
+            NotApplicable: if the subject does not log it.
+        """
+        found = {
+            int(e.get("step", i)): float(e[name]) for i, e in enumerate(self.log, start=1) if e.get(name) is not None
+        }
+        if not found:
+            raise NotApplicable(f"the subject's train returns no log with {name}")
+        return found
 
 
 @dataclass
@@ -57,38 +98,69 @@ class Trial:
         subject: a pipeline under test, made on ``base_dir``.
         base_dir: Hugging Face model folder that the harness wrote.
         folder: for whatever checks and subject write.
+        spec: ``MODULE:ATTR`` that gives another subject of the kind, on another base or in another process; by default
+            the subject's class, if it can be imported.
+        shared: whatever else several checks need.
     """
 
     subject: Any
     base_dir: Path
     folder: Path
-    _verdicts: dict[str, Verdict] = field(default_factory=dict)
+    spec: str = ""
+    shared: dict[str, Any] = field(default_factory=dict)
+    _runs: dict[str, Run] = field(default_factory=dict)
 
     @functools.cached_property
-    def demo(self) -> list[dict[str, Any]]:
-        """The two bundled conversations, as ``train`` takes them."""
-        return [json.loads(line) for line in DEMO_DATA.read_text("utf-8").splitlines()]
+    def data(self) -> dict[str, Conversations]:
+        """Conversations by what they are for."""
+        return all_conversations()
 
-    @functools.cached_property
-    def conversations(self) -> list[dict[str, Any]]:
+    @property
+    def demo(self) -> Conversations:
+        """The two bundled conversations."""
+        return self.data["demo"]
+
+    @property
+    def conversations(self) -> Conversations:
         """Short conversations of unlike length, so that every way of batching has something to get wrong."""
-        return [
-            {
-                "messages": [
-                    {"role": "user", "content": f"question {i} " + "why " * (7 * i % 11)},
-                    {"role": "assistant", "content": f"answer {i} " + "so " * (5 * i % 13)},
-                ],
-                "tools": None,
-            }
-            for i in range(8)
-        ]
+        return self.data["short"]
 
     @functools.cached_property
-    def overfit(self) -> Overfit:
-        """The run on the two bundled conversations, trained once."""
-        return Overfit(self)
+    def adapter(self) -> Adapter:
+        """What the user asked for: the subject says so, or else its model's configuration.
 
-    def rows(self, conversations: list[dict[str, Any]]) -> list[Row]:
+        Raises:
+            NotApplicable: if the specification does not cover it.
+        """
+        asked = getattr(self.subject, "lora", None)
+        if asked is None:
+            configs = getattr(self.subject.build_model(str(self.base_dir), 0), "peft_config", {})
+            asked = vars(next(iter(configs.values()))) if configs else None
+        if asked is None:
+            raise NotApplicable("the subject has no lora, and its model no configuration of peft")
+        try:
+            return Adapter.of(asked)
+        except ValueError as error:
+            raise NotApplicable(str(error)) from error
+
+    @functools.cached_property
+    def reference(self) -> Reference:
+        """The specification on this base."""
+        return Reference(self.base_dir, self.adapter)
+
+    @property
+    def overfit(self) -> Run:
+        """A run on the two bundled conversations, long enough to learn them by heart."""
+        return self.run("demo", steps=OVERFIT_STEPS)
+
+    def new_folder(self, name: str) -> Path:
+        """A folder that nobody has used."""
+        number = len(list(self.folder.glob(f"{name}-*")))
+        folder = self.folder / f"{name}-{number}"
+        folder.mkdir(parents=True)
+        return folder
+
+    def rows(self, conversations: Conversations) -> list[Row]:
         """What the subject makes of conversations."""
         encoded = [self.subject.encode(c["messages"], c.get("tools")) for c in conversations]
         return [(tuple(row["input_ids"]), tuple(row["labels"])) for row in encoded]
@@ -103,41 +175,93 @@ class Trial:
             return True
         return True
 
+    def another(self, base_dir: Path) -> Any:
+        """A subject of the same kind on another base.
+
+        Raises:
+            NotApplicable: if it cannot be made.
+        """
+        try:
+            return load_subject(self.importable_spec, base_dir)
+        except Exception as error:
+            raise NotApplicable(f"no second subject can be made: {error}") from error
+
+    @property
+    def importable_spec(self) -> str:
+        """``MODULE:ATTR`` of the subject.
+
+        Raises:
+            NotApplicable: if it has none.
+        """
+        kind = type(self.subject)
+        if not self.spec and "<locals>" in kind.__qualname__:
+            raise NotApplicable("the subject cannot be imported by a name")
+        return self.spec or f"{kind.__module__}:{kind.__qualname__}"
+
+    def run(self, of: str = "short", **changes: Any) -> Run:
+        """Record a whole run, once for each data and plan.
+
+        Args:
+            of: key of ``data``.
+            **changes: of the standard plan.
+        """
+        key = json.dumps([of, changes], sort_keys=True)
+        if key not in self._runs:
+            self._runs[key] = self.run_anew(of, **changes)
+        return self._runs[key]
+
+    @functools.cached_property
+    def again(self) -> Run:
+        """The standard run, a second time."""
+        return self.run_anew()
+
+    def run_anew(self, of: str = "short", **changes: Any) -> Run:
+        """Record a whole run, whether or not there is one like it."""
+        plan = {"steps": RECORDED_STEPS, "output_dir": str(self.new_folder("run")), **changes}
+        plan = make_plan(**plan)
+        model = self.subject.build_model(str(self.base_dir), plan["seed"])
+        rows = self.rows(self.data[of])
+        with record(model, plan["steps"]) as trace:
+            log = self.subject.train(model, self.data[of], plan)
+        return Run(plan, rows, trace, list(log or []), model, self.reference, torch.get_rng_state())
+
     def replayed(self, **changes: Any) -> Verdict:
-        """Record the first steps of a run and replay them, once for each plan.
+        """What the replay of a run on the short conversations finds.
 
         Args:
             **changes: of the standard plan.
         """
-        key = json.dumps(changes, sort_keys=True)
-        if key not in self._verdicts:
-            self._verdicts[key] = self._replay(changes)
-        return self._verdicts[key]
+        return self.run(**changes).verdict
 
-    def _replay(self, changes: Mapping[str, Any]) -> Verdict:
-        output = self.folder / f"replay-{len(self._verdicts)}"
-        plan = make_plan(**{"steps": RECORDED_STEPS, "output_dir": str(output), **changes})
-        model = self.subject.build_model(str(self.base_dir), plan["seed"])
-        try:
-            adapter = Adapter.of(vars(model.peft_config["default"]))
-        except ValueError as error:
-            raise NotApplicable(str(error)) from error
-        with record(model, plan["steps"]) as trace:
-            self.subject.train(model, self.conversations, plan)
-        return replay(trace, Reference(self.base_dir, adapter), self.rows(self.conversations), plan)
+    def require_stage(self, stage: str, of: str = "short", **changes: Any) -> Run:
+        """Fail if the replay of a run departs at a stage.
 
-    def require_stage(self, stage: str, **changes: Any) -> None:
-        """Fail if the replay of a plan departs at a stage.
-
+        Returns:
+            The run.
         Raises:
             CheckFailed: with the departure.
             NotApplicable: if it departs at an earlier stage, so that this one was not judged.
-            NotApplicable: if it departed at an earlier stage, so that this one was not judged.
         """
-        departure = self.replayed(**changes).departure
-        if departure is None or STAGES.index(departure.stage) > STAGES.index(stage):
-            return
-        under = " (with " + ", ".join(f"{key}={value}" for key, value in changes.items()) + ")" if changes else ""
-        if departure.stage == stage:
-            raise CheckFailed(f"{departure}{under}")
-        raise NotApplicable(f"not judged: the run departs earlier, at {departure.stage}{under}")
+        run = self.run(of, **changes)
+        require_no_departure(run.verdict, stage, changes)
+        return run
+
+
+def require_no_departure(verdict: Verdict, stage: str, changes: Mapping[str, Any]) -> None:
+    """Fail if a verdict departs at a stage.
+
+    Args:
+        verdict: of a replay.
+        stage: that is judged.
+        changes: of the standard plan, for the message.
+    Raises:
+        CheckFailed: with the departure.
+        NotApplicable: if it departs at an earlier stage, so that this one was not judged.
+    """
+    departure = verdict.departure
+    if departure is None or STAGES.index(departure.stage) > STAGES.index(stage):
+        return
+    under = " (with " + ", ".join(f"{key}={value}" for key, value in changes.items()) + ")" if changes else ""
+    if departure.stage == stage:
+        raise CheckFailed(f"{departure}{under}")
+    raise NotApplicable(f"not judged: the run departs earlier, at {departure.stage}{under}")

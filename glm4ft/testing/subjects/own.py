@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from peft import PeftModel
 
 from glm4ft.base_model import load_base
-from glm4ft.batching import Item, RowSet
+from glm4ft.batching import Collator, Item, RowSet
 from glm4ft.chat_format import ChatFormat
 from glm4ft.config import TrainConfig
 from glm4ft.conversation import from_messages
@@ -63,6 +64,12 @@ class Subject:
         # a conversation needs an answer to be valid; this one is taken off again
         conversation = from_messages([*messages, {"role": "assistant", "content": "."}], tools)
         return self.format.prompt(conversation.messages[:-1], conversation.tools)
+
+    def collate(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, torch.Tensor]:
+        """A padded batch."""
+        items = MemoryRows(rows)
+        batch = Collator(self.tokenizer.pad_token_id)([items[i] for i in range(len(items))])
+        return {name: tensor for name, tensor in batch.items() if name != "lines"}
 
     def build_model(self, base_dir: str, seed: int) -> PeftModel:
         """The base with adapters on GLM-4's six targets."""

@@ -52,6 +52,11 @@ class Subject(PeftAdapter, Generates):
         conversation = from_messages([*messages, {"role": "assistant", "content": "."}], tools)
         return self.format.prompt(conversation.messages[:-1], conversation.tools)
 
+    def collate(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, torch.Tensor]:
+        """A padded batch, by the seq2seq collator."""
+        collator = DataCollatorForSeq2Seq(self.tokenizer, label_pad_token_id=IGNORED)
+        return dict(collator([dict(row) for row in rows], return_tensors="pt"))
+
     def build_model(self, base_dir: str, seed: int) -> Any:
         """The base with adapters on GLM-4's six targets."""
         set_seed(seed)

@@ -1,0 +1,226 @@
+"""Claims about batches: which rows, how often and in which order, and that no row notices its neighbours."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from glm4ft.testing.checks.processes import require_ranks_stage
+from glm4ft.testing.checks.registry import CheckFailed, NotApplicable, check
+from glm4ft.testing.checks.trial import Run, Trial
+from glm4ft.testing.leaks import Leak, watch_leaks
+from glm4ft.testing.oracle import IGNORED
+from glm4ft.testing.replayed_step import LIMITS
+from glm4ft.testing.subject import make_plan
+
+NEEDS = ("build_model", "train")
+# In a fp32 run of the built-in base a row's gradient at foreign tokens is exactly 0 (x86-64 CPU, torch 2.13).
+LEAK_LIMIT = 1e-6
+
+
+@check(stage="batches", needs=NEEDS, incident="accelerate 4071: the data order starts again; axolotl 1603, TRL 6357")
+def check_every_row_is_seen_once_per_epoch(trial: Trial) -> None:
+    """No row comes twice before all have come once, none is left out, padding is neither trained nor attended to."""
+    _require_all_seen(trial.require_stage("batches"))
+
+
+@check(stage="batches", needs=NEEDS, incident="ms-swift 9902: the epoch never reached the sampler")
+def check_order_is_shuffled_by_seed_and_epoch(trial: Trial) -> None:
+    """Another order in each epoch, the same in each run with the same seed."""
+    run = trial.run()
+    epochs = _epochs(run)
+    if len(epochs) < 2:
+        raise NotApplicable(f"not judged: {len(run.order)} steps hold less than two epochs")
+    if epochs[0] == epochs[1]:
+        raise CheckFailed("the rows come in the same order in the first and in the second epoch")
+    again = trial.again.order
+    first = next((i for i, (a, b) in enumerate(zip(run.order, again, strict=False), 1) if a != b), 0)
+    if first:
+        raise CheckFailed(f"two runs with one seed differ in their rows from step {first} on")
+    if trial.run(seed=1, steps=4).order == run.order[:4]:
+        raise CheckFailed("runs with seed 0 and seed 1 see the rows in the same order")
+
+
+@check(stage="batches", needs=NEEDS, incident="the official GLM-4 tokenizer pads left; ChatGLM-Efficient-Tuning 170")
+def check_padding_side_does_not_matter(trial: Trial) -> None:
+    """Rows compute what they compute alone, whichever side the tokenizer would pad on."""
+    tokenizer = trial.subject.tokenizer
+    side = tokenizer.padding_side
+    try:
+        for tokenizer.padding_side in ("left", "right"):
+            run = trial.run_anew(steps=2, micro_batch_size=4)
+            departure = run.verdict.departure
+            if departure and departure.stage == "batches":
+                raise CheckFailed(f"{departure} (with padding_side={tokenizer.padding_side})")
+    finally:
+        tokenizer.padding_side = side
+
+
+@check(
+    stage="batches", needs=NEEDS, incident="transformers 46634: an all-ones mask switches the isolation off; TRL 5076"
+)
+def check_packed_rows_are_isolated_and_whole(trial: Trial) -> None:
+    """What a packed row computes is what it computes alone, and packing loses no row and no part of one."""
+    run = trial.require_stage("batches", packing=True, micro_batch_size=1)
+    if not run.verdict.packed:
+        raise NotApplicable("asked to pack, the trainer did not")
+    _require_all_seen(run)
+
+
+@check(stage="batches", needs=NEEDS, incident="transformers masking_utils: a cache object switches the isolation off")
+def check_no_gradient_leaks_between_packed_rows(trial: Trial) -> None:
+    """A row's hidden states have no gradient at the embeddings of its neighbours or of padding, in train and eval."""
+    rows = trial.run().known
+    for packing, size in ((True, 1), (False, 4)):
+        model = trial.subject.build_model(str(trial.base_dir), 0)
+        output = str(trial.new_folder("leaks"))
+        plan = make_plan(steps=2, packing=packing, micro_batch_size=size, output_dir=output, eval_every=1)
+        with watch_leaks(model, rows) as leaks:
+            trial.subject.train(model, trial.conversations, plan)
+        if not leaks:
+            raise NotApplicable("not judged: no row was recognised")
+        worst = max(leaks, key=lambda leak: leak.size)
+        if not worst.size <= LEAK_LIMIT:
+            raise CheckFailed(_explain_leak(worst))
+
+
+@check(stage="batches", needs=(*NEEDS, "evaluate"), incident="packed rows leak in eval mode with the cache on, by 1.2")
+def check_evaluation_keeps_rows_apart(trial: Trial) -> None:
+    """What a row computes while the run evaluates is what it computes alone."""
+    run = trial.run(steps=4, packing=True, micro_batch_size=1, eval_every=2)
+    num_rows = 0
+    for num_steps, forward in run.trace.evaluations:
+        for place in run.known.sight(forward).rows:
+            with torch.no_grad():
+                alone = run.reference.hidden(place.ids, run.at(num_steps))
+            size = float((forward.hidden_BTD[place.b][place.places] - alone).norm() / alone.norm())
+            num_rows += 1
+            if not size <= LIMITS[run.trace.dtype]:
+                raise CheckFailed(
+                    f"evaluated after step {num_steps}, a row of {len(place.ids)} tokens at position {place.start} is "
+                    f"{size:.1e} off what it is alone: it sees neighbours or padding"
+                )
+    if not num_rows:
+        raise NotApplicable("asked to evaluate, the trainer did not")
+
+
+@check(
+    stage="batches", needs=("collate",), incident="TRL 1625 and 3398, axolotl 3401: padding, cut rows, unlike lengths"
+)
+def check_collated_rows_keep_ids_labels_and_mask(trial: Trial) -> None:
+    """Each row comes out whole under a mask of its length; behind it labels are -100; all fields have one shape."""
+    _require_collated(trial, trial.subject, trial.subject.tokenizer.pad_token_id)
+
+
+@check(
+    stage="batches", needs=("collate",), incident="unsloth-zoo 439: pad id 0 was taken for none; TRL 6357: pad == stop"
+)
+def check_pad_id_may_be_zero_or_a_real_token(trial: Trial) -> None:
+    """Whatever the pad token is, rows are masked and labelled by their length, never by its id."""
+    stop = trial.rows(trial.conversations)[0][0][-1]
+    for pad_id in (0, stop):
+        base = _with_pad_token(trial, pad_id)
+        _require_collated(trial, trial.another(base), pad_id)
+
+
+@check(stage="batches", needs=(*NEEDS, "distributed"), incident="accelerate 2694, 696 and 2434: shards overlapped")
+def check_processes_share_out_the_rows(trial: Trial) -> None:
+    """Over two processes each row is seen once per epoch."""
+    _require_all_seen(require_ranks_stage(trial, "batches"))
+
+
+def _require_all_seen(run: Run) -> None:
+    counts = Counter(ids for rows in run.order for ids in rows)
+    unseen = [ids for ids, _ in run.rows if not counts[ids]]
+    total = sum(counts.values())
+    if unseen and total >= 2 * len(run.rows) - 1:
+        raise CheckFailed(f"{len(unseen)} of {len(run.rows)} rows were never seen, though others came twice")
+    if unseen and run.plan["packing"]:
+        raise CheckFailed(f"{len(unseen)} of {len(run.rows)} rows were not seen in {len(run.order)} steps of packs")
+
+
+def _epochs(run: Run) -> list[list[frozenset[tuple[int, ...]]]]:
+    """The steps of each whole epoch, each as the set of its rows."""
+    epochs, steps, seen = [], list[frozenset[tuple[int, ...]]](), 0
+    for rows in run.order:
+        steps.append(frozenset(rows))
+        seen += len(rows)
+        if seen >= len(run.rows):
+            epochs.append(steps)
+            steps, seen = [], 0
+    return epochs
+
+
+def _explain_leak(leak: Leak) -> str:
+    mode = "training" if leak.training else "evaluation"
+    relation = "behind" if leak.position >= leak.place.start + len(leak.place.ids) else "before"
+    return (
+        f"in {mode}, a row at positions {leak.place.start} to {leak.place.start + len(leak.place.ids) - 1} depends on "
+        f"position {leak.position} {relation} it ({leak.size:.1e} of its largest gradient); {leak.neighbours} row(s) "
+        "stand in the same sequence"
+    )
+
+
+def _require_collated(trial: Trial, subject: Any, pad_id: int) -> None:
+    encoded = [subject.encode(c["messages"], c.get("tools")) for c in trial.conversations]
+    pair = [encoded[0], max(encoded, key=lambda row: len(row["input_ids"]))]
+    batch = subject.collate(pair)
+    shapes = {name: tuple(t.shape) for name, t in batch.items() if isinstance(t, torch.Tensor) and t.dim() == 2}
+    if len(set(shapes.values())) > 1:
+        raise CheckFailed(f"the fields of a batch differ in shape: {shapes}")
+    for row in pair:
+        b, start = _find(row["input_ids"], batch["input_ids"])
+        _require_row(batch, row, b, range(start, start + len(row["input_ids"])), pad_id)
+    got, expected = (sum(label != IGNORED for labels in every for label in labels)
+                     for every in (batch["labels"].tolist(), [row["labels"] for row in pair]))  # fmt: skip
+    if got != expected:
+        raise CheckFailed(f"the batch has {got} targets, its rows have {expected}")
+
+
+def _find(row: list[int], ids_BT: torch.Tensor) -> tuple[int, int]:
+    """Where a row stands in a batch."""
+    for b, ids in enumerate(ids_BT.tolist()):
+        for start in range(len(ids) - len(row) + 1):
+            if ids[start : start + len(row)] == row:
+                return b, start
+    raise CheckFailed(f"a row of {len(row)} tokens does not stand whole in its batch of {ids_BT.shape[1]}")
+
+
+def _require_row(batch: Any, row: dict[str, list[int]], b: int, places: range, pad_id: int) -> None:
+    ids, labels, mask = batch["input_ids"][b], batch["labels"][b], batch.get("attention_mask")
+    if labels[places.start : places.stop].tolist() != row["labels"]:
+        raise CheckFailed("a row's labels are not those it was encoded with: masked by id, shifted, or cut")
+    if mask is not None and mask.dim() == 2 and len(batch["input_ids"]) > 1:
+        expected = [int(t in places) for t in range(len(ids))]
+        if mask[b].tolist() != expected:
+            raise CheckFailed(
+                f"the mask of a row of {len(places)} tokens has {int(mask[b].sum())} ones, wrongly placed"
+            )
+        padding = [t for t in range(len(ids)) if t not in places]
+        wrong = [t for t in padding if int(labels[t]) != IGNORED]
+        if wrong:
+            raise CheckFailed(
+                f"{len(wrong)} padding positions are supervised, as {wrong[0]} with {int(labels[wrong[0]])}"
+            )
+        other = [int(ids[t]) for t in padding if int(ids[t]) != pad_id]
+        if other:
+            raise CheckFailed(f"padding holds id {other[0]}, not the pad id {pad_id}")
+
+
+def _with_pad_token(trial: Trial, pad_id: int) -> Path:
+    """The base with another pad token in its tokenizer and configuration."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    folder = trial.new_folder("pad")
+    shutil.copytree(trial.base_dir, folder, dirs_exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
+    tokenizer.save_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder)
+    config.pad_token_id = pad_id
+    config.save_pretrained(folder)
+    return folder

@@ -1,0 +1,35 @@
+"""Claims about gradient clipping: one factor for all, from the global norm."""
+
+from __future__ import annotations
+
+from glm4ft.testing.checks.registry import CheckFailed, check
+from glm4ft.testing.checks.trial import Trial
+from glm4ft.testing.reference import clip_factor
+
+NEEDS = ("build_model", "train")
+# Relative; the norm is summed in fp32 by the trainer, in fp64 here. Measured below 1e-6 (x86-64 CPU, 2026-11-25).
+NORM_LIMIT = 1e-4
+SMALL, LARGE = 0.05, 1000.0  # limits that every gradient here exceeds, and that none does
+
+
+@check(stage="clipping", needs=NEEDS, incident="DeepSpeed 5150: coefficient inverted; aprender 2112: no effect")
+def check_gradient_is_clipped_to_its_global_norm(trial: Trial) -> None:
+    """Above the limit it is scaled down to it, below it stays, and 0 switches clipping off."""
+    for limit in (SMALL, LARGE, 0):
+        trial.require_stage("clipping", max_grad_norm=limit, steps=4)
+
+
+@check(
+    stage="clipping", needs=NEEDS, incident="miles 2132: the logged norm was the clipped one, which hides every spike"
+)
+def check_logged_norm_is_the_one_before_clipping(trial: Trial) -> None:
+    """The log's gradient norm is the global norm of the accumulated gradient."""
+    run = trial.require_stage("clipping", max_grad_norm=SMALL, steps=4)
+    logged = run.logged("grad_norm")
+    for number, step in enumerate(run.trace.steps, start=1):
+        if number in logged:
+            norm, got = clip_factor(step.raw, 0)[0], logged[number]
+            if not abs(got / norm - 1) <= NORM_LIMIT:
+                is_clipped = abs(got / SMALL - 1) <= NORM_LIMIT
+                cause = "it is the one after clipping" if is_clipped else f"{got / norm:.4g} times as much"
+                raise CheckFailed(f"step {number}: the log says a norm of {got:.6g}, it is {norm:.6g}: {cause}")

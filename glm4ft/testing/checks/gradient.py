@@ -1,0 +1,109 @@
+"""Claims about loss and gradient: a mean over all supervised tokens of a step, however they were batched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from glm4ft.testing.checks.processes import require_ranks_agree, require_ranks_stage
+from glm4ft.testing.checks.registry import CheckFailed, NotApplicable, check
+from glm4ft.testing.checks.trial import Trial
+from glm4ft.testing.oracle import IGNORED
+
+NEEDS = ("build_model", "train")
+# Largest relative difference between a logged loss and the specification's: both are sums of fp32 numbers, and
+# transformers rounds nothing. Measured below 2e-6 on glm4ft and transformers.Trainer (x86-64 CPU, 2026-11-25).
+LOGGED_LIMIT = 1e-4
+
+
+@check(stage="gradient", needs=NEEDS, incident="transformers 34191, TRL 6668; torchtune 2613: labels shifted twice")
+def check_gradient_is_that_of_the_token_mean(trial: Trial) -> None:
+    """One micro-batch per step, of two rows and of four."""
+    trial.require_stage("gradient")
+    trial.require_stage("gradient", micro_batch_size=4, steps=2)
+
+
+@check(
+    stage="gradient", needs=NEEDS, incident="transformers 34191, axolotl 1980: mean of means; accelerate 3533; TRL 407"
+)
+def check_accumulation_does_not_change_the_gradient(trial: Trial) -> None:
+    """Every token of a step counts the same, in however many micro-batches it comes; at the first step and later."""
+    trial.require_stage("gradient", accumulation=2, schedule="linear", steps=4)
+    trial.require_stage("gradient", accumulation=4, micro_batch_size=1, steps=4)
+
+
+@check(stage="gradient", needs=NEEDS, incident="Liger 974: the ignored label entered the loss as class 0; TRL 1625")
+def check_masked_positions_get_no_gradient(trial: Trial) -> None:
+    """At positions whose next token is not supervised the loss has a gradient of exactly zero."""
+    run = trial.require_stage("batches")
+    for number, step in enumerate(run.trace.steps, start=1):
+        for forward in step.forwards:
+            supervised = torch.zeros(forward.input_ids_BT.shape, dtype=torch.bool)
+            for place in run.known.sight(forward).rows:
+                labels = torch.tensor(run.known.labels[place.ids])
+                supervised[place.b, place.places[:-1]] = labels[1:] != IGNORED
+            assert forward.gradient_BTD is not None
+            size_BT = forward.gradient_BTD.abs().amax(-1)
+            wrong = (size_BT > 0) & ~supervised
+            if wrong.any():
+                b, t = wrong.nonzero()[0].tolist()
+                raise CheckFailed(
+                    f"step {number}: {int(wrong.sum())} positions that predict nothing supervised have a gradient, as "
+                    f"position {t} (id {int(forward.input_ids_BT[b, t])}, {float(size_BT[b, t]):.1e})"
+                )
+
+
+@check(stage="gradient", needs=NEEDS, incident="transformers: zero targets give NaN, logged as a loss of 0.0")
+def check_rows_without_targets_do_not_count(trial: Trial) -> None:
+    """A micro-batch without a target adds nothing; a step without one is refused rather than taken."""
+    trial.require_stage("gradient", of="half-silent", accumulation=8, micro_batch_size=1, steps=2)
+    try:
+        silent = trial.run("silent", steps=2)
+    except (NotApplicable, CheckFailed):
+        raise
+    except Exception:  # an error is what a pipeline should raise
+        return
+    for number, step in enumerate(silent.trace.steps, start=1):
+        bad = any(not torch.isfinite(t).all() for t in step.after.values())
+        words = "and the parameters are no longer finite" if bad else "on gradients of nothing"
+        raise CheckFailed(f"step {number} of a run without any target was taken, {words}; it should be refused")
+
+
+@check(stage="gradient", needs=NEEDS, incident="torchtune 1097: recomputation changed what was computed")
+def check_checkpointing_does_not_change_the_gradient(trial: Trial) -> None:
+    """Recomputed activations give the same gradient, padded and packed."""
+    trial.require_stage("gradient", gradient_checkpointing=True, steps=2)
+    trial.require_stage("gradient", gradient_checkpointing=True, packing=True, micro_batch_size=1, steps=2)
+
+
+@check(stage="gradient", needs=NEEDS, incident="verl 436: the divided loss was logged, the undivided one trained")
+def check_logged_loss_is_the_loss(trial: Trial) -> None:
+    """What the log says of each step is the token mean before its update, with and without accumulation."""
+    plans: tuple[dict[str, Any], ...] = ({}, {"accumulation": 2, "schedule": "linear", "steps": 4})
+    for changes in plans:
+        run = trial.require_stage("gradient", **changes)
+        logged = run.logged("loss")
+        for number, step in enumerate(run.trace.steps, start=1):
+            if number not in logged:
+                continue
+            rows = [(ids, run.known.labels[ids]) for ids in run.rows_in(step.forwards)]
+            with torch.no_grad():
+                expected = float(run.reference.loss(rows, step.before))
+            ratio = logged[number] / expected
+            if not abs(ratio - 1) <= LOGGED_LIMIT:
+                words = f"; it is {ratio:.4g} times the loss" if ratio > 0 else ""
+                raise CheckFailed(
+                    f"step {number}: the log says {logged[number]:.6g}, the loss is {expected:.6g}{words}"
+                )
+
+
+@check(
+    stage="gradient",
+    needs=(*NEEDS, "distributed"),
+    incident="pytorch 104336: no reduction; torchtune 2172: averaged twice",
+)
+def check_processes_train_as_one(trial: Trial) -> None:
+    """Two processes make the step that one would make of all rows, and hold the same parameters after each."""
+    require_ranks_stage(trial, "gradient")
+    require_ranks_agree(trial)

@@ -1,0 +1,210 @@
+"""Claims about the model before its first step: the base that was asked for, with the adapters that were asked for."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+
+from glm4ft.testing.adapter import adapted_modules, base_name
+from glm4ft.testing.checks.registry import CheckFailed, NotApplicable, check
+from glm4ft.testing.checks.trial import Trial
+from glm4ft.testing.replayed_step import LIMITS, relative
+from glm4ft.testing.trace import Tensors
+
+NEEDS = ("build_model", "train")
+# Fields of a configuration that say how it was loaded, not what it computes.
+NOT_ARITHMETIC = (
+    "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache", "_name_or_path", "name_or_path",
+    "_attn_implementation", "auto_map",
+)  # fmt: skip
+
+
+@check(stage="model", needs=NEEDS, incident="mlx-lm 1698: all of each head rotated; PEFT 2489: scale left out")
+def check_model_is_the_base_with_adapters_at_rest(trial: Trial) -> None:
+    """The adapters start as the identity, at the stated scale, on the base as it lies on the disk."""
+    trial.require_stage("model")
+
+
+@check(stage="model", needs=("build_model",), incident="torchtune 997 and 409: another rope base, another norm epsilon")
+def check_configuration_is_the_bases(trial: Trial) -> None:
+    """Every field that decides what the model computes is that of the folder."""
+    stored = json.loads((trial.base_dir / "config.json").read_text("utf-8"))
+    config = _built(trial).config.to_dict()
+    for name, expected in stored.items():
+        got = json.loads(json.dumps(config.get(name, expected)))
+        if name not in NOT_ARITHMETIC and got != expected:
+            raise CheckFailed(f"{name} is {got} in the model, {expected} in the base's config.json")
+
+
+@check(
+    stage="model", needs=("build_model",), incident="axolotl 1886, unsloth-zoo 913: another norm, a weight transposed"
+)
+def check_first_loss_is_the_bases_own(trial: Trial) -> None:
+    """Before training the model gives the plain base's logits, and so its loss."""
+    model, base = _built(trial).eval(), trial.reference
+    ids, labels = trial.rows(trial.conversations)[0]
+    expected_TV, got_TV = base.hidden(ids, {}) @ base.head_weight({}).T, _logits(model, ids)
+    size = float((got_TV - expected_TV).norm() / expected_TV.norm())
+    if not size <= LIMITS[torch.float32]:
+        wanted = torch.tensor(labels[1:])
+        first, own = (float(torch.nn.functional.cross_entropy(x[:-1], wanted)) for x in (got_TV, expected_TV))
+        raise CheckFailed(f"the first loss is {first:.6f}, the base's own {own:.6f}; the logits are {size:.1e} off")
+
+
+@check(
+    stage="model", needs=("build_model",), incident="axolotl's GLM-4 example names gate_proj; PEFT 3318, 2195 and 3315"
+)
+def check_adapters_are_those_asked_for(trial: Trial) -> None:
+    """On exactly the requested modules, each at its rank."""
+    asked, model = trial.adapter, _built(trial)
+    parameters = dict(model.named_parameters())
+    found = adapted_modules(list(parameters))
+    wanted = asked.modules_of(trial.reference.model)
+    targets = asked.targets if isinstance(asked.targets, tuple) else ()
+    unmatched = [target for target in targets if not any(name.split(".")[-1] == target or name.endswith(f".{target}")
+                                                         for name in wanted)]  # fmt: skip
+    if unmatched:
+        raise CheckFailed(f"{', '.join(unmatched)} was asked for, but no module of the base is called so")
+    for words, names in (("has no adapter", set(wanted) - set(found)), ("was not asked for", set(found) - set(wanted))):
+        if names:
+            raise CheckFailed(f"{min(names)} {words} ({len(names)} like it; {len(found)} adapters for {len(wanted)})")
+    for module, pair in found.items():
+        shapes = parameters[pair["A"]].shape[0], parameters[pair["B"]].shape[1]
+        if set(shapes) != {asked.rank_of(module)}:
+            raise CheckFailed(f"the adapter of {module} has rank {shapes[0]}, not {asked.rank_of(module)}")
+
+
+@check(
+    stage="model", needs=("build_model",), incident="PEFT 2489, 2775 and 1930: no scale, or alpha over the root of r"
+)
+@torch.no_grad()
+def check_adapters_act_at_their_scale(trial: Trial) -> None:
+    """With random A and B each adapter adds alpha / r times ``B A x``, alone and all together."""
+    model, base = _built(trial).eval(), trial.reference
+    parameters = dict(model.named_parameters())
+    found = adapted_modules(list(parameters))
+    if not found:
+        raise NotApplicable("the model has no LoRA matrices by peft's names")
+    ids = trial.rows(trial.conversations)[0][0]
+    for module, pair in [*found.items(), ("all modules", {})]:
+        for other in found.values():
+            _fill(parameters[other["B"]], 0.0 if pair else 0.02)
+        if pair:
+            _fill(parameters[pair["B"]], 0.05)
+        trained = {n: parameters[n].detach().float().cpu() for names in found.values() for n in names.values()}
+        got_TV = _logits(model, ids)
+        expected_TV = base.hidden(ids, trained) @ base.head_weight(trained).T
+        size = float((got_TV - expected_TV).norm() / expected_TV.norm())
+        if not size <= LIMITS[torch.float32]:
+            scale = (
+                f" instead of {base.adapter.scale_of(module):.4g}: {_scale_words(trial, module, pair, trained, got_TV)}"
+            )
+            raise CheckFailed(f"with random A and B the adapter of {module} is {size:.1e} off{scale if pair else ''}")
+
+
+@check(stage="model", needs=("build_model",), incident="PEFT 282, TRL 4081, transformers 24463: everything was frozen")
+def check_trained_parameters_are_the_adapters(trial: Trial) -> None:
+    """What requires a gradient is every LoRA matrix, whatever else was asked to be trained, and nothing more."""
+    trained = {name for name, p in _built(trial).named_parameters() if p.requires_grad}
+    all_matrices = {
+        n
+        for pair in adapted_modules([name for name, _ in _built(trial).named_parameters()]).values()
+        for n in pair.values()
+    }
+    saved = tuple((getattr(trial.subject, "lora", None) or {}).get("modules_to_save") or ())
+    frozen = sorted(all_matrices - trained)
+    more = sorted(n for n in trained - all_matrices if base_name(n).split(".")[-2] not in saved and "lora_" not in n)
+    if not trained:
+        raise CheckFailed("no parameter is trained: all of them are frozen")
+    if frozen:
+        raise CheckFailed(f"{len(frozen)} of {len(all_matrices)} LoRA matrices are frozen, as {frozen[0]}")
+    if more:
+        raise CheckFailed(f"{len(more)} parameters are trained that are no adapter, as {more[0]}")
+
+
+@check(stage="model", needs=("build_model",), incident="torchtune 1909 and 2139: magnitudes in empty memory")
+def check_all_parameters_are_finite(trial: Trial) -> None:
+    """No NaN and no infinity in any weight or buffer."""
+    for name, tensor in _built(trial).state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CheckFailed(f"{name} has {int((~torch.isfinite(tensor)).sum())} entries that are not finite")
+
+
+@check(stage="model", needs=NEEDS, incident="torchdistx 52, verl-omni 73: bf16 weights lose updates; PEFT 2893")
+def check_trained_parameters_and_moments_are_fp32(trial: Trial) -> None:
+    """Steps below half an ulp vanish in any coarser type: 50 AdamW steps of 1e-4 on 0.5 change nothing in bf16."""
+    steps = trial.run().trace.steps
+    if not steps:
+        raise NotApplicable("not judged: there was no step")
+    for number, step in enumerate(steps, start=1):
+        for what, dtypes in (
+            ("is trained", {n: t.dtype for n, t in step.after.items()}),
+            ("has moments", step.state_dtypes),
+        ):
+            coarse = [name for name, dtype in dtypes.items() if dtype not in (torch.float32, torch.float64)]
+            if coarse:
+                raise CheckFailed(f"step {number}: {coarse[0]} {what} in {dtypes[coarse[0]]} ({len(coarse)} like it)")
+
+
+@check(stage="model", needs=NEEDS, incident="unsloth 9331: a fused loss read lm_head.weight, so its adapter never ran")
+def check_no_adapter_is_dead(trial: Trial) -> None:
+    """After a few steps every matrix B has left zero and every A has moved."""
+    steps = trial.run().trace.steps
+    if len(steps) < 2:
+        raise NotApplicable("not judged: fewer than two steps")
+    dead = [name for name, start in steps[0].before.items() if torch.equal(start, steps[-1].after[name])]
+    if dead:
+        raise CheckFailed(f"{len(dead)} of {len(steps[0].before)} trained parameters never moved, as {dead[0]}")
+
+
+@check(
+    stage="model", needs=("build_model",), incident="axolotl 787, qlora 190d22a: new tokens, neither trained nor saved"
+)
+def check_every_id_has_a_row_of_the_base(trial: Trial) -> None:
+    """Ids in the data lie within the base's vocabulary, or their rows are trained."""
+    rows = trial.rows(trial.conversations) + trial.rows(trial.demo)
+    largest, model = max(max(ids) for ids, _ in rows), _built(trial)
+    num_rows = trial.reference.weights["model.embed_tokens.weight"].shape[0]
+    trained = [name for name, p in model.named_parameters() if p.requires_grad and "embed_tokens" in name]
+    if largest >= num_rows and not trained:
+        raise CheckFailed(
+            f"id {largest} has no row in the base's {num_rows}: it was added, is random, and is not trained"
+        )
+
+
+def _built(trial: Trial) -> Any:
+    return trial.subject.build_model(str(trial.base_dir), 0)
+
+
+def _fill(parameter: torch.Tensor, std: float) -> None:
+    generator = torch.Generator().manual_seed(parameter.numel())
+    parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+
+def _logits(model: Any, ids: tuple[int, ...]) -> torch.Tensor:
+    with torch.no_grad():
+        output = model(input_ids=torch.tensor([ids], device=next(model.parameters()).device))
+    logits_TV: torch.Tensor = output.logits[0].float().cpu()
+    return logits_TV
+
+
+def _scale_words(trial: Trial, module: str, pair: dict[str, str], trained: Tensors, got_TV: torch.Tensor) -> str:
+    """Which scale of one module's adapter explains the logits."""
+    base, asked = trial.reference, trial.adapter
+    rank, alpha = asked.rank_of(module), asked.alpha_of(module)
+    candidates = {"1, so none": 1.0, "0, so it does not act": 0.0, "alpha / sqrt(r)": alpha / rank**0.5, "alpha / r":
+                  alpha / rank, "alpha": alpha, "that of another alpha": asked.alpha / rank,
+                  "that of another rank": alpha / asked.rank}  # fmt: skip
+    for words, scale in candidates.items():
+        changed = {**trained, pair["B"]: trained[pair["B"]] * scale / asked.scale_of(module)}
+        logits_TV = base.hidden(base_ids(trial), changed) @ base.head_weight(changed).T
+        if relative({"": got_TV}, {"": logits_TV}) <= LIMITS[torch.float32]:
+            return f"it acts at scale {words} ({scale:.4g})"
+    return "no likely scale explains it"
+
+
+def base_ids(trial: Trial) -> tuple[int, ...]:
+    """Ids of the row that the model is tried on."""
+    return trial.rows(trial.conversations)[0][0]

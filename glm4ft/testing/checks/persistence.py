@@ -1,0 +1,197 @@
+"""Claims about what is on the disk: an adapter that loads, a merge that is the model, a run that goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from glm4ft.testing.adapter import Adapter, adapted_modules
+from glm4ft.testing.checks.registry import CheckFailed, NotApplicable, check
+from glm4ft.testing.checks.trial import Run, Trial
+
+NEEDS = ("build_model", "train")
+# Largest relative difference of logits through a save and a load, or a merge, in fp32; measured 6e-7 (2026-11-25).
+LOGITS_LIMIT = 1e-5
+RESUMED_AT = (3, 4)  # in the middle of the first epoch of the short conversations, and at its end
+
+
+@check(stage="persistence", needs=(*NEEDS, "save", "load"), incident="PEFT 2118: keys renamed, nothing loaded")
+def check_adapter_survives_the_disk(trial: Trial) -> None:
+    """Saved and loaded onto a fresh base, the adapter gives the same logits."""
+    _require_same_logits(trial, trial.subject.load(str(trial.base_dir), str(_saved(trial))), "loaded")
+
+
+@check(
+    stage="persistence", needs=(*NEEDS, "save"), incident="PEFT 3282 and 2334: the wrong tensors under the right names"
+)
+def check_saved_adapter_is_complete(trial: Trial) -> None:
+    """Every trained matrix is in the file, bit by bit, in fp32, and nothing else."""
+    file = _saved(trial) / "adapter_model.safetensors"
+    if not file.exists():
+        raise NotApplicable(f"save wrote no {file.name}")
+    stored = load_file(file)
+    live = {name: p.detach().cpu() for name, p in trial.overfit.model.named_parameters() if "lora_" in name}
+    got, expected = adapted_modules(list(stored)), adapted_modules(list(live))
+    for words, modules in (
+        ("is missing", expected.keys() - got.keys()),
+        ("is no adapter", got.keys() - expected.keys()),
+    ):
+        if modules:
+            raise CheckFailed(f"the saved adapter: {min(modules)} {words} ({len(modules)} like it)")
+    for module, pair in expected.items():
+        for matrix, name in pair.items():
+            found = stored[got[module][matrix]] if matrix in got[module] else None
+            if found is None or found.dtype != live[name].dtype or not torch.equal(found, live[name]):
+                raise CheckFailed(f"the saved {matrix} of {module} is not the trained one")
+
+
+@check(
+    stage="persistence", needs=(*NEEDS, "save"), incident="unsloth-zoo 806, PEFT 1930: another alpha beside the weights"
+)
+def check_saved_configuration_gives_the_same_scale(trial: Trial) -> None:
+    """Rank and scale of every module, as the configuration beside the weights states them."""
+    file = _saved(trial) / "adapter_config.json"
+    if not file.exists():
+        raise NotApplicable(f"save wrote no {file.name}")
+    stored, asked = Adapter.of(json.loads(file.read_text("utf-8"))), trial.adapter
+    for module in asked.modules_of(trial.reference.model):
+        got = (stored.rank_of(module), stored.scale_of(module))
+        expected = (asked.rank_of(module), asked.scale_of(module))
+        if got != expected:
+            raise CheckFailed(f"{module} is stored with rank {got[0]} and scale {got[1]:.4g}, not {expected[0]} and "
+                              f"{expected[1]:.4g}")  # fmt: skip
+
+
+@check(
+    stage="persistence",
+    needs=(*NEEDS, "save"),
+    incident="functionary 289, axolotl 3112: the adapter without its tokenizer",
+)
+def check_tokenizer_lies_beside_the_adapter(trial: Trial) -> None:
+    """What is saved renders and encodes as the subject does."""
+    from transformers import AutoTokenizer
+
+    folder, own = _saved(trial), trial.subject.tokenizer
+    if not (folder / "tokenizer.json").exists() and not (folder / "tokenizer_config.json").exists():
+        raise CheckFailed("no tokenizer was saved beside the adapter: whoever loads it has to guess ids and template")
+    saved = AutoTokenizer.from_pretrained(folder)
+    text = "<|user|> and 法国 [gMASK]\n\n it's 42"
+    if saved.encode(text) != own.encode(text):
+        raise CheckFailed("the saved tokenizer gives other ids")
+    if saved.chat_template != own.chat_template:
+        raise CheckFailed("the saved tokenizer has another chat template")
+
+
+@check(stage="persistence", needs=(*NEEDS, "save", "merge"), incident="PEFT 2489: no scale; ms-swift 9830: no merge")
+def check_merged_model_is_the_adapted_one(trial: Trial) -> None:
+    """The merged checkpoint, in plain transformers, gives the adapted model's logits."""
+    from transformers import AutoModelForCausalLM
+
+    merged: Any = AutoModelForCausalLM.from_pretrained(str(_merged(trial)), dtype=torch.float32)
+    _require_same_logits(trial, merged, "merged")
+
+
+@check(
+    stage="persistence",
+    needs=(*NEEDS, "save", "merge"),
+    incident="PEFT 2306: still wrapped; alpaca-lora 6ced8d9: prefix",
+)
+def check_merged_checkpoint_has_the_bases_keys(trial: Trial) -> None:
+    """Name by name what the base has, and no adapter left."""
+    base, merged = _keys(trial.base_dir), _keys(_merged(trial))
+    left = sorted(name for name in merged if "lora_" in name)
+    if left:
+        raise CheckFailed(f"{len(left)} adapter tensors are left after the merge, as {left[0]}")
+    for words, names in (("is missing from", base - merged), ("is not in the base but in", merged - base)):
+        if names:
+            raise CheckFailed(f"{min(names)} {words} the merged checkpoint ({len(names)} like it)")
+
+
+@check(
+    stage="persistence", needs=NEEDS, incident="FastChat 1280: moments lost; accelerate 4071 and 1466: rows; miles 2572"
+)
+def check_resumed_run_is_the_whole_run(trial: Trial) -> None:
+    """Resumed in the middle of an epoch and at its end: the same rows, rates and parameters to the end of the run."""
+    whole = trial.run(save_every=1, schedule="linear")
+    for number in RESUMED_AT:
+        checkpoint = Path(whole.plan["output_dir"]) / f"checkpoint-{number}"
+        if not checkpoint.exists():
+            raise NotApplicable(f"asked to save at every step, the trainer left no {checkpoint.name} in output_dir")
+        resumed = trial.run_anew(save_every=1, schedule="linear", resume_from=str(checkpoint))
+        found = _first_difference(whole, resumed, number)
+        if found:
+            raise CheckFailed(f"resumed after step {number}: {found}")
+
+
+def _first_difference(whole: Run, resumed: Run, done: int) -> str:
+    """What the resumed run does otherwise than the rest of the whole one; "" if nothing."""
+    rest = whole.trace.steps[done:]
+    if len(resumed.trace.steps) != len(rest):
+        return f"{len(resumed.trace.steps)} steps follow, not {len(rest)}"
+    for offset, (expected, got) in enumerate(zip(rest, resumed.trace.steps, strict=True)):
+        number = done + offset + 1
+        if offset == 0 and _unlike(expected.before, got.before):
+            return "it does not start from the parameters that were saved"
+        if sorted(whole.order[number - 1]) != sorted(resumed.order[offset]):
+            return f"step {number} sees other rows"
+        rates = [float(step.groups[0].settings["lr"]) for step in (expected, got)]
+        if rates[0] != rates[1]:
+            return f"the rate at step {number} is {rates[1]:.6g}, not {rates[0]:.6g}"
+        if _unlike(expected.before, got.before):
+            return f"the parameters changed before step {number}"
+        if _unlike(expected.after, got.after):
+            same = not _unlike(expected.clipped, got.clipped)
+            cause = "though its gradient is the same: the optimiser's moments were not restored" if same else ""
+            return f"the parameters differ after step {number} {cause}".strip()
+    return ""
+
+
+def _unlike(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
+    return one.keys() != two.keys() or any(not torch.equal(one[name], two[name]) for name in one)
+
+
+def _saved(trial: Trial) -> Path:
+    """A folder with the trained adapter, saved once."""
+    if "saved" not in trial.shared:
+        folder = trial.new_folder("saved")
+        trial.subject.save(trial.overfit.model, str(folder))
+        trial.shared["saved"] = folder
+    return Path(trial.shared["saved"])
+
+
+def _merged(trial: Trial) -> Path:
+    """A merged checkpoint, written once."""
+    if "merged" not in trial.shared:
+        output = trial.folder / "merged"
+        trial.subject.merge(str(trial.base_dir), str(_saved(trial)), str(output))
+        trial.shared["merged"] = output
+    return Path(trial.shared["merged"])
+
+
+def _keys(folder: Path) -> set[str]:
+    names = set()
+    for shard in folder.glob("*.safetensors"):
+        with safe_open(shard, framework="pt") as file:
+            names |= set(file.keys())
+    return names
+
+
+def _require_same_logits(trial: Trial, model: Any, how: str) -> None:
+    ids = torch.tensor([list(trial.rows(trial.demo)[0][0])])
+    base = trial.reference
+    with torch.no_grad():
+        expected, got = (
+            m.eval()(input_ids=ids.to(m.device)).logits.float().cpu()[0] for m in (trial.overfit.model, model)
+        )
+        untrained = base.hidden(ids[0].tolist(), {}) @ base.head_weight({}).T
+    size = float((got - expected).norm() / expected.norm())
+    if not size <= LOGITS_LIMIT:
+        is_base = float((got - untrained).norm() / untrained.norm()) <= LOGITS_LIMIT
+        raise CheckFailed(
+            f"the {how} model's logits are {size:.1e} off the trained one's" + ": they are the base's" * is_base
+        )

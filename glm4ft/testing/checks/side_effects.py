@@ -1,0 +1,126 @@
+"""Claims about what must not happen on the side: the base stays as it is, and watching a run does not change it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from glm4ft.testing.adapter import base_name
+from glm4ft.testing.checks.registry import CheckFailed, NotApplicable, check
+from glm4ft.testing.checks.trial import Run, Trial
+from glm4ft.testing.trace import record
+
+NEEDS = ("build_model", "train")
+WATCHING: dict[str, dict[str, Any]] = {
+    "logging": {"log_every": 3},
+    "evaluating": {"eval_every": 2},
+    "saving": {"save_every": 2},
+}
+
+
+@check(stage="side-effects", needs=NEEDS, incident="OpenRLHF 1253: frozen weights decay; ms-swift 9452")
+def check_base_is_untouched(trial: Trial) -> None:
+    """After training every tensor of the base has the bits it had on the disk."""
+    state = trial.overfit.model.state_dict().items()
+    weights = {base_name(name): tensor for name, tensor in state if "lora_" not in name}
+    trained = {base_name(name) for name in trial.overfit.trace.trained}
+    for shard in sorted(trial.base_dir.glob("*.safetensors")):
+        with safe_open(shard, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  # not a dict
+                if name not in weights:
+                    raise CheckFailed(f"the trained model has no {name}")
+                stored = file.get_tensor(name).to(weights[name].dtype)
+                if name not in trained and not torch.equal(weights[name].cpu(), stored):
+                    raise CheckFailed(f"{name} of the base has changed")
+
+
+@check(
+    stage="side-effects",
+    needs=NEEDS,
+    incident="ms-swift 9452: no training after the first save; seq2seq 38: no train()",
+)
+def check_watching_a_run_does_not_change_it(trial: Trial) -> None:
+    """With a log, evaluations and checkpoints every few steps, the parameters are those of a bare run, bit by bit."""
+    bare = trial.run()
+    if _difference(bare, trial.again):
+        raise NotApplicable("not judged: two equal runs differ, so there is nothing to compare with")
+    everything: dict[str, Any] = {name: value for changes in WATCHING.values() for name, value in changes.items()}
+    if not _difference(bare, trial.run(**everything)):
+        return
+    for name, changes in WATCHING.items():
+        found = _difference(bare, trial.run(**changes))
+        if found:
+            raise CheckFailed(f"{name} every {next(iter(changes.values()))} steps changes the run: {found}")
+    raise CheckFailed(
+        f"logging, evaluating and saving together change the run: {_difference(bare, trial.run(**everything))}"
+    )
+
+
+@check(stage="side-effects", needs=NEEDS, incident="torchtune 1049, TRL 3337: evaluated with dropout on")
+def check_evaluation_runs_in_eval_mode(trial: Trial) -> None:
+    """No module is in training mode while a run evaluates, and all of them are when it goes on."""
+    run = trial.run(**WATCHING["evaluating"])
+    passes = [forward for _, forward in run.trace.evaluations]
+    if hasattr(trial.subject, "evaluate"):
+        model = trial.overfit.model.train()
+        with record(model, 1) as trace:
+            trial.subject.evaluate(model, trial.conversations)
+        passes += [forward for _, forward in trace.evaluations]
+    if not passes:
+        raise NotApplicable("the subject evaluated nothing")
+    wrong = sum(forward.training is not False for forward in passes)
+    if wrong:
+        raise CheckFailed(f"{wrong} of {len(passes)} passes of evaluation ran in training mode, where dropout is on")
+    for number, step in enumerate(run.trace.steps, start=1):
+        if not all(forward.training for forward in step.forwards):
+            raise CheckFailed(f"step {number} ran in eval mode: evaluation did not restore training mode")
+
+
+@check(stage="side-effects", needs=NEEDS, incident="ms-swift 9452: a save switched requires_grad off; seq2seq 38")
+def check_subjects_parts_leave_the_model_alone(trial: Trial) -> None:
+    """Evaluating, saving and generating change no parameter, no mode and no ``requires_grad``."""
+    model = trial.overfit.model.train()
+    for name, use in _parts_that_look(trial, model):
+        before, parameters = _state(model), {n: p.detach().clone() for n, p in model.state_dict().items()}
+        use()
+        for words, now, then in zip(("mode", "requires_grad"), _state(model), before, strict=True):
+            changed = sorted(n for n in then if now.get(n) != then[n])
+            if changed:
+                raise CheckFailed(f"{name} changes the {words} of {len(changed)} parts, as {changed[0] or 'the model'}")
+        now_state = model.state_dict()
+        moved = sorted(
+            n for n, tensor in parameters.items() if n not in now_state or not torch.equal(now_state[n], tensor)
+        )
+        if moved:
+            raise CheckFailed(f"{name} changes {len(moved)} tensors of the model, as {moved[0]}")
+
+
+def _parts_that_look(trial: Trial, model: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
+    subject = trial.subject
+    if hasattr(subject, "evaluate"):
+        yield "evaluate", lambda: subject.evaluate(model, trial.conversations)
+    if hasattr(subject, "save"):
+        yield "save", lambda: subject.save(model, str(trial.new_folder("look")))
+    if hasattr(subject, "generate"):
+        yield "generate", lambda: subject.generate(model, trial.conversations[0]["messages"][:1], None, 4)
+
+
+def _state(model: Any) -> tuple[dict[str, bool], dict[str, bool]]:
+    modes = {name: module.training for name, module in model.named_modules()}
+    return modes, {name: p.requires_grad for name, p in model.named_parameters()}
+
+
+def _difference(bare: Run, other: Run) -> str:
+    """What the second run did otherwise; "" if nothing."""
+    if len(bare.trace.steps) != len(other.trace.steps):
+        return f"{len(other.trace.steps)} steps instead of {len(bare.trace.steps)}"
+    for number, (one, two) in enumerate(zip(bare.trace.steps, other.trace.steps, strict=True), start=1):
+        if bare.order[number - 1] != other.order[number - 1]:
+            return f"other rows at step {number}"
+        moved = [name for name, tensor in one.after.items() if not torch.equal(tensor, two.after[name])]
+        if moved:
+            return f"{len(moved)} parameters differ after step {number}, as {moved[0]}"
+    return "" if torch.equal(bare.random_state, other.random_state) else "the random state at its end differs"

@@ -1,0 +1,37 @@
+"""Claims about the optimiser: AdamW with the plan's settings, on every trained matrix, without loss."""
+
+from __future__ import annotations
+
+from glm4ft.testing.checks.registry import CheckFailed, check
+from glm4ft.testing.checks.trial import Trial
+
+NEEDS = ("build_model", "train")
+
+
+@check(
+    stage="update", needs=NEEDS, incident="accelerate 2665, open-rl 80: parameters not in the optimiser; OpenRLHF 1253"
+)
+def check_update_is_that_of_adamw(trial: Trial) -> None:
+    """Betas, epsilon and decoupled weight decay are those of the plan, on every trained matrix."""
+    trial.require_stage("update")
+    trial.require_stage("update", weight_decay=0.1, betas=[0.8, 0.99], eps=1e-6, steps=4)
+
+
+@check(stage="update", needs=NEEDS, incident="torchdistx 52, verl-omni 73, keras 22559: small steps vanished")
+def check_small_updates_are_not_lost(trial: Trial) -> None:
+    """At a rate of 1e-6 the parameters still move by what the closed form says."""
+    trial.require_stage("update", learning_rate=1e-6, steps=4)
+
+
+@check(stage="update", needs=NEEDS, incident="adapters 260, accelerate 3256: built before the adapters were attached")
+def check_optimiser_holds_what_is_trained(trial: Trial) -> None:
+    """Each trained parameter stands in exactly one group."""
+    trace = trial.run().trace
+    names = [name for group in trace.steps[0].groups for name in group.names] if trace.steps else []
+    if not names:
+        raise CheckFailed("no optimiser step touched a trained parameter: the optimiser holds others, or none")
+    missing, twice = sorted(set(trace.trained) - set(names)), sorted({n for n in names if names.count(n) > 1})
+    if missing:
+        raise CheckFailed(f"{len(missing)} of {len(trace.trained)} trained parameters are in no group, as {missing[0]}")
+    if twice:
+        raise CheckFailed(f"{len(twice)} parameters are in more than one group, as {twice[0]}")

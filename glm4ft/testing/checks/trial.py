@@ -221,7 +221,8 @@ class Trial:
         plan = make_plan(**plan)
         model = self.subject.build_model(str(self.base_dir), plan["seed"])
         rows = self.rows(self.data[of])
-        with record(model, plan["steps"]) as trace:
+        # a check may ask for the run where it has switched gradients off
+        with torch.enable_grad(), record(model, plan["steps"]) as trace:
             log = self.subject.train(model, self.data[of], plan)
         return Run(plan, rows, trace, list(log or []), model, self.reference, torch.get_rng_state())
 

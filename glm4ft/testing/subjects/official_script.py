@@ -1,0 +1,54 @@
+"""The label rules of the official GLM-4 script, re-stated in both of its modes, on plain ``transformers.Trainer``.
+
+Source: ``finetune/finetune.py`` of THUDM/GLM-4 at commit 9c0e421; ``combine: false`` is its default. Adapters and
+hyperparameters are the harness's: only the rows are on trial. The script for vision models had the founding bug: see ``founding_bug.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from glm4ft.chat_format import IGNORED
+from glm4ft.testing.subjects import transformers_trainer
+
+
+class Subject(transformers_trainer.Subject):
+    """``combine: false``: messages are rendered one by one, and those of the assistant are trained.
+
+    Args:
+        base_dir: Hugging Face model folder.
+    """
+
+    name = "official script"
+    def __init__(self, base_dir: str) -> None:
+        super().__init__(base_dir)
+        self.tokenizer.padding_side = "left"
+
+    def encode(self, messages: Any, tools: Any = None) -> dict[str, list[int]]:
+        """Ids and labels of one conversation; ``<|user|>`` is appended, and the labels move right by one token."""
+        if any(message.get("loss") is False for message in messages):
+            raise NotImplementedError("the script has no flag for the loss of one message")
+        ids, trained = self._render(messages, tools)
+        ids, trained = [*ids, self.tokenizer.convert_tokens_to_ids("<|user|>")], [False, *trained]
+        return {"input_ids": ids, "labels": [i if on else IGNORED for i, on in zip(ids, trained, strict=True)]}
+
+    def _render(self, messages: Any, tools: Any) -> tuple[list[int], list[bool]]:
+        ids, trained = list(self.tokenizer.convert_tokens_to_ids(["[gMASK]", "<sop>"])), [False, False]
+        for index, message in enumerate(messages):
+            new = self._ids([message], None if index else tools)[2:]
+            ids, trained = ids + new, trained + [message["role"] == "assistant"] * len(new)
+        return ids, trained
+
+    def _ids(self, messages: Any, tools: Any) -> list[int]:
+        return list(self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=True, return_dict=False))
+
+
+class Combined(Subject):
+    """``combine: true``: a conversation is rendered at once; trained is what follows its last ``<|assistant|>``."""
+
+    name = "official script, combine"
+
+    def _render(self, messages: Any, tools: Any) -> tuple[list[int], list[bool]]:
+        ids = self._ids(messages, tools)
+        last = len(ids) - 1 - ids[::-1].index(self.tokenizer.convert_tokens_to_ids("<|assistant|>"))
+        return ids, [i > last for i in range(len(ids))]

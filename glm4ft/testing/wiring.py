@@ -1,7 +1,7 @@
 """What adapters of trainers have in common. A subject needs none of it; an adapter gets shorter with it.
 
 ``class Subject(PeftAdapter)`` has ``save``, ``load`` and ``merge``; ``Generates`` adds ``generate``;
-``training_arguments`` translates a plan, ``with_json_calls`` a conversation.
+``training_arguments`` translates a plan, ``json_chat`` and ``sharegpt_chat`` a conversation.
 """
 
 from __future__ import annotations
@@ -88,22 +88,45 @@ def training_arguments(plan: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def with_json_calls(messages: Any, *, role: str) -> list[dict[str, Any]]:
-    """Messages in the shape in which most trainers take tool calls: a role of their own, name and arguments as JSON.
+def json_chat(conversation: Mapping[str, Any], *, call_role: str, result_role: str) -> dict[str, Any]:
+    """A conversation in the shape in which most trainers take tools: a role for calls, and JSON inside of text.
 
     Args:
-        messages: as ``encode`` gets them: a call is an assistant message with the tool's name in ``metadata``.
-        role: of a call.
+        conversation: as ``train`` gets it: a call is an assistant message with the tool's name in ``metadata``.
+        call_role: of a call, whose content becomes its name and arguments.
+        result_role: of what a tool answered.
+    Returns:
+        ``messages`` and ``tools``, a JSON list; "" without tools.
     Raises:
         NotImplementedError: if the arguments of a call are no JSON.
     """
-    return [_with_json_call(message, role) if message.get("metadata") else dict(message) for message in messages]
+    messages = [_json_message(message, call_role, result_role) for message in conversation["messages"]]
+    tools = conversation.get("tools")
+    return {"messages": messages, "tools": json.dumps(tools, ensure_ascii=False) if tools else ""}
 
 
-def _with_json_call(message: Mapping[str, Any], role: str) -> dict[str, Any]:
+def sharegpt_chat(conversation: Mapping[str, Any]) -> dict[str, Any]:
+    """A conversation in the ShareGPT shape: ``conversations`` with ``from`` and ``value``, and tools as JSON in text.
+
+    Args:
+        conversation: as ``train`` gets it.
+    Raises:
+        NotImplementedError: if the loss of a message is switched off, for which the shape has no place.
+    """
+    if any(message.get("loss") is False for message in conversation["messages"]):
+        raise NotImplementedError("the ShareGPT shape has no flag for the loss of one message")
+    names = {"user": "human", "assistant": "gpt"}
+    chat = json_chat(conversation, call_role="function_call", result_role="observation")
+    turns = [{"from": names.get(m["role"], m["role"]), "value": m["content"]} for m in chat["messages"]]
+    return {"conversations": turns, "tools": chat["tools"]}
+
+
+def _json_message(message: Mapping[str, Any], call_role: str, result_role: str) -> dict[str, Any]:
     rest = {key: value for key, value in message.items() if key != "metadata"}
+    if not message.get("metadata"):
+        return {**rest, "role": result_role} if message["role"] == "observation" else rest
     try:
         call = {"name": message["metadata"], "arguments": json.loads(message["content"])}
     except json.JSONDecodeError as error:
         raise NotImplementedError(f"arguments of a call that are no JSON: {error}") from error
-    return {**rest, "role": role, "content": json.dumps(call, ensure_ascii=False)}
+    return {**rest, "role": call_role, "content": json.dumps(call, ensure_ascii=False)}

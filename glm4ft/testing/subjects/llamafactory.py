@@ -14,11 +14,11 @@ from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
 from llamafactory.train.tuner import export_model
 
 from glm4ft.testing.subject import make_plan
-from glm4ft.testing.wiring import PeftAdapter, training_arguments, with_json_calls
+from glm4ft.testing.subjects.known_failures import LLAMA_FACTORY, reasons
+from glm4ft.testing.wiring import PeftAdapter, json_chat, sharegpt_chat, training_arguments
 
-DATASET = {"file_name": "chats.json", "formatting": "sharegpt", "columns": {"messages": "messages", "tools": "tools"}}
-TAGS = {"user_tag": "user", "assistant_tag": "assistant", "observation_tag": "observation", "system_tag": "system"}
-TAGS |= {"role_tag": "role", "content_tag": "content", "function_tag": "function_call"}
+COLUMNS = {"messages": "conversations", "tools": "tools"}
+DATASET = {"chats": {"file_name": "chats.json", "formatting": "sharegpt", "columns": COLUMNS}}
 LORA = {"stage": "sft", "do_train": True, "finetuning_type": "lora", "lora_target": "all", "lora_rank": 8}
 
 
@@ -29,25 +29,24 @@ class Subject(PeftAdapter):
         base_dir: Hugging Face model folder.
     """
 
-    name, chat_format = "LLaMA-Factory", "glm-4-0414"
+    name, chat_format, expected_failures = "LLaMA-Factory", "glm-4-0414", reasons(LLAMA_FACTORY)
 
     def __init__(self, base_dir: str) -> None:
         self.folder = Path(tempfile.mkdtemp())
-        (self.folder / "dataset_info.json").write_text(json.dumps({"chats": {**DATASET, "tags": TAGS}}), "utf-8")
+        (self.folder / "dataset_info.json").write_text(json.dumps(DATASET), "utf-8")
         self._configure(base_dir, make_plan())
         self.stop_ids = self.template.get_stop_token_ids(self.tokenizer)
 
     def _configure(self, base_dir: str, plan: Any) -> None:
-        job = {**LORA, **training_arguments(plan), "packing": plan["packing"], "neat_packing": plan["packing"]}
         data = {"dataset": "chats", "dataset_dir": str(self.folder), "template": "glm4", "overwrite_cache": True}
-        self.args = get_train_args({"model_name_or_path": base_dir, **data, **job})
+        job = {**training_arguments(plan), "packing": plan["packing"], "neat_packing": plan["packing"]}
+        self.args = get_train_args({"model_name_or_path": base_dir, **LORA, **data, **job})
         self.modules = load_tokenizer(self.args[0])
         self.tokenizer = self.modules["tokenizer"]
         self.template = get_template_and_fix_tokenizer(self.tokenizer, self.args[1])
 
     def _rows(self, conversations: Any) -> Any:
-        chats = [_sharegpt(c["messages"], c.get("tools")) for c in conversations]
-        (self.folder / "chats.json").write_text(json.dumps(chats), "utf-8")
+        (self.folder / "chats.json").write_text(json.dumps([sharegpt_chat(c) for c in conversations]), "utf-8")
         return get_dataset(self.template, *self.args[:3], stage="sft", **self.modules)["train_dataset"]
 
     def encode(self, messages: Any, tools: Any = None) -> dict[str, list[int]]:
@@ -59,6 +58,13 @@ class Subject(PeftAdapter):
             raise NotImplementedError(f"the conversation is dropped: {error}") from error
         return {"input_ids": row["input_ids"], "labels": row["labels"]}
 
+    def prompt(self, messages: Any, tools: Any = None) -> list[int]:
+        """What its Hugging Face engine makes of a history."""
+        chat = json_chat({"messages": messages, "tools": tools}, call_role="function", result_role="observation")
+        system = chat["messages"].pop(0)["content"] if messages[0]["role"] == "system" else ""
+        history = [*chat["messages"], {"role": "assistant", "content": ""}]
+        return list(self.template.encode_oneturn(self.tokenizer, history, system, chat["tools"])[0])
+
     def build_model(self, base_dir: str, seed: int) -> Any:
         """The base with adapters on all linear layers."""
         self._configure(base_dir, make_plan(seed=seed))
@@ -67,15 +73,11 @@ class Subject(PeftAdapter):
     def train(self, model: Any, conversations: Any, plan: Any) -> list[dict[str, Any]]:
         """Train in place, by the plan."""
         self._configure(self.args[0].model_name_or_path, plan)
-        collator = SFTDataCollatorWith4DAttentionMask(
-            template=self.template, model=model, pad_to_multiple_of=8, neat_packing=plan["packing"],
-            block_diag_attn=plan["packing"], attn_implementation=model.config._attn_implementation,
-            compute_dtype=model.dtype, **self.modules,
-        )  # fmt: skip
-        rows, more = self._rows(conversations), {"finetuning_args": self.args[3], **self.modules}
-        trainer = CustomSeq2SeqTrainer(
-            args=self.args[2], model=model, data_collator=collator, train_dataset=rows, **more
-        )
+        more = {"neat_packing": plan["packing"], "block_diag_attn": plan["packing"], "compute_dtype": model.dtype}
+        more |= {"template": self.template, "model": model, "pad_to_multiple_of": 8, **self.modules}
+        job = {"args": self.args[2], "finetuning_args": self.args[3], "train_dataset": self._rows(conversations)}
+        collator = SFTDataCollatorWith4DAttentionMask(**more)
+        trainer = CustomSeq2SeqTrainer(model=model, data_collator=collator, **job, **self.modules)
         trainer.train(resume_from_checkpoint=plan["resume_from"])
         return list(trainer.state.log_history)
 
@@ -83,10 +85,3 @@ class Subject(PeftAdapter):
         """Write a merged checkpoint with ``llamafactory-cli export``."""
         model = {"model_name_or_path": base_dir, "adapter_name_or_path": folder, "infer_dtype": "float32"}
         export_model({**model, "template": "glm4", "export_dir": output})
-
-
-def _sharegpt(messages: Any, tools: Any) -> dict[str, Any]:
-    if any(message.get("loss") is False for message in messages):
-        raise NotImplementedError("LLaMA-Factory has no flag for the loss of one message")
-    tools = json.dumps(tools, ensure_ascii=False) if tools else ""
-    return {"messages": with_json_calls(messages, role="function_call"), "tools": tools}

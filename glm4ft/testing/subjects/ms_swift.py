@@ -13,7 +13,8 @@ from swift.pipelines.train.sft import SwiftSft
 from swift.trainers import TrainerFactory
 
 from glm4ft.testing.subject import make_plan
-from glm4ft.testing.wiring import PeftAdapter, training_arguments, with_json_calls
+from glm4ft.testing.subjects.known_failures import MS_SWIFT, reasons
+from glm4ft.testing.wiring import PeftAdapter, json_chat, training_arguments
 
 
 class Subject(PeftAdapter):
@@ -24,6 +25,7 @@ class Subject(PeftAdapter):
     """
 
     name, chat_format = "ms-swift", "glm-4-0414"
+    expected_failures = reasons(MS_SWIFT)
 
     def __init__(self, base_dir: str) -> None:
         self.base, self.data = base_dir, Path(tempfile.mkdtemp()) / "chats.jsonl"
@@ -75,7 +77,5 @@ class Subject(PeftAdapter):
 
 
 def _chat(conversation: Any) -> dict[str, Any]:
-    tools = conversation.get("tools")
-    messages = with_json_calls(conversation["messages"], role="tool_call")
-    messages = [{**m, "role": m["role"].replace("observation", "tool_response")} for m in messages]
-    return {"messages": messages} | ({"tools": json.dumps(tools, ensure_ascii=False)} if tools else {})
+    chat = json_chat(conversation, call_role="tool_call", result_role="tool_response")
+    return {key: value for key, value in chat.items() if value}

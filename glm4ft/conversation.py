@@ -259,5 +259,6 @@ def _malformed(error: json.JSONDecodeError, place: Place, *, cut: bool) -> DataE
 def _one_document(text: str, place: Place) -> DataError:
     """The error for a file that is one JSON document, most often a pretty-printed array."""
     kind, query = ("array", ".[]") if text.lstrip().startswith("[") else ("object", ".")
-    fix = f"convert it: jq -c '{query}' {shlex.quote(place.path)} > data.jsonl"
+    lines = f"{os.path.splitext(os.path.basename(place.path))[0]}-lines.jsonl"  # never the file itself
+    fix = f"convert it: jq -c '{query}' {shlex.quote(place.path)} > {shlex.quote(lines)}"
     return place.wrong(f"this file is one JSON {kind}, not JSONL", text.strip(), "one JSON object per line", fix)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from glm4ft.batching import Item, RowSet
 from glm4ft.chat_format import IGNORED, ChatFormat, Row
 from glm4ft.conversation import Conversation, Message, read_conversations
-from glm4ft.errors import DataError
+from glm4ft.errors import ConfigError, DataError
 
 DEMO_DATA = Path(__file__).parent / "demo" / "two_conversations.jsonl"
 WARNING_KINDS = 20  # counted apart: warnings quote names from the data
@@ -109,19 +109,20 @@ def prepare_rows(
     Returns:
         The rows and the report.
     Raises:
+        ConfigError: if the cache cannot be written.
         DataError: for the first conversation that cannot be used, or if no row is left.
     """
     folder = (cache or default_cache()) / "rows" / _digest(path, chat_format, max_length)
     if not (folder / _REPORT).exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:
-            _write_rows(unfinished, path, chat_format, max_length)
-            # another process may have finished the same rows meanwhile; both are the same, so either will do
-            with contextlib.suppress(OSError):
-                os.rename(unfinished, folder)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            _write_folder(folder, path, chat_format, max_length)
+        except OSError as error:
+            raise ConfigError(
+                "the encoded conversations cannot be written",
+                where=str(folder.parent),
+                found=error.strerror or str(error),
+                fix="free some space there, or set GLM4FT_CACHE to another folder",
+            ) from error
     report = DataReport(**json.loads((folder / _REPORT).read_text("utf-8")))
     return Rows(folder), replace(report, path=os.fspath(path))
 
@@ -185,6 +186,19 @@ def _exchanges(messages: tuple[Message, ...]) -> list[set[int]]:
         groups[-1].add(i)
         has_answer = has_answer or message.role == "assistant"
     return groups
+
+
+def _write_folder(folder: Path, path: str | os.PathLike[str], chat_format: ChatFormat, max_length: int) -> None:
+    """Write the rows so that their folder appears whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        _write_rows(unfinished, path, chat_format, max_length)
+        # another process may have finished the same rows meanwhile; both are the same, so either will do
+        with contextlib.suppress(OSError):
+            os.rename(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _write_rows(folder: Path, path: str | os.PathLike[str], chat_format: ChatFormat, max_length: int) -> None:

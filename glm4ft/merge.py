@@ -22,8 +22,9 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from glm4ft.base_model import TINY, Base, find_checkpoint, listed, load_base, one_line, read_json, require_whole_file
+from glm4ft.base_model import Base, load_base
 from glm4ft.chat_format import ChatFormat
+from glm4ft.checkpoint import TINY, find_checkpoint, listed, one_line, read_json, require_whole_file
 from glm4ft.conversation import Message
 from glm4ft.errors import ConfigError, ModelError, RunError
 
@@ -94,9 +95,9 @@ def merge_adapter(adapter: Path, output: Path, *, model: str | None = None, dtyp
         The account.
 
     Raises:
-        ConfigError: if the output folder is in use, or the dtype is not supported.
+        ConfigError: if the output folder is in use or cannot be written, or the dtype is not supported.
         ModelError: if base or adapter cannot be used, or do not fit each other.
-        RunError: if the merged weights do not say what the adapter says, or cannot be written.
+        RunError: if the merged weights do not say what the adapter says.
     """
     output = output.expanduser().absolute()
     _require_unused(output)
@@ -261,7 +262,9 @@ def _write(merged: PreTrainedModel, base: Base, output: Path) -> None:
                     if path.exists():
                         shutil.copyfile(path, folder / path.name)
     except (OSError, SafetensorError) as error:
-        raise RunError(f"the merged checkpoint could not be written to {output}: {one_line(error)}") from error
+        raise ConfigError(
+            "the merged checkpoint cannot be written", where=str(output), found=one_line(error)
+        ) from error
 
 
 @contextlib.contextmanager

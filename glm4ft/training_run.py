@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
-from glm4ft.base_model import Base, load_base, load_format
+from glm4ft.base_model import Base, load_base, load_format, require_loadable
 from glm4ft.batching import Collator, PackedRows, RowSet
 from glm4ft.chat_format import ChatFormat
 from glm4ft.config import TrainConfig
@@ -123,6 +123,7 @@ def run_training(
     if not resume and _is_main_process():
         _require_unused(output)
     _require_trackers(config.report_to)
+    require_loadable(config.model, config.dtype)  # before hours may go into encoding
     chat_format = chat_format_of(config)
     data = data_path(str(config.data))
     rows, report = prepare_rows(data, chat_format, max_length=config.max_length)

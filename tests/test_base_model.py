@@ -18,9 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Glm4ForCausalLM, GlmForCausalLM, PreTrainedTokenizerFast
 
-from glm4ft import base_model
-from glm4ft.base_model import INDEX, load_base, load_format, load_tokenizer
+from glm4ft import base_model, checkpoint
+from glm4ft.base_model import load_base, load_format, load_tokenizer
 from glm4ft.chat_format import STOPS, ChatFormat
+from glm4ft.checkpoint import INDEX
 from glm4ft.conversation import Message
 from glm4ft.errors import ConfigError, ModelError
 from glm4ft.tiny import CHAT_TEMPLATES, tiny_model, tiny_tokenizer, write_tiny_base
@@ -163,7 +164,7 @@ def test_folder_called_tiny_can_be_named(folder: Path, monkeypatch: pytest.Monke
     "model", ["./none", "../none", "~/none", "/none/at/all", "a/b/c", "none/", "two words", "a\\b"]
 )
 def test_path_that_does_not_exist_never_asks_the_hub(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base_model, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    monkeypatch.setattr(checkpoint, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
     with pytest.raises(ModelError, match="no such folder") as caught:
         load_base(model)
     assert caught.value.found == model
@@ -188,7 +189,7 @@ def test_hub_refusal_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> Non
     def refuse(*_: Any, **__: Any) -> str:
         raise OSError("401 Client Error.\n\nCannot access gated repo for url ...\n" + "x" * 1000)
 
-    monkeypatch.setattr(base_model, "snapshot_download", refuse)
+    monkeypatch.setattr(checkpoint, "snapshot_download", refuse)
     with pytest.raises(ModelError) as caught:
         load_tokenizer("zai-org/gated")
     assert caught.value.found.startswith("zai-org/gated: 401 Client Error. Cannot access gated repo")
@@ -209,7 +210,7 @@ def test_weights_of_a_hub_id_are_fetched_only_once_the_rest_is_right(
                 shutil.copy(path, cache)
         return str(cache)
 
-    monkeypatch.setattr(base_model, "snapshot_download", download)
+    monkeypatch.setattr(checkpoint, "snapshot_download", download)
     base = load_base("zai-org/glm")
     assert (base.source, base.model.name_or_path, base.folder) == ("zai-org/glm", "zai-org/glm", cache)
     assert ["*.safetensors" in patterns for patterns in fetched] == [False, True]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import resource
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,7 +125,7 @@ def test_consecutive_assistant_turns_train_with_the_option(tmp_path: Path) -> No
         ("--data={tmp}/none.jsonl", ("No such file",)),
         ("--model={tmp}/none", ("none",)),
         ("--model=./none", ("none",)),
-        ("--dtype=fp16", ("--dtype", "overflow")),
+        ("--dtype=int8", ("--dtype", "int8", "auto, bf16 or fp32")),
         ("--chat_format=glm-z1", ("glm-z1 is not supported",)),
         ("--chat_format=chatml", ("chatml", "glm-4-0414")),
         ("--learning-rat=1", ("--learning_rat", "--learning_rate")),
@@ -178,12 +179,23 @@ def sharded_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_base(tmp_path_factory.mktemp("base"), max_shard_size="500KB")
 
 
-def test_missing_shard_is_refused(tmp_path: Path, sharded_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_shard_is_refused_before_anything_is_encoded(
+    tmp_path: Path, sharded_base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = shutil.copytree(sharded_base, tmp_path / "base")
     shard = sorted(base.glob("model-*.safetensors"))[1]
     shard.unlink()
+    monkeypatch.setattr("glm4ft.training_run.prepare_rows", lambda *_, **__: pytest.fail("encoded"))
     argv = ["train", "--data=demo", f"--model={base}", f"--output={tmp_path / 'out'}"]
     assert_refused(argv, capsys, tmp_path, shard.name)
+
+
+def test_fp16_is_refused_before_anything_is_encoded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("glm4ft.training_run.prepare_rows", lambda *_, **__: pytest.fail("encoded"))
+    argv = ["train", "--data=demo", "--dtype=fp16", f"--output={tmp_path / 'out'}"]
+    assert_refused(argv, capsys, tmp_path, "--dtype", "overflow")
 
 
 def test_tokenizer_without_control_tokens_is_refused(
@@ -210,13 +222,27 @@ def test_full_disk_is_one_block(
     assert_refused(argv, capsys, tmp_path, "No space left on device", "cannot be written")
 
 
+@pytest.mark.parametrize("command", ["train", "inspect"])
+def test_full_disk_is_named_where_it_is(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of the cache of encoded conversations, and that of ``inspect --json``."""
+    full = {"train": tmp_path / "cache" / "rows", "inspect": tmp_path / "rows.jsonl"}[command]
+    argv = {"train": ["train", "--data=demo", f"--output={tmp_path / 'out'}"], "inspect": ["inspect", "demo"]}[command]
+    monkeypatch.setenv("GLM4FT_CACHE", str(tmp_path / "cache"))
+    _, hard = unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, hard))
+    try:
+        assert_refused([*argv, *[f"--json={full}"] * (command == "inspect")], capsys, tmp_path, str(full), "be written")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+
+
 @pytest.mark.parametrize(("limit_kib", "status"), [(300, 2), (700, 1)])
 def test_disk_that_fills_up_is_one_block(
     tmp_path: Path, limit_kib: int, status: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With files limited to 300 KiB the base does not fit: nothing is left. With 700 a checkpoint does not."""
-    resource = pytest.importorskip("resource")
-
     base = write_tiny_base(tmp_path / "base") if status == 1 else "tiny"
     argv = ["train", "--data=demo", f"--model={base}", "--max_steps=2", "--save_every=1", "--lora.rank=64"]
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -428,7 +428,7 @@ BAD_FILES: dict[str, tuple[bytes, str, str]] = {  # id: file, line of the fault,
     "long-integer": (b'{"tools": ' + b"1" * 5000 + b"}\n", ":1", ""),  # which fault depends on Python's digit limit
     "empty": (b"", "chat.jsonl", "no conversation"),
     "blank": (b"\n \r\n", "chat.jsonl", "no conversation"),
-    "array": (b"[\n  " + GOOD + b"\n]\n", ":1", "jq -c '.[]'"),
+    "array": (b"[\n  " + GOOD + b"\n]\n", ":1", "chat.jsonl > chat-lines.jsonl"),
     "array-on-one-line": (b"[" + GOOD + b"]", ":1", "one JSON array, not JSONL"),
     "object": (json.dumps(answered(), indent=2).encode(), ":1", "one JSON object, not JSONL"),
     "deep": (b"[" * 100_000 + b"\n", ":1", "nested too deeply"),

@@ -456,7 +456,7 @@ def _no_large_files() -> Any:
 
 @pytest.mark.usefixtures("_no_large_files")
 def test_disk_that_refuses_the_weights_leaves_nothing_behind(random_adapter: Path, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="could not be written") as caught:
+    with pytest.raises(ConfigError, match="cannot be written") as caught:
         merge_adapter(random_adapter, tmp_path / "new" / "merged")
     assert str(tmp_path / "new" / "merged") in str(caught.value)
     assert not list((tmp_path / "new").iterdir())
@@ -471,7 +471,7 @@ class Interruption:
 @pytest.mark.parametrize(
     "interruption",
     [
-        Interruption(OSError(errno.ENOSPC, "No space left on device"), RunError),
+        Interruption(OSError(errno.ENOSPC, "No space left on device"), ConfigError),
         Interruption(KeyboardInterrupt(), KeyboardInterrupt),
         Interruption(ValueError("some bug"), ValueError),
     ],

@@ -16,6 +16,7 @@ from rich.text import Text
 from glm4ft.chat_format import ChatFormat
 from glm4ft.conversation import read_conversations
 from glm4ft.dataset import fit_row
+from glm4ft.errors import ConfigError
 from glm4ft.report.mask_view import Totals, mask_record, render_legend, render_row, render_totals
 from glm4ft.report.safe_text import Ruled, visible
 
@@ -39,6 +40,7 @@ def inspect_conversations(
         limit: conversations to show; all of them count in the totals.
         json_file: write one JSON line per conversation here; ``-`` is stdout, where nothing else goes then.
     Raises:
+        ConfigError: if the JSON file cannot be written; it is left as it was.
         DataError: for the first conversation that cannot be used; a JSON file is left as it was.
     """
     console, totals = Console(highlight=False, quiet=json_file == "-"), Totals()
@@ -80,5 +82,7 @@ def _json_output(name: str | None) -> Iterator[TextIO | None]:
             with open(unfinished, "w", encoding="utf-8") as file:
                 yield file
             os.replace(unfinished, name)
+        except OSError as error:
+            raise ConfigError("the file cannot be written", where=name, found=error.strerror or str(error)) from error
         finally:
             unfinished.unlink(missing_ok=True)

@@ -1,8 +1,8 @@
 """Bases of the true geometry with constructed weights: the size of a checkpoint without the checkpoint.
 
 The recipe is that of the built-in base (``glm4ft.tiny``), shared head rows included, so that a wrong mask is as visible
-on them. Head rows are scaled so that logits spread as on the built-in base at any width: with rows of one scale, the
-loss of a base 4,096 wide would begin near 80 instead of near ln(151,552) = 11.9.
+on them. Head rows shrink with the root of the width, so that logits spread as on the built-in base: rows of one scale
+would spread those of a base 4,096 wide 5.7 times as far, and its first loss would be the distance of the largest.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def _finite(value: Any) -> float | None:
     return float(value) if value is not None and math.isfinite(value) else None
 
 
-@dataclass
+@dataclass(eq=False)  # older versions of pytest hash their plugins
 class Collected:
     """What the reports of a session brought along; fed on the controller, or in the only process.
 

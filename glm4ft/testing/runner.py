@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import pkgutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from glm4ft.errors import ConfigError, InputError, RunError
+from glm4ft.testing import checks
 from glm4ft.testing.checks.registry import CHECKS, STAGES, Check, CheckFailed, NotApplicable
 from glm4ft.testing.checks.trial import Trial
 from glm4ft.testing.subject import load_subject, parts
@@ -43,8 +45,8 @@ class Result:
 
 def all_checks() -> list[Check]:
     """Every check, in the order of the stages."""
-    for stage in STAGES:
-        importlib.import_module(f"glm4ft.testing.checks.{stage.replace('-', '_')}")
+    for module in pkgutil.iter_modules(checks.__path__):
+        importlib.import_module(f"{checks.__name__}.{module.name}")
     return sorted(CHECKS, key=lambda check: STAGES.index(check.stage))
 
 

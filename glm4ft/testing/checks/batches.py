@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -215,8 +214,7 @@ def _with_pad_token(trial: Trial, pad_id: int) -> Path:
     """The base with another pad token in its tokenizer and configuration."""
     from transformers import AutoConfig, AutoTokenizer
 
-    folder = trial.new_folder("pad")
-    shutil.copytree(trial.base_dir, folder, dirs_exist_ok=True)
+    folder = trial.copy_of_base("pad")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
     tokenizer.save_pretrained(folder)

@@ -7,195 +7,101 @@ subject with ``chat_format``; the others hold for every chat template.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import groupby
-from typing import Any, NoReturn
 
 from glm4ft.testing.checks.bank import BANK, FLAGGED, MARKERS_TALK, TRAILING, Talk
+from glm4ft.testing.checks.encoding import (
+    Row,
+    bank_of,
+    controls_of,
+    fail,
+    first_difference,
+    is_glm,
+    judged,
+    name_of,
+    row_of,
+    turns_of,
+    value_at,
+)  # fmt: skip
 from glm4ft.testing.checks.registry import CheckFailed, NotApplicable, check
 from glm4ft.testing.checks.trial import Trial
 from glm4ft.testing.oracle import (
     IGNORED,
     PREFIX,
-    Turn,
-    Undecidable,
-    control_ids,
     explain_mistakes,
     find_mistakes,
-    find_turns,
     legal_stops,
     show_token,
-    show_tokens,
 )
-
-DENSE_FORMATS = ("glm-4-9b-chat", "glm-4-0414")
-
-
-@dataclass(frozen=True)
-class Row:
-    """What the subject made of a conversation; ids and labels have one length."""
-
-    talk: Talk
-    ids: tuple[int, ...]
-    labels: tuple[int, ...]
-
-    @property
-    def runs(self) -> list[range]:
-        """Maximal runs of supervised positions."""
-        positions = [i for i, label in enumerate(self.labels) if label != IGNORED]
-        runs = [[i for _, i in run] for _, run in groupby(enumerate(positions), key=lambda pair: pair[1] - pair[0])]
-        return [range(run[0], run[-1] + 1) for run in runs]
-
-
-def _bank(trial: Trial) -> list[Talk]:
-    """The bank without what the subject has no words for, or refuses; tools need a template that knows them."""
-    knows_tools = _is_glm(trial) and "tools" in str(trial.subject.tokenizer.chat_template or "")
-    talks = [talk for talk in BANK if (knows_tools or not talk.tools) and trial.takes(_conversation(talk))]
-    if not talks:
-        raise NotApplicable("not judged: the subject refuses every conversation of the bank")
-    return [talk for talk in talks if talk is not MARKERS_TALK or _keeps_markers(trial)]
-
-
-def _keeps_markers(trial: Trial) -> bool:
-    """False if marker text becomes headers: that has a check of its own, and would only hide other faults in others."""
-    if not _is_glm(trial):
-        return True
-    try:
-        ((ids, _),) = trial.rows([_conversation(MARKERS_TALK)])
-        find_turns(ids, MARKERS_TALK.messages, control_ids(trial.subject.tokenizer))
-    except Undecidable:
-        return False
-    return True
-
-
-def _conversation(talk: Talk) -> dict[str, Any]:
-    return copy.deepcopy({"messages": list(talk.messages), "tools": list(talk.tools) if talk.tools else None})
-
-
-def _row(trial: Trial, talk: Talk) -> Row:
-    ((ids, labels),) = trial.rows([_conversation(talk)])
-    if len(ids) != len(labels):
-        raise NotApplicable("not judged: ids and labels differ in length")
-    return Row(talk, ids, labels)
-
-
-def _is_glm(trial: Trial) -> bool:
-    return getattr(trial.subject, "chat_format", None) in DENSE_FORMATS
-
-
-def _controls(trial: Trial) -> dict[str, int]:
-    if not _is_glm(trial):
-        found = getattr(trial.subject, "chat_format", None)
-        raise NotApplicable(f"the claim is about {' and '.join(DENSE_FORMATS)}; the subject's chat_format is {found}")
-    try:
-        return control_ids(trial.subject.tokenizer)
-    except Undecidable as error:
-        raise CheckFailed(str(error)) from error
-
-
-def _turns(trial: Trial, row: Row, controls: Mapping[str, int]) -> list[Turn]:
-    try:
-        return find_turns(row.ids, row.talk.messages, controls)
-    except Undecidable as error:
-        raise CheckFailed(f"conversation {_name(row.talk)}: {error}") from error
-
-
-def _judged(trial: Trial) -> Iterator[tuple[Row, list[Turn]]]:
-    """The rows of the bank with their turns."""
-    controls = _controls(trial)
-    for talk in _bank(trial):
-        row = _row(trial, talk)
-        yield row, _turns(trial, row, controls)
-
-
-def _name(talk: Talk) -> str:
-    return f"{BANK.index(talk) + 1} ({talk.id})" if talk in BANK else f"({talk.id})"
-
-
-def _fail(trial: Trial, row: Row, problem: str, position: int) -> NoReturn:
-    shown = show_tokens(trial.subject.tokenizer, row.ids, position)
-    raise CheckFailed(f"conversation {_name(row.talk)}, {problem}\n  {shown}")
-
-
-def _at(values: Sequence[int], position: int) -> str:
-    return str(values[position]) if position < len(values) else "missing"
-
-
-def _first_difference(left: Sequence[int], right: Sequence[int]) -> int:
-    """Where two sequences part; the length of the shorter if one begins the other."""
-    pairs = enumerate(zip(left, right, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(left), len(right)))
 
 
 @check(stage="rows", incident="nanochat 1ddaad1: the renderer was right, the loader's mask was not")
 def check_lists_have_one_length_and_labels_equal_ids_where_supervised(trial: Trial) -> None:
     """A label is the row's own id, unshifted, or -100; a first token is never a target."""
-    for talk in _bank(trial):
+    for talk in bank_of(trial):
         row = trial.subject.encode(*copy.deepcopy((list(talk.messages), list(talk.tools) if talk.tools else None)))
         ids, labels = row["input_ids"], row["labels"]
         if not (isinstance(ids, list) and isinstance(labels, list)):
             raise CheckFailed(
-                f"conversation {_name(talk)}: {type(ids).__name__} and {type(labels).__name__}, not lists"
+                f"conversation {name_of(talk)}: {type(ids).__name__} and {type(labels).__name__}, not lists"
             )
         if len(ids) != len(labels):
-            raise CheckFailed(f"conversation {_name(talk)}: {len(ids)} input_ids but {len(labels)} labels")
+            raise CheckFailed(f"conversation {name_of(talk)}: {len(ids)} input_ids but {len(labels)} labels")
         encoded = Row(talk, tuple(ids), tuple(labels))
         for position, (token, label) in enumerate(zip(ids, labels, strict=True)):
             if label not in (token, IGNORED):
                 text = f"{token} {show_token(trial.subject.tokenizer, ids, position)}"
-                _fail(trial, encoded, f"position {position}: label {label} over id {text}, should be equal", position)
+                fail(trial, encoded, f"position {position}: label {label} over id {text}, should be equal", position)
         if labels and labels[0] != IGNORED:
-            _fail(trial, encoded, "position 0 is supervised, but nothing before it predicts it", 0)
+            fail(trial, encoded, "position 0 is supervised, but nothing before it predicts it", 0)
 
 
 @check(stage="rows", incident="GLM-4 issue 342: header trained, stop token not; TRL 6044 and 4201")
 def check_mask_is_what_the_model_must_sample(trial: Trial) -> None:
     """All that follows ``<|assistant|>``, up to and including the next control token, and nothing else."""
-    controls = _controls(trial)
-    for row, turns in _judged(trial):
+    controls = controls_of(trial)
+    for row, turns in judged(trial):
         mistakes = list(find_mistakes(row.ids, row.labels, turns, controls))
         if mistakes:
             text = explain_mistakes(trial.subject.tokenizer, row.ids, turns, mistakes)
-            raise CheckFailed(f"conversation {_name(row.talk)}, wrong labels: {len(mistakes)}\n{text}")
+            raise CheckFailed(f"conversation {name_of(row.talk)}, wrong labels: {len(mistakes)}\n{text}")
 
 
 @check(stage="rows", incident="unsloth-zoo 959, TRL 1509, open-r1 462: the template's prefix and the tokenizer's")
 def check_prefix_stands_once(trial: Trial) -> None:
     """``[gMASK]<sop>`` begins every row and does not come again."""
-    controls = _controls(trial)
+    controls = controls_of(trial)
     prefix = [controls[token] for token in PREFIX]
-    for talk in _bank(trial):
-        row = _row(trial, talk)
+    for talk in bank_of(trial):
+        row = row_of(trial, talk)
         begin = list(row.ids[: len(prefix)])
         if begin != prefix:
-            _fail(trial, row, f"the row begins with {begin}, should begin with {''.join(PREFIX)} {prefix}", 0)
+            fail(trial, row, f"the row begins with {begin}, should begin with {''.join(PREFIX)} {prefix}", 0)
         again = [i for i, token in enumerate(row.ids) if token in prefix and i >= len(prefix)]
         if again and talk is not MARKERS_TALK:
             text = show_token(trial.subject.tokenizer, row.ids, again[0])
-            _fail(trial, row, f"position {again[0]}: {text} is a second prefix, should stand once", again[0])
+            fail(trial, row, f"position {again[0]}: {text} is a second prefix, should stand once", again[0])
 
 
 @check(stage="rows", incident="TRL 3091: no stop token after the last answer; LLaMA-Factory 7911: another one")
 def check_every_turn_ends_in_one_stop(trial: Trial) -> None:
     """The next role's header, or at the end of a conversation one appended stop; a target that generation stops at."""
-    controls, stop_ids = _controls(trial), getattr(trial.subject, "stop_ids", None)
+    controls, stop_ids = controls_of(trial), getattr(trial.subject, "stop_ids", None)
     names = {token_id: token for token, token_id in controls.items()}
-    for row, turns in _judged(trial):
+    for row, turns in judged(trial):
         for number, turn in enumerate(turns, 1):
             where, legal = f"turn {number} (message {turn.message})", legal_stops(row.talk.messages, turn.message)
             if turn.end == len(row.ids):
-                _fail(trial, row, f"{where}: no terminator; the row ends after the answer", turn.end)
+                fail(trial, row, f"{where}: no terminator; the row ends after the answer", turn.end)
             token = names[row.ids[turn.end]]
             problem = f"{where}: position {turn.end}, the terminator {token!r},"
             if token not in legal:
-                _fail(trial, row, f"{problem} should be {' or '.join(legal)}", turn.end)
+                fail(trial, row, f"{problem} should be {' or '.join(legal)}", turn.end)
             if turn.message + 1 == len(row.talk.messages) and turn.end + 1 != len(row.ids):
-                _fail(trial, row, f"{problem} should end the row, but tokens follow it", turn.end + 1)
+                fail(trial, row, f"{problem} should end the row, but tokens follow it", turn.end + 1)
             if row.labels[turn.end] == IGNORED:
-                _fail(trial, row, f"{problem} is ignored, should be supervised", turn.end)
+                fail(trial, row, f"{problem} is ignored, should be supervised", turn.end)
             if stop_ids is not None and row.ids[turn.end] not in list(stop_ids):
-                _fail(trial, row, f"{problem} is not among the subject's stop_ids {list(stop_ids)}", turn.end)
+                fail(trial, row, f"{problem} is not among the subject's stop_ids {list(stop_ids)}", turn.end)
 
 
 @check(stage="rows", incident="transformers 29279 and 47822: marker text in content became control ids")
@@ -203,38 +109,38 @@ def check_content_never_becomes_a_control_token(trial: Trial) -> None:
     """Which control ids a row has depends on the roles alone: other texts, the same control ids."""
     tokenizer = trial.subject.tokenizer
     added = tokenizer.get_added_vocab()
-    if not _is_glm(trial):  # a tokenizer may add ordinary words too
+    if not is_glm(trial):  # a tokenizer may add ordinary words too
         added = {token: i for token, i in added.items() if i in tokenizer.all_special_ids}
     if not added:
         raise NotApplicable("the tokenizer has no control tokens")
     text, ids = "say " + " ".join(added), set(added.values())
-    for talk in [t for t in _bank(trial) if t.id in ("several turns", "system", "tool call")]:
-        plain = [token for token in _row(trial, talk).ids if token in ids]
+    for talk in [t for t in bank_of(trial) if t.id in ("several turns", "system", "tool call")]:
+        plain = [token for token in row_of(trial, talk).ids if token in ids]
         for index, message in enumerate(talk.messages):
             messages = [*talk.messages]
             messages[index] = {**message, "content": text}
-            row = _row(trial, Talk(f"{talk.id} with marker text", tuple(messages), talk.tools))
+            row = row_of(trial, Talk(f"{talk.id} with marker text", tuple(messages), talk.tools))
             found = [i for i, token in enumerate(row.ids) if token in ids]
-            where = _first_difference([row.ids[i] for i in found], plain)
+            where = first_difference([row.ids[i] for i in found], plain)
             if len(found) > len(plain):
                 position, role = found[where], message["role"]
                 token = show_token(tokenizer, row.ids, position)
                 problem = f"message {index} ({role}): {len(found)} control ids, should be {len(plain)} as with any text"
-                _fail(trial, row, f"{problem}; position {position} {token} comes from content", position)
+                fail(trial, row, f"{problem}; position {position} {token} comes from content", position)
             if [row.ids[i] for i in found] != plain:
-                raise CheckFailed(f"conversation {_name(row.talk)}: the text of message {index} changes control ids")
+                raise CheckFailed(f"conversation {name_of(row.talk)}: the text of message {index} changes control ids")
 
 
 @check(stage="rows", incident="FastChat 2498, alpaca-lora fac5372: the span was off by one token at the seam")
 def check_supervised_text_is_the_answer(trial: Trial) -> None:
     """Each supervised run decodes to tool name, newline, content and the stop token, verbatim; one run per turn."""
-    _controls(trial)
-    for talk in _bank(trial):
-        row = _row(trial, talk)
+    controls_of(trial)
+    for talk in bank_of(trial):
+        row = row_of(trial, talk)
         answers = [i for i, message in enumerate(talk.messages) if message["role"] == "assistant"]
         if len(row.runs) != len(answers):
             problem = f"{len(row.runs)} supervised runs, should be {len(answers)}, one per assistant turn"
-            _fail(trial, row, problem, row.runs[0].start if row.runs else len(row.ids))
+            fail(trial, row, problem, row.runs[0].start if row.runs else len(row.ids))
         for number, (run, index) in enumerate(zip(row.runs, answers, strict=True), 1):
             message = talk.messages[index]
             text = trial.subject.tokenizer.decode(row.ids[run.start : run.stop], clean_up_tokenization_spaces=False)
@@ -242,32 +148,32 @@ def check_supervised_text_is_the_answer(trial: Trial) -> None:
             legal = [body + stop for stop in legal_stops(talk.messages, index)]
             if text not in legal:
                 problem = f"turn {number} (message {index}): positions {run.start} to {run.stop - 1}"
-                _fail(trial, row, f"{problem} decode to {text!r}, should be {legal[0]!r}", run.start)
+                fail(trial, row, f"{problem} decode to {text!r}, should be {legal[0]!r}", run.start)
 
 
 @check(stage="rows", incident="LLaMA-Factory e734222: a system message vanished in some layouts")
 def check_every_message_stands_in_the_row(trial: Trial) -> None:
     """The row decodes to all texts in order; verbatim in a GLM-4 format, where others may strip them."""
-    for talk in _bank(trial):
-        row, found = _row(trial, talk), 0
+    for talk in bank_of(trial):
+        row, found = row_of(trial, talk), 0
         text = trial.subject.tokenizer.decode(row.ids, clean_up_tokenization_spaces=False)
         for index, message in enumerate(talk.messages):
-            content = message["content"] if _is_glm(trial) else message["content"].strip()
+            content = message["content"] if is_glm(trial) else message["content"].strip()
             begin = text.find(content, found)
             if begin < 0:
                 problem = f"message {index} ({message['role']}), {content!r}, does not stand in the row"
-                raise CheckFailed(f"conversation {_name(talk)}, {problem}, {text!r}")
+                raise CheckFailed(f"conversation {name_of(talk)}, {problem}, {text!r}")
             found = begin + len(content)
 
 
 @check(stage="rows", needs=("prompt",), incident="ChatGLM3 4568c63: training and serving rendered tools differently")
 def check_prompt_of_serving_begins_the_row(trial: Trial) -> None:
     """What serving sends for a turn is the row up to that turn, id by id, and the turn's targets begin right there."""
-    for talk in _bank(trial):
-        row = _row(trial, talk)
+    for talk in bank_of(trial):
+        row = row_of(trial, talk)
         answers = [i for i, message in enumerate(talk.messages) if message["role"] == "assistant"]
-        if _is_glm(trial):
-            starts = [turn.header + 1 for turn in _turns(trial, row, _controls(trial))]
+        if is_glm(trial):
+            starts = [turn.header + 1 for turn in turns_of(trial, row, controls_of(trial))]
         else:
             starts = [run.start for run in row.runs]
         if len(starts) != len(answers):
@@ -275,65 +181,65 @@ def check_prompt_of_serving_begins_the_row(trial: Trial) -> None:
         for number, (start, index) in enumerate(zip(starts, answers, strict=True), 1):
             history, tools = copy.deepcopy((list(talk.messages[:index]), list(talk.tools) if talk.tools else None))
             prompt = [int(token) for token in trial.subject.prompt(history, tools)]
-            where = _first_difference(prompt, row.ids[:start])
+            where = first_difference(prompt, row.ids[:start])
             if where < max(len(prompt), start):
                 problem = f"turn {number} (message {index}): serving sends {len(prompt)} ids, the row has {start}"
                 sent = show_token(trial.subject.tokenizer, prompt, where) if where < len(prompt) else "nothing"
-                _fail(trial, row, f"{problem} before the answer; at position {where} serving sends {sent}", where)
+                fail(trial, row, f"{problem} before the answer; at position {where} serving sends {sent}", where)
 
 
 @check(stage="rows", incident="TRL 5559 and 6433: the template rewrites earlier turns once later ones follow")
 def check_earlier_turns_do_not_change(trial: Trial) -> None:
     """Ids and labels of the first turns begin those of the whole conversation, up to their last stop token."""
-    for talk in _bank(trial):
-        whole = _row(trial, talk)
+    for talk in bank_of(trial):
+        whole = row_of(trial, talk)
         ends = [i + 1 for i, message in enumerate(talk.messages) if message["role"] == "assistant"]
         for number, end in enumerate(ends, 1):
-            part = _row(trial, Talk(f"{talk.id}, to turn {number}", talk.messages[:end], talk.tools))
+            part = row_of(trial, Talk(f"{talk.id}, to turn {number}", talk.messages[:end], talk.tools))
             kept = max((run.stop for run in part.runs), default=1) - 1  # the stop token may differ at the end
             for name, before, after in (("ids", part.ids, whole.ids), ("labels", part.labels, whole.labels)):
-                where = _first_difference(before[:kept], after)
+                where = first_difference(before[:kept], after)
                 if where < kept:
                     problem = f"the {name} of the conversation to turn {number} change when more follows"
                     was = f"{before[where]} for {show_token(trial.subject.tokenizer, part.ids, where)}"
-                    _fail(trial, whole, f"{problem}; position {where} was {was}, is {_at(after, where)}", where)
+                    fail(trial, whole, f"{problem}; position {where} was {was}, is {value_at(after, where)}", where)
 
 
 @check(stage="rows", incident="ms-swift 9266: flags lost when turns were merged")
 def check_loss_flag_is_honoured(trial: Trial) -> None:
     """``loss: false`` takes exactly its own turn's targets away and leaves the ids alone."""
-    plain = _row(trial, next(talk for talk in BANK if talk.id == "several turns"))
+    plain = row_of(trial, next(talk for talk in BANK if talk.id == "several turns"))
     answers = [i for i, message in enumerate(plain.talk.messages) if message["role"] == "assistant"]
     if len(plain.runs) != len(answers):
         raise NotApplicable(f"not judged: {len(plain.runs)} supervised runs for {len(answers)} assistant turns")
     for number, (index, own) in enumerate(zip(answers, plain.runs, strict=True), 1):
         messages = [{**m, "loss": False} if i == index else m for i, m in enumerate(plain.talk.messages)]
-        row = _row(trial, Talk(f"several turns, loss of message {index} false", tuple(messages)))
+        row = row_of(trial, Talk(f"several turns, loss of message {index} false", tuple(messages)))
         if row.ids != plain.ids:
-            where = _first_difference(row.ids, plain.ids)
-            _fail(trial, row, f"the flag changes the ids at position {where}", where)
+            where = first_difference(row.ids, plain.ids)
+            fail(trial, row, f"the flag changes the ids at position {where}", where)
         for position, (label, before) in enumerate(zip(row.labels, plain.labels, strict=True)):
             should = before != IGNORED and position not in own
             if (label != IGNORED) != should:
                 words = ("supervised", "ignored") if should else ("ignored", "supervised")
                 text = show_token(trial.subject.tokenizer, row.ids, position)
                 problem = f"turn {number} (message {index}) has loss false: position {position} {text}"
-                _fail(trial, row, f"{problem} is {words[1]}, should be {words[0]}", position)
+                fail(trial, row, f"{problem} is {words[1]}, should be {words[0]}", position)
 
 
 @check(stage="rows", incident="alpaca-lora 4a712d4, GLM-4 finetune.py combine: text that nobody answered was trained")
 def check_conversation_without_targets_is_not_trained(trial: Trial) -> None:
     """No target where every loss is false, and none in messages that no answer follows; refusing them is fine."""
-    row = _row(trial, TRAILING)
-    first = _row(trial, Talk("without the trailing message", TRAILING.messages[:-1]))
-    shared = _first_difference(row.ids, first.ids)
+    row = row_of(trial, TRAILING)
+    first = row_of(trial, Talk("without the trailing message", TRAILING.messages[:-1]))
+    shared = first_difference(row.ids, first.ids)
     late = [i for run in row.runs for i in run if i > shared]  # at ``shared`` itself stands the last turn's stop token
     if late:
         text = show_token(trial.subject.tokenizer, row.ids, late[0])
-        _fail(trial, row, f"position {late[0]} {text} is supervised, should be ignored: no answer follows it", late[0])
+        fail(trial, row, f"position {late[0]} {text} is supervised, should be ignored: no answer follows it", late[0])
     messages = [{**m, "loss": False} if m["role"] == "assistant" else m for m in FLAGGED.messages]
     try:
-        silent = _row(trial, Talk("every loss false", tuple(messages)))
+        silent = row_of(trial, Talk("every loss false", tuple(messages)))
     except NotApplicable:
         raise
     except Exception:  # an error is what a pipeline should rather raise than train nothing
@@ -342,7 +248,7 @@ def check_conversation_without_targets_is_not_trained(trial: Trial) -> None:
         start = silent.runs[0].start
         text = show_token(trial.subject.tokenizer, silent.ids, start)
         problem = f"every loss is false, but position {start} {text} is supervised, should be ignored"
-        _fail(trial, silent, problem, start)
+        fail(trial, silent, problem, start)
 
 
 @check(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -174,6 +175,16 @@ class Trial:
         except Exception:  # for the check that needs the row to report
             return True
         return True
+
+    def copy_of_base(self, name: str) -> Path:
+        """The base in a folder of its own, to be changed there; weights are linked."""
+        folder = self.new_folder(name)
+        for file in self.base_dir.iterdir():
+            if file.suffix == ".safetensors":
+                (folder / file.name).symlink_to(file.resolve())
+            elif file.is_file():
+                shutil.copy(file, folder / file.name)
+        return folder
 
     def another(self, base_dir: Path) -> Any:
         """A subject of the same kind on another base.

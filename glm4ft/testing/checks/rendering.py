@@ -1,0 +1,196 @@
+"""Claims about how conversations become rows: roles in order, tools, long texts, no memory from one to the next."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from glm4ft.testing.checks.bank import SEVERAL, WEATHER, Talk, answer, user
+from glm4ft.testing.checks.encoding import (
+    bank_of,
+    controls_of,
+    conversation_of,
+    fail,
+    first_difference,
+    is_glm,
+    name_of,
+    row_of,
+)  # fmt: skip
+from glm4ft.testing.checks.registry import CheckFailed, NotApplicable, check
+from glm4ft.testing.checks.trial import Trial
+from glm4ft.testing.oracle import END_OF_TEXT, HEADERS, IGNORED, PREFIX, show_token
+from glm4ft.testing.sightings import KnownRows
+from glm4ft.testing.subject import make_plan, parts
+from glm4ft.testing.trace import record
+
+CLOCK = {
+    "type": "function",
+    "function": {
+        "name": "get_time",
+        "description": "the time of a zone",
+        "parameters": {"type": "object", "properties": {"zone": {"type": "string"}}},
+    },
+}
+# Longer than the lengths that pipelines cut at by default: 512, 1024, 2048, 4096 tokens.
+LONG_WORDS = 4500
+REASONING = ("<think>wonder</think>", "wonder</think>plain", "<think>wonder", "<think>wonder</think>plain")
+
+
+@check(
+    stage="rows", incident="GLM-4 081f0fb: a slice of fixed length ate the role header; axolotl 2859: one header more"
+)
+def check_every_message_has_its_header(trial: Trial) -> None:
+    """The control ids of a row are the prefix, one header per message in order, and at most one stop at the end."""
+    controls = controls_of(trial)
+    names = {token_id: token for token, token_id in controls.items()}
+    for talk in bank_of(trial):
+        row = row_of(trial, talk)
+        found = [(i, names[token]) for i, token in enumerate(row.ids) if token in names]
+        expected = [*PREFIX, *(HEADERS[message["role"]] for message in talk.messages)]
+        if talk.tools and [token for _, token in found[2:3]] == [HEADERS["system"]]:
+            expected.insert(len(PREFIX), HEADERS["system"])  # the block that declares the tools
+        got = [token for _, token in found]
+        at = next(
+            (i for i, (a, b) in enumerate(zip(got, expected, strict=False)) if a != b), min(len(got), len(expected))
+        )
+        rest = got[len(expected) :]
+        if (
+            at < len(expected)
+            or len(rest) > 1
+            or not set(rest) <= {HEADERS["user"], HEADERS["observation"], END_OF_TEXT}
+        ):
+            position = found[at][0] if at < len(found) else len(row.ids)
+            wanted = expected[at] if at < len(expected) else "at most a stop token"
+            stands = got[at] if at < len(got) else "the end of the row"
+            fail(trial, row, f"control token {at + 1} is {stands}, should be {wanted}", position)
+
+
+@check(stage="rows", incident="axolotl 1265, LMFlow 394: ids of another conversation came out of a cache")
+def check_encoding_has_no_memory(trial: Trial) -> None:
+    """A conversation gives the same row whatever was encoded before it, and is not changed by being encoded."""
+    talks = bank_of(trial)
+    first = [row_of(trial, talk) for talk in talks]
+    for talk, before in [*zip(talks, first, strict=True)][::-1]:
+        conversation = conversation_of(talk)
+        given = copy.deepcopy(conversation)
+        ((ids, labels),) = trial.rows([conversation])
+        if conversation != given:
+            raise CheckFailed(f"conversation {name_of(talk)} was changed by encoding it")
+        if (ids, labels) != (before.ids, before.labels):
+            where = first_difference(ids, before.ids)
+            fail(trial, before, f"encoded again after others the row differs, at position {where}", where)
+
+
+@check(stage="rows", incident="GLM-4 finetune.py process_message: tools of other rows left null keys behind")
+def check_tools_of_other_conversations_leave_no_trace(trial: Trial) -> None:
+    """A row shows its own tools' arguments and no one else's, nor a null."""
+    if not any(talk.tools for talk in bank_of(trial)):
+        raise NotApplicable("the subject takes no tools")
+    talks = [Talk("a tool", (user("now?"), answer("yes")), (tool,)) for tool in (WEATHER, CLOCK)]
+    texts = [trial.subject.tokenizer.decode(row_of(trial, talk).ids) for talk in talks]
+    for text, own, other in ((texts[0], "city", "zone"), (texts[1], "zone", "city")):
+        if own not in text:
+            raise CheckFailed(f"the argument {own!r} of the declared tool does not stand in the row")
+        for word in (f'"{other}"', "null", "None"):
+            if word in text:
+                raise CheckFailed(f"{word} stands in the row of a tool whose only argument is {own!r}")
+
+
+@check(stage="rows", incident="axolotl 1818, LLaMA-Factory 6632: the length that was asked for never arrived")
+def check_long_conversations_are_not_cut(trial: Trial) -> None:
+    """A row longer than any default length keeps its beginning, its end and all between."""
+    words = " ".join(f"w{i}" for i in range(LONG_WORDS))
+    row = row_of(trial, Talk("a long one", (user(words), answer("the end of it"))))
+    text = trial.subject.tokenizer.decode(row.ids, clean_up_tokenization_spaces=False)
+    if words not in text or "the end of it" not in text:
+        raise CheckFailed(f"a conversation of {len(words):,} characters was cut to a row of {len(row.ids):,} tokens")
+
+
+@check(stage="rows", incident="ms-swift 9266: turns were joined, and the flags of one taken for both")
+def check_adjacent_answers_keep_their_flags(trial: Trial) -> None:
+    """Two assistant messages in a row are refused, or each is trained as its own flag says."""
+    for flags in ((False, True), (True, False)):
+        messages = (user("hi"), answer("first", loss=flags[0]), answer("second", loss=flags[1]))
+        try:
+            row = row_of(trial, Talk("two answers in a row", messages))
+        except NotApplicable:
+            raise
+        except Exception:  # the data cannot say whether the second header is sampled, so refusing is right
+            return
+        text = trial.subject.tokenizer.decode([token for token in row.labels if token != IGNORED])
+        for word, flag in zip(("first", "second"), flags, strict=True):
+            if (word in text) != flag:
+                raise CheckFailed(
+                    f"of two assistant messages in a row the {word} has loss {str(flag).lower()}, but is "
+                    f"{'not ' if flag else ''}supervised: {text!r}"
+                )
+
+
+@check(stage="rows", incident="TRL 6363, LLaMA-Factory 9219: reasoning was cut out at one tag of two")
+def check_reasoning_tags_are_text(trial: Trial) -> None:
+    """Formats without reasoning leave ``<think>`` as it is: both tags, one or the other."""
+    if not is_glm(trial):
+        raise NotApplicable("the claim is about GLM-4 formats, which have no reasoning of their own")
+    for content in REASONING:
+        row = row_of(trial, Talk("reasoning tags", (user(content), answer(content))))
+        text = trial.subject.tokenizer.decode(row.ids, clean_up_tokenization_spaces=False)
+        if text.count(content) != 2:
+            raise CheckFailed(f"{content!r} as question and as answer became {text!r}")
+
+
+@check(stage="rows", incident="axolotl 1298, open-instruct 1518: the cache's key knew neither tokenizer nor template")
+def check_no_stale_ids_are_used(trial: Trial) -> None:
+    """After a change of the tokenizer, or of the conversations, in the same folder, the new rows are trained."""
+    base = _with_other_ids(trial)
+    other = trial.another(base)
+    talk = {"messages": [dict(message) for message in SEVERAL], "tools": None}
+    ((before, _),), row = trial.rows([talk]), other.encode([dict(message) for message in SEVERAL], None)
+    if tuple(row["input_ids"]) == before:
+        raise CheckFailed("with another tokenizer the ids are still those of the first one")
+    if not {"train", "build_model"} <= parts(trial.subject):
+        return
+    folder, changed = trial.new_folder("stale"), [_changed(c) for c in trial.conversations]
+    _train(trial, trial.subject, trial.base_dir, trial.conversations, folder)
+    _require_fresh(trial, other, base, trial.conversations, folder, "the tokenizer")
+    _require_fresh(trial, trial.subject, trial.base_dir, changed, folder, "the conversations")
+
+
+def _require_fresh(trial: Trial, subject: Any, base: Path, conversations: Any, folder: Path, what: str) -> None:
+    """Fail if what is trained are not the rows that the subject now makes."""
+    encoded = [subject.encode(c["messages"], c.get("tools")) for c in conversations]
+    known = KnownRows([(tuple(row["input_ids"]), tuple(row["labels"])) for row in encoded])
+    trace = _train(trial, subject, base, conversations, folder)
+    seen = [known.sight(forward) for step in trace.steps for forward in step.forwards]
+    if any(not sighting.rows or sighting.unknown for sighting in seen):
+        ids = trace.steps[0].forwards[0].input_ids_BT[0].tolist()
+        shown = show_token(subject.tokenizer, ids, len(ids) // 2)
+        raise CheckFailed(f"after a change of {what} in the same folder, old rows are trained (as {shown})")
+
+
+def _train(trial: Trial, subject: Any, base: Path, conversations: Any, folder: Path) -> Any:
+    model = subject.build_model(str(base), 0)
+    with record(model, 1) as trace:
+        subject.train(model, conversations, make_plan(steps=1, output_dir=str(folder)))
+    return trace
+
+
+def _changed(conversation: dict[str, Any]) -> dict[str, Any]:
+    first, *rest = conversation["messages"]
+    return {**conversation, "messages": [{**first, "content": "now " + first["content"]}, *rest]}
+
+
+def _with_other_ids(trial: Trial) -> Path:
+    """The base with a tokenizer in which two letters have changed their ids."""
+    folder = trial.copy_of_base("other-ids")
+    file = folder / "tokenizer.json"
+    if not file.exists():
+        raise NotApplicable("the base has no tokenizer.json to change")
+    stored = json.loads(file.read_text("utf-8"))
+    vocab = stored["model"]["vocab"]
+    if not isinstance(vocab, dict):
+        raise NotApplicable("the base's tokenizer has no vocabulary by token")
+    vocab["e"], vocab["o"] = vocab["o"], vocab["e"]
+    file.write_text(json.dumps(stored, ensure_ascii=False), "utf-8")
+    return folder

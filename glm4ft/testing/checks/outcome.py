@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -143,6 +144,27 @@ def check_accuracy_is_that_of_supervised_tokens(trial: Trial) -> None:
             raise CheckFailed(f"evaluate says an accuracy of {figures['accuracy']:.4f}, it is {expected:.4f}")
 
 
+@check(
+    stage="outcome",
+    needs=(*NEEDS, "evaluate"),
+    incident="GLM-4 finetune.py: the answer in the prompt, the question cut",
+)
+def check_evaluation_prompts_as_serving_does(trial: Trial) -> None:
+    """Where evaluation generates, it is from the trained prompt: without the answer, and with the whole question."""
+    words = "why is it so? " * 60 + "now"
+    long = {"messages": [{"role": "user", "content": words}, {"role": "assistant", "content": "sentinel"}]}
+    rows = [ids for ids, _ in trial.rows([*trial.demo, long])]
+    prompts = [list(ids[: header + 1]) for ids in rows for header, _ in _turns(trial, ids)]
+    with record(trial.overfit.model, 1) as trace:
+        trial.subject.evaluate(trial.overfit.model, [*trial.demo, long])
+    sent = list(_continued([forward.input_ids_BT for _, forward in trace.evaluations]))
+    if not sent:
+        raise NotApplicable("evaluate generates nothing")
+    for ids in sent:
+        if ids not in prompts:
+            _require_prompt(trial, ids, max(prompts, key=lambda prompt: _shared(prompt, ids)))
+
+
 @check(stage="outcome", needs=NEEDS, incident="zai-org/GLM-4 342: a norm of 32.75 beside 0.01")
 def check_gradient_norms_are_stable(trial: Trial) -> None:
     """Every norm is finite, none jumps out of its neighbourhood, they die away, and clipping ends early."""
@@ -183,10 +205,26 @@ def _generate(trial: Trial, talk: Mapping[str, Any], index: int, limit: int) -> 
     return sent, [int(token) for token in got]
 
 
+def _continued(passes: Sequence[torch.Tensor]) -> Iterator[list[int]]:
+    """The sequences that generation began with: what follows is one token, or the same and one token."""
+    is_going_on = False
+    for now_BT, next_BT in pairwise(passes):
+        now, following = now_BT[0].tolist(), next_BT[0].tolist()
+        is_single = len(now_BT) == len(next_BT) == 1
+        goes_on = is_single and (len(following) == 1 or following[:-1] == now)
+        if goes_on and not is_going_on and len(now) > 1:
+            yield now
+        is_going_on = goes_on
+
+
+def _shared(left: list[int], right: list[int]) -> int:
+    same = [a == b for a, b in zip(left, right, strict=False)]
+    return same.index(False) if False in same else len(same)
+
+
 def _require_prompt(trial: Trial, sent: list[int], expected: list[int]) -> None:
     if sent != expected:
-        same = [a == b for a, b in zip(sent, expected, strict=False)]
-        at = same.index(False) if False in same else len(same)
+        at = _shared(sent, expected)
         decode = trial.subject.tokenizer.decode
         raise CheckFailed(
             f"the prompt of inference has {len(sent)} ids, the trained one {len(expected)}; from position {at} on it "

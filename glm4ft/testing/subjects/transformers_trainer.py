@@ -40,8 +40,8 @@ class Subject(PeftAdapter, Generates):
         "rows_without_targets_do_not_count": "a step without targets is taken; the log shows a loss of 0.0 or NaN",
         "watching_a_run_does_not_change_it": "the loader of evaluation draws a seed from torch's global generator, so "
         "evaluating changes what dropout and shuffling draw next",
-        "subjects_parts_leave_the_model_alone": "Trainer.evaluate leaves the model in eval mode; the next training step "
-        "puts it back",
+        "subjects_parts_leave_the_model_alone": "Trainer.evaluate leaves the model in eval mode; the next training "
+        "step puts it back",
     }
 
     def __init__(self, base_dir: str) -> None:

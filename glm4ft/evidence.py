@@ -1,12 +1,11 @@
 """What is known of a run: the record that a diagnosis is drawn from, and that a report shows.
 
-Losses are in nats. Texts of tokens are as decoded: whoever prints them makes them harmless first
-(``glm4ft.report.safe_text``).
+Losses are in nats. Texts of tokens are as they may be printed (``glm4ft.report.token_text``); HTML needs its escapes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,21 +13,6 @@ from glm4ft.floor import Floor
 from glm4ft.generation import TurnRoundTrip
 
 TokenPart = Literal["prefix", "header", "body", "terminator"]
-
-
-@dataclass(frozen=True)
-class TrainedRow:
-    """One row as the run trained it.
-
-    Args:
-        line: of the conversation in its file, from 1; 0 if unknown.
-        input_ids: the row.
-        labels: unshifted; -100 where a token was not supervised.
-    """
-
-    line: int
-    input_ids: Sequence[int]
-    labels: Sequence[int]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The command line: ``glm4ft train``, ``inspect``, ``merge`` and ``check``."""
+"""The command line: ``glm4ft train``, ``inspect``, ``floor``, ``merge`` and ``check``."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import glm4ft
 from glm4ft.errors import ConfigError, InputError, RunError
 
 if TYPE_CHECKING:
+    from glm4ft.chat_format import ChatFormat
     from glm4ft.config import TrainConfig
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
@@ -61,10 +62,17 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _dispatch(argv: list[str]) -> int:
-    parsers = {"train": _train_parser, "inspect": _inspect_parser, "merge": _merge_parser, "check": _check_parser}
+    parsers = {
+        "train": _train_parser,
+        "inspect": _inspect_parser,
+        "floor": _floor_parser,
+        "merge": _merge_parser,
+        "check": _check_parser,
+    }
     commands: dict[str, Callable[[Namespace], int]] = {
         "train": _train,
         "inspect": _inspect,
+        "floor": _floor,
         "merge": _merge,
         "check": _check,
     }
@@ -150,10 +158,18 @@ def _resumed_config(options: Namespace) -> tuple[TrainConfig, dict[str, str]]:
 
 
 def _inspect_parser() -> ArgumentParser:
+    parser = _parser("inspect", "Show which tokens of each conversation are supervised.")
+    _add_format_options(parser)
+    parser.add_argument("--boundaries", action="store_true", help="Show the tokens around each turn's start and end.")
+    parser.add_argument("--limit", type=int, default=10, help="Conversations to show; all of them are counted.")
+    parser.add_argument("--json", nargs="?", const="-", help="Write a JSON line per conversation here, or to stdout.")
+    return parser
+
+
+def _add_format_options(parser: ArgumentParser) -> None:
     from glm4ft.config import TrainConfig
 
     default = TrainConfig()
-    parser = _parser("inspect", "Show which tokens of each conversation are supervised.")
     parser.add_argument("data", type=str, help="JSONL of conversations, or 'demo'.")
     parser.add_argument("--model", type=str, default=default.model, help="Base whose tokenizer and template are used.")
     parser.add_argument("--chat_format", type=str, help="glm-4-9b-chat or glm-4-0414; by default the base's.")
@@ -163,15 +179,23 @@ def _inspect_parser() -> ArgumentParser:
         "--final_stop", type=Literal["role", "endoftext"], default=default.final_stop, help="As in train."
     )
     parser.add_argument("--allow_nonstop_terminator", type=bool, default=False, help="As in train.")
-    parser.add_argument("--boundaries", action="store_true", help="Show the tokens around each turn's start and end.")
-    parser.add_argument("--limit", type=int, default=10, help="Conversations to show; all of them are counted.")
-    parser.add_argument("--json", nargs="?", const="-", help="Write a JSON line per conversation here, or to stdout.")
-    return parser
+
+
+def _chat_format(options: Namespace, format_name: str | None) -> ChatFormat:
+    from glm4ft.base_model import load_format
+    from glm4ft.chat_format import ChatFormat
+
+    tokenizer, name = load_format(options.model, format_name)
+    return ChatFormat(
+        name,
+        tokenizer,
+        final_stop=options.final_stop,
+        train_on=options.train_on,
+        allow_nonstop_terminator=options.allow_nonstop_terminator,
+    )
 
 
 def _inspect(options: Namespace) -> int:
-    from glm4ft.base_model import load_format
-    from glm4ft.chat_format import ChatFormat
     from glm4ft.config import TrainConfig
     from glm4ft.dataset import data_path
     from glm4ft.report.inspection import inspect_conversations
@@ -179,20 +203,45 @@ def _inspect(options: Namespace) -> int:
     if options.limit < 0:
         raise ConfigError("option out of range", where="--limit", found=str(options.limit), expected="at least 0")
     max_length = TrainConfig(max_length=options.max_length).max_length
-    tokenizer, format_name = load_format(options.model, options.chat_format)
-    chat_format = ChatFormat(
-        format_name,
-        tokenizer,
-        final_stop=options.final_stop,
-        train_on=options.train_on,
-        allow_nonstop_terminator=options.allow_nonstop_terminator,
-    )
     inspect_conversations(
         data_path(options.data),
-        chat_format,
+        _chat_format(options, options.chat_format),
         max_length=max_length,
         boundaries=options.boundaries,
         limit=options.limit,
+        json_file=options.json,
+    )
+    return 0
+
+
+# --- floor ---
+
+
+def _floor_parser() -> ArgumentParser:
+    parser = _parser("floor", "Say, before training, how low the loss can go, and which tokens keep it up.")
+    _add_format_options(parser)
+    parser.add_argument("--dtype", type=Literal["fp32", "bf16"], default="fp32", help="Forward passes to certify for.")
+    parser.add_argument(
+        "--frozen_head", type=bool, default=True, help="false: head or final norm are trained; entropy alone is left."
+    )
+    parser.add_argument("--json", nargs="?", const="-", help="Write the floor as JSON here, or to stdout.")
+    return parser
+
+
+def _floor(options: Namespace) -> int:
+    from glm4ft.config import TrainConfig
+    from glm4ft.dataset import data_path
+    from glm4ft.head_reader import format_of, read_head
+    from glm4ft.report.floor_view import show_floor
+
+    max_length = TrainConfig(max_length=options.max_length).max_length
+    show_floor(
+        data_path(options.data),
+        # by config.json alone: of a quantised base too, which cannot be trained here
+        _chat_format(options, options.chat_format or format_of(options.model)),
+        read_head(options.model) if options.frozen_head else None,
+        max_length=max_length,
+        bf16=options.dtype == "bf16",
         json_file=options.json,
     )
     return 0

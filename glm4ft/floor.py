@@ -24,6 +24,7 @@ from glm4ft.trained_rows import TrainedRow, places
 
 # A token whose floor under the head is above this is called hard to reach: its probability stays below 0.9.
 HARD_TO_REACH = 0.1
+_ROUNDING = 1e-12  # of sums in float64, which may leave a bound that equals the entropy a hair beside it
 
 
 @dataclass(frozen=True)
@@ -141,12 +142,13 @@ def find_floor(
     bounds = _bounds(list(dict.fromkeys([*distinct, *targets.distributions])), head, precision)
     floor_P, gap_P, entropy_P = _of_pairs(targets, bounds)
     per_target = floor_P[targets.pair_N]
-    # max: rounding may leave an entropy that the bound equals a hair above it
-    floor, entropy = float(per_target.mean()), float(entropy_P[targets.pair_N].mean())
+    entropy = float(entropy_P[targets.pair_N].mean())
+    above = float(per_target.mean()) - entropy
+    part = above if above > _ROUNDING else 0.0
     return Floor(
-        floor=max(floor, entropy),
+        floor=entropy + part,
         entropy=entropy,
-        head=max(floor - entropy, 0.0),
+        head=part,
         gap=float(gap_P[targets.pair_N].mean()),
         tokens=_token_floors(targets, per_target, tokenizer, {t.ids[0]: bounds[t].lower for t in distinct}),
         samples=_sample_floors(targets, per_target, rows),
@@ -232,5 +234,5 @@ def _label(head: Head | None, precision: Precision) -> str:
     if head is None:
         return "entropy alone: head or final norm are trained"
     if precision is EXACT:
-        return "exact arithmetic; a run in fp32 agrees to its rounding, one in bf16 may lie about 1 % below"
-    return f"certified for {precision.name} forward passes"
+        return "exact arithmetic; fp32 agrees to its rounding, bf16 may lie about 1 % below"
+    return f"forward passes in {precision.name}"

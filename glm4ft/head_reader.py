@@ -13,7 +13,9 @@ from safetensors import safe_open
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from glm4ft.base_model import INDEX, SINGLE_FILE, TINY, find_checkpoint, listed, one_line, read_json
+from glm4ft.base_model import load_tokenizer
+from glm4ft.chat_format import FormatName, detect_format
+from glm4ft.checkpoint import INDEX, SINGLE_FILE, TINY, find_checkpoint, listed, one_line, read_json
 from glm4ft.errors import ModelError
 from glm4ft.tiny import tiny_model
 
@@ -100,6 +102,18 @@ def read_head(model: str) -> Head:
         found = f"{name} {shape}, {NORM} {norm_shape}"
         raise ModelError("head and final norm do not fit each other", where=str(folder), found=found)
     return Head(weight, norm[:].double(), shape[0])
+
+
+def format_of(model: str) -> FormatName | None:
+    """The chat format of a base by its config and template; None for the built-in one, which needs no file.
+
+    Raises:
+        ModelError: if the format is not supported.
+    """
+    if model == TINY:
+        return None
+    config = read_json(find_checkpoint(model) / "config.json")
+    return detect_format(config.get("architectures") or [], load_tokenizer(model).chat_template, where=model)
 
 
 def _weight_map(folder: Path, model: str) -> dict[str, str]:

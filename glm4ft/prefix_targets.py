@@ -108,7 +108,7 @@ def _agreement(a: Array, b: Array) -> int:
 def _distributions(prefix_P: Array, token_P: Array, count_P: Array) -> tuple[Array, Array, tuple[Target, ...]]:
     """The distribution of each pair's prefix, each distinct one once."""
     starts = np.flatnonzero(np.diff(prefix_P, prepend=-1))
-    ends = np.append(starts[1:], len(prefix_P))
+    ends = np.append(starts, len(prefix_P))[1:]
     numbers: dict[Target, int] = {}
     distribution_P = np.empty(len(prefix_P), dtype=np.int64)
     for start, end in zip(starts.tolist(), ends.tolist(), strict=True):

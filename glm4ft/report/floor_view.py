@@ -1,0 +1,130 @@
+"""What ``glm4ft floor`` does: bound the loss of a conversation file from below, and show what keeps it up."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from glm4ft.chat_format import STOPS, ChatFormat
+from glm4ft.conversation import read_conversations
+from glm4ft.dataset import fit_row
+from glm4ft.floor import HARD_TO_REACH, Floor, TokenFloor, find_floor
+from glm4ft.floor_solver import BF16, EXACT
+from glm4ft.head_reader import Head
+from glm4ft.report.safe_text import Ruled, visible
+from glm4ft.trained_rows import TrainedRow
+from glm4ft.trajectory import write_atomically
+
+_SHOWN = 10
+_TOO_SMALL = 5e-5  # would be shown as 0.0000
+STOP_REMEDIES = (
+    "train the head row of {0} (--lora.options '{{modules_to_save: [lm_head]}}'), end turns with a stop token that the "
+    "head can express (--final_stop endoftext), or start from a chat checkpoint, which has learnt to say it"
+)
+
+
+def show_floor(
+    data: Path,
+    chat_format: ChatFormat,
+    head: Head | None,
+    *,
+    max_length: int,
+    bf16: bool = False,
+    json_file: str | None = None,
+) -> None:
+    """Print the certified floor of a file's conversations.
+
+    Args:
+        data: JSONL of conversations.
+        chat_format: encodes them.
+        head: of the base; None where head or final norm are trained.
+        max_length: longest row, in tokens.
+        bf16: bound what a bf16 forward pass can reach.
+        json_file: write the floor here by contract; ``-`` is stdout, where nothing else goes then.
+    Raises:
+        DataError: for the first conversation that cannot be used, or if no token is supervised.
+    """
+    rows = encoded_rows(data, chat_format, max_length)
+    if bf16 and head is not None:
+        head = head.in_dtype(torch.bfloat16)
+    floor = find_floor(rows, chat_format.tokenizer, head, precision=BF16 if bf16 else EXACT)
+    text = json.dumps(floor.record(), ensure_ascii=False, allow_nan=False) + "\n"
+    if json_file == "-":
+        sys.stdout.write(text)
+        return
+    if json_file:
+        write_atomically(Path(json_file), text)
+    print_floor(floor, str(data), Console(highlight=False))
+
+
+def encoded_rows(data: Path, chat_format: ChatFormat, max_length: int) -> Iterator[TrainedRow]:
+    """The rows of a file as training sees them, those that are dropped left out."""
+    for conversation in read_conversations(data):
+        row, _ = fit_row(conversation, chat_format, max_length)
+        if row is not None:
+            yield TrainedRow(row.line, row.input_ids, row.labels)
+
+
+def print_floor(floor: Floor, name: str, console: Console) -> None:
+    """The floor for people: loudest what keeps a model from stopping, then the total, then where it comes from."""
+    for warning in stop_warnings(floor.tokens):
+        console.print(Ruled(Text(warning, style="bold red")))
+    num_tokens = sum(sample.supervised_tokens for sample in floor.samples)
+    console.print(
+        Text(
+            f"{visible(name, newlines=False)}: the mean loss of {num_tokens:,} targets in {len(floor.samples):,} rows "
+            f"cannot go below {floor.floor:.4f} nats (certified; the exact value is at most {floor.gap:.1g} higher)"
+        ),
+        soft_wrap=True,
+    )
+    console.print(f"  {floor.entropy:.4f} because equal prefixes go on differently (entropy)")
+    console.print(f"  {floor.head:.4f} because the frozen head cannot express a target (head)")
+    console.print(Text(f"  holds for: {floor.label}", style="dim"))
+    costly = [token for token in floor.tokens if token.floor > _TOO_SMALL][:_SHOWN]
+    if costly:
+        console.print(_token_table(costly, floor.floor * num_tokens))
+        console.print(_part_table(floor))
+        console.print(_sample_table(floor))
+
+
+def stop_warnings(tokens: Iterable[TokenFloor]) -> Iterator[str]:
+    """What has to be said loudest: a model that cannot say its stop token never stops."""
+    for token in tokens:
+        if token.text in STOPS and token.head > HARD_TO_REACH:
+            yield (
+                f"WARNING: {token.text} ends turns here, but the frozen head cannot say it: its loss stays above "
+                f"{token.head:.2f} nats (a probability of {math.exp(-token.head):.1%} at most), so the model will "
+                f"not stop. Remedies: {STOP_REMEDIES.format(token.text)}"
+            )
+
+
+def _token_table(tokens: list[TokenFloor], total: float) -> Table:
+    table = Table("token", "times", "floor each", "by the head", "share", box=box.SIMPLE)
+    for token in tokens:
+        share = token.floor * token.count / total
+        figures = (f"{token.count:,}", f"{token.floor:.4f}", f"{token.head:.4f}", f"{share:.0%}")
+        table.add_row(Text(token.text), *figures)
+    return table
+
+
+def _part_table(floor: Floor) -> Table:
+    table = Table("part", "floor", box=box.SIMPLE)
+    for name, value in sorted(floor.parts.items(), key=lambda part: -part[1]):
+        table.add_row(name, f"{value:.4f}")
+    return table
+
+
+def _sample_table(floor: Floor) -> Table:
+    table = Table("line", "floor", "targets", box=box.SIMPLE)
+    for sample in floor.samples[:_SHOWN]:
+        table.add_row(str(sample.line), f"{sample.floor:.4f}", f"{sample.supervised_tokens:,}")
+    return table

@@ -277,6 +277,7 @@ def _check_parser() -> ArgumentParser:
     )
     parser.add_argument("--stages", type=str, help="Stages to judge, as rows,outcome; by default all.")
     parser.add_argument("--json", nargs="?", const="-", help="Write the results as JSON here, or to stdout.")
+    parser.add_argument("--report", type=str, help="Folder for report.html and summary.md.")
     return parser
 
 
@@ -285,7 +286,9 @@ def _check(options: Namespace) -> int:
     from glm4ft.testing.checks.registry import STAGES
 
     stages = options.stages.split(",") if options.stages is not None else STAGES
-    return EXIT_FAILED if show_checks(options.subject, stages=stages, json_file=options.json) else 0
+    report = Path(options.report) if options.report else None
+    has_failed = show_checks(options.subject, stages=stages, json_file=options.json, report=report)
+    return EXIT_FAILED if has_failed else 0
 
 
 # --- options ---

@@ -31,6 +31,8 @@ from glm4ft.errors import ConfigError, RunError
 from glm4ft.generation import TurnRoundTrip, round_trip
 from glm4ft.lora import attach_lora, audit_lora
 from glm4ft.loss import install_supervised_loss
+from glm4ft.report.content import Content
+from glm4ft.report.failure_card import explain_failure
 from glm4ft.report.run_report import HTML_FILE, RunReport
 from glm4ft.tiny import write_tiny_base
 from glm4ft.trainer import COMPLETE_MARKER, SupervisedTrainer, checkpoint_step, last_checkpoint
@@ -49,12 +51,14 @@ class RunResult:
         trajectory: as on disk.
         round_trips: one per assistant turn, if they were asked for.
         target_loss: that was asked for, or None.
+        content: of the report; None where this process wrote none.
     """
 
     output: Path
     trajectory: Trajectory
     round_trips: tuple[TurnRoundTrip, ...]
     target_loss: float | None
+    content: Content | None = None
 
     @property
     def reached_target(self) -> bool:
@@ -67,13 +71,15 @@ class RunResult:
         return all(turn.exact for turn in self.round_trips if turn.supervised)
 
     def describe(self) -> str:
-        """The results as text."""
+        """The results as text; of a run that missed what was asked for, with the card that says why."""
         last = self.trajectory.steps[-1]
         goal = ""
         if self.target_loss is not None:
             goal = f", target {self.target_loss:g} {'reached' if self.reached_target else 'NOT reached'}"
         lines = [f"loss {last['loss']:.4f} at step {last['step']}{goal}"]
-        if self.round_trips:
+        if self.content and not (self.reached_target and self.came_back):
+            lines.append(explain_failure(self.content))
+        elif self.round_trips:
             num_exact = sum(turn.exact for turn in self.round_trips)
             lines.append(f"round trip: {num_exact} of {len(self.round_trips)} turns came back exactly")
             lines += [f"  {turn.describe()}" for turn in self.round_trips]
@@ -161,8 +167,8 @@ def run_training(
         trained = (fit_row(c, chat_format, config.max_length)[0] for c in read_conversations(data))
         trips = round_trip(model, chat_format, (row for row in trained if row))
     is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    run_report.write(None if is_sharded else model, trips)
-    return RunResult(output, read_trajectory(output / FILE_NAME), tuple(trips), config.target_loss)
+    content = run_report.write(None if is_sharded else model, trips)
+    return RunResult(output, read_trajectory(output / FILE_NAME), tuple(trips), config.target_loss, content)
 
 
 def make_trainer(

@@ -50,16 +50,21 @@ class RunReport:
     sources: Mapping[str, str] = field(default_factory=dict)
     is_written: bool = True
 
-    def write(self, model: Any = None, round_trips: Sequence[TurnRoundTrip] = (), *, error: str = "") -> None:
+    def write(self, model: Any = None, round_trips: Sequence[TurnRoundTrip] = (), *, error: str = "") -> Content | None:
         """Write page and summary.
 
         Args:
             model: as trained; without one no token's loss is shown.
             round_trips: one per assistant turn.
             error: that stopped the run, if one did.
+        Returns:
+            What they show; None where another process writes.
         """
-        if self.is_written:
-            write_report(self.output, self.content(model, round_trips, error=error))
+        if not self.is_written:
+            return None
+        content = self.content(model, round_trips, error=error)
+        write_report(self.output, content)
+        return content
 
     @contextlib.contextmanager
     def of_a_broken_run(self, model: Any) -> Iterator[None]:

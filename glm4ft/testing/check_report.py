@@ -16,9 +16,11 @@ from rich.text import Text
 from tqdm import tqdm
 
 from glm4ft.errors import ConfigError
+from glm4ft.report.run_report import write_report
 from glm4ft.report.safe_text import Ruled, visible
 from glm4ft.testing.checks.registry import STAGES
-from glm4ft.testing.runner import Result, all_checks, check_subject, summary
+from glm4ft.testing.runner import Result, all_checks, judge, summary, trial_of
+from glm4ft.testing.trial_report import explain_trial, trial_content
 from glm4ft.testing.verdicts import stage_verdicts
 from glm4ft.trajectory import write_atomically
 
@@ -26,13 +28,16 @@ STYLES = {"passed": "green", "failed": "bold red", "error": "bold red", "skipped
 VERDICT_STYLES = {"passed": "green", "failed": "bold red", "not judged": "dim", "expected failure": "yellow"}
 
 
-def show_checks(spec: str, *, stages: Sequence[str] = STAGES, json_file: str | None = None) -> bool:
+def show_checks(
+    spec: str, *, stages: Sequence[str] = STAGES, json_file: str | None = None, report: Path | None = None
+) -> bool:
     """Run all checks on a subject and print the results.
 
     Args:
         spec: ``MODULE:ATTR`` of the subject.
         stages: to judge.
         json_file: write the results here by contract; ``-`` is stdout, where nothing else goes then.
+        report: folder for ``report.html`` and ``summary.md``.
     Returns:
         True if a check failed or erred.
     Raises:
@@ -44,10 +49,17 @@ def show_checks(spec: str, *, stages: Sequence[str] = STAGES, json_file: str | N
         raise ConfigError("there is no such stage", where="--stages", found=found, expected=", ".join(STAGES))
     began_s, console = time.perf_counter(), Console(highlight=False, quiet=json_file == "-")
     total = sum(check.stage in stages for check in all_checks())
-    bar = tqdm(check_subject(spec, stages=stages), total=total, unit="check", leave=False, disable=None)
-    with contextlib.redirect_stdout(sys.stderr):  # what a trainer prints must not end up in the JSON
-        results = list(bar)
+    with trial_of(spec) as trial:
+        bar = tqdm(judge(trial, stages=stages), total=total, unit="check", leave=False, disable=None)
+        with contextlib.redirect_stdout(sys.stderr):  # what a trainer prints must not end up in the JSON
+            results = list(bar)
+            card = explain_trial(spec, results, trial)
+            content = trial_content(spec, results, trial) if report else None
     _print(console, spec, results)
+    if card:
+        console.print(Text(f"\n{card}\n"), soft_wrap=True)
+    if report and content:
+        console.print(Text(f"report: {visible(str(write_report(report, content)), newlines=False)}"), soft_wrap=True)
     text = json.dumps(summary(spec, results, round(time.perf_counter() - began_s, 3)), ensure_ascii=False, indent=1)
     if json_file == "-":
         sys.stdout.write(text + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import pkgutil
 import tempfile
@@ -112,13 +113,26 @@ def check_subject(
     Yields:
         A result per check.
     """
+    with trial_of(spec) as trial:
+        yield from judge(trial, expected_failures=expected_failures, stages=stages)
+
+
+@contextlib.contextmanager
+def trial_of(spec: str) -> Iterator[Trial]:
+    """A trial of a subject on the built-in base; what it wrote is gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="glm4ft-check-") as name:
         folder = Path(name)
         base_dir = write_tiny_base(folder / "base")
-        trial = Trial(load_subject(spec, base_dir), base_dir, folder, spec)
-        checks = [check for check in all_checks() if check.stage in stages]
-        expected = {**known_failures(trial.subject), **(expected_failures or {})}
-        yield from run_checks(trial, checks, expected_failures=expected)
+        yield Trial(load_subject(spec, base_dir), base_dir, folder, spec)
+
+
+def judge(
+    trial: Trial, *, expected_failures: Mapping[str, str] | None = None, stages: Sequence[str] = STAGES
+) -> Iterator[Result]:
+    """Run all checks of some stages; arguments and results as for ``check_subject``."""
+    checks = [check for check in all_checks() if check.stage in stages]
+    expected = {**known_failures(trial.subject), **(expected_failures or {})}
+    yield from run_checks(trial, checks, expected_failures=expected)
 
 
 def known_failures(subject: Any) -> Mapping[str, str]:

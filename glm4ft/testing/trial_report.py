@@ -1,0 +1,183 @@
+"""The report of a trial: what the subject supervises, what it learnt, and which claims hold."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from glm4ft.generation import greedy
+from glm4ft.report.content import Content, Curves, Headline, ShownCheck, ShownRow, ShownTurn
+from glm4ft.report.failure_card import explain_failure
+from glm4ft.report.token_losses import part_counts
+from glm4ft.report.wording import parts_sentence
+from glm4ft.testing.checks.outcome import LOSS_LIMIT
+from glm4ft.testing.checks.registry import STAGES
+from glm4ft.testing.checks.trial import Run, Trial
+from glm4ft.testing.oracle import IGNORED, Undecidable, control_ids, find_mistakes, find_turns
+from glm4ft.testing.reference import clip_factor
+from glm4ft.testing.runner import Result, all_checks
+
+LOSSES = 20  # steps of a run without a log whose loss is computed
+OVERRUN = 16  # tokens that a turn which does not stop is given to show how it goes on
+WRONG = ("failed", "error")
+LOOK_AT = {
+    "rows": "the code that turns a conversation into ids and labels",
+    "batches": "collator, packing and sampler",
+    "model": "how the base is loaded and the adapters are attached: targets, scale, dtype, mode",
+    "gradient": "the loss: what it is divided by, over micro-batches and processes",
+    "clipping": "the clipping of the gradient: which norm, and when",
+    "schedule": "the schedule of the rate: warm-up, horizon, and how often it steps",
+    "update": "the optimiser: its parameters, betas, epsilon and weight decay",
+    "side-effects": "what logging, evaluating and saving leave behind",
+    "persistence": "saving, loading, merging and resuming",
+    "outcome": "the stages before; if all of them hold, what is left is the data or the budget of steps",
+}
+
+
+def trial_content(spec: str, results: Sequence[Result], trial: Trial) -> Content:
+    """What the report of a trial shows.
+
+    Args:
+        spec: ``MODULE:ATTR`` of the subject.
+        results: of its checks.
+        trial: that they ran in; nothing is trained for the report.
+    """
+    run = trial.recorded("demo")
+    rows = tuple(_rows(trial, run))
+    return Content(
+        title=f"glm4ft check · {spec}",
+        headline=headline(results, parts_sentence(part_counts(rows, trial.subject.tokenizer)) if rows else ""),
+        tokenizer=trial.subject.tokenizer,
+        curves=_curves(run) if run else Curves(),
+        counts=part_counts(rows, trial.subject.tokenizer),
+        rows=rows,
+        num_rows=len(rows),
+        turns=tuple(_turns(trial, run)) if run else (),
+        checks=shown_checks(results),
+        facts=tuple(_facts(trial)),
+        command=f"glm4ft check --subject {spec}",
+    )
+
+
+def explain_trial(spec: str, results: Sequence[Result], trial: Trial) -> str:
+    """The card of a trial whose overfit run failed; "" if it did not fail, or was never run."""
+    has_failed = any(result.stage == "outcome" and result.status in WRONG for result in results)
+    if not has_failed or trial.recorded("demo") is None:
+        return ""
+    return explain_failure(replace(trial_content(spec, results, trial), facts=()))
+
+
+def shown_checks(results: Sequence[Result]) -> tuple[ShownCheck, ...]:
+    """The results with what motivates each check."""
+    why = {check.name: check.incident for check in all_checks()}
+    return tuple(
+        ShownCheck(r.stage, r.check.replace("_", " "), r.status, r.message, why.get(r.check, "")) for r in results
+    )
+
+
+def headline(results: Sequence[Result], supervised: str) -> Headline:
+    """The verdict on a subject: the first stage that departs explains those after it."""
+    wrong = sorted((r for r in results if r.status in WRONG), key=lambda result: STAGES.index(result.stage))
+    judged = [result for result in results if result.status != "skipped"]
+    skipped = len(results) - len(judged)
+    not_judged = (f"{skipped} could not be judged.",) if skipped else ()
+    if not wrong:
+        tone, known = "good" if judged else "unsure", sum(r.status == "expected-failure" for r in judged)
+        text = f"{len(judged) - known} of {len(results)} claims hold, and none fails"
+        return Headline("good" if tone == "good" else "unsure", f"{text}.", supervised, not_judged)
+    first = wrong[0]
+    same = [result for result in wrong if result.stage == first.stage]
+    told = tuple(f"{result.check.replace('_', ' ')}: {_first_line(result.message)}" for result in same[:3])
+    text = f"{len(wrong)} of {len(judged)} claims fail, first at stage {first.stage}."
+    later = [stage for stage in STAGES if any(r.stage == stage for r in wrong)][1:]
+    after = (f"Mend that first: failures at {', '.join(later)} may follow from it.",) if later else ()
+    return Headline("bad", text, supervised, (*told, *not_judged), (f"Look at {LOOK_AT[first.stage]}.", *after))
+
+
+def _first_line(message: str) -> str:
+    return next((line.strip() for line in message.split("\n") if line.strip()), "")
+
+
+def _rows(trial: Trial, run: Run | None) -> Iterator[ShownRow]:
+    """The bundled conversations as the subject encodes them; none if it cannot."""
+    try:
+        encoded = trial.rows(trial.demo)
+    except Exception:  # the checks have reported it
+        return
+    for number, (conversation, (ids, labels)) in enumerate(zip(trial.demo, encoded, strict=True), start=1):
+        supervised = [label != IGNORED for label in labels]
+        expected = _expected(trial, conversation, ids, labels) or []
+        losses, said = _measure(trial, run, ids) if run else ([], [])
+        yield ShownRow(f"bundled conversation {number}", ids, supervised, expected, losses, said=said)
+
+
+def _expected(trial: Trial, conversation: dict[str, Any], ids: Sequence[int], labels: Sequence[int]) -> list[bool]:
+    """What should be supervised; empty where the oracle cannot say."""
+    if not getattr(trial.subject, "chat_format", None):
+        return []
+    try:
+        controls = control_ids(trial.subject.tokenizer)
+        turns = find_turns(ids, conversation["messages"], controls)
+    except Undecidable:
+        return []
+    wrong = {mistake.position for mistake in find_mistakes(ids, labels, turns, controls)}
+    return [(label != IGNORED) != (at in wrong) for at, label in enumerate(labels)]
+
+
+def _measure(trial: Trial, run: Run, ids: Sequence[int]) -> tuple[list[float | None], list[int | None]]:
+    with torch.no_grad():
+        hidden_TD = trial.reference.hidden(ids, run.trained)
+        logits_TV = hidden_TD[:-1] @ trial.reference.head_weight(run.trained).T
+        nll_T = torch.nn.functional.cross_entropy(logits_TV, torch.tensor(list(ids[1:])), reduction="none")
+    return [None, *nll_T.tolist()], [None, *logits_TV.argmax(-1).tolist()]
+
+
+def _curves(run: Run) -> Curves:
+    """Loss as logged, or of the parameters before some of the steps; norms and rates as the hooks saw them."""
+    logged = {int(e.get("step", i)): e["loss"] for i, e in enumerate(run.log, start=1) if e.get("loss") is not None}
+    stride = math.ceil(len(run.trace.steps) / LOSSES)
+    steps = list(enumerate(run.trace.steps, start=1))
+    if not logged:
+        with torch.no_grad():
+            logged = {number: float(run.reference.loss(run.rows, step.before)) for number, step in steps[::stride]}
+    figures = [
+        {"step": i, "loss": logged[i], "grad_norm": clip_factor(s.raw, 0)[0], "lr": s.groups[0].settings.get("lr")}
+        for i, s in steps
+        if i in logged
+    ]
+    return Curves.of(figures, target=LOSS_LIMIT, clip=run.plan["max_grad_norm"] or None)
+
+
+def _turns(trial: Trial, run: Run) -> Iterator[ShownTurn]:
+    """Each assistant turn of the bundled conversations, said by the subject's model."""
+    tokenizer, model = trial.subject.tokenizer, run.model.eval()
+    with contextlib.suppress(Undecidable):
+        controls = control_ids(tokenizer)
+        for number, (conversation, (ids, _)) in enumerate(zip(trial.demo, run.rows, strict=True), start=1):
+            for turn in find_turns(ids, conversation["messages"], controls):
+                expected = list(ids[turn.header + 1 : turn.end + 1])
+                stops = list(getattr(trial.subject, "stop_ids", None) or expected[-1:])
+                got = greedy(model, list(ids[: turn.header + 1]), stops, len(expected) + OVERRUN)
+                stop = tokenizer.convert_ids_to_tokens(got[-1]) if got and got[-1] in stops else None
+                yield ShownTurn(
+                    f"bundled conversation {number}, messages[{turn.message}]",
+                    str(tokenizer.decode(expected)),
+                    str(tokenizer.decode(got)),
+                    exact=got == expected,
+                    stop=None if stop is None else str(stop),
+                )
+
+
+def _facts(trial: Trial) -> Iterator[tuple[str, str]]:
+    yield "subject", f"{trial.subject.name} ({trial.spec})"
+    yield "base", "the built-in tiny GLM-4, written for this trial"
+    yield "chat format", str(getattr(trial.subject, "chat_format", None) or "as the tokenizer's template says")
+    yield "versions", ", ".join(f"{name} {version(name)}" for name in ("glm4ft", "torch", "transformers", "peft"))
+    yield "system", f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"

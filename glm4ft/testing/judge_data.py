@@ -65,7 +65,7 @@ def _wrong_targets(step: ReplayedStep, row: SeenRow) -> Departures:
 def _unsure(step: ReplayedStep, row: SeenRow, expected: torch.Tensor) -> torch.Tensor:
     """Where the model gives the expected target a probability that leaves a gradient to be seen."""
     probability = torch.zeros(len(expected))
-    logits = row.hidden_TD[:-1] @ step.reference.head_weight(step.step.before).float().T
+    logits = step.reference.logits(row.hidden_TD[:-1], step.step.before)
     probability[1:] = logits.softmax(1).gather(1, expected[1:].clamp_min(0)[:, None])[:, 0]
     return probability < SURE
 

@@ -9,7 +9,8 @@ Shapes: N supervised tokens, T positions, D hidden, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from glm4ft.testing.trace import Forward, Tensors, backbone_of
 
 Row = tuple[tuple[int, ...], tuple[int, ...]]  # input ids and unshifted labels
 
+CPU = torch.device("cpu")
 # A gradient this much smaller than the largest of its forward pass is rounding: bf16 keeps 8 bits of mantissa.
 ZERO_GRADIENT = 1e-6
 
@@ -48,19 +50,23 @@ class Targets:
 
 
 class Reference:
-    """The base as the harness wrote it, with a forward of its own.
+    """The base as the harness wrote it, with a forward of its own, in fp32.
+
+    Tensors come and go on the CPU, wherever the base is.
 
     Args:
         base_dir: Hugging Face model folder.
         adapter: how the trained matrices act on it.
+        device: of the base; one of the true size takes a GPU.
     """
 
-    def __init__(self, base_dir: str | Path, adapter: Adapter) -> None:
+    def __init__(self, base_dir: str | Path, adapter: Adapter, device: torch.device = CPU) -> None:
         self.model: Any = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32).eval()
-        self.model.requires_grad_(False)
-        self.adapter = adapter
+        torch.nn.Module.to(self.model.requires_grad_(False), device)
+        self.adapter, self.device = adapter, device
         self.backbone = backbone_of(self.model)
         self.weights: Tensors = dict(self.model.named_parameters())
+        self.modules = dict(self.model.named_modules())
 
     def hidden(self, input_ids: Sequence[int], trained: Tensors) -> torch.Tensor:
         """Output of the final norm for one row alone, without padding or neighbours.
@@ -70,22 +76,31 @@ class Reference:
             trained: the trained parameters by their names in the model under test.
         Returns:
             (T, D), differentiable in ``trained``.
+        Raises:
+            ValueError: if a trained parameter belongs to no weight of the base.
         """
         # the backbone's parameters are those of the whole model without its prefix
-        changed = {name.removeprefix("model."): weight for name, weight in self.adapted(trained).items()}
+        changed = {name.removeprefix("model."): weight for name, weight in self._replaced(trained).items()}
         changed.pop("lm_head.weight", None)
-        ids = torch.tensor([list(input_ids)])
-        output = torch.func.functional_call(self.backbone, changed, (ids,), {"use_cache": False})
-        hidden: torch.Tensor = output.last_hidden_state[0]
+        ids = torch.tensor([list(input_ids)], device=self.device)
+        with self._adapters(trained):
+            output = torch.func.functional_call(self.backbone, changed, (ids,), {"use_cache": False})
+        hidden: torch.Tensor = output.last_hidden_state[0].cpu()
         return hidden
 
     def head_weight(self, trained: Tensors) -> torch.Tensor:
-        """Weight (V, D) of the output head, its adapter included."""
-        return self.adapted(trained, "lm_head").get("lm_head.weight", self.weights["lm_head.weight"])
+        """Weight (V, D) of the output head, its adapter included, where the base is."""
+        weight = self._replaced(trained).get("lm_head.weight", self.weights["lm_head.weight"])
+        pair = adapted_modules(list(trained)).get("lm_head")
+        return weight + self._scaled(pair, trained, "lm_head") if pair else weight
+
+    def logits(self, hidden_TD: torch.Tensor, trained: Tensors) -> torch.Tensor:
+        """What the output head makes of hidden states; shape (T, V)."""
+        return (hidden_TD.to(self.device) @ self.head_weight(trained).T).cpu()
 
     def nll(self, input_ids: Sequence[int], trained: Tensors) -> torch.Tensor:
         """Loss of each token but the first given all before it, in nats; shape T - 1."""
-        logits = self.hidden(input_ids, trained)[:-1] @ self.head_weight(trained).T
+        logits = self.logits(self.hidden(input_ids, trained)[:-1], trained)
         return F.cross_entropy(logits, torch.tensor(list(input_ids))[1:], reduction="none")
 
     def loss(self, rows: Sequence[Row], trained: Tensors) -> torch.Tensor:
@@ -98,7 +113,7 @@ class Reference:
         total, count = torch.zeros(()), 0
         for input_ids, labels in rows:
             targets = torch.tensor(list(labels))[1:]
-            logits = self.hidden(input_ids, trained)[:-1] @ self.head_weight(trained).T
+            logits = self.logits(self.hidden(input_ids, trained)[:-1], trained)
             total = total + F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
             count += int((targets != IGNORED).sum())
         return total / count
@@ -109,28 +124,39 @@ class Reference:
         gradients = torch.autograd.grad(self.loss(rows, leaves), list(leaves.values()))
         return dict(zip(leaves, gradients, strict=True))
 
-    def adapted(self, trained: Tensors, only: str = "") -> Tensors:
-        """The base's weights that the trained parameters change, by their names in the base.
-
-        Args:
-            trained: the trained parameters by their names in the model under test.
-            only: the module to compute it for; all if empty.
-        Raises:
-            ValueError: if one of them belongs to no weight of the base.
-        """
-        modules = adapted_modules(list(trained))
-        changed = {f"{module}.weight": self._adapted(module, pair, trained) for module, pair in modules.items()
-                   if only in ("", module)}  # fmt: skip
-        matrices = {name for pair in modules.values() for name in pair.values()}
+    def _replaced(self, trained: Tensors) -> Tensors:
+        """Weights of the base that are trained themselves, by their names there."""
+        matrices = {name for pair in adapted_modules(list(trained)).values() for name in pair.values()}
         for name in set(trained) - matrices:
             if base_name(name) not in self.weights:
                 raise ValueError(f"{name} is trained, but is neither a LoRA matrix nor a weight of the base")
-            changed[base_name(name)] = trained[name].float()
-        return changed
+        return {base_name(name): trained[name].float().to(self.device) for name in trained if name not in matrices}
 
-    def _adapted(self, module: str, pair: Mapping[str, str], trained: Tensors) -> torch.Tensor:
-        b, a = trained[pair["B"]].float(), trained[pair["A"]].float()
-        return self.weights[f"{module}.weight"] + self.adapter.scale_of(module) * (b @ a)
+    @contextmanager
+    def _adapters(self, trained: Tensors) -> Iterator[None]:
+        """Let the adapters act while the context is open, beside the weights: merged, they would double them."""
+        hooks = []
+        for name, pair in adapted_modules(list(trained)).items():
+            if name == "lm_head":
+                continue
+            a, b = (trained[pair[matrix]].float().to(self.device) for matrix in "AB")
+            hooks.append(self.modules[name].register_forward_hook(_added(a, b, self.adapter.scale_of(name))))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _scaled(self, pair: Mapping[str, str], trained: Tensors, module: str) -> torch.Tensor:
+        a, b = (trained[pair[matrix]].float().to(self.device) for matrix in "AB")
+        return self.adapter.scale_of(module) * (b @ a)
+
+
+def _added(a: torch.Tensor, b: torch.Tensor, scale: float) -> Any:
+    def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        return output + scale * (args[0] @ a.T @ b.T)
+
+    return hook
 
 
 def split_rows(forward: Forward) -> list[tuple[int, torch.Tensor]]:
@@ -166,7 +192,7 @@ def recover_targets(hidden_TD: torch.Tensor, gradient_TD: torch.Tensor, weight_V
         weight_VD: of the output head.
     """
     weight_VD = weight_VD.detach().double()
-    hidden, gradient = hidden_TD.double(), gradient_TD.double()
+    hidden, gradient = (tensor.double().to(weight_VD.device) for tensor in (hidden_TD, gradient_TD))
     labels, weights = torch.full((len(hidden),), IGNORED), torch.zeros(len(hidden), dtype=torch.float64)
     size = gradient.norm(dim=1)
     active = (size > ZERO_GRADIENT * size.max()).nonzero()[:, 0] if size.max() > 0 else torch.zeros(0, dtype=torch.long)

@@ -13,8 +13,9 @@ from glm4ft.testing.oracle import IGNORED
 
 NEEDS = ("build_model", "train")
 # Largest relative difference between a logged loss and the specification's: both are sums of fp32 numbers, and
-# transformers rounds nothing. Measured below 2e-6 on glm4ft and transformers.Trainer (x86-64 CPU, 2026-11-25).
-LOGGED_LIMIT = 1e-4
+# transformers rounds nothing. Measured below 2e-6 on glm4ft and transformers.Trainer, and 8e-4 on a base in bf16
+# against the specification in fp32 (x86-64 CPU, 2026-11-25).
+LOGGED_LIMIT = {torch.float32: 1e-4, torch.bfloat16: 5e-3}
 
 
 @check(stage="gradient", needs=NEEDS, incident="transformers 34191, TRL 6668; torchtune 2613: labels shifted twice")
@@ -91,7 +92,7 @@ def check_logged_loss_is_the_loss(trial: Trial) -> None:
             with torch.no_grad():
                 expected = float(run.reference.loss(rows, step.before))
             ratio = logged[number] / expected
-            if not abs(ratio - 1) <= LOGGED_LIMIT:
+            if not abs(ratio - 1) <= LOGGED_LIMIT[trial.dtype]:
                 words = f"; it is {ratio:.4g} times the loss" if ratio > 0 else ""
                 raise CheckFailed(
                     f"step {number}: the log says {logged[number]:.6g}, the loss is {expected:.6g}{words}"

@@ -45,9 +45,9 @@ def check_first_loss_is_the_bases_own(trial: Trial) -> None:
     """Before training the model gives the plain base's logits, and so its loss."""
     model, base = _built(trial).eval(), trial.reference
     ids, labels = trial.rows(trial.conversations)[0]
-    expected_TV, got_TV = base.hidden(ids, {}) @ base.head_weight({}).T, _logits(model, ids)
+    expected_TV, got_TV = base.logits(base.hidden(ids, {}), {}), _logits(model, ids)
     size = float((got_TV - expected_TV).norm() / expected_TV.norm())
-    if not size <= LIMITS[torch.float32]:
+    if not size <= LIMITS[trial.dtype]:
         wanted = torch.tensor(labels[1:])
         first, own = (float(torch.nn.functional.cross_entropy(x[:-1], wanted)) for x in (got_TV, expected_TV))
         raise CheckFailed(f"the first loss is {first:.6f}, the base's own {own:.6f}; the logits are {size:.1e} off")
@@ -95,9 +95,9 @@ def check_adapters_act_at_their_scale(trial: Trial) -> None:
             _fill(parameters[pair["B"]], 0.05)
         trained = {n: parameters[n].detach().float().cpu() for names in found.values() for n in names.values()}
         got_TV = _logits(model, ids)
-        expected_TV = base.hidden(ids, trained) @ base.head_weight(trained).T
+        expected_TV = base.logits(base.hidden(ids, trained), trained)
         size = float((got_TV - expected_TV).norm() / expected_TV.norm())
-        if not size <= LIMITS[torch.float32]:
+        if not size <= LIMITS[trial.dtype]:
             scale = (
                 f" instead of {base.adapter.scale_of(module):.4g}: {_scale_words(trial, module, pair, trained, got_TV)}"
             )
@@ -199,8 +199,8 @@ def _scale_words(trial: Trial, module: str, pair: dict[str, str], trained: Tenso
                   "that of another rank": alpha / asked.rank}  # fmt: skip
     for words, scale in candidates.items():
         changed = {**trained, pair["B"]: trained[pair["B"]] * scale / asked.scale_of(module)}
-        logits_TV = base.hidden(base_ids(trial), changed) @ base.head_weight(changed).T
-        if relative({"": got_TV}, {"": logits_TV}) <= LIMITS[torch.float32]:
+        logits_TV = base.logits(base.hidden(base_ids(trial), changed), changed)
+        if relative({"": got_TV}, {"": logits_TV}) <= LIMITS[trial.dtype]:
             return f"it acts at scale {words} ({scale:.4g})"
     return "no likely scale explains it"
 

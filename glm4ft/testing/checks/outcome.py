@@ -22,8 +22,9 @@ LOSS_LIMIT = 0.01
 # A right run leaves the header's loss where it was or raises it (by 0.6 to 1.5 nats on the built-in base); one that
 # trains the header lowers it by 3.
 HEADER_FALL_LIMIT = 1.0
-# Relative; a fp32 mean over 300 tokens, summed in another order. Measured below 1e-6 (x86-64 CPU, 2026-11-25).
-EVAL_LIMIT = 1e-4
+# Relative; a fp32 mean over 300 tokens, summed in another order. Measured below 1e-6, and 1.1e-3 on a base in bf16
+# against the specification in fp32 (x86-64 CPU, 2026-11-25).
+EVAL_LIMIT = {torch.float32: 1e-4, torch.bfloat16: 5e-3}
 
 
 @check(stage="outcome", needs=NEEDS, incident="zai-org/GLM-4 342: two samples, the loss stops at 0.2")
@@ -117,7 +118,7 @@ def check_evaluation_says_the_loss(trial: Trial) -> None:
     got, again = (_figures(trial.subject.evaluate(run.model, data))["loss"] for _ in range(2))
     if got != again:
         raise CheckFailed(f"two evaluations of one model say {got:.6g} and {again:.6g}")
-    _require_loss(got, expected, "evaluate says a loss of")
+    _require_loss(trial, got, expected, "evaluate says a loss of")
 
 
 @check(stage="outcome", needs=NEEDS, incident="LLaMA-Factory 6465: the evaluation of a run was divided by accumulation")
@@ -127,7 +128,7 @@ def check_logged_evaluation_is_the_loss(trial: Trial) -> None:
     for number, got in run.logged("eval_loss").items():
         with torch.no_grad():
             expected = float(trial.reference.loss(run.rows, run.at(number)))
-        _require_loss(got, expected, f"after step {number} the log says an evaluation loss of")
+        _require_loss(trial, got, expected, f"after step {number} the log says an evaluation loss of")
 
 
 @check(
@@ -243,8 +244,8 @@ def _figures(result: Any) -> dict[str, float]:
     return {name: float(value) for name, value in figures.items()}
 
 
-def _require_loss(got: float, expected: float, words: str) -> None:
-    if not abs(got / expected - 1) <= EVAL_LIMIT:
+def _require_loss(trial: Trial, got: float, expected: float, words: str) -> None:
+    if not abs(got / expected - 1) <= EVAL_LIMIT[trial.dtype]:
         raise CheckFailed(f"{words} {got:.6g}, it is {expected:.6g}: {got / expected:.4g} times as much")
 
 
@@ -254,7 +255,7 @@ def _accuracy(trial: Trial, conversations: Conversations) -> float:
     for ids, labels in trial.rows(conversations):
         with torch.no_grad():
             hidden = trial.reference.hidden(ids, trial.overfit.trained)[:-1]
-            best = (hidden @ trial.reference.head_weight(trial.overfit.trained).T).argmax(-1)
+            best = trial.reference.logits(hidden, trial.overfit.trained).argmax(-1)
         targets = torch.tensor(labels[1:])
         hits += int((best == targets)[targets != IGNORED].sum())
         total += int((targets != IGNORED).sum())

@@ -15,8 +15,9 @@ from glm4ft.testing.checks.registry import CheckFailed, NotApplicable, check
 from glm4ft.testing.checks.trial import Run, Trial
 
 NEEDS = ("build_model", "train")
-# Largest relative difference of logits through a save and a load, or a merge, in fp32; measured 6e-7 (2026-11-25).
-LOGITS_LIMIT = 1e-5
+# Largest relative difference of logits through a save and a load, or a merge; measured 6e-7 on a base in fp32 and
+# 1.1e-2 on one in bf16, where Trainer's autocast rounds the adapter too (x86-64 CPU, 2026-11-25).
+LOGITS_LIMIT = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 RESUMED_AT = (3, 4)  # in the middle of the first epoch of the short conversations, and at its end
 
 
@@ -188,10 +189,10 @@ def _require_same_logits(trial: Trial, model: Any, how: str) -> None:
         expected, got = (
             m.eval()(input_ids=ids.to(m.device)).logits.float().cpu()[0] for m in (trial.overfit.model, model)
         )
-        untrained = base.hidden(ids[0].tolist(), {}) @ base.head_weight({}).T
+        untrained = base.logits(base.hidden(ids[0].tolist(), {}), {})
     size = float((got - expected).norm() / expected.norm())
-    if not size <= LOGITS_LIMIT:
-        is_base = float((got - untrained).norm() / untrained.norm()) <= LOGITS_LIMIT
+    if not size <= LOGITS_LIMIT[trial.dtype]:
+        is_base = float((got - untrained).norm() / untrained.norm()) <= LOGITS_LIMIT[trial.dtype]
         raise CheckFailed(
             f"the {how} model's logits are {size:.1e} off the trained one's" + ": they are the base's" * is_base
         )

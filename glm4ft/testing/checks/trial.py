@@ -145,9 +145,16 @@ class Trial:
             raise NotApplicable(str(error)) from error
 
     @functools.cached_property
+    def dtype(self) -> torch.dtype:
+        """Of the base as it is stored, and so of the runs on it."""
+        stored = json.loads((self.base_dir / "config.json").read_text("utf-8")).get("dtype")
+        return torch.bfloat16 if stored == "bfloat16" else torch.float32
+
+    @functools.cached_property
     def reference(self) -> Reference:
-        """The specification on this base."""
-        return Reference(self.base_dir, self.adapter)
+        """The specification on this base, on the device where the subject trains."""
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return Reference(self.base_dir, self.adapter, device)
 
     @property
     def overfit(self) -> Run:

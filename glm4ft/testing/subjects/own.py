@@ -14,6 +14,7 @@ from peft import PeftModel
 from glm4ft.base_model import load_base
 from glm4ft.batching import Collator, Item, RowSet
 from glm4ft.chat_format import ChatFormat
+from glm4ft.checkpoint import read_json
 from glm4ft.config import TrainConfig
 from glm4ft.conversation import from_messages
 from glm4ft.generation import greedy
@@ -49,7 +50,7 @@ class Subject:
     options = LoraOptions()
 
     def __init__(self, base_dir: str) -> None:
-        self.base = load_base(base_dir)
+        self.base = load_base(base_dir, dtype=_stored_dtype(base_dir))
         self.tokenizer, self.chat_format = self.base.tokenizer, self.base.format_name
         self.format = ChatFormat(self.chat_format, self.tokenizer)
         self.stop_ids = self.format.stop_ids
@@ -73,7 +74,7 @@ class Subject:
 
     def build_model(self, base_dir: str, seed: int) -> PeftModel:
         """The base with adapters on GLM-4's six targets."""
-        self.base = load_base(base_dir)
+        self.base = load_base(base_dir, dtype=_stored_dtype(base_dir))
         install_supervised_loss(self.base.model)
         return attach_lora(self.base.model, self.options, seed=seed)
 
@@ -138,8 +139,13 @@ class Subject:
 
     def load(self, base_dir: str, folder: str) -> PeftModel:
         """The base with a saved adapter."""
-        return PeftModel.from_pretrained(load_base(base_dir).model, folder)
+        return PeftModel.from_pretrained(load_base(base_dir, dtype=_stored_dtype(base_dir)).model, folder)
 
     def merge(self, base_dir: str, folder: str, output: str) -> None:
         """Write a merged checkpoint."""
         merge_adapter(Path(folder), Path(output), model=base_dir)
+
+
+def _stored_dtype(base_dir: str) -> str:
+    """The dtype of a run is that of the base on the disk, here as with every other subject."""
+    return "bf16" if read_json(Path(base_dir) / "config.json").get("dtype") == "bfloat16" else "fp32"

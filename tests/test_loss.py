@@ -85,6 +85,19 @@ def test_rows_are_summed_apart(model: nn.Module) -> None:
         assert abs(together[i] - alone) <= RELATIVE_LIMIT * alone
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_packed_rows_lose_what_they_lose_alone(model: nn.Module, training: bool) -> None:
+    """In eval mode a cache, on by default, would switch the isolation off."""
+    install_supervised_loss(model.train(training))
+    rows = batch(0, rows=2)
+    alone = model(**rows, per_row=True).loss.sum()
+    packed = {name: tensor.reshape(1, -1) for name, tensor in rows.items()}
+    packed["labels"][0, 40] = IGNORED  # the first token of a row has nothing before it
+    rows_positions = torch.arange(40).repeat(2)[None]
+    together = model(**packed, position_ids=rows_positions, num_items_in_batch=1).loss
+    assert abs(together - alone) <= RELATIVE_LIMIT * alone
+
+
 def test_micro_batch_without_targets_gives_zero_gradient_not_nan(model: nn.Module) -> None:
     """Harmless inside a step that has targets elsewhere; the step's divisor is given."""
     install_supervised_loss(model)

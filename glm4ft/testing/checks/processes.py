@@ -9,7 +9,7 @@ from glm4ft.testing.subject import make_plan
 from glm4ft.testing.trace import Trace
 
 NUM_PROCESSES = 2
-CHANGES = {"schedule": "linear", "micro_batch_size": 1, "accumulation": 2, "steps": 4, "max_grad_norm": 0.5}
+CHANGES = {"schedule": "linear", "micro_batch_size": 1, "accumulation": 4, "steps": 3, "max_grad_norm": 0.5}
 
 
 def run_of_ranks(trial: Trial) -> tuple[Run, list[Trace]]:

@@ -69,9 +69,13 @@ def check_every_message_has_its_header(trial: Trial) -> None:
 
 @check(stage="rows", incident="axolotl 1265, LMFlow 394: ids of another conversation came out of a cache")
 def check_encoding_has_no_memory(trial: Trial) -> None:
-    """A conversation gives the same row whatever was encoded before it, and is not changed by being encoded."""
+    """A conversation gives a row of its own, whatever was encoded before it, and is not changed by being encoded."""
     talks = bank_of(trial)
     first = [row_of(trial, talk) for talk in talks]
+    for i, row in enumerate(first):
+        twin = next((other for other in first[:i] if other.ids == row.ids), None)
+        if twin:
+            raise CheckFailed(f"conversations {name_of(twin.talk)} and {name_of(row.talk)} became the same row")
     for talk, before in [*zip(talks, first, strict=True)][::-1]:
         conversation = conversation_of(talk)
         given = copy.deepcopy(conversation)

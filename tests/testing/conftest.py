@@ -1,0 +1,16 @@
+"""What the tests of checks share: a healthy pipeline on trial, whose runs are recorded once."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def healthy(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]  # torch would be loaded
+    """The plain loop on the built-in base."""
+    from glm4ft.testing.checks.trial import Trial
+    from glm4ft.testing.subjects.plain_loop import Subject
+    from glm4ft.tiny import write_tiny_base
+
+    base_dir = write_tiny_base(tmp_path_factory.mktemp("base"))
+    return Trial(Subject(str(base_dir)), base_dir, tmp_path_factory.mktemp("healthy"))

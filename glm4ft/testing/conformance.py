@@ -22,9 +22,11 @@ from pathlib import Path
 
 import pytest
 
+from glm4ft.checkpoint import find_checkpoint
 from glm4ft.report.safe_text import visible
 from glm4ft.testing.checks.registry import STAGES, Check
 from glm4ft.testing.checks.trial import Trial
+from glm4ft.testing.gpu_lane import LARGE_OVERFIT_STEPS, LARGE_PLAN, is_large, left_out, write_base
 from glm4ft.testing.plugin_records import attach_check
 from glm4ft.testing.runner import Result, all_checks, known_failures, require_known, run_check
 from glm4ft.testing.subject import load_subject
@@ -36,26 +38,46 @@ class SubjectBrokeDown(Exception):
 
 @dataclass
 class Bench:
-    """Where trials are held: one per subject, made when the first check asks for it.
+    """Where trials are held: one per subject and dtype, made when the first check asks for it.
 
     Args:
-        base_dir: folder of the base.
+        base: as for ``--glm4ft-model``.
         folder: for what checks and subjects write.
         default_subject: ``MODULE:ATTR`` for checks that name none.
     """
 
-    base_dir: Path
+    base: str
     folder: Path
     default_subject: str
-    _trials: dict[str, Trial] = field(default_factory=dict)
+    _trials: dict[tuple[str, str], Trial] = field(default_factory=dict)
 
-    def trial(self, spec: str) -> Trial:
+    def trial(self, spec: str, dtype: str) -> Trial:
         """The trial of a subject."""
-        if spec not in self._trials:
-            folder = self.folder / str(len(self._trials))
-            folder.mkdir()
-            self._trials[spec] = Trial(load_subject(spec, self.base_dir), self.base_dir, folder, spec)
-        return self._trials[spec]
+        if (spec, dtype) not in self._trials:
+            self._trials[spec, dtype] = self._make(spec, dtype)
+        return self._trials[spec, dtype]
+
+    def _make(self, spec: str, dtype: str) -> Trial:
+        folder, base_dir = self.folder / str(len(self._trials)), self.folder / f"base-{dtype or 'as-it-is'}"
+        folder.mkdir()
+        if not base_dir.exists():
+            base_dir = find_checkpoint(write_base(self.base, base_dir, dtype), weights=True)
+        trial = Trial(load_subject(spec, base_dir), base_dir, folder, spec)
+        if is_large(self.base):
+            trial.standard, trial.overfit_steps = LARGE_PLAN, LARGE_OVERFIT_STEPS
+        return trial
+
+    def run(self, check: Check, spec: str, dtype: str, expected_failures: Mapping[str, str]) -> Result:
+        """Run a check on a subject, unless the base is one on which it is left out."""
+        reason = left_out(self.base, check.name, dtype)
+        if reason:
+            return Result(check.name, check.stage, "skipped", reason, 0.0)
+        trial = self.trial(spec, dtype)
+        expected = {**known_failures(trial.subject), **expected_failures}
+        result = run_check(check, trial, expected.get(check.name, ""))
+        if is_large(self.base):
+            trial.release_models()
+        return result
 
 
 @dataclass(frozen=True)
@@ -66,21 +88,26 @@ class BoundCheck:
         check: to run.
         subject: ``MODULE:ATTR``; "" for the one that the command line names.
         expected_failures: check to the reason why it is known to fail.
+        dtype: of the base, ``bf16`` or ``fp32``; "" as it is.
     """
 
     check: Check
     subject: str
     expected_failures: Mapping[str, str]
+    dtype: str
 
     def run(self, node: pytest.Item, bench: Bench) -> None:
         """Run the check and give pytest the outcome; the result is attached to the report of the test."""
         __tracebackhide__ = True
         spec = self.subject or bench.default_subject
-        trial = bench.trial(spec)
-        expected = {**known_failures(trial.subject), **self.expected_failures}
-        result = run_check(self.check, trial, expected.get(self.check.name, ""))
-        attach_check(node, spec, result)
+        result = bench.run(self.check, spec, self.dtype, self.expected_failures)
+        attach_check(node, spec, result, self.dtype)
         _conclude(result)
+
+    @property
+    def id(self) -> str:
+        """As pytest shows it."""
+        return f"{self.check.stage}-{self.check.name}"
 
     def explain(self) -> str:
         """What the check claims, and why it exists."""
@@ -90,7 +117,11 @@ class BoundCheck:
 
 
 def parametrize_with_checks(
-    subject: str = "", *, expected_failures: Mapping[str, str] | None = None, stages: Sequence[str] = STAGES
+    subject: str = "",
+    *,
+    expected_failures: Mapping[str, str] | None = None,
+    stages: Sequence[str] = STAGES,
+    dtypes: Sequence[str] = ("",),
 ) -> pytest.MarkDecorator:
     """Make a test function run once per check.
 
@@ -98,6 +129,7 @@ def parametrize_with_checks(
         subject: ``MODULE:ATTR``; by default the one that ``--glm4ft-subject`` names.
         expected_failures: check to the reason why it is known to fail, beside those that the subject itself lists.
         stages: to judge.
+        dtypes: ``fp32`` and ``bf16`` run all checks once on a base in each; by default a base is taken as it is.
     Returns:
         A decorator for a function that takes ``glm4ft_check`` and calls it.
     Raises:
@@ -105,8 +137,9 @@ def parametrize_with_checks(
     """
     expected = require_known(expected_failures or {})
     checks = [check for check in all_checks() if check.stage in stages]
-    bound = [pytest.param(BoundCheck(check, subject, expected), id=f"{check.stage}-{check.name}") for check in checks]
-    return pytest.mark.parametrize("glm4ft_check", bound, indirect=True)
+    bound = [BoundCheck(check, subject, expected, dtype) for dtype in dtypes for check in checks]
+    params = [pytest.param(one, id=one.id if len(dtypes) == 1 else f"{one.id}-{one.dtype}") for one in bound]
+    return pytest.mark.parametrize("glm4ft_check", params, indirect=True)
 
 
 def _conclude(result: Result) -> None:

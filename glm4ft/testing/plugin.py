@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Generator, Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -212,14 +211,12 @@ def glm4ft_record_run(request: pytest.FixtureRequest) -> Callable[..., None]:
 
 
 @pytest.fixture(scope="session")
-def glm4ft_bench(
-    pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> Bench:
+def glm4ft_bench(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """Makes the trial of each subject, once in a session; a check of ``parametrize_with_checks`` needs it."""
     from glm4ft.testing.conformance import Bench
 
-    base_dir = Path(request.getfixturevalue("glm4ft_model"))
-    return Bench(base_dir, tmp_path_factory.mktemp("glm4ft-checks"), default_subject=SUBJECT.value(pytestconfig))
+    base, subject = MODEL.value(pytestconfig), SUBJECT.value(pytestconfig)
+    return Bench(base, tmp_path_factory.mktemp("glm4ft-checks"), default_subject=subject)
 
 
 @pytest.fixture

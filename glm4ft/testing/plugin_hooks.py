@@ -17,7 +17,8 @@ def pytest_glm4ft_collected(
     Args:
         config: of the session.
         checks: of the conformance suite, in the order in which they ended: ``subject``, ``check``, ``stage``,
-            ``status``, ``message`` and ``seconds`` as ``glm4ft check`` has them, and ``test``, the node id.
+            ``status``, ``message`` and ``seconds`` as ``glm4ft check`` has them, ``dtype`` where the suite runs in
+            several, else "", and ``test``, the node id.
         runs: recorded by ``glm4ft_record_run``: ``test``, ``name``, and the equally long lists ``loss`` and
             ``grad_norm`` with an entry per optimiser step, None where a value was not finite.
     """

@@ -20,10 +20,17 @@ if TYPE_CHECKING:
 CHECK, RUN, GPU_RAN = "glm4ft_check", "glm4ft_run", "glm4ft_gpu_ran"
 
 
-def attach_check(node: pytest.Item, subject: str, result: Result) -> None:
-    """Attach the result of a check to the report of the test that ran it."""
+def attach_check(node: pytest.Item, subject: str, result: Result, dtype: str = "") -> None:
+    """Attach the result of a check to the report of the test that ran it.
+
+    Args:
+        node: the test.
+        subject: ``MODULE:ATTR``.
+        result: of the check.
+        dtype: of the base, where the suite runs in several; else "".
+    """
     names = ("check", "stage", "status", "message", "seconds")
-    _attach(node, CHECK, {"subject": subject, **{name: getattr(result, name) for name in names}})
+    _attach(node, CHECK, {"subject": subject, "dtype": dtype, **{name: getattr(result, name) for name in names}})
 
 
 def attach_run(node: pytest.Item, name: str, steps: Iterable[Mapping[str, Any]]) -> None:
@@ -81,10 +88,11 @@ def summary_lines(collected: Collected) -> list[str]:
 def _verdict_lines(checks: list[dict[str, Any]]) -> Iterable[str]:
     from glm4ft.testing.verdicts import stage_verdicts
 
-    for subject in dict.fromkeys(check["subject"] for check in checks):
-        mine = [(check["stage"], check["status"]) for check in checks if check["subject"] == subject]
-        told = ", ".join(f"{stage} {verdict}" for stage, verdict in stage_verdicts(mine).items())
-        yield f"{subject}: {told}"
+    for subject, dtype in dict.fromkeys((check["subject"], check["dtype"]) for check in checks):
+        mine = [check for check in checks if (check["subject"], check["dtype"]) == (subject, dtype)]
+        verdicts = stage_verdicts((check["stage"], check["status"]) for check in mine)
+        told = ", ".join(f"{stage} {verdict}" for stage, verdict in verdicts.items())
+        yield f"{subject}{f' in {dtype}' if dtype else ''}: {told}"
 
 
 def _run_line(run: dict[str, Any]) -> str:

@@ -101,7 +101,9 @@ def test_workers_attach_and_the_controller_reports(
     collected = json.loads((pytester.path / "collected.json").read_text())
     assert collected["runs"] == [{"test": "test_run.py::test_run", **RUN}]
     facts = {"check": "x", "stage": "rows", "status": "failed", "message": "<|user|>", "seconds": 0.5}
-    assert collected["checks"] == [{"test": "test_checked.py::test_on_gpu", "subject": "my:subject", **facts}]
+    assert collected["checks"] == [
+        {"test": "test_checked.py::test_on_gpu", "subject": "my:subject", "dtype": "", **facts}
+    ]
 
 
 def test_the_verdict_of_a_stage_is_the_gravest_of_its_checks() -> None:

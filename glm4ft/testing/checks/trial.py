@@ -22,7 +22,6 @@ from glm4ft.testing.subject import load_subject, make_plan
 from glm4ft.testing.trace import Forward, Tensors, Trace, record
 
 RECORDED_STEPS = 8  # two epochs of the short conversations
-OVERFIT_STEPS = 60  # the built-in base needs 36
 
 Order = list[list[tuple[int, ...]]]
 
@@ -101,6 +100,8 @@ class Trial:
         folder: for whatever checks and subject write.
         spec: ``MODULE:ATTR`` that gives another subject of the kind, on another base or in another process; by default
             the subject's class, if it can be imported.
+        standard: changes of the standard plan that a base needs.
+        overfit_steps: that suffice to learn two conversations by heart.
         shared: whatever else several checks need.
     """
 
@@ -108,6 +109,8 @@ class Trial:
     base_dir: Path
     folder: Path
     spec: str = ""
+    standard: Mapping[str, Any] = field(default_factory=dict)
+    overfit_steps: int = 60  # the built-in base needs 36
     shared: dict[str, Any] = field(default_factory=dict)
     _runs: dict[str, Run] = field(default_factory=dict)
 
@@ -159,7 +162,7 @@ class Trial:
     @property
     def overfit(self) -> Run:
         """A run on the two bundled conversations, long enough to learn them by heart."""
-        return self.run("demo", steps=OVERFIT_STEPS)
+        return self.run("demo", steps=self.overfit_steps)
 
     def recorded(self, of: str) -> Run | None:
         """The longest run on some data that a check has asked for so far, by the standard plan; None if none has."""
@@ -241,7 +244,7 @@ class Trial:
 
     def run_anew(self, of: str = "short", **changes: Any) -> Run:
         """Record a whole run, whether or not there is one like it."""
-        plan = {"steps": RECORDED_STEPS, "output_dir": str(self.new_folder("run")), **changes}
+        plan = {"steps": RECORDED_STEPS, "output_dir": str(self.new_folder("run")), **self.standard, **changes}
         plan = make_plan(**plan)
         model = self.subject.build_model(str(self.base_dir), plan["seed"])
         rows = self.rows(self.data[of])
@@ -249,6 +252,12 @@ class Trial:
         with torch.enable_grad(), record(model, plan["steps"]) as trace:
             log = self.subject.train(model, self.data[of], plan)
         return Run(plan, rows, trace, list(log or []), model, self.reference, torch.get_rng_state())
+
+    def release_models(self) -> None:
+        """Give back the models of all runs but the one that is learnt by heart, where a second one does not fit."""
+        for key, run in self._runs.items():
+            if json.loads(key) != ["demo", {"steps": self.overfit_steps}]:
+                run.model = None
 
     def replayed(self, **changes: Any) -> Verdict:
         """What the replay of a run on the short conversations finds.

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 
-from glm4ft.base_model import load_base
+from glm4ft.base_model import Base, load_base, load_format
 from glm4ft.batching import Collator, Item, RowSet
 from glm4ft.chat_format import ChatFormat
 from glm4ft.checkpoint import read_json
@@ -50,8 +50,7 @@ class Subject:
     options = LoraOptions()
 
     def __init__(self, base_dir: str) -> None:
-        self.base = load_base(base_dir, dtype=_stored_dtype(base_dir))
-        self.tokenizer, self.chat_format = self.base.tokenizer, self.base.format_name
+        self.tokenizer, self.chat_format = load_format(base_dir)
         self.format = ChatFormat(self.chat_format, self.tokenizer)
         self.stop_ids = self.format.stop_ids
 
@@ -74,9 +73,9 @@ class Subject:
 
     def build_model(self, base_dir: str, seed: int) -> PeftModel:
         """The base with adapters on GLM-4's six targets."""
-        self.base = load_base(base_dir, dtype=_stored_dtype(base_dir))
-        install_supervised_loss(self.base.model)
-        return attach_lora(self.base.model, self.options, seed=seed)
+        base = load_base(base_dir, dtype=_stored_dtype(base_dir))
+        install_supervised_loss(base.model)
+        return attach_lora(base.model, self.options, seed=seed)
 
     @property
     def lora(self) -> dict[str, Any]:
@@ -109,7 +108,7 @@ class Subject:
             keep_checkpoints=plan["steps"],
             seed=plan["seed"],
         )
-        trainer = make_trainer(config, self.base, model, rows, rows if plan["eval_every"] else None, output)
+        trainer = make_trainer(config, self._base(model), model, rows, rows if plan["eval_every"] else None, output)
         trainer.args.adam_beta1, trainer.args.adam_beta2 = plan["betas"]
         trainer.args.adam_epsilon = plan["eps"]
         trainer.train(resume_from_checkpoint=plan["resume_from"])
@@ -119,8 +118,12 @@ class Subject:
         """Mean loss over all supervised tokens."""
         rows = MemoryRows([self.encode(c["messages"], c.get("tools")) for c in conversations])
         with tempfile.TemporaryDirectory() as folder:
-            trainer = make_trainer(TrainConfig(output=folder), self.base, model, rows, rows, Path(folder))
+            trainer = make_trainer(TrainConfig(output=folder), self._base(model), model, rows, rows, Path(folder))
             return float(trainer.evaluate()["eval_loss"])
+
+    def _base(self, model: PeftModel) -> Base:
+        base: Any = model.get_base_model()
+        return Base(base, self.tokenizer, self.chat_format, source="", warnings=())
 
     def generate(
         self, model: PeftModel, messages: Sequence[Mapping[str, Any]], tools: Any, max_new_tokens: int

@@ -1,6 +1,6 @@
 """What adapters of trainers have in common. A subject needs none of it; an adapter gets shorter with it.
 
-``class Subject(PeftAdapter)`` has ``save``, ``load`` and ``merge``; ``Generates`` adds ``generate``;
+``class Subject(PeftAdapter)`` has ``build_model``, ``save``, ``load`` and ``merge``; ``Generates`` adds ``generate``;
 ``training_arguments`` translates a plan, ``json_chat`` and ``sharegpt_chat`` a conversation.
 """
 
@@ -12,14 +12,21 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, set_seed
 
 
 class PeftAdapter:
-    """The disk side of a subject whose model is a ``peft.PeftModel``, in plain peft and transformers."""
+    """A subject's model and its way to the disk and back, in plain peft and transformers."""
 
     tokenizer: Any
+    lora: Mapping[str, Any]
+
+    def build_model(self, base_dir: str, seed: int) -> Any:
+        """The base with the adapters that ``lora`` asks for."""
+        set_seed(seed)
+        base = AutoModelForCausalLM.from_pretrained(base_dir)
+        return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **self.lora))
 
     def save(self, model: Any, folder: str) -> None:
         """Write the adapter, and the tokenizer beside it, as ``Trainer`` does for its ``processing_class``."""

@@ -6,15 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
     PrinterCallback,
     Trainer,
     TrainingArguments,
-    set_seed,
 )
 
 from glm4ft.chat_format import IGNORED, ChatFormat
@@ -64,13 +61,6 @@ class Subject(PeftAdapter, Generates):
         """A padded batch, by the seq2seq collator."""
         collator = DataCollatorForSeq2Seq(self.tokenizer, label_pad_token_id=IGNORED)
         return dict(collator([dict(row) for row in rows], return_tensors="pt"))
-
-    def build_model(self, base_dir: str, seed: int) -> Any:
-        """The base with adapters on GLM-4's six targets."""
-        set_seed(seed)
-        base = AutoModelForCausalLM.from_pretrained(base_dir)
-        config = LoraConfig(task_type="CAUSAL_LM", **self.lora)
-        return get_peft_model(base, config)
 
     def train(
         self, model: Any, conversations: Sequence[Mapping[str, Any]], plan: Mapping[str, Any]

@@ -1,4 +1,4 @@
-"""The command line: ``glm4ft train``, ``inspect``, ``floor``, ``merge`` and ``check``."""
+"""The command line: ``glm4ft train``, ``inspect``, ``floor``, ``merge``, ``check`` and ``init``."""
 
 from __future__ import annotations
 
@@ -68,6 +68,7 @@ def _dispatch(argv: list[str]) -> int:
         "floor": _floor_parser,
         "merge": _merge_parser,
         "check": _check_parser,
+        "init": _init_parser,
     }
     commands: dict[str, Callable[[Namespace], int]] = {
         "train": _train,
@@ -75,6 +76,7 @@ def _dispatch(argv: list[str]) -> int:
         "floor": _floor,
         "merge": _merge,
         "check": _check,
+        "init": _init,
     }
     if not argv or argv[0] in ("-h", "--help"):
         print(f"usage: glm4ft {{{','.join(parsers)}}} ...\n\n{glm4ft.__doc__}\n")
@@ -289,6 +291,26 @@ def _check(options: Namespace) -> int:
     report = Path(options.report) if options.report else None
     has_failed = show_checks(options.subject, stages=stages, json_file=options.json, report=report)
     return EXIT_FAILED if has_failed else 0
+
+
+# --- init ---
+
+
+def _init_parser() -> ArgumentParser:
+    parser = _parser(
+        "init", "Render adapter, tests, tox.ini and workflows into a repository, to put its trainer on trial."
+    )
+    parser.add_argument("folder", type=str, help="The repository; is made if need be.")
+    parser.add_argument("--trainer", type=str, help="transformers, trl, llamafactory, swift or loop; else looked for.")
+    parser.add_argument("--name", type=str, help="The pipeline's name in reports; by default the folder's.")
+    return parser
+
+
+def _init(options: Namespace) -> int:
+    from glm4ft.repository import describe_rendering
+
+    print(describe_rendering(Path(options.folder), trainer=options.trainer, name=options.name))
+    return 0
 
 
 # --- options ---

@@ -1,0 +1,12 @@
+"""The same on a GPU. Run: tox run -e conformance-gpu"""
+
+import pytest
+
+from glm4ft.testing.conformance import parametrize_with_checks
+
+
+@pytest.mark.gpu
+@parametrize_with_checks("conformance.adapter:Subject")
+def test_conformance_on_the_gpu(glm4ft_check):
+    """Skipped without CUDA; the lane that requires a GPU fails instead."""
+    glm4ft_check()

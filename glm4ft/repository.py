@@ -13,7 +13,7 @@ import glm4ft
 from glm4ft.errors import ConfigError
 
 # In a wheel the template lies inside of the package, in a checkout beside it.
-TEMPLATES = (Path(glm4ft.__file__).parent / "_template", Path(glm4ft.__file__).parents[1])
+TEMPLATES = (Path(glm4ft.__file__).parent / "_template", Path(glm4ft.__file__).parents[1] / "template")
 ADAPTER = "conformance/adapter.py"
 MAX_FILES = 2000  # enough to find an import in, few enough not to read a data folder
 SKIPPED_FOLDERS = ("venv", "node_modules", "build", "dist", "site-packages", "conformance")

@@ -1,4 +1,4 @@
-"""Every check of glm4ft on this repository's pipeline. Run: tox run -e conformance"""
+"""Every check of glm4ft on this repository's pipeline. Run: tox run -e conformance."""
 
 from glm4ft.testing.conformance import parametrize_with_checks
 

@@ -1,4 +1,4 @@
-"""The same on a GPU. Run: tox run -e conformance-gpu"""
+"""The same on a GPU. Run: tox run -e conformance-gpu."""
 
 import pytest
 

@@ -33,7 +33,8 @@ from glm4ft.lora import attach_lora, audit_lora
 from glm4ft.loss import install_supervised_loss
 from glm4ft.report.content import Content
 from glm4ft.report.failure_card import explain_failure
-from glm4ft.report.run_report import HTML_FILE, RunReport
+from glm4ft.report.files import HTML_FILE
+from glm4ft.report.run_report import RunReport
 from glm4ft.tiny import write_tiny_base
 from glm4ft.trainer import COMPLETE_MARKER, SupervisedTrainer, checkpoint_step, last_checkpoint
 from glm4ft.trajectory import FILE_NAME, Trajectory, append_row, read_trajectory, rewind, write_atomically

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from glm4ft.config import TrainConfig
+from glm4ft.report.failure_card import MAX_LINES, explain_failure
 from glm4ft.testing.stability import assert_grad_norms_decay, assert_grad_norms_stable
 from glm4ft.testing.subjects.founding_bug import FoundingBugFormat
 from glm4ft.training_run import RunResult, run_training
@@ -43,7 +44,16 @@ CASES = [
 
 
 def assert_learnt_by_heart(result: RunResult) -> None:
-    """Finite norms, loss below target, exact round trip, stop: in the order in which failures explain each other."""
+    """Finite norms, loss below target, exact round trip, stop; whatever fails comes with the run's card."""
+    try:
+        _assert_learnt_by_heart(result)
+    except AssertionError as error:
+        assert result.content
+        raise AssertionError(f"{error}\n{explain_failure(result.content)}") from None
+
+
+def _assert_learnt_by_heart(result: RunResult) -> None:
+    # in the order in which failures explain each other
     norms = [row["grad_norm"] for row in result.trajectory.steps]
     assert_grad_norms_stable(norms)
     losses = [row["loss"] for row in result.trajectory.steps]
@@ -94,6 +104,17 @@ def test_founding_bug_does_not_reach_the_target(buggy_run: RunResult) -> None:
     assert len(losses) == 60
     assert min(losses) > 0.1
     assert not buggy_run.reached_target
+
+
+def test_a_failed_overfit_assertion_shows_the_card_of_the_run(buggy_run: RunResult) -> None:
+    """What kept the loss up, what came back, and how to see it again."""
+    with pytest.raises(AssertionError, match=r"loss stopped at 0\.") as caught:
+        assert_learnt_by_heart(buggy_run)
+    card = str(caught.value).split("\n")[1:]
+    assert len(card) <= MAX_LINES
+    assert any("<|assistant|> headers: 4 of 4 supervised, should be 0" in line for line in card)
+    assert any(line.endswith("0 of 4 turns came back exactly") for line in card)
+    assert card[-1].startswith("reproduce  │ glm4ft train --config ")
 
 
 def test_founding_bug_never_learns_to_stop(buggy_run: RunResult) -> None:

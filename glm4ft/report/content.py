@@ -162,6 +162,7 @@ class Content:
         headline: the verdict.
         tokenizer: names the tokens of ``rows``; None if there are none.
         curves: of the run.
+        runs: names and curves of further runs.
         counts: kind of token to how many there are, how many were supervised, and how many should have been (or
             None).
         rows: conversations that are shown.
@@ -177,6 +178,7 @@ class Content:
     headline: Headline
     tokenizer: Any = None
     curves: Curves = field(default_factory=Curves)
+    runs: tuple[tuple[str, Curves], ...] = ()
     counts: Mapping[str, tuple[int, int, int | None]] = field(default_factory=dict)
     rows: tuple[ShownRow, ...] = ()
     num_rows: int = 0

@@ -45,6 +45,7 @@ def render_page(content: Content) -> str:
         level_names=LEVEL_NAMES,
         level_ranges=_level_ranges(),
         charts=charts_of(content.curves),
+        runs=[(name, charts_of(curves)) for name, curves in content.runs],
         stages=list(_stages(content.checks)),
         costly=costly_tokens(content.rows, content.tokenizer) if content.rows else [],
         rows=rows,

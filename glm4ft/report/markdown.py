@@ -22,7 +22,7 @@ _ACTIVE = re.compile(r"[!\"#$&*+;<=>?@\[\\\]^_`{|}~-]|[.:](?=[^\s\d])")
 
 def render_summary(content: Content) -> str:
     """The report as GitHub-flavoured Markdown, short enough for a job page."""
-    parts = (_headline, _curves, _counts, _tokens, _checks, _turns, _footer)
+    parts = (_headline, _curves, _runs, _counts, _tokens, _checks, _turns, _footer)
     return "\n".join(line for part in parts for line in part(content)) + "\n"
 
 
@@ -57,6 +57,11 @@ def _curves(content: Content) -> Iterator[str]:
     for name, value in (("target", curves.target), ("certified floor", curves.floor)):
         if value is not None:
             yield f"- {name}: {value:.4g}"
+
+
+def _runs(content: Content) -> Iterator[str]:
+    for name, curves in content.runs:
+        yield f"- {code(name)}: loss {code(sparkline(curves.loss))} over {len(curves.loss):,} steps"
 
 
 def _counts(content: Content) -> Iterator[str]:

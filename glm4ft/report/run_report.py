@@ -17,14 +17,12 @@ from glm4ft.dataset import DataReport, data_path, fit_row
 from glm4ft.errors import RunError
 from glm4ft.generation import TurnRoundTrip
 from glm4ft.report.content import Content, Curves, Headline, Option, ShownRow, ShownTurn
-from glm4ft.report.html_page import render_page
-from glm4ft.report.markdown import render_summary
+from glm4ft.report.files import write_report
 from glm4ft.report.measurement import measure_targets
 from glm4ft.report.token_losses import part_counts
 from glm4ft.report.wording import failed_run, finished_run, supervised_sentence
-from glm4ft.trajectory import FILE_NAME, Trajectory, read_trajectory, write_atomically
+from glm4ft.trajectory import FILE_NAME, Trajectory, read_trajectory
 
-HTML_FILE, SUMMARY_FILE = "report.html", "summary.md"
 SHOWN_ROWS = 8
 
 
@@ -133,18 +131,6 @@ class RunReport:
         yield "versions", ", ".join(f"{name} {number}" for name, number in header.get("libraries", {}).items())
         yield "system", f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
         yield "digest of the rows", str(header.get("rows_sha256", ""))
-
-
-def write_report(folder: Path, content: Content) -> Path:
-    """Write ``report.html`` and ``summary.md`` into a folder; each appears whole or not at all.
-
-    Returns:
-        The page.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / SUMMARY_FILE, render_summary(content))
-    write_atomically(folder / HTML_FILE, render_page(content))
-    return folder / HTML_FILE
 
 
 def shown_row(row: Row, model: Any = None) -> ShownRow:

@@ -16,7 +16,7 @@ from rich.text import Text
 from tqdm import tqdm
 
 from glm4ft.errors import ConfigError
-from glm4ft.report.run_report import write_report
+from glm4ft.report.files import write_report
 from glm4ft.report.safe_text import Ruled, visible
 from glm4ft.testing.checks.registry import STAGES
 from glm4ft.testing.runner import Result, all_checks, judge, summary, trial_of

@@ -24,12 +24,14 @@ import pytest
 
 from glm4ft.checkpoint import find_checkpoint
 from glm4ft.report.safe_text import visible
+from glm4ft.testing.check_wording import WRONG
 from glm4ft.testing.checks.registry import STAGES, Check
 from glm4ft.testing.checks.trial import Trial
 from glm4ft.testing.gpu_lane import LARGE_OVERFIT_STEPS, LARGE_PLAN, is_large, left_out, write_base
 from glm4ft.testing.plugin_records import attach_check
 from glm4ft.testing.runner import Result, all_checks, known_failures, require_known, run_check
 from glm4ft.testing.subject import load_subject
+from glm4ft.testing.trial_report import explain_trial, supervised_by
 
 
 class SubjectBrokeDown(Exception):
@@ -101,7 +103,12 @@ class BoundCheck:
         __tracebackhide__ = True
         spec = self.subject or bench.default_subject
         result = bench.run(self.check, spec, self.dtype, self.expected_failures)
-        attach_check(node, spec, result, self.dtype)
+        if result.status in WRONG:
+            trial = bench.trial(spec, self.dtype)
+            attach_check(node, spec, result, self.dtype, supervised=supervised_by(trial))
+            _show_card(node, spec, result, trial)
+        else:
+            attach_check(node, spec, result, self.dtype)
         _conclude(result)
 
     @property
@@ -140,6 +147,14 @@ def parametrize_with_checks(
     bound = [BoundCheck(check, subject, expected, dtype) for dtype in dtypes for check in checks]
     params = [pytest.param(one, id=one.id if len(dtypes) == 1 else f"{one.id}-{one.dtype}") for one in bound]
     return pytest.mark.parametrize("glm4ft_check", params, indirect=True)
+
+
+def _show_card(node: pytest.Item, spec: str, result: Result, trial: Trial) -> None:
+    """Once per trial: the other claims that the same run fails have the same card."""
+    card = explain_trial(spec, [result], trial)
+    if card and not trial.shared.get("card is shown"):
+        trial.shared["card is shown"] = True
+        node.add_report_section("call", "glm4ft: the run that did not learn", card)
 
 
 def _conclude(result: Result) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from glm4ft.testing import plugin_hooks, plugin_options
-from glm4ft.testing.plugin_options import DEVICE, GPU, MODEL, SUBJECT, TOKENIZER
+from glm4ft.testing.plugin_options import DEVICE, GPU, MODEL, REPORT, SUBJECT, TOKENIZER
 from glm4ft.testing.plugin_records import GPU_RAN, Collected, attach_run, summary_lines
 
 if TYPE_CHECKING:
@@ -142,6 +142,10 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if _lane_ran_nothing(config, collected) and session.exitstatus in (0, pytest.ExitCode.NO_TESTS_COLLECTED):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
     config.hook.pytest_glm4ft_collected(config=config, checks=collected.checks, runs=collected.runs)
+    if REPORT.value(config):
+        from glm4ft.testing.session_report import write_session_report
+
+        write_session_report(Path(REPORT.value(config)), config, collected.checks, collected.runs)
 
 
 def _lane_ran_nothing(config: pytest.Config, collected: Collected) -> bool:
@@ -169,6 +173,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if collected is None:
         return
     lines = summary_lines(collected)
+    if REPORT.value(config) and not config.getoption("collectonly"):
+        lines.append(f"report: {Path(REPORT.value(config)) / 'report.html'}")
     if _lane_ran_nothing(config, collected) and not config.getoption("collectonly"):
         reason = "no test marked gpu ran, so nothing was proven on a GPU"
         lines.append(f"FAILED: {GPU.flag}=require (from {GPU.source(config)}): {reason}")

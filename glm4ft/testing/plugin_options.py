@@ -72,7 +72,8 @@ TOKENIZER = Option("tokenizer", "PATH", "", "folder of a real GLM-4 tokenizer: o
 SUBJECT = Option("subject", "MODULE:ATTR", OWN_SUBJECT, "pipeline that parametrize_with_checks() puts on trial")
 DEVICE = Option("device", "DEVICE", "auto", "cpu, cuda or cuda:N; a gpu test runs on cpu only where this says so")
 GPU = Option("gpu", "|".join(GPU_MODES), "auto", "require: fail without a GPU, or if no gpu test ran; never: skip them")
-OPTIONS = (MODEL, TOKENIZER, SUBJECT, DEVICE, GPU)
+REPORT = Option("report", "DIR", "", "write report.html and summary.md of the session into this folder")
+OPTIONS = (MODEL, TOKENIZER, SUBJECT, DEVICE, GPU, REPORT)
 
 
 def describe(config: pytest.Config) -> list[str]:
@@ -109,7 +110,7 @@ def require_legal(config: pytest.Config) -> None:
 def _require_equals_signs(config: pytest.Config) -> None:
     """A path behind a space misleads pytest, which looks for the ini file before it knows our options."""
     arguments = config.invocation_params.args
-    for option in (MODEL, TOKENIZER):
+    for option in (MODEL, TOKENIZER, REPORT):
         value = str(config.getoption(option.flag) or "")
         if config.inipath is None and value in arguments and Path(value).exists():
             problem = "pytest took the path for one of tests, and so found no ini file"

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 CHECK, RUN, GPU_RAN = "glm4ft_check", "glm4ft_run", "glm4ft_gpu_ran"
 
 
-def attach_check(node: pytest.Item, subject: str, result: Result, dtype: str = "") -> None:
+def attach_check(node: pytest.Item, subject: str, result: Result, dtype: str = "", *, supervised: str = "") -> None:
     """Attach the result of a check to the report of the test that ran it.
 
     Args:
@@ -28,9 +28,12 @@ def attach_check(node: pytest.Item, subject: str, result: Result, dtype: str = "
         subject: ``MODULE:ATTR``.
         result: of the check.
         dtype: of the base, where the suite runs in several; else "".
+        supervised: what the subject trains, in words; "" where nobody needs to know.
     """
     names = ("check", "stage", "status", "message", "seconds")
-    _attach(node, CHECK, {"subject": subject, "dtype": dtype, **{name: getattr(result, name) for name in names}})
+    more = {"supervised": supervised} if supervised else {}
+    content = {"subject": subject, "dtype": dtype, **{name: getattr(result, name) for name in names}, **more}
+    _attach(node, CHECK, content)
 
 
 def attach_run(node: pytest.Item, name: str, steps: Iterable[Mapping[str, Any]]) -> None:

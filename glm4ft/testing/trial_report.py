@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from glm4ft.generation import greedy
-from glm4ft.report.content import Content, Curves, Headline, ShownCheck, ShownRow, ShownTurn
+from glm4ft.report.content import Content, Curves, ShownRow, ShownTurn
 from glm4ft.report.failure_card import explain_failure
 from glm4ft.report.token_losses import part_counts
 from glm4ft.report.wording import parts_sentence
+from glm4ft.testing.check_wording import WRONG, headline, shown_check
 from glm4ft.testing.checks.outcome import LOSS_LIMIT
-from glm4ft.testing.checks.registry import STAGES
 from glm4ft.testing.checks.trial import Run, Trial
 from glm4ft.testing.oracle import IGNORED, Undecidable, control_ids, find_mistakes, find_turns
 from glm4ft.testing.reference import clip_factor
@@ -26,19 +26,6 @@ from glm4ft.testing.runner import Result, all_checks
 
 LOSSES = 20  # steps of a run without a log whose loss is computed
 OVERRUN = 16  # tokens that a turn which does not stop is given to show how it goes on
-WRONG = ("failed", "error")
-LOOK_AT = {
-    "rows": "the code that turns a conversation into ids and labels",
-    "batches": "collator, packing and sampler",
-    "model": "how the base is loaded and the adapters are attached: targets, scale, dtype, mode",
-    "gradient": "the loss: what it is divided by, over micro-batches and processes",
-    "clipping": "the clipping of the gradient: which norm, and when",
-    "schedule": "the schedule of the rate: warm-up, horizon, and how often it steps",
-    "update": "the optimiser: its parameters, betas, epsilon and weight decay",
-    "side-effects": "what logging, evaluating and saving leave behind",
-    "persistence": "saving, loading, merging and resuming",
-    "outcome": "the stages before; if all of them hold, what is left is the data or the budget of steps",
-}
 
 
 def trial_content(spec: str, results: Sequence[Result], trial: Trial) -> Content:
@@ -49,21 +36,27 @@ def trial_content(spec: str, results: Sequence[Result], trial: Trial) -> Content
         results: of its checks.
         trial: that they ran in; nothing is trained for the report.
     """
-    run = trial.recorded("demo")
+    run, why = trial.recorded("demo"), {check.name: check.incident for check in all_checks()}
     rows = tuple(_rows(trial, run))
     return Content(
         title=f"glm4ft check · {spec}",
-        headline=headline(results, parts_sentence(part_counts(rows, trial.subject.tokenizer)) if rows else ""),
+        headline=headline(results, supervised_by(trial)),
         tokenizer=trial.subject.tokenizer,
         curves=_curves(run) if run else Curves(),
         counts=part_counts(rows, trial.subject.tokenizer),
         rows=rows,
         num_rows=len(rows),
         turns=tuple(_turns(trial, run)) if run else (),
-        checks=shown_checks(results),
+        checks=tuple(shown_check(result, why.get(result.check, "")) for result in results),
         facts=tuple(_facts(trial)),
         command=f"glm4ft check --subject {spec}",
     )
+
+
+def supervised_by(trial: Trial) -> str:
+    """What the subject trains of the bundled conversations, in words; "" if it cannot encode them."""
+    counts = part_counts(_rows(trial, None), trial.subject.tokenizer)
+    return parts_sentence(counts) if counts else ""
 
 
 def explain_trial(spec: str, results: Sequence[Result], trial: Trial) -> str:
@@ -72,37 +65,6 @@ def explain_trial(spec: str, results: Sequence[Result], trial: Trial) -> str:
     if not has_failed or trial.recorded("demo") is None:
         return ""
     return explain_failure(replace(trial_content(spec, results, trial), facts=()))
-
-
-def shown_checks(results: Sequence[Result]) -> tuple[ShownCheck, ...]:
-    """The results with what motivates each check."""
-    why = {check.name: check.incident for check in all_checks()}
-    return tuple(
-        ShownCheck(r.stage, r.check.replace("_", " "), r.status, r.message, why.get(r.check, "")) for r in results
-    )
-
-
-def headline(results: Sequence[Result], supervised: str) -> Headline:
-    """The verdict on a subject: the first stage that departs explains those after it."""
-    wrong = sorted((r for r in results if r.status in WRONG), key=lambda result: STAGES.index(result.stage))
-    judged = [result for result in results if result.status != "skipped"]
-    skipped = len(results) - len(judged)
-    not_judged = (f"{skipped} could not be judged.",) if skipped else ()
-    if not wrong:
-        tone, known = "good" if judged else "unsure", sum(r.status == "expected-failure" for r in judged)
-        text = f"{len(judged) - known} of {len(results)} claims hold, and none fails"
-        return Headline("good" if tone == "good" else "unsure", f"{text}.", supervised, not_judged)
-    first = wrong[0]
-    same = [result for result in wrong if result.stage == first.stage]
-    told = tuple(f"{result.check.replace('_', ' ')}: {_first_line(result.message)}" for result in same[:3])
-    text = f"{len(wrong)} of {len(judged)} claims fail, first at stage {first.stage}."
-    later = [stage for stage in STAGES if any(r.stage == stage for r in wrong)][1:]
-    after = (f"Mend that first: failures at {', '.join(later)} may follow from it.",) if later else ()
-    return Headline("bad", text, supervised, (*told, *not_judged), (f"Look at {LOOK_AT[first.stage]}.", *after))
-
-
-def _first_line(message: str) -> str:
-    return next((line.strip() for line in message.split("\n") if line.strip()), "")
 
 
 def _rows(trial: Trial, run: Run | None) -> Iterator[ShownRow]:

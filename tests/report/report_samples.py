@@ -90,6 +90,7 @@ def hostile() -> Content:
         headline=Headline("unsure", HOSTILE_LINES, HOSTILE_LINES, (HOSTILE_LINES, HOSTILE), (HOSTILE_LINES, HOSTILE)),
         tokenizer=TOKENIZER,
         curves=Curves.of([{"loss": 1.0}, {"loss": math.nan}]),
+        runs=((HOSTILE_LINES, Curves.of([{"loss": 1.0}])),),
         counts={HOSTILE_LINES: (3, 2, 1)},
         rows=(replace(row, title=HOSTILE_LINES),),
         num_rows=5,

@@ -23,9 +23,9 @@ from glm4ft.report.token_losses import costly_tokens, part_counts, token_parts
 
 VOID = {"meta", "rect", "line", "polyline"}
 TAGS = {
-    "html", "head", "meta", "title", "style", "body", "main", "header", "section", "footer", "h1", "h2", "p", "b", "ul",
-    "li", "dl", "dt", "dd", "div", "span", "sup", "code", "pre", "mark", "details", "summary", "figure", "figcaption",
-    "table", "thead", "tbody", "tr", "th", "td", "svg", "line", "text", "circle", "polyline", "rect",
+    "html", "head", "meta", "title", "style", "body", "main", "header", "section", "footer", "h1", "h2", "h3", "p", "b",
+    "ul", "li", "dl", "dt", "dd", "div", "span", "sup", "code", "pre", "mark", "details", "summary", "figure",
+    "figcaption", "table", "thead", "tbody", "tr", "th", "td", "svg", "line", "text", "circle", "polyline", "rect",
 }  # fmt: skip
 
 

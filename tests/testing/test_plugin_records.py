@@ -118,3 +118,53 @@ def test_the_verdict_of_a_stage_is_the_gravest_of_its_checks() -> None:
     ]
     verdicts = {"rows": "failed", "model": "passed", "update": "expected failure", "outcome": "not judged"}
     assert list(stage_verdicts(found).items()) == list(verdicts.items())
+
+
+FAILING = """
+from types import SimpleNamespace
+from glm4ft.testing.plugin_records import attach_check
+
+def test_claim(request):
+    result = SimpleNamespace(check="every_x_is_y", stage="rows", status="failed", message="<b>position 7", seconds=0.5)
+    attach_check(request.node, "my:subject", result, supervised="all 4 headers.")
+    assert False
+
+def test_other(glm4ft_record_run):
+    glm4ft_record_run([{"loss": 8.0, "grad_norm": 2.0}, {"loss": 0.08, "grad_norm": 1.0}])
+    raise ValueError("::error::\\x1b[31m<script>")
+"""
+
+
+def test_a_report_of_the_session_is_written_where_it_is_asked_for(pytester: pytest.Pytester) -> None:
+    """Verdict, claims, other failures, curves and options; nothing of it acts."""
+    pytester.makepyfile(FAILING)
+    result = pytester.runpytest_inprocess("--glm4ft-report=out")
+    result.assert_outcomes(failed=2)
+    result.stdout.fnmatch_lines(["report: out/report.html"])
+    page = (pytester.path / "out" / "report.html").read_text("utf-8")
+    for text in ("1 of 1 claims fail, first at stage rows.", "all 4 headers.", "every x is y", "&lt;b&gt;position 7",
+                 "ValueError: ::error::\\x1b[31m&lt;script&gt;", "step 2: loss", "2 failed"):  # fmt: skip
+        assert text in page
+    summary = (pytester.path / "out" / "summary.md").read_text("utf-8")
+    assert summary.startswith("### ❌ 1 of 1 claims fail, first at stage rows.")
+    assert "\x1b" not in page + summary
+    assert "<script" not in page + summary
+
+
+def test_a_report_under_xdist_holds_what_all_workers_found(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(FAILING)
+    pytester.runpytest_subprocess("-n2", "--glm4ft-report=out", "-p", "no:cacheprovider").assert_outcomes(failed=2)
+    page = (pytester.path / "out" / "report.html").read_text("utf-8")
+    assert "every x is y" in page
+    assert "ValueError" in page
+
+
+def test_a_report_of_a_session_without_our_checks_needs_no_torch(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile("def test_it():\n    import sys\n    assert 'torch' not in sys.modules\n")
+    pytester.makeconftest(
+        "import pytest, sys\n"
+        "@pytest.hookimpl(wrapper=True, tryfirst=True)\n"
+        "def pytest_sessionfinish():\n    yield\n    assert 'torch' not in sys.modules\n"
+    )
+    pytester.runpytest_subprocess("--glm4ft-report=out").assert_outcomes(passed=1)
+    assert "1 tests passed, none failed." in (pytester.path / "out" / "report.html").read_text("utf-8")

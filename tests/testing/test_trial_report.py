@@ -12,9 +12,10 @@ import pytest
 from glm4ft.report.content import Content
 from glm4ft.report.failure_card import MAX_LINES
 from glm4ft.report.html_page import render_page
+from glm4ft.testing.check_wording import headline
 from glm4ft.testing.checks.trial import Trial
 from glm4ft.testing.runner import Result, trial_of
-from glm4ft.testing.trial_report import explain_trial, headline, trial_content
+from glm4ft.testing.trial_report import explain_trial, trial_content
 
 FOUNDING_BUG = "glm4ft.testing.subjects.founding_bug:Subject"
 RESULTS = [

@@ -96,7 +96,7 @@ def _expected(trial: Trial, conversation: dict[str, Any], ids: Sequence[int], la
 def _measure(trial: Trial, run: Run, ids: Sequence[int]) -> tuple[list[float | None], list[int | None]]:
     with torch.no_grad():
         hidden_TD = trial.reference.hidden(ids, run.trained)
-        logits_TV = hidden_TD[:-1] @ trial.reference.head_weight(run.trained).T
+        logits_TV = trial.reference.logits(hidden_TD[:-1], run.trained)
         nll_T = torch.nn.functional.cross_entropy(logits_TV, torch.tensor(list(ids[1:])), reduction="none")
     return [None, *nll_T.tolist()], [None, *logits_TV.argmax(-1).tolist()]
 

@@ -168,7 +168,9 @@ class Trial:
         """The longest run on some data that a check has asked for so far, by the standard plan; None if none has."""
         keys = [(key, *json.loads(key)) for key in self._runs]
         runs = [self._runs[key] for key, data, changes in keys if data == of and set(changes) <= {"steps"}]
-        return max((run for run in runs if run.trace.steps), key=lambda run: len(run.trace.steps), default=None)
+        return max(
+            (run for run in runs if run.trace.steps and run.model), key=lambda run: len(run.trace.steps), default=None
+        )
 
     def new_folder(self, name: str) -> Path:
         """A folder that nobody has used."""

@@ -174,7 +174,7 @@ class ChatFormat:
             numbered.sort(key=lambda pair: pair[1].role != "system")
         blocks = [_Block(m.role, f"{m.metadata}\n{m.content}", i) for i, m in numbered]
         if tools:
-            text = self._tool_block(json.dumps(tools, ensure_ascii=False))
+            text = self._tool_block(json.dumps(tools))
             blocks.insert(0, _Block("system", text, None))
         return blocks
 

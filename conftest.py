@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import note, settings
 
 settings.register_profile("default", max_examples=100, deadline=None)  # shared machines: no test is timed by one run
 settings.register_profile("nightly", max_examples=1000, deadline=None)
@@ -48,10 +49,14 @@ REAL_LANE = Lane("real-9b-chat", "glm-4-9b-chat")
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run what uses a lane once per lane; the real one exists only where a tokenizer is given."""
     if "lane" in metafunc.fixturenames:
-        from glm4ft.testing.plugin import TOKENIZER
+        metafunc.parametrize("lane", lanes(metafunc.config), ids=lambda lane: lane.id, scope="session")
 
-        lanes = [*TINY_LANES, REAL_LANE] if TOKENIZER.value(metafunc.config) else TINY_LANES
-        metafunc.parametrize("lane", lanes, ids=lambda lane: lane.id, scope="session")
+
+def lanes(config: pytest.Config) -> tuple[Lane, ...]:
+    """Those that can run here."""
+    from glm4ft.testing.plugin import TOKENIZER
+
+    return (*TINY_LANES, REAL_LANE) if TOKENIZER.value(config) else TINY_LANES
 
 
 def pytest_collection_finish() -> None:
@@ -77,35 +82,48 @@ def real_tokenizer(glm4ft_tokenizer: str) -> Any:
 
 
 @pytest.fixture(scope="session")
-def tokenizer(lane: Lane, request: pytest.FixtureRequest) -> Any:
-    """The tokenizer of the lane."""
-    if not lane.architecture:
-        return request.getfixturevalue("real_tokenizer")
-    from glm4ft.tiny import tiny_tokenizer
+def tokenizer_of(request: pytest.FixtureRequest) -> Callable[[Lane], Any]:
+    """Give a lane's tokenizer, always the same one."""
 
-    return tiny_tokenizer(lane.architecture)
+    @functools.cache
+    def load(lane: Lane) -> Any:
+        if not lane.architecture:
+            return request.getfixturevalue("real_tokenizer")
+        from glm4ft.tiny import tiny_tokenizer
+
+        return tiny_tokenizer(lane.architecture)
+
+    return load
 
 
 @pytest.fixture(scope="session")
-def make_chat_format(lane: Lane, tokenizer: Any) -> Callable[..., Any]:
-    """Make the lane's chat format with the given options, each only once: with the real tokenizer it takes seconds."""
+def tokenizer(lane: Lane, tokenizer_of: Callable[[Lane], Any]) -> Any:
+    """The tokenizer of the lane."""
+    return tokenizer_of(lane)
+
+
+@pytest.fixture(scope="session")
+def in_each_lane(tokenizer_of: Callable[[Lane], Any], pytestconfig: pytest.Config) -> Callable[..., Iterator[Any]]:
+    """Go through the chat formats of all lanes, so that Hypothesis generates an example once and not once per lane.
+
+    Called with options of ``ChatFormat``; a failing example is reported with the lane it failed in.
+    """
     from glm4ft.chat_format import ChatFormat
 
-    made: dict[tuple[tuple[str, Any], ...], ChatFormat] = {}
+    def go_through(**options: Any) -> Iterator[Any]:
+        for lane in lanes(pytestconfig):
+            note(f"lane: {lane.id}")
+            yield ChatFormat(lane.chat_format, tokenizer_of(lane), **options)
 
-    def make(**options: Any) -> ChatFormat:
-        key = tuple(sorted(options.items()))
-        if key not in made:
-            made[key] = ChatFormat(lane.chat_format, tokenizer, **options)
-        return made[key]
-
-    return make
+    return go_through
 
 
 @pytest.fixture(scope="session")
-def chat_format(make_chat_format: Callable[..., Any]) -> Any:
+def chat_format(lane: Lane, tokenizer: Any) -> Any:
     """The lane's chat format with default options."""
-    return make_chat_format()
+    from glm4ft.chat_format import ChatFormat
+
+    return ChatFormat(lane.chat_format, tokenizer)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ Run: pytest tests/test_masks.py  [--glm4ft-tokenizer FOLDER: repeats everything 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby, pairwise
 from typing import Any
@@ -22,7 +22,7 @@ from glm4ft.conversation import Conversation, Message
 from glm4ft.errors import DataError
 from glm4ft.testing.strategies import MARKERS, conversations, marker_free_contents
 
-MakeChatFormat = Callable[..., ChatFormat]
+InEachLane = Callable[..., Iterator[ChatFormat]]
 TOOLS = ({"type": "function", "function": {"name": "f"}},)
 
 # --- the second implementation --------------------------------------------------------------------------------------
@@ -137,194 +137,197 @@ def assert_row(
 
 @given(conversation=conversations(nonstop_terminators=True))
 @example(conversation=Conversation((Message("user", "<|assistant|>\n[gMASK]<sop>"), Message("assistant", "<|user|>"))))
-def test_ids_are_those_of_the_naive_encoder(make_chat_format: MakeChatFormat, conversation: Conversation) -> None:
+def test_ids_are_those_of_the_naive_encoder(in_each_lane: InEachLane, conversation: Conversation) -> None:
     """S1, S4, S5, E4, E7, E8, E9: hence one prefix, control ids by role alone, and no marker made from text."""
-    chat_format = make_chat_format(allow_nonstop_terminator=True)
-    row = chat_format.encode(conversation)
-    assert_row(row=row, ids=naive_ids(chat_format, conversation), by=chat_format, rule="naive encoder")
+    for chat_format in in_each_lane(allow_nonstop_terminator=True):
+        row = chat_format.encode(conversation)
+        assert_row(row=row, ids=naive_ids(chat_format, conversation), by=chat_format, rule="naive encoder")
 
 
 @given(conversation=conversations(nonstop_terminators=True))
-def test_control_ids_are_a_function_of_the_roles(make_chat_format: MakeChatFormat, conversation: Conversation) -> None:
+def test_control_ids_are_a_function_of_the_roles(in_each_lane: InEachLane, conversation: Conversation) -> None:
     """E7, without any encoder: other texts, the same control ids in the same order; one prefix (S1)."""
-    chat_format = make_chat_format(allow_nonstop_terminator=True)
-    vocabulary = chat_format.tokenizer.get_added_vocab()
-    names = {i: token for token, i in vocabulary.items()}
-    controls = [names[i] for i in chat_format.encode(conversation).input_ids if i in names]
-    assert controls == naive_controls(chat_format, conversation)
-    assert controls[:2] == ["[gMASK]", "<sop>"]
-    assert not {"[gMASK]", "<sop>"} & set(controls[2:])
+    for chat_format in in_each_lane(allow_nonstop_terminator=True):
+        vocabulary = chat_format.tokenizer.get_added_vocab()
+        names = {i: token for token, i in vocabulary.items()}
+        controls = [names[i] for i in chat_format.encode(conversation).input_ids if i in names]
+        assert controls == naive_controls(chat_format, conversation)
+        assert controls[:2] == ["[gMASK]", "<sop>"]
+        assert not {"[gMASK]", "<sop>"} & set(controls[2:])
 
 
 @given(conversation=conversations(marker_free_contents(), nonstop_terminators=True))
-def test_ids_equal_the_checkpoints_own_template(make_chat_format: MakeChatFormat, conversation: Conversation) -> None:
+def test_ids_equal_the_checkpoints_own_template(in_each_lane: InEachLane, conversation: Conversation) -> None:
     """Text without markers: the template's ids, and one terminator if the last turn is the assistant's (S5, E4)."""
-    chat_format = make_chat_format(allow_nonstop_terminator=True)
-    row = chat_format.encode(conversation)
-    rendered = list(render(chat_format, conversation, tokenize=True))
-    appended = ordered(chat_format, conversation)[-1].role == "assistant"
-    ids = row.input_ids[:-1] if appended else row.input_ids
-    assert_row(row=replace(row, input_ids=ids), ids=rendered, by=chat_format, rule="apply_chat_template")
-    assert len(row.input_ids) == len(rendered) + appended
+    for chat_format in in_each_lane(allow_nonstop_terminator=True):
+        row = chat_format.encode(conversation)
+        rendered = list(render(chat_format, conversation, tokenize=True))
+        appended = ordered(chat_format, conversation)[-1].role == "assistant"
+        ids = row.input_ids[:-1] if appended else row.input_ids
+        assert_row(row=replace(row, input_ids=ids), ids=rendered, by=chat_format, rule="apply_chat_template")
+        assert len(row.input_ids) == len(rendered) + appended
 
 
 @given(conversation=conversations(marker_free_contents(), late_system=False, nonstop_terminators=True))
-def test_every_turn_is_preceded_by_the_prompt_of_serving(
-    make_chat_format: MakeChatFormat, conversation: Conversation
-) -> None:
+def test_every_turn_is_preceded_by_the_prompt_of_serving(in_each_lane: InEachLane, conversation: Conversation) -> None:
     """E8: the row up to a turn is what the template sends to have that turn generated."""
-    chat_format = make_chat_format(allow_nonstop_terminator=True)
-    row = chat_format.encode(conversation)
-    for turn in row.turns:
-        history = Conversation(conversation.messages[: turn.message], conversation.tools)
-        if history.messages:  # transformers renders no empty conversation
-            prompt = render(chat_format, history, tokenize=True, add_generation_prompt=True)
-            assert row.input_ids[: turn.start] == list(prompt)
+    for chat_format in in_each_lane(allow_nonstop_terminator=True):
+        row = chat_format.encode(conversation)
+        for turn in row.turns:
+            history = Conversation(conversation.messages[: turn.message], conversation.tools)
+            if history.messages:  # transformers renders no empty conversation
+                prompt = render(chat_format, history, tokenize=True, add_generation_prompt=True)
+                assert row.input_ids[: turn.start] == list(prompt)
 
 
 @given(conversation=conversations(late_system=False, nonstop_terminators=True))
-def test_prompt_builds_the_beginning_of_the_row(make_chat_format: MakeChatFormat, conversation: Conversation) -> None:
+def test_prompt_builds_the_beginning_of_the_row(in_each_lane: InEachLane, conversation: Conversation) -> None:
     """E8 for all texts: ``prompt`` and ``encode`` agree, so what is generated later continues what was trained."""
-    chat_format = make_chat_format(allow_nonstop_terminator=True)
-    row = chat_format.encode(conversation)
-    for turn in row.turns:
-        prompt = chat_format.prompt(conversation.messages[: turn.message], conversation.tools)
-        assert row.input_ids[: turn.start] == prompt
+    for chat_format in in_each_lane(allow_nonstop_terminator=True):
+        row = chat_format.encode(conversation)
+        for turn in row.turns:
+            prompt = chat_format.prompt(conversation.messages[: turn.message], conversation.tools)
+            assert row.input_ids[: turn.start] == prompt
 
 
 # --- what is supervised ---------------------------------------------------------------------------------------------
 
 
 @given(conversation=conversations(nonstop_terminators=True))
-def test_supervised_is_what_a_walk_over_control_ids_finds(
-    make_chat_format: MakeChatFormat, conversation: Conversation
-) -> None:
+def test_supervised_is_what_a_walk_over_control_ids_finds(in_each_lane: InEachLane, conversation: Conversation) -> None:
     """S1 to S8, E3, E4 and loss flags: from each trained header to the next control token, and nothing else."""
-    chat_format = make_chat_format(allow_nonstop_terminator=True)
-    row = chat_format.encode(conversation)
-    expected = naive_supervised(chat_format, row.input_ids, flags(conversation))
-    assert_row(row=row, supervised=expected, by=chat_format, rule="walk over control ids")
-    assert row.labels == [i if keep else IGNORED for i, keep in zip(row.input_ids, expected, strict=True)]
+    for chat_format in in_each_lane(allow_nonstop_terminator=True):
+        row = chat_format.encode(conversation)
+        expected = naive_supervised(chat_format, row.input_ids, flags(conversation))
+        assert_row(row=row, supervised=expected, by=chat_format, rule="walk over control ids")
+        assert row.labels == [i if keep else IGNORED for i, keep in zip(row.input_ids, expected, strict=True)]
 
 
 @given(conversation=conversations())
-def test_each_turn_is_one_run_that_ends_in_a_stop_token(chat_format: ChatFormat, conversation: Conversation) -> None:
+def test_each_turn_is_one_run_that_ends_in_a_stop_token(in_each_lane: InEachLane, conversation: Conversation) -> None:
     """S10: a trained turn is one run from behind its header to its terminator, a stop id; #targets = sum(len + 1)."""
-    row = chat_format.encode(conversation)
-    trained = [turn for turn in row.turns if turn.supervised]
-    positions = [i for i, keep in enumerate(row.supervised) if keep]
-    runs = [[i for _, i in run] for _, run in groupby(enumerate(positions), key=lambda pair: pair[1] - pair[0])]
-    assert runs == [list(range(turn.start, turn.end + 1)) for turn in trained]
-    assert len(positions) == sum(turn.end - turn.start + 1 for turn in trained)
-    for turn in row.turns:
-        assert row.input_ids[turn.start - 1] == chat_format.header_ids["assistant"]
-        assert row.input_ids[turn.end] in chat_format.stop_ids
-    assert not row.supervised[0], "a first token has nothing that predicts it"
+    for chat_format in in_each_lane():
+        row = chat_format.encode(conversation)
+        trained = [turn for turn in row.turns if turn.supervised]
+        positions = [i for i, keep in enumerate(row.supervised) if keep]
+        runs = [[i for _, i in run] for _, run in groupby(enumerate(positions), key=lambda pair: pair[1] - pair[0])]
+        assert runs == [list(range(turn.start, turn.end + 1)) for turn in trained]
+        assert len(positions) == sum(turn.end - turn.start + 1 for turn in trained)
+        for turn in row.turns:
+            assert row.input_ids[turn.start - 1] == chat_format.header_ids["assistant"]
+            assert row.input_ids[turn.end] in chat_format.stop_ids
+        assert not row.supervised[0], "a first token has nothing that predicts it"
 
 
 @given(conversation=conversations())
-def test_a_turn_decodes_to_its_message(chat_format: ChatFormat, conversation: Conversation) -> None:
+def test_a_turn_decodes_to_its_message(in_each_lane: InEachLane, conversation: Conversation) -> None:
     """S6: tool name, newline and content, verbatim; turns are the assistant messages in order."""
-    row = chat_format.encode(conversation)
-    messages = [(i, message) for i, message in enumerate(conversation.messages) if message.role == "assistant"]
-    assert [turn.message for turn in row.turns] == [i for i, _ in messages]
-    for turn, (_, message) in zip(row.turns, messages, strict=True):
-        text = chat_format.tokenizer.decode(row.input_ids[turn.start : turn.end], clean_up_tokenization_spaces=False)
-        assert text == f"{message.metadata}\n{message.content}"
-        assert turn.supervised == message.loss
+    for chat_format in in_each_lane():
+        row = chat_format.encode(conversation)
+        messages = [(i, message) for i, message in enumerate(conversation.messages) if message.role == "assistant"]
+        assert [turn.message for turn in row.turns] == [i for i, _ in messages]
+        for turn, (_, message) in zip(row.turns, messages, strict=True):
+            text = chat_format.tokenizer.decode(
+                row.input_ids[turn.start : turn.end], clean_up_tokenization_spaces=False
+            )
+            assert text == f"{message.metadata}\n{message.content}"
+            assert turn.supervised == message.loss
 
 
 @given(conversation=conversations(nonstop_terminators=True))
-def test_segments_cover_the_row_and_agree_with_it(make_chat_format: MakeChatFormat, conversation: Conversation) -> None:
+def test_segments_cover_the_row_and_agree_with_it(in_each_lane: InEachLane, conversation: Conversation) -> None:
     """Reports are drawn from segments: no gap, roles and messages in order, the same mask as the row's."""
-    chat_format = make_chat_format(allow_nonstop_terminator=True)
-    row = chat_format.encode(conversation)
-    ends = [0, *(segment.end for segment in row.segments)]
-    assert [segment.start for segment in row.segments] == ends[:-1]
-    assert ends[-1] == len(row.input_ids) == len(row.supervised)
-    assert [keep for s in row.segments for keep in [s.supervised] * (s.end - s.start)] == row.supervised
-    bodies = [segment for segment in row.segments if segment.part == "body"]
-    blocks = ["system"] * bool(conversation.tools) + [message.role for message in ordered(chat_format, conversation)]
-    assert [segment.role for segment in bodies] == blocks
-    assert [segment.role for segment in row.segments if segment.part == "header"] == blocks
-    for segment in bodies:
-        if segment.message is not None:
-            assert conversation.messages[segment.message].role == segment.role
+    for chat_format in in_each_lane(allow_nonstop_terminator=True):
+        row = chat_format.encode(conversation)
+        ends = [0, *(segment.end for segment in row.segments)]
+        assert [segment.start for segment in row.segments] == ends[:-1]
+        assert ends[-1] == len(row.input_ids) == len(row.supervised)
+        assert [keep for s in row.segments for keep in [s.supervised] * (s.end - s.start)] == row.supervised
+        bodies = [segment for segment in row.segments if segment.part == "body"]
+        blocks = ["system"] * bool(conversation.tools) + [
+            message.role for message in ordered(chat_format, conversation)
+        ]
+        assert [segment.role for segment in bodies] == blocks
+        assert [segment.role for segment in row.segments if segment.part == "header"] == blocks
+        for segment in bodies:
+            if segment.message is not None:
+                assert conversation.messages[segment.message].role == segment.role
 
 
 @given(conversation=conversations(system=True, tools=True))
 def test_a_header_is_supervised_only_where_it_ends_a_trained_turn(
-    chat_format: ChatFormat, conversation: Conversation
+    in_each_lane: InEachLane, conversation: Conversation
 ) -> None:
     """S1 to S4 on segments: context is never a target, ``<|assistant|>`` never, the next header after a turn always."""
-    row = chat_format.encode(conversation)
-    assert not row.segments[0].supervised
-    for before, segment in pairwise(row.segments):
-        if segment.part in ("header", "terminator"):
-            ends_trained_turn = before.role == "assistant" and before.part == "body" and before.supervised
-            assert segment.supervised == ends_trained_turn
-            assert not (segment.supervised and segment.role == "assistant")
-        elif segment.role != "assistant":
-            assert not segment.supervised
+    for chat_format in in_each_lane():
+        row = chat_format.encode(conversation)
+        assert not row.segments[0].supervised
+        for before, segment in pairwise(row.segments):
+            if segment.part in ("header", "terminator"):
+                ends_trained_turn = before.role == "assistant" and before.part == "body" and before.supervised
+                assert segment.supervised == ends_trained_turn
+                assert not (segment.supervised and segment.role == "assistant")
+            elif segment.role != "assistant":
+                assert not segment.supervised
 
 
 # --- options --------------------------------------------------------------------------------------------------------
 
 
 @given(conversation=conversations())
-def test_last_trains_the_last_assistant_message_only(
-    make_chat_format: MakeChatFormat, conversation: Conversation
-) -> None:
+def test_last_trains_the_last_assistant_message_only(in_each_lane: InEachLane, conversation: Conversation) -> None:
     """S7: the last assistant *message*, with its terminator, if its loss flag is on; the ids do not change."""
-    chat_format = make_chat_format(train_on="last")
-    row = chat_format.encode(conversation)
-    trained = [False] * (len(flags(conversation)) - 1) + flags(conversation)[-1:]
-    expected = naive_supervised(chat_format, row.input_ids, trained)
-    assert_row(row=row, ids=make_chat_format().encode(conversation).input_ids, by=chat_format, rule="ids stay")
-    assert_row(row=row, supervised=expected, by=chat_format, rule="last turn only")
-    assert [turn.supervised for turn in row.turns] == trained
+    for chat_format in in_each_lane(train_on="last"):
+        row = chat_format.encode(conversation)
+        trained = [False] * (len(flags(conversation)) - 1) + flags(conversation)[-1:]
+        expected = naive_supervised(chat_format, row.input_ids, trained)
+        usual = ChatFormat(chat_format.name, chat_format.tokenizer).encode(conversation)
+        assert_row(row=row, ids=usual.input_ids, by=chat_format, rule="ids stay")
+        assert_row(row=row, supervised=expected, by=chat_format, rule="last turn only")
+        assert [turn.supervised for turn in row.turns] == trained
 
 
 @given(conversation=conversations())
-def test_endoftext_replaces_the_appended_terminator_only(
-    make_chat_format: MakeChatFormat, conversation: Conversation
-) -> None:
+def test_endoftext_replaces_the_appended_terminator_only(in_each_lane: InEachLane, conversation: Conversation) -> None:
     """S5: the other convention for the end of a conversation; turns within it still end with the next role."""
-    chat_format = make_chat_format(final_stop="endoftext")
-    row, usual = chat_format.encode(conversation), make_chat_format().encode(conversation)
-    expected = naive_ids(chat_format, conversation, final_stop="endoftext")
-    assert_row(row=row, ids=expected, supervised=usual.supervised, by=chat_format, rule="final_stop=endoftext")
+    for chat_format in in_each_lane(final_stop="endoftext"):
+        row = chat_format.encode(conversation)
+        usual = ChatFormat(chat_format.name, chat_format.tokenizer).encode(conversation)
+        expected = naive_ids(chat_format, conversation, final_stop="endoftext")
+        assert_row(row=row, ids=expected, supervised=usual.supervised, by=chat_format, rule="final_stop=endoftext")
 
 
 @given(conversation=conversations(trailing=True))
-def test_messages_after_the_last_turn_are_context(make_chat_format: MakeChatFormat, conversation: Conversation) -> None:
+def test_messages_after_the_last_turn_are_context(in_each_lane: InEachLane, conversation: Conversation) -> None:
     """E4: no target behind the last turn's terminator, nothing appended, whatever ends the conversations."""
-    chat_format = make_chat_format(final_stop="endoftext")
-    row = chat_format.encode(conversation)
-    assert not any(row.supervised[row.turns[-1].end + 1 :])
-    assert row.segments[-1].part == "body"
-    assert row.segments[-1].role != "assistant"
+    for chat_format in in_each_lane(final_stop="endoftext"):
+        row = chat_format.encode(conversation)
+        assert not any(row.supervised[row.turns[-1].end + 1 :])
+        assert row.segments[-1].part == "body"
+        assert row.segments[-1].role != "assistant"
 
 
 @given(conversation=conversations(loss=False))
-def test_a_row_of_untrained_turns_has_no_target(chat_format: ChatFormat, conversation: Conversation) -> None:
+def test_a_row_of_untrained_turns_has_no_target(in_each_lane: InEachLane, conversation: Conversation) -> None:
     """E5: context only, its terminators included; whoever makes batches has to notice."""
-    row = chat_format.encode(conversation)
-    assert not any(row.supervised)
-    assert set(row.labels) == {IGNORED}
+    for chat_format in in_each_lane():
+        row = chat_format.encode(conversation)
+        assert not any(row.supervised)
+        assert set(row.labels) == {IGNORED}
 
 
 @given(conversation=conversations(min_turns=2, loss=True), data=st.data())
 def test_a_loss_flag_changes_its_own_turn_only(
-    chat_format: ChatFormat, conversation: Conversation, data: st.DataObject
+    in_each_lane: InEachLane, conversation: Conversation, data: st.DataObject
 ) -> None:
-    turn = data.draw(st.sampled_from(chat_format.encode(conversation).turns))
-    messages = list(conversation.messages)
-    messages[turn.message] = replace(messages[turn.message], loss=False)
-    before, after = (chat_format.encode(c) for c in (conversation, replace(conversation, messages=tuple(messages))))
-    changed = [i for i, (a, b) in enumerate(zip(before.supervised, after.supervised, strict=True)) if a != b]
-    assert changed == list(range(turn.start, turn.end + 1))
-    assert before.input_ids == after.input_ids
+    for chat_format in in_each_lane():
+        turn = data.draw(st.sampled_from(chat_format.encode(conversation).turns))
+        messages = list(conversation.messages)
+        messages[turn.message] = replace(messages[turn.message], loss=False)
+        before, after = (chat_format.encode(c) for c in (conversation, replace(conversation, messages=tuple(messages))))
+        changed = [i for i, (a, b) in enumerate(zip(before.supervised, after.supervised, strict=True)) if a != b]
+        assert changed == list(range(turn.start, turn.end + 1))
+        assert before.input_ids == after.input_ids
 
 
 # --- turns that no stop token ends ----------------------------------------------------------------------------------
@@ -332,25 +335,26 @@ def test_a_loss_flag_changes_its_own_turn_only(
 
 @given(conversation=conversations(nonstop_terminators=True, min_turns=2))
 def test_a_turn_that_no_stop_token_ends_is_refused_with_its_place(
-    chat_format: ChatFormat, conversation: Conversation
+    in_each_lane: InEachLane, conversation: Conversation
 ) -> None:
     """E3: refused exactly where it occurs; the error names file, line and message."""
-    placed = replace(conversation, line=7, path="chat.jsonl")
-    offending = nonstop(chat_format, conversation)
-    if not offending:
-        chat_format.encode(placed)
-        return
-    with pytest.raises(DataError) as caught:
-        chat_format.encode(placed)
-    index = next(i for i, message in enumerate(conversation.messages) if message is offending[0])
-    assert caught.value.where == f"chat.jsonl:7: messages[{index}].role"
-    assert offending[0].role in caught.value.message
-    assert "--allow_nonstop_terminator" in caught.value.fix
+    for chat_format in in_each_lane():
+        placed = replace(conversation, line=7, path="chat.jsonl")
+        offending = nonstop(chat_format, conversation)
+        if not offending:
+            chat_format.encode(placed)
+            continue
+        with pytest.raises(DataError) as caught:
+            chat_format.encode(placed)
+        index = next(i for i, message in enumerate(conversation.messages) if message is offending[0])
+        assert caught.value.where == f"chat.jsonl:7: messages[{index}].role"
+        assert offending[0].role in caught.value.message
+        assert "--allow_nonstop_terminator" in caught.value.fix
 
 
-def test_on_request_the_second_header_is_the_first_turns_terminator(make_chat_format: MakeChatFormat) -> None:
+def test_on_request_the_second_header_is_the_first_turns_terminator(chat_format: ChatFormat) -> None:
     """E3: one generation that spans both messages has to sample the header between them."""
-    chat_format = make_chat_format(allow_nonstop_terminator=True)
+    chat_format = ChatFormat(chat_format.name, chat_format.tokenizer, allow_nonstop_terminator=True)
     messages = (Message("user", "a"), Message("assistant", "b"), Message("assistant", "{}", "f"))
     row = chat_format.encode(Conversation(messages, TOOLS))
     first, second = row.turns

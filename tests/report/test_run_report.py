@@ -1,0 +1,108 @@
+"""Proves that every training run leaves a report: learnt, missed or broken, with where each option came from.
+
+Run: pytest tests/report/test_run_report.py
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from glm4ft.cli import run
+from glm4ft.report.measurement import measure_targets
+from glm4ft.report.token_losses import token_parts
+from glm4ft.tiny import tiny_model, tiny_tokenizer
+from glm4ft.trajectory import read_trajectory
+
+TALK = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello <b>\x1b[31m"}]}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "talk.jsonl"
+    path.write_text(json.dumps(TALK) + "\n", "utf-8")
+    return path
+
+
+def page_of(folder: Path) -> str:
+    """Text of the page: without tags, entities as they are read."""
+    page = (folder / "report.html").read_text("utf-8")
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", page[page.index("<body>") :])).split())
+
+
+def test_a_learnt_run_says_so_first(learnt: Any) -> None:
+    page = page_of(learnt.output)
+    assert page.index("Right") < page.index("What was supervised") < page.index("Curves")
+    assert "all 4 ends of assistant turns" in page
+    assert "4 of 4 assistant turns came back word for word." in page
+    assert "<|assistant|> headers 4 0 0" in page
+    assert (learnt.output / "summary.md").read_text("utf-8").startswith("### ✅ ")
+
+
+def test_losses_of_tokens_add_up_to_what_the_run_reached(learnt: Any) -> None:
+    """After the last update the mean over all targets is at or below the last recorded loss, which came before it."""
+    losses = [row.losses[at] for row in learnt.content.rows for at in row.targets]
+    mean = sum(loss for loss in losses if loss is not None) / len(losses)
+    assert len(losses) == 115
+    assert mean < read_trajectory(learnt.output / "trajectory.jsonl").steps[-1]["loss"] * 1.05
+
+
+def test_the_measured_loss_is_the_models_own() -> None:
+    """Against transformers' loss on the whole row; what is likeliest is the argmax; the mode stays."""
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    model.train()
+    ids = tokenizer("[gMASK]<sop><|user|>\nHello<|assistant|>\nThe river<|user|>")["input_ids"]
+    targets = [at for at, part in enumerate(token_parts(ids, tokenizer)) if part in ("assistant", "terminator")]
+    losses, said = measure_targets(model, ids, [0, *targets])
+    labels = torch.tensor([[i if at in targets else -100 for at, i in enumerate(ids)]])
+    with torch.no_grad():
+        output = model(input_ids=torch.tensor([ids]), labels=labels)
+    measured = [loss for loss in losses if loss is not None]
+    assert len(measured) == len(targets)
+    assert sum(measured) / len(targets) == pytest.approx(float(output.loss), rel=1e-5)
+    assert [said[at] for at in targets] == output.logits[0].argmax(-1)[[at - 1 for at in targets]].tolist()
+    assert model.training
+
+
+def test_a_missed_target_shows_the_card_and_a_wrong_page(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit status 1, what held the loss on the screen, options with their sources, and no text that acts."""
+    config, output = tmp_path / "two.yaml", tmp_path / "run"
+    config.write_text(f"data: {data}\nmax_steps: 2\n", "utf-8")
+    argv = ["train", f"--config={config}", f"--output={output}", "--target_loss=0.01", "--round_trip=true"]
+    assert run(argv) == 1
+    told = capsys.readouterr().out
+    card = told[told.index("FAILED") :]
+    for label in ("loss", "grad norm", "targets", "tokens", "round trip", "trained", "said", "wiring", "reproduce"):
+        assert re.search(rf"^ *{label} +│ ", card, re.M), label
+    assert "\x1b" not in card
+    page = page_of(output)
+    assert page.startswith("glm4ft training run · run Wrong")
+    assert f"max_steps 2 {config}" in page
+    assert "target_loss 0.01 command line" in page
+    assert "micro_batch_size 2 default" in page
+    assert "learning_rate 0.005 default" in page
+    raw = (output / "report.html").read_text("utf-8")
+    assert "<mark>↵Hello &lt;b&gt;\\x1b[31m&lt;|user|&gt;</mark>" in raw
+    assert "\x1b" not in raw
+
+
+def test_a_broken_run_leaves_a_report_too(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says why it stopped and on which rows; what was supervised is there all the same."""
+    monkeypatch.setattr("glm4ft.trainer.get_total_norm", lambda gradients: torch.tensor(float("nan")))
+    output = tmp_path / "run"
+    assert run(["train", f"--data={data}", f"--output={output}", "--max_steps=3"]) == 1
+    assert "at step 1" in capsys.readouterr().err
+    page = page_of(output)
+    assert page.startswith("glm4ft training run · run Wrong The run stopped: loss")
+    assert "rows from line(s) 1; last good checkpoint: none" in page
+    assert "<|assistant|> headers 1 0 0" in page

@@ -18,6 +18,7 @@ from glm4ft.chat_format import IGNORED, ChatFormat
 from glm4ft.conversation import from_messages
 from glm4ft.lora import GLM4_TARGETS
 from glm4ft.testing.subject import make_plan
+from glm4ft.testing.subjects.known_failures import TRANSFORMERS, reasons
 from glm4ft.testing.wiring import Generates, PeftAdapter, training_arguments
 
 
@@ -32,14 +33,7 @@ class Subject(PeftAdapter, Generates):
     chat_format = "glm-4-0414"
     distributed = True
     lora: Mapping[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": list(GLM4_TARGETS)}
-    # measured with transformers 5.23
-    expected_failures: Mapping[str, str] = {
-        "rows_without_targets_do_not_count": "a step without targets is taken; the log shows a loss of 0.0 or NaN",
-        "watching_a_run_does_not_change_it": "the loader of evaluation draws a seed from torch's global generator, so "
-        "evaluating changes what dropout and shuffling draw next",
-        "subjects_parts_leave_the_model_alone": "Trainer.evaluate leaves the model in eval mode; the next training "
-        "step puts it back",
-    }
+    expected_failures = reasons(TRANSFORMERS)
 
     def __init__(self, base_dir: str) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(base_dir)

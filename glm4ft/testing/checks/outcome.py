@@ -100,7 +100,7 @@ def check_own_inference_keeps_prompt_and_limit(trial: Trial) -> None:
     for words in ("hi", "why is it so? " * 60 + "now"):
         talk = {"messages": [{"role": "user", "content": words}, {"role": "assistant", "content": "sentinel"}]}
         ((ids, _),) = trial.rows([talk])
-        header = next(iter(_turns(trial, ids)))[0]
+        header = _headers(trial, ids)[0]
         sent, got = _generate(trial, talk, 1, 3)
         _require_prompt(trial, sent, list(ids[: header + 1]))
         if not 1 <= len(got) <= 3:
@@ -155,7 +155,7 @@ def check_evaluation_prompts_as_serving_does(trial: Trial) -> None:
     words = "why is it so? " * 60 + "now"
     long = {"messages": [{"role": "user", "content": words}, {"role": "assistant", "content": "sentinel"}]}
     rows = [ids for ids, _ in trial.rows([*trial.demo, long])]
-    prompts = [list(ids[: header + 1]) for ids in rows for header, _ in _turns(trial, ids)]
+    prompts = [list(ids[: header + 1]) for ids in rows for header in _headers(trial, ids)]
     with record(trial.overfit.model, 1) as trace:
         trial.subject.evaluate(trial.overfit.model, [*trial.demo, long])
     sent = list(_continued([forward.input_ids_BT for _, forward in trace.evaluations]))
@@ -185,16 +185,20 @@ def _nll(trial: Trial, row: Row, trained: Tensors | None = None) -> list[float]:
 
 
 def _turns(trial: Trial, ids: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Header and terminator of each assistant turn: from one control token to the next."""
-    control = trial.subject.tokenizer.get_added_vocab()
-    header = control.get("<|assistant|>")
-    if header is None or not getattr(trial.subject, "chat_format", None):
-        raise NotApplicable("the subject names no GLM-4 chat format")
-    stops = set(control.values())
-    for start in (i for i, token in enumerate(ids) if token == header):
+    """Header and terminator of each assistant turn that has one: from one control token to the next."""
+    stops = set(trial.subject.tokenizer.get_added_vocab().values())
+    for start in _headers(trial, ids):
         end = next((i for i in range(start + 1, len(ids)) if ids[i] in stops), None)
         if end is not None:
             yield start, end
+
+
+def _headers(trial: Trial, ids: Sequence[int]) -> list[int]:
+    """Where assistant turns begin."""
+    header = trial.subject.tokenizer.get_added_vocab().get("<|assistant|>")
+    if header is None or not getattr(trial.subject, "chat_format", None):
+        raise NotApplicable("the subject names no GLM-4 chat format")
+    return [i for i, token in enumerate(ids) if token == header]
 
 
 def _generate(trial: Trial, talk: Mapping[str, Any], index: int, limit: int) -> tuple[list[int], list[int]]:

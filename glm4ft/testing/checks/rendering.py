@@ -34,7 +34,7 @@ CLOCK = {
     },
 }
 # Longer than the lengths that pipelines cut at by default: 512, 1024, 2048, 4096 tokens.
-LONG_WORDS = 4500
+LONG_TEXT = "the river runs through the city " * 720  # a token per word with most tokenizers
 REASONING = ("<think>wonder</think>", "wonder</think>plain", "<think>wonder", "<think>wonder</think>plain")
 
 
@@ -105,11 +105,12 @@ def check_tools_of_other_conversations_leave_no_trace(trial: Trial) -> None:
 @check(stage="rows", incident="axolotl 1818, LLaMA-Factory 6632: the length that was asked for never arrived")
 def check_long_conversations_are_not_cut(trial: Trial) -> None:
     """A row longer than any default length keeps its beginning, its end and all between."""
-    words = " ".join(f"w{i}" for i in range(LONG_WORDS))
-    row = row_of(trial, Talk("a long one", (user(words), answer("the end of it"))))
+    row = row_of(trial, Talk("a long one", (user(LONG_TEXT), answer("the end of it"))))
     text = trial.subject.tokenizer.decode(row.ids, clean_up_tokenization_spaces=False)
-    if words not in text or "the end of it" not in text:
-        raise CheckFailed(f"a conversation of {len(words):,} characters was cut to a row of {len(row.ids):,} tokens")
+    if LONG_TEXT.strip() not in text or "the end of it" not in text:
+        raise CheckFailed(
+            f"a conversation of {len(LONG_TEXT):,} characters was cut to a row of {len(row.ids):,} tokens"
+        )
 
 
 @check(stage="rows", incident="ms-swift 9266: turns were joined, and the flags of one taken for both")

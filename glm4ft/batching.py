@@ -153,13 +153,13 @@ class Collator:
         if "position_ids" in items[0]:
             joined = join(items)
             fields = ("input_ids", "labels", "position_ids")
-            return {name: torch.as_tensor(joined[name], dtype=torch.long)[None] for name in fields} | {"lines": lines}
+            return {name: torch.as_tensor(joined[name])[None] for name in fields} | {"lines": lines}
         shape = (len(items), max(len(item["input_ids"]) for item in items))
         input_ids, labels = torch.full(shape, self.pad_id), torch.full(shape, IGNORED)
         attention_mask = torch.zeros(shape, dtype=torch.long)
         for i, item in enumerate(items):
             length = len(item["input_ids"])
-            input_ids[i, :length] = torch.as_tensor(item["input_ids"], dtype=torch.long)
-            labels[i, :length] = torch.as_tensor(item["labels"], dtype=torch.long)
+            input_ids[i, :length] = torch.as_tensor(item["input_ids"])
+            labels[i, :length] = torch.as_tensor(item["labels"])
             attention_mask[i, :length] = 1
         return {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask, "lines": lines}

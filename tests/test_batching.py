@@ -92,6 +92,7 @@ def test_order_is_a_function_of_seed_and_epoch(batch_size: int) -> None:
 
     assert order(0, 1) == order(0, 1)
     assert len({order(0, 0), order(0, 1), order(1, 0), order(1, 1)}) == 4
+    assert tuple(ShuffledByLength(chat_like_lengths(100), batch_size, 0)) == order(0, 0), "epochs count from 0"
 
 
 def test_padding_is_on_the_right_never_supervised_and_masked_by_length() -> None:

@@ -53,6 +53,18 @@ def test_gradients_equal_those_of_transformers(model: nn.Module) -> None:
         assert (got - want).norm() <= RELATIVE_LIMIT * want.norm() + 1e-12
 
 
+def test_padding_on_the_left_is_masked(model: nn.Module) -> None:
+    """Ours is on the right, where no token looks; whoever pads otherwise relies on the mask."""
+    install_supervised_loss(model)
+    alone = batch(0, rows=1)
+    padded = {name: nn.functional.pad(tensor, (9, 0), value=5) for name, tensor in alone.items()}
+    padded["labels"][:, : 9 + 1] = alone["labels"][:, 0] = IGNORED
+    mask = (torch.arange(padded["input_ids"].shape[1]) >= 9).long()[None]
+    expected = model(**alone).loss
+    assert abs(model(**padded, attention_mask=mask).loss - expected) <= RELATIVE_LIMIT * expected
+    assert abs(model(**padded).loss - expected) > RELATIVE_LIMIT * expected
+
+
 def test_head_sees_supervised_rows_only(model: nn.Module) -> None:
     seen: list[int] = []
     model.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[0]))

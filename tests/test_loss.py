@@ -74,16 +74,19 @@ def test_head_sees_supervised_rows_only(model: nn.Module) -> None:
     assert seen == [int((data["labels"][:, 1:] != IGNORED).sum())]
 
 
-def test_chunks_change_neither_loss_nor_gradient(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The recomputed chunks of a long batch add up to what one piece gives."""
+@pytest.mark.parametrize(("max_logits", "rows"), [(7 * 554, 7), (1, 1)])  # the head has 554 rows
+def test_chunks_change_neither_loss_nor_gradient(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch, max_logits: int, rows: int
+) -> None:
+    """The recomputed chunks of a long batch add up to what one piece gives; a row goes whole, however wide the head."""
     hidden = torch.randn(3, 40, 128, requires_grad=True)
     labels = batch(0)["labels"]
     (expected,) = torch.autograd.grad(supervised_nll(model.lm_head, hidden, labels)[0].sum(), hidden)
-    monkeypatch.setattr(glm4ft.loss, "MAX_LOGITS", 7 * model.lm_head.out_features)
+    monkeypatch.setattr(glm4ft.loss, "MAX_LOGITS", max_logits)
     calls: list[int] = []
     model.lm_head.register_forward_hook(lambda _, args, __: calls.append(len(args[0])))
     (got,) = torch.autograd.grad(supervised_nll(model.lm_head, hidden, labels)[0].sum(), hidden)
-    assert max(calls) == 7
+    assert max(calls) == rows
     assert (got - expected).norm() <= RELATIVE_LIMIT * expected.norm()
 
 

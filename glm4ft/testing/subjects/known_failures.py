@@ -67,6 +67,32 @@ INJECTION = KnownFailure(
     messages=MARKERS,
 )
 
+# Measured with transformers 5.23, and 1.16 of TRL, whose trainer is a subclass.
+TRAINER_EVALUATES = (
+    KnownFailure(
+        check="watching_a_run_does_not_change_it",
+        kind="fault",
+        what="the loader of an evaluation draws a seed from torch's global generator",
+        consequence="with dropout, a run that evaluates is another run than one that does not",
+        remedy="compare runs that evaluate at the same steps",
+    ),
+    KnownFailure(
+        check="subjects_parts_leave_the_model_alone",
+        kind="alternative",
+        what="`evaluate` leaves the model in eval mode; the next training step puts it back",
+        consequence="only who trains on by a loop of their own is without dropout",
+    ),
+)
+TRANSFORMERS = (
+    KnownFailure(
+        check="rows_without_targets_do_not_count",
+        kind="fault",
+        what="a step without any target is taken, on gradients of nothing (as in TRL 6668)",
+        consequence="the log shows a loss of 0.0, and nothing says that nothing was trained",
+        remedy="drop rows without targets before training",
+    ),
+    *TRAINER_EVALUATES,
+)
 LLAMA_FACTORY = (
     KnownFailure(
         check="lists_have_one_length_and_labels_equal_ids_where_supervised",
@@ -153,6 +179,7 @@ MS_SWIFT = (
     ),
 )
 OFFICIAL_SCRIPT = (
+    *TRANSFORMERS,
     INJECTION,
     KnownFailure(
         check="every_turn_ends_in_one_stop",
@@ -175,6 +202,7 @@ OFFICIAL_SCRIPT = (
 )
 COMBINE = "trains the last turn only, without its first token, the line break or the first of a tool's name"
 OFFICIAL_SCRIPT_COMBINED = (
+    *TRANSFORMERS,
     INJECTION,
     KnownFailure(
         check="mask_is_what_the_model_must_sample",
@@ -228,32 +256,6 @@ OFFICIAL_SCRIPT_COMBINED = (
         consequence="greedy decoding from the serving prompt does not say the answer that was learnt",
         remedy="`combine: false`",
     ),
-)
-# Measured with transformers 5.23, and 1.16 of TRL, whose trainer is a subclass.
-TRAINER_EVALUATES = (
-    KnownFailure(
-        check="watching_a_run_does_not_change_it",
-        kind="fault",
-        what="the loader of an evaluation draws a seed from torch's global generator",
-        consequence="with dropout, a run that evaluates is another run than one that does not",
-        remedy="compare runs that evaluate at the same steps",
-    ),
-    KnownFailure(
-        check="subjects_parts_leave_the_model_alone",
-        kind="alternative",
-        what="`evaluate` leaves the model in eval mode; the next training step puts it back",
-        consequence="only who trains on by a loop of their own is without dropout",
-    ),
-)
-TRANSFORMERS = (
-    KnownFailure(
-        check="rows_without_targets_do_not_count",
-        kind="fault",
-        what="a step without any target is taken, on gradients of nothing (as in TRL 6668)",
-        consequence="the log shows a loss of 0.0, and nothing says that nothing was trained",
-        remedy="drop rows without targets before training",
-    ),
-    *TRAINER_EVALUATES,
 )
 # Measured with trl 1.16.0 on the built-in base: after 60 steps the loss is 0.0007 and the stop token's is 11.2 nats.
 NO_STOP = (

@@ -51,7 +51,6 @@ class Subject(PeftAdapter):
 
     def encode(self, messages: Any, tools: Any = None) -> dict[str, list[int]]:
         """Ids and labels of one conversation, through dataset file, converter, template and processor."""
-        self._configure(self.args[0].model_name_or_path, make_plan())  # the last run may have packed
         try:
             row = self._rows([{"messages": messages, "tools": tools}])[0]
         except RuntimeError as error:  # NotImplementedError, one of them, included
@@ -78,6 +77,7 @@ class Subject(PeftAdapter):
         job = {"args": self.args[2], "finetuning_args": self.args[3], "train_dataset": self._rows(conversations)}
         collator = SFTDataCollatorWith4DAttentionMask(**more)
         trainer = CustomSeq2SeqTrainer(model=model, data_collator=collator, **job, **self.modules)
+        self._configure(self.args[0].model_name_or_path, make_plan())  # what is encoded next is not packed
         trainer.train(resume_from_checkpoint=plan["resume_from"])
         return list(trainer.state.log_history)
 

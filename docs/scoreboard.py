@@ -1,0 +1,246 @@
+"""Writes docs/scoreboard.md: every peer judged by every check, in the environment that it asks for.
+
+Run: python docs/scoreboard.py [NAME ...]      (needs tox; without names, all of the peers: about ten minutes)
+
+A peer's results are kept in docs/scoreboard.json, so that one can be renewed alone. Exit status 1 if a peer fails what
+it is not known to fail, or passes what it is known to fail.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from glm4ft.testing.checks.registry import STAGES
+from glm4ft.testing.subjects import known_failures
+from glm4ft.testing.subjects.known_failures import KnownFailure
+
+DOCS = Path(__file__).parent
+SUBJECTS = "glm4ft.testing.subjects"
+SIGNS = {"fault": "✗", "alternative": "≈", "unexpected": "‼", "passed": "✓", "skipped": "·"}
+SHOWN_TOKENS = 30
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A pipeline on the scoreboard.
+
+    Args:
+        name: as the table shows it.
+        subject: ``MODULE:ATTR`` of its adapter.
+        env: tox environment it runs in.
+        packages: whose versions are told.
+        failures: that are known.
+        about: what is on trial, in a sentence.
+    """
+
+    name: str
+    subject: str
+    env: str
+    packages: tuple[str, ...]
+    failures: tuple[KnownFailure, ...] = ()
+    about: str = ""
+
+
+HF = ("transformers", "peft", "torch")
+PEERS = (
+    Peer("glm4ft", f"{SUBJECTS}.own:Subject", "trl", ("glm4ft", *HF), about="This project's own trainer."),
+    Peer(
+        "transformers.Trainer",
+        f"{SUBJECTS}.transformers_trainer:Subject",
+        "trl",
+        HF,
+        known_failures.TRANSFORMERS,
+        "The trainer alone: its rows are encoded by glm4ft, since it has no opinion on them.",
+    ),
+    Peer(
+        "TRL",
+        f"{SUBJECTS}.trl:Subject",
+        "trl",
+        ("trl", *HF),
+        known_failures.TRL,
+        "`SFTTrainer` with conversational prompt-completion data, the road that its documentation leaves for a model "
+        "whose template it does not know.",
+    ),
+    Peer(
+        "LLaMA-Factory",
+        f"{SUBJECTS}.llamafactory:Subject",
+        "llamafactory",
+        ("llamafactory", *HF, "trl"),
+        known_failures.LLAMA_FACTORY,
+        "`stage: sft`, `template: glm4`, `lora_target: all`; `neat_packing` where it packs.",
+    ),
+    Peer(
+        "ms-swift",
+        f"{SUBJECTS}.ms_swift:Subject",
+        "ms-swift",
+        ("ms-swift", *HF),
+        known_failures.MS_SWIFT,
+        "`swift sft` with model type and template `glm4`, `target_modules: all-linear`. Its packing needs flash "
+        "attention, so a CUDA GPU.",
+    ),
+    Peer(
+        "official script",
+        f"{SUBJECTS}.official_script:Subject",
+        "trl",
+        HF,
+        known_failures.OFFICIAL_SCRIPT,
+        "The label rules of `finetune/finetune.py` (THUDM/GLM-4 at 9c0e421) re-stated, `combine: false`; trained by "
+        "plain `transformers.Trainer`.",
+    ),
+    Peer(
+        "official script, combine",
+        f"{SUBJECTS}.official_script:Combined",
+        "trl",
+        HF,
+        known_failures.OFFICIAL_SCRIPT_COMBINED,
+        "The same with `combine: true`.",
+    ),
+)
+INTRODUCTION = f"""# Scoreboard
+
+Trainers that we did not write, judged by `glm4ft check` on the built-in base, on a CPU, in fp32. Each runs in the
+versions that it asks for, with its own encoding, collation and training code, in the configuration that it documents
+for dense GLM-4. Nothing in it is patched. `python docs/scoreboard.py` writes this page.
+
+{SIGNS["passed"]} all checks of the stage passed · {SIGNS["fault"]} a fault, with the number of checks that see it ·
+{SIGNS["alternative"]} a convention that differs from the suite's and works · {SIGNS["skipped"]} not judged: the peer
+does not offer it, or it cannot be told here
+
+A check that a peer is known to fail is data in
+[`known_failures.py`](../glm4ft/testing/subjects/known_failures.py), and strict: once it passes, the peer's lane is red
+until the entry goes. Something wrong with a row? Its adapter lies beside that file and has at most 60 lines.
+"""
+
+
+def main(names: Sequence[str]) -> int:
+    """Judge the named peers, or all, and write the page."""
+    store = DOCS / "scoreboard.json"
+    results = json.loads(store.read_text("utf-8")) if store.exists() else {}
+    for peer in PEERS:
+        if not names or peer.name in names:
+            print(f"{peer.name} ...", flush=True)
+            results[peer.name] = judge(peer)
+    store.write_text(json.dumps(results, ensure_ascii=False, indent=1) + "\n", "utf-8")
+    known = [peer for peer in PEERS if peer.name in results]
+    page = "\n".join([INTRODUCTION, *table(known, results), *(detail(peer, results[peer.name]) for peer in known)])
+    (DOCS / "scoreboard.md").write_text(page.rstrip() + "\n", "utf-8")
+    bad = [f"{peer.name}: {c['check']}: {c['message']}" for peer in known for c in unexpected(results[peer.name])]
+    print("\n".join(bad))
+    return 1 if bad else 0
+
+
+def judge(peer: Peer) -> dict[str, Any]:
+    """Run a peer's checks in its environment."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "results.json"
+        inside = ["python", str(Path(__file__)), "--collect", peer.name, str(file)]
+        subprocess.run(["tox", "run", "-e", peer.env, "--", *inside], cwd=DOCS.parent, check=True)
+        found: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    return found
+
+
+def collect(peer: Peer, file: Path) -> None:
+    """What ``judge`` has a peer's environment do: run the checks and encode the minimal conversations."""
+    from glm4ft.testing.runner import check_subject, summary
+    from glm4ft.testing.subject import load_subject
+    from glm4ft.tiny import write_tiny_base
+
+    results = list(check_subject(peer.subject))
+    with tempfile.TemporaryDirectory() as folder:
+        subject = load_subject(peer.subject, write_tiny_base(Path(folder) / "base"))
+        rows = {f.check: show_row(subject, f) for f in peer.failures if f.messages}
+    found = summary(peer.subject, results, round(sum(result.seconds for result in results), 1))
+    found["versions"] = {name: metadata.version(name).partition("+")[0] for name in peer.packages}
+    found["date"] = datetime.datetime.now(datetime.UTC).date().isoformat()
+    file.write_text(json.dumps({**found, "rows": rows}, ensure_ascii=False), "utf-8")
+
+
+def show_row(subject: Any, failure: KnownFailure) -> str:
+    """The last tokens of a minimal conversation; what is trained in brackets, with the label where it is another."""
+    row = subject.encode([dict(message) for message in failure.messages], list(failure.tools) or None)
+    pairs = list(zip(row["input_ids"], row["labels"], strict=True))
+    words = [_word(subject.tokenizer, *pair) for pair in pairs[-SHOWN_TOKENS:]]
+    return " ".join(["…"] * (len(pairs) > SHOWN_TOKENS) + words)
+
+
+def _word(tokenizer: Any, token: int, label: int) -> str:
+    text, trained = (json.dumps(tokenizer.decode([i]), ensure_ascii=False)[1:-1] for i in (token, max(label, 0)))
+    if label < 0:
+        return text
+    return f"[{text}]" if label == token else f"[{trained} over {text}]"
+
+
+def unexpected(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The checks that say something new."""
+    return [check for check in result["checks"] if check["status"] in ("failed", "error")]
+
+
+def table(peers: Sequence[Peer], results: dict[str, Any]) -> Iterator[str]:
+    """Peers by stages."""
+    yield "| peer | " + " | ".join(STAGES) + " |"
+    yield "|---" * (len(STAGES) + 1) + "|"
+    for peer in peers:
+        anchor = peer.name.lower().replace(" ", "-").replace(".", "").replace(",", "")
+        yield f"| [{peer.name}](#{anchor}) | " + " | ".join(cells(peer, results[peer.name])) + " |"
+
+
+def cells(peer: Peer, result: dict[str, Any]) -> Iterator[str]:
+    """One sign per stage, the heaviest first."""
+    kinds = {failure.check: failure.kind for failure in peer.failures}
+    for stage in STAGES:
+        found = [_kind(check, kinds) for check in result["checks"] if check["stage"] == stage]
+        worst = next((sign for sign in SIGNS if sign in found), "skipped")
+        count = f" {found.count(worst)}" if worst in ("fault", "alternative", "unexpected") else ""
+        yield SIGNS[worst] + count
+
+
+def _kind(check: dict[str, Any], kinds: dict[str, Any]) -> str:
+    named = {"passed": "passed", "skipped": "skipped", "expected-failure": kinds.get(check["check"], "fault")}
+    return str(named.get(check["status"], "unexpected"))
+
+
+def detail(peer: Peer, result: dict[str, Any]) -> str:
+    """What is behind a peer's row."""
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    counts = [sum(check["status"] == status for check in result["checks"]) for status in ("passed", "skipped")]
+    told = f"{result['date']}: {versions}. {counts[0]} checks passed, {counts[1]} were not judged, "
+    lines = [f"\n## {peer.name}\n", peer.about, "", f"{told}{len(result['checks']) - sum(counts)} failed.", ""]
+    failed = {check["check"]: check for check in result["checks"] if check["status"] == "expected-failure"}
+    for failure in peer.failures:
+        if failure.check in failed:
+            lines += [*explain(peer, failure, failed[failure.check], result["rows"].get(failure.check, "")), ""]
+    for check in unexpected(result):
+        lines += [f"**{SIGNS['unexpected']} {check['check']}** (not known before): {check['message']}", ""]
+    return "\n".join(lines)
+
+
+def explain(peer: Peer, failure: KnownFailure, check: dict[str, Any], row: str) -> Iterable[str]:
+    """One failure: what, on which conversation, what it means, how to avoid it, how to see it."""
+    yield f"**{SIGNS[failure.kind]} {failure.check.replace('_', ' ')}** ({check['stage']})\n"
+    yield f"- What: {failure.what}."
+    if failure.messages:
+        yield f"- Conversation: `{json.dumps(failure.messages, ensure_ascii=False)}`"
+        yield f"- Tokens, trained ones in brackets: `` {row} ``"
+    else:
+        found = check["message"].removeprefix(f"{failure.kind}, {failure.what}: ").partition("\n")[0]
+        yield f"- Found: `` {found} ``"
+    yield f"- For a user: {failure.consequence}."
+    if failure.remedy:
+        yield f"- Instead: {failure.remedy}."
+    yield f"- See it: `tox run -e {peer.env} -- glm4ft check --subject {peer.subject} --stages {check['stage']}`"
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--collect"]:
+        collect(next(peer for peer in PEERS if peer.name == sys.argv[2]), Path(sys.argv[3]))
+    else:
+        sys.exit(main(sys.argv[1:]))

@@ -7,6 +7,7 @@ On a GPU: pytest tests/test_overfit.py -m gpu --glm4ft-model=PATH
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 
 from glm4ft.config import TrainConfig
 from glm4ft.report.failure_card import MAX_LINES, explain_failure
+from glm4ft.testing.gpu_lane import is_large
 from glm4ft.testing.stability import assert_grad_norms_decay, assert_grad_norms_stable
 from glm4ft.testing.subjects.founding_bug import FoundingBugFormat
 from glm4ft.training_run import RunResult, run_training
@@ -77,12 +79,16 @@ def test_two_conversations_are_learnt_by_heart(case: Case, tmp_path: Path) -> No
 
 
 @pytest.mark.gpu
-def test_two_conversations_are_learnt_by_heart_on_a_gpu(tmp_path: Path, glm4ft_model: str) -> None:
-    """The same on CUDA in bf16, on the checkpoint at --glm4ft-model; a real one needs a lower rate and more steps."""
+def test_two_conversations_are_learnt_by_heart_on_a_gpu(
+    tmp_path: Path, glm4ft_model: str, glm4ft_record_run: Callable[..., None]
+) -> None:
+    """The same on CUDA in bf16, on the base at --glm4ft-model; a large one needs a lower rate and more steps."""
     config = replace(OVERFIT, model=glm4ft_model, dtype="bf16", output=str(tmp_path / "run"))
-    if glm4ft_model != "tiny":
+    if is_large(glm4ft_model):
         config = replace(config, learning_rate=1e-3, max_steps=200, gradient_checkpointing=True)
-    assert_learnt_by_heart(run_training(config))
+    result = run_training(config)
+    glm4ft_record_run(result.trajectory.steps)
+    assert_learnt_by_heart(result)
 
 
 @pytest.fixture(scope="module")

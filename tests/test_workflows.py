@@ -45,6 +45,12 @@ def test_nothing_that_a_stranger_can_choose_is_pasted_into_a_script(workflow: di
     assert expressions <= {"matrix.env", "matrix.arguments"}
 
 
+def test_a_failure_before_a_pipe_is_a_failure(workflow: dict[Any, Any]) -> None:
+    """Only a step that names bash runs with pipefail."""
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    assert [step["run"] for step in steps if " | tee" in step.get("run", "") and step.get("shell") != "bash"] == []
+
+
 def test_the_gpu_lane_runs_no_code_of_a_fork_and_is_red_if_it_runs_nothing() -> None:
     text = (FOLDER / "gpu.yml").read_text("utf-8")
     workflow = yaml.safe_load(text)

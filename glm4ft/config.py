@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from glm4ft.errors import ConfigError
 from glm4ft.lora import LoraOptions
+
+_ABOVE_FLOOR = re.compile(r"floor\s*\+\s*(\d*\.?\d+(?:e-?\d+)?)")
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,8 @@ class TrainConfig:
         micro_batch_size: rows (packs, when packing) in one forward pass on one device.
         accumulation: forward passes per optimiser step; the loss is the mean over all their supervised tokens.
         gradient_checkpointing: recompute activations in the backward pass, for memory.
-        target_loss: stop as soon as a step's loss is below it; the run fails if it never is.
+        target_loss: stop as soon as a step's loss is below it; the run fails if it never is. ``floor+0.01`` is that
+            much above what the data and the frozen head let it reach.
         round_trip: after training, generate every assistant turn and compare; the run fails if one differs.
         eval_every: steps between evaluations.
         save_every: steps between checkpoints; 0 keeps none, so a killed run starts again.
@@ -69,7 +73,7 @@ class TrainConfig:
     micro_batch_size: int = 2
     accumulation: int = 1
     gradient_checkpointing: bool = False
-    target_loss: float | None = None
+    target_loss: float | str | None = None
     round_trip: bool = False
     eval_every: int = 100
     save_every: int = 100
@@ -83,7 +87,7 @@ class TrainConfig:
         for name in ("warmup_steps", "save_every", "weight_decay", "max_grad_norm"):
             self._require(name, at_least=0)
         for name in ("learning_rate", "epochs", "target_loss", "max_steps"):
-            if getattr(self, name) is not None:
+            if getattr(self, name) is not None and self._is_number(name):
                 self._require(name, above=0)
         # numpy's and torch's generators take no negative seed, and numpy's none above 32 bits
         self._require("seed", at_least=0, at_most=2**32 - 1)
@@ -94,6 +98,26 @@ class TrainConfig:
         if self.learning_rate is not None:
             return self.learning_rate
         return 5e-3 if self.model == "tiny" else 2e-4
+
+    @property
+    def target(self) -> float | None:
+        """The target loss as a number, or None; one that is given by the floor is a number once the floor is known."""
+        return None if self.target_loss is None else float(self.target_loss)
+
+    @property
+    def target_above_floor(self) -> float | None:
+        """How far above the floor the target loss is to be; None if it is not given that way."""
+        match = _ABOVE_FLOOR.fullmatch(str(self.target_loss))
+        return float(match[1]) if match else None
+
+    def _is_number(self, name: str) -> bool:
+        value = getattr(self, name)
+        if isinstance(value, str) and self.target_above_floor is None:
+            expected = "a number, or floor+0.01"
+            raise ConfigError(
+                "an option has a value that cannot be used", where=f"--{name}", found=value, expected=expected
+            )
+        return not isinstance(value, str)
 
     def _require(
         self, name: str, *, at_least: float = -math.inf, above: float = -math.inf, at_most: float = math.inf

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
+from peft import PeftModel
 from safetensors import safe_open
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -78,6 +79,15 @@ def head_of(model: PreTrainedModel) -> Head:
     base: Any = model
     weight = base.get_output_embeddings().weight.detach().cpu()
     return Head(weight, base.model.norm.weight.detach().cpu().double(), len(weight))
+
+
+def frozen_head(model: PeftModel) -> Head | None:
+    """The head of an adapted model, or None if head or final norm are trained, or are more than their weights."""
+    base: Any = model.get_base_model()
+    modules = (base.get_output_embeddings(), base.model.norm)
+    if any(p.requires_grad for module in modules for p in module.parameters()):
+        return None
+    return head_of(base)
 
 
 def read_head(model: str) -> Head:

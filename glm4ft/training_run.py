@@ -35,6 +35,7 @@ from glm4ft.report.content import Content
 from glm4ft.report.failure_card import explain_failure
 from glm4ft.report.files import HTML_FILE
 from glm4ft.report.run_report import RunReport
+from glm4ft.target_loss import set_target
 from glm4ft.tiny import write_tiny_base
 from glm4ft.trainer import COMPLETE_MARKER, SupervisedTrainer, checkpoint_step, last_checkpoint
 from glm4ft.trajectory import FILE_NAME, Trajectory, append_row, read_trajectory, rewind, write_atomically
@@ -126,7 +127,7 @@ def run_training(
     output = Path(str(config.output))
     if resume and (output / COMPLETE_MARKER).exists():
         say(f"the run in {output} is complete")
-        return RunResult(output, read_trajectory(output / FILE_NAME), (), config.target_loss)
+        return RunResult(output, read_trajectory(output / FILE_NAME), (), config.target)
     if not resume and _is_main_process():
         _require_unused(output)
     _require_trackers(config.report_to)
@@ -145,6 +146,7 @@ def run_training(
     say(adapters.describe())
     for warning in (*base.warnings, *adapters.warnings):
         say(f"warning: {warning}")
+    config = set_target(config, rows, model, base.tokenizer, say)
     header = _header(rows, model)
     _require_disk_space(output, model, config.keep_checkpoints if config.save_every else 0)
     checkpoint = None
@@ -169,7 +171,7 @@ def run_training(
         trips = round_trip(model, chat_format, (row for row in trained if row))
     is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     content = run_report.write(None if is_sharded else model, trips)
-    return RunResult(output, read_trajectory(output / FILE_NAME), tuple(trips), config.target_loss, content)
+    return RunResult(output, read_trajectory(output / FILE_NAME), tuple(trips), config.target, content)
 
 
 def make_trainer(
@@ -179,7 +181,7 @@ def make_trainer(
     trajectory = output / FILE_NAME
     return SupervisedTrainer(
         record=(lambda row: append_row(trajectory, row)) if _is_main_process() else _silent,
-        target_loss=config.target_loss,
+        target_loss=config.target,
         model=model,
         args=training_arguments(config, output, has_eval=eval_rows is not None, bf16=_is_bf16(base)),
         train_dataset=PackedRows(rows, config.max_length) if config.packing else rows,
@@ -287,7 +289,7 @@ def _is_last(checkpoint: Path, config: TrainConfig) -> bool:
     """Whether a run has nothing to train after a checkpoint; transformers would take one step more."""
     state = json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
     steps = read_trajectory(checkpoint.parent / FILE_NAME).steps
-    has_target = config.target_loss is not None and bool(steps) and steps[-1]["loss"] < config.target_loss
+    has_target = config.target is not None and bool(steps) and steps[-1]["loss"] < config.target
     return bool(state["global_step"] >= state["max_steps"]) or has_target
 
 

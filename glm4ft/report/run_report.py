@@ -103,7 +103,7 @@ class RunReport:
     ) -> Headline:
         if error:
             return failed_run(error, supervised)
-        return finished_run(trajectory.steps, self.config.target_loss, round_trips, supervised)
+        return finished_run(trajectory.steps, self.config.target, round_trips, supervised)
 
     def _encoded(self) -> Iterator[Row]:
         for conversation in read_conversations(data_path(str(self.config.data))):
@@ -115,7 +115,7 @@ class RunReport:
         return Curves.of(
             trajectory.steps,
             trajectory.evaluations,
-            target=self.config.target_loss,
+            target=self.config.target,
             clip=self.config.max_grad_norm or None,
         )
 

@@ -1,4 +1,4 @@
-"""The command line: ``glm4ft train``, ``inspect``, ``floor``, ``merge``, ``check`` and ``init``."""
+"""The command line: ``glm4ft train``, ``inspect``, ``floor``, ``explain``, ``merge``, ``check`` and ``init``."""
 
 from __future__ import annotations
 
@@ -66,6 +66,7 @@ def _dispatch(argv: list[str]) -> int:
         "train": _train_parser,
         "inspect": _inspect_parser,
         "floor": _floor_parser,
+        "explain": _explain_parser,
         "merge": _merge_parser,
         "check": _check_parser,
         "init": _init_parser,
@@ -74,6 +75,7 @@ def _dispatch(argv: list[str]) -> int:
         "train": _train,
         "inspect": _inspect,
         "floor": _floor,
+        "explain": _explain_run,
         "merge": _merge,
         "check": _check,
         "init": _init,
@@ -246,6 +248,32 @@ def _floor(options: Namespace) -> int:
         bf16=options.dtype == "bf16",
         json_file=options.json,
     )
+    return 0
+
+
+# --- explain ---
+
+
+def _explain_parser() -> ArgumentParser:
+    parser = _parser("explain", "Say why the loss of a run does not fall, or why its model does not stop.")
+    parser.add_argument(
+        "run", type=str, help="Folder of a run; of another trainer: with trainer_state.json or an adapter."
+    )
+    parser.add_argument(
+        "--data", type=str, help="Conversations, or rows of inspect --json; by default what the run kept."
+    )
+    parser.add_argument("--model", type=str, help="Base, if not the one that run or adapter name.")
+    parser.add_argument("--chat_format", type=str, help="glm-4-9b-chat or glm-4-0414; by default the base's.")
+    parser.add_argument("--json", nargs="?", const="-", help="Write the diagnosis as JSON here, or to stdout.")
+    return parser
+
+
+def _explain_run(options: Namespace) -> int:
+    from glm4ft.explain import explain_run
+    from glm4ft.report.diagnosis_view import show_diagnosis
+
+    diagnosis = explain_run(Path(options.run), data=options.data, model=options.model, chat_format=options.chat_format)
+    show_diagnosis(diagnosis, json_file=options.json)
     return 0
 
 

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from glm4ft.evidence import Evidence, TokenEvidence
+from glm4ft.evidence import Evidence
 
 SHOWN_TOKENS = 20  # in the JSON; the evidence has all
+CERTAIN = 0.5  # strength from which a finding can be the verdict, in the order of the rules
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,9 @@ class Finding:
     evidence: tuple[str, ...]
     remedy: str
     strength: float = 1.0
+
+
+Rule = Callable[[Evidence], Finding | None]
 
 
 @dataclass(frozen=True)
@@ -69,12 +73,9 @@ class Diagnosis:
             "text": self.text,
             "evidence": list(self.findings[0].evidence),
             "remedy": self.findings[0].remedy,
-            "findings": [vars(finding) for finding in self.findings],
-            "tokens": [_token_record(token) for token in self.evidence.worst_tokens[:SHOWN_TOKENS]],
+            "findings": [_finite(vars(finding)) for finding in self.findings],
+            "tokens": [_finite(vars(token)) for token in self.evidence.worst_tokens[:SHOWN_TOKENS]],
         }
-
-
-Rule = Callable[[Evidence], Finding | None]
 
 
 def diagnose(evidence: Evidence) -> Diagnosis:
@@ -83,17 +84,20 @@ def diagnose(evidence: Evidence) -> Diagnosis:
     Args:
         evidence: what was measured of it.
     Returns:
-        The diagnosis; its first finding is the verdict.
+        The diagnosis. Its verdict is the first finding, in the order of the rules, that the evidence makes certain;
+        weaker ones follow.
     """
-    from glm4ft.diagnosis_rules import RULES
+    from glm4ft.diagnosis_rules import RULES, nothing_found
 
     findings = [finding for rule in RULES if (finding := rule(evidence)) is not None]
+    findings.sort(key=lambda finding: finding.strength < CERTAIN)
+    if not findings or findings[0].strength < CERTAIN:
+        findings.insert(0, nothing_found(evidence))
     return Diagnosis(tuple(findings), evidence)
 
 
-def _token_record(token: TokenEvidence) -> dict[str, Any]:
-    return {name: _finite(value) for name, value in vars(token).items()}
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _finite(record: dict[str, Any]) -> dict[str, Any]:
+    """Numbers that are not finite as null, beside ``"finite": false``: JSON knows neither NaN nor Infinity."""
+    kept = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in record.items()}
+    is_whole = all(kept[name] is not None or value is None for name, value in record.items())
+    return kept if is_whole else {**kept, "finite": False}

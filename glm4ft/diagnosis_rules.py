@@ -1,34 +1,72 @@
-"""The rules of a diagnosis: each looks at the evidence for one thing that can be wrong, in a fixed order."""
+"""The rules of a diagnosis, in the order in which their findings become the verdict.
+
+What is trained comes before how it is trained: a wrong target explains a bad curve, a curve explains no target.
+"""
 
 from __future__ import annotations
 
+from glm4ft.curve_rules import (
+    numerics,
+    rate_too_high,
+    rate_too_low,
+    schedule_ended_early,
+    still_falling,
+    wrong_start,
+)
 from glm4ft.diagnosis import Finding, Rule
 from glm4ft.evidence import Evidence
+from glm4ft.mask_rules import (
+    contradictory_samples,
+    header_supervised,
+    labels_shifted,
+    prompt_supervised,
+    terminator_never_learned,
+    truncated_answers,
+    turns_not_trained,
+    unreachable_target,
+    zero_targets,
+)
+from glm4ft.wiring_rules import adapters_dead, adapters_missing, held_by_decay, samples_not_learnt, training_stopped
 
 LEARNT_LOSS = 0.01  # of the overfit test: what is below it has been learnt by heart
 
+RULES: tuple[Rule, ...] = (
+    zero_targets,
+    header_supervised,
+    prompt_supervised,
+    truncated_answers,
+    terminator_never_learned,
+    turns_not_trained,
+    contradictory_samples,
+    unreachable_target,
+    numerics,
+    adapters_missing,
+    adapters_dead,
+    training_stopped,
+    labels_shifted,
+    samples_not_learnt,
+    wrong_start,
+    rate_too_high,
+    schedule_ended_early,
+    rate_too_low,
+    held_by_decay,
+    still_falling,
+)
 
-def header_supervised(evidence: Evidence) -> Finding | None:
-    """The assistant's header is a target, though inference gives it."""
-    headers = [token for token in evidence.supervised if token.role == "assistant" and token.part == "header"]
-    if not headers:
-        return None
-    share = sum(token.share for token in headers)
-    return Finding(
-        verdict="header-supervised",
-        stage="rows",
-        text=f"{headers[0].text} is trained as a target, though the prompt always gives it at inference.",
-        evidence=(f"{len(headers)} supervised headers hold {share:.0%} of the loss",),
-        remedy="start the supervised span after the header: glm4ft inspect shows the mask",
-    )
 
-
-def nothing_found(evidence: Evidence) -> Finding | None:
-    """What is left when no rule before it found anything."""
-    loss = evidence.loss
-    if loss < LEARNT_LOSS:
-        return Finding("learnt", "outcome", f"Nothing is wrong: the loss is {loss:.4f}.", (), "nothing to do")
-    return Finding("unexplained", "outcome", f"The loss is {loss:.4f}, and no rule says why.", (), "look at the tokens")
-
-
-RULES: tuple[Rule, ...] = (header_supervised, nothing_found)
+def nothing_found(evidence: Evidence) -> Finding:
+    """What is left when no rule is certain of anything."""
+    wrong = [turn for turn in evidence.round_trips if turn.supervised and not turn.exact]
+    if wrong and evidence.loss < LEARNT_LOSS:
+        return Finding(
+            "inference-differs",
+            "outcome",
+            f"The loss is {evidence.loss:.4f}, yet {len(wrong)} of {len(evidence.round_trips)} turns do not come back.",
+            tuple(turn.describe().split("\n")[0] for turn in wrong[:3]),
+            "compare the prompt that inference sends with the row that was trained, token by token",
+        )
+    if evidence.loss < LEARNT_LOSS:
+        text = f"The loss is {evidence.loss:.4f} and nothing is wrong that can be seen from here."
+        return Finding("learnt", "outcome", text, (), "nothing to do")
+    text = f"The loss is {evidence.loss:.4f}, and nothing that was looked at explains it."
+    return Finding("unexplained", "outcome", text, (), "look at the tokens that hold the loss, and run glm4ft check")

@@ -5,14 +5,14 @@ Losses are in nats. Texts of tokens are as they may be printed (``glm4ft.report.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from glm4ft.floor import Floor
 from glm4ft.generation import TurnRoundTrip
-
-TokenPart = Literal["prefix", "header", "body", "terminator"]
+from glm4ft.trained_rows import TokenPart
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class TokenEvidence:
         role: whose token it is; a terminator belongs to the assistant, whose turn it ends; "" for the prefix.
         part: of the message.
         supervised: True if the run trained it.
-        loss: of the trained model, in nats.
+        label: what the run trained here, if not the token itself; -100 where nothing.
+        loss: of the trained model on the token itself, in nats.
         probability: ``exp(-loss)``.
         predicted_id: the token the model holds likeliest here.
         predicted: its text.
@@ -45,6 +46,7 @@ class TokenEvidence:
     role: str
     part: TokenPart
     supervised: bool
+    label: int
     loss: float
     probability: float
     predicted_id: int
@@ -61,12 +63,17 @@ class RowEvidence:
     Args:
         line: of the conversation in its file; 0 if unknown.
         tokens: all but the first of the row, in order: the first is never predicted.
-        loss: mean over its supervised tokens; NaN if it has none.
+        loss: mean over its supervised tokens; NaN if it has none, or nothing was measured.
     """
 
     line: int
     tokens: tuple[TokenEvidence, ...]
     loss: float
+
+    @property
+    def length(self) -> int:
+        """Tokens of the row."""
+        return len(self.tokens) + 1
 
 
 @dataclass(frozen=True)
@@ -118,7 +125,7 @@ class AdapterWiring:
     Args:
         num_adapters: adapted modules.
         targets: last name of the adapted modules to their number.
-        dead: names of adapters whose B is zero, so that they add nothing.
+        dead: names of adapters that add nothing: A or B is zero.
         non_finite: names of adapters with an entry that is not finite.
         num_trainable: parameters that require a gradient; None where the adapter was read from disk.
         wanted_but_missing: target names of the configuration that no adapter has.
@@ -186,11 +193,13 @@ class Evidence:
 
     @property
     def loss(self) -> float:
-        """Mean loss of the trained model over the supervised tokens; NaN if there are none."""
-        losses = [token.loss for token in self.supervised]
-        return sum(losses) / len(losses) if losses else float("nan")
+        """Mean loss of the trained model over the supervised tokens; where nothing was measured, the last logged."""
+        losses = [token.loss for token in self.supervised if not math.isnan(token.loss)]
+        if losses:
+            return sum(losses) / len(losses)
+        return next((p.loss for p in reversed(self.curve) if p.loss is not None), math.nan)
 
     @property
     def worst_tokens(self) -> list[TokenEvidence]:
-        """The supervised tokens, those that hold most of the loss first."""
-        return sorted(self.supervised, key=lambda token: -token.loss)
+        """The supervised tokens that were measured, those that hold most of the loss first."""
+        return sorted((t for t in self.supervised if not math.isnan(t.loss)), key=lambda token: -token.loss)

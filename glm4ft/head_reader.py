@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from peft import PeftModel
 from safetensors import safe_open
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -81,11 +80,15 @@ def head_of(model: PreTrainedModel) -> Head:
     return Head(weight, base.model.norm.weight.detach().cpu().double(), len(weight))
 
 
-def frozen_head(model: PeftModel) -> Head | None:
-    """The head of an adapted model, or None if head or final norm are trained, or are more than their weights."""
-    base: Any = model.get_base_model()
-    modules = (base.get_output_embeddings(), base.model.norm)
-    if any(p.requires_grad for module in modules for p in module.parameters()):
+def frozen_head(model: Any) -> Head | None:
+    """The head of a model that is about to be trained, or None if head or final norm are trained too.
+
+    Args:
+        model: of transformers, with or without adapters of peft. None also if its head and norm are not found.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    modules: list[Any] = [base.get_output_embeddings(), getattr(getattr(base, "model", None), "norm", None)]
+    if None in modules or any(p.requires_grad for module in modules for p in module.parameters()):
         return None
     return head_of(base)
 

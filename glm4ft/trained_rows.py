@@ -9,12 +9,14 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from glm4ft.batching import RowSet
 from glm4ft.chat_format import END_OF_TEXT, HEADERS, PREFIX
 from glm4ft.errors import DataError
 from glm4ft.trajectory import write_atomically
 
+TokenPart = Literal["prefix", "header", "body", "terminator"]
 ROWS_FILE = "rows.jsonl"
 _KEPT_TOKENS = 200_000  # of a run's rows: what explain and a report look at
 
@@ -45,7 +47,7 @@ class Place:
     """
 
     role: str
-    part: str
+    part: TokenPart
     turn: int | None
 
 

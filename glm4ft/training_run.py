@@ -37,6 +37,7 @@ from glm4ft.report.files import HTML_FILE
 from glm4ft.report.run_report import RunReport
 from glm4ft.target_loss import set_target
 from glm4ft.tiny import write_tiny_base
+from glm4ft.trained_rows import ROWS_FILE, rows_of, write_rows
 from glm4ft.trainer import COMPLETE_MARKER, SupervisedTrainer, checkpoint_step, last_checkpoint
 from glm4ft.trajectory import FILE_NAME, Trajectory, append_row, read_trajectory, rewind, write_atomically
 
@@ -153,7 +154,7 @@ def run_training(
     if resume:
         checkpoint = _rewind(output, header) if _is_main_process() else last_checkpoint(output)
     elif _is_main_process():
-        _begin(output, config, base, header)
+        _begin(output, config, base, header, rows)
     trainer = make_trainer(config, base, model, rows, eval_rows, output)
     run_report = RunReport(output, config, chat_format, report, adapters.describe(), sources or {}, _is_main_process())
     is_alone = trainer.args.world_size == 1  # the others of a run in several processes do not know that this one broke
@@ -250,7 +251,7 @@ def _adapt(base: Base, config: TrainConfig, output: Path) -> PeftModel:
     return attach_lora(base.model, config.lora, seed=config.seed)
 
 
-def _begin(output: Path, config: TrainConfig, base: Base, header: dict[str, Any]) -> None:
+def _begin(output: Path, config: TrainConfig, base: Base, header: dict[str, Any], rows: Rows) -> None:
     """Write what a run has before its first step; leave nothing behind if that fails."""
     existed = output.exists()
     try:
@@ -258,11 +259,12 @@ def _begin(output: Path, config: TrainConfig, base: Base, header: dict[str, Any]
         if base.source == "tiny":
             write_tiny_base(output / BASE_FOLDER)  # anew: the one in memory has adapters in it
         write_atomically(output / CONFIG_FILE, yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
+        write_rows(output / ROWS_FILE, rows_of(rows))
         append_row(output / FILE_NAME, header)
     except (OSError, SafetensorError) as error:
         if existed:
             shutil.rmtree(output / BASE_FOLDER, ignore_errors=True)
-            for name in (CONFIG_FILE, FILE_NAME):
+            for name in (CONFIG_FILE, ROWS_FILE, FILE_NAME):
                 (output / name).unlink(missing_ok=True)
         else:
             shutil.rmtree(output, ignore_errors=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from glm4ft.config import TrainConfig
 from glm4ft.report.failure_card import MAX_LINES, explain_failure
@@ -146,3 +147,20 @@ def test_norm_that_is_not_finite_is_called_unstable(bad: float | None) -> None:
 def test_norm_that_does_not_decay_is_not_a_healthy_overfit_run() -> None:
     with pytest.raises(AssertionError, match=r"from 1 to 0\.5 over 2 steps"):
         assert_grad_norms_decay([1.0, 0.5])
+
+
+def test_target_below_the_floor_is_warned_of_before_training(tmp_path: Path) -> None:
+    """With the tokens that keep the loss up; given as floor+..., the target is what can be reached."""
+    said: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GLM4FT_CACHE", str(tmp_path / "cache"))
+        patch.setattr("glm4ft.training_run.ChatFormat", FoundingBugFormat)
+        run_training(replace(OVERFIT, output=str(tmp_path / "run"), max_steps=1, round_trip=False), say=said.append)
+        above = replace(OVERFIT, target_loss="floor + 8", output=str(tmp_path / "above"), round_trip=False)
+        result = run_training(above, say=said.append)
+    (warning,) = [line for line in said if line.startswith("warning: a mean loss of 0.01 cannot be reached")]
+    assert "0.1807" in warning
+    assert "<|assistant|> (4 times, 5.19 each)" in warning
+    assert result.target_loss == pytest.approx(8.1807, abs=1e-3)
+    assert result.reached_target
+    assert yaml.safe_load((tmp_path / "above" / "config.yaml").read_text())["target_loss"] == result.target_loss

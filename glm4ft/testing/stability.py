@@ -6,7 +6,8 @@ import math
 import statistics
 from collections.abc import Sequence
 
-WINDOW = 20
+from glm4ft.gradient_norms import WINDOW, spike_ratios
+
 # Largest ratio on the built-in base (x86-64 CPU, torch 2.13, 2026-11-23): 1.25 over 8 overfit runs at 5e-3 (4 seeds in
 # fp32 and bf16), 1.57 over 100 steps at 2e-2 (2 seeds). A jump as in zai-org/GLM-4 issue 342, from 0.01 to 32.75, is
 # three orders of magnitude.
@@ -16,18 +17,6 @@ DECAY_LIMIT = 0.2
 
 # Share of clipped steps on an overfit run at max_grad_norm 1: 0.2 of 60 steps at 5e-3 (same runs).
 CLIPPED_LIMIT = 0.5
-
-
-def spike_ratios(grad_norms: Sequence[float]) -> list[float]:
-    """Each step's norm over the running median of the ``WINDOW`` steps before it, from the second step on.
-
-    The running median follows a healthy run down over several orders of magnitude, where the largest norm over the
-    smallest would call it unstable.
-    """
-    return [
-        grad_norms[i] / max(statistics.median(grad_norms[max(0, i - WINDOW) : i]), 1e-30)
-        for i in range(1, len(grad_norms))
-    ]
 
 
 def assert_grad_norms_stable(grad_norms: Sequence[float | None], *, spike_limit: float = SPIKE_LIMIT) -> None:

@@ -6,6 +6,7 @@ Run: pytest tests/testing/test_runner.py
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -139,6 +140,8 @@ def test_founding_bug_fails_at_the_rows_and_still_at_the_outcome() -> None:
         "every_turn_comes_back_and_stops",
         "own_inference_says_every_turn",
     }
+    loss = next(r.message for r in failed["outcome"] if r.check.startswith("two_conversations"))
+    assert re.match(r"before training: .* floor of these targets is 0\.18.*, kept up by <\|assistant\|>", loss)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,226 @@
+"""What ``glm4ft explain`` does: find what is left of a run, ours or another trainer's, and say what ails it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from glm4ft.base_model import load_base, load_format
+from glm4ft.chat_format import IGNORED, ChatFormat, Turn
+from glm4ft.chat_format import Row as EncodedRow
+from glm4ft.checkpoint import one_line, read_json
+from glm4ft.config import TrainConfig
+from glm4ft.conversation import read_conversations
+from glm4ft.dataset import data_path, fit_row
+from glm4ft.diagnosis import Diagnosis, diagnose
+from glm4ft.errors import ConfigError, ModelError
+from glm4ft.generation import TurnRoundTrip, round_trip
+from glm4ft.run_evidence import gather_evidence
+from glm4ft.trained_rows import ROWS_FILE, TrainedRow, places, read_rows
+from glm4ft.training_run import BASE_FOLDER, CONFIG_FILE
+from glm4ft.trajectory import FILE_NAME, read_trajectory
+
+STATE_FILE, ADAPTER_CONFIG = "trainer_state.json", "adapter_config.json"
+TRIED_TURNS = 16  # said back by the model
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What is left of a run on the disk.
+
+    Args:
+        log: a mapping per logged step.
+        adapter: folder with the adapter; None if none was saved.
+        config: options of one of our runs; empty for another trainer's.
+        rows: file of the rows as trained; None if there is none.
+    """
+
+    log: Sequence[Mapping[str, Any]]
+    adapter: Path | None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    rows: Path | None = None
+
+
+def explain_run(
+    run: Path, *, data: str | None = None, model: str | None = None, chat_format: str | None = None
+) -> Diagnosis:
+    """Say why the loss of a run does not fall, or why its model does not stop.
+
+    Args:
+        run: folder of a run of ours, or of another trainer's: with ``trainer_state.json``, an adapter, or both.
+        data: JSONL of conversations, or rows as ``glm4ft inspect --json`` writes them; by default what the run kept.
+        model: base; by default the one that run or adapter name.
+        chat_format: by default the base's.
+    Returns:
+        The diagnosis.
+    Raises:
+        InputError: if the folder holds no run, or base or data cannot be found.
+    """
+    files = find_files(run)
+    base_name = model or _base_name(run, files)
+    tokenizer, format_name = load_format(base_name, chat_format or files.config.get("chat_format"))
+    rows, dropped, cut = _rows(files, data, tokenizer, format_name)
+    adapted = _adapted(files, base_name, chat_format)
+    trips = _say_back(adapted, ChatFormat(format_name, tokenizer), rows) if adapted is not None else []
+    return diagnose(
+        gather_evidence(
+            adapted,
+            rows,
+            tokenizer,
+            files.log,
+            round_trips=trips,
+            target_loss=_target(files.config),
+            options=_options(files),
+            num_dropped=dropped,
+            num_cut=cut,
+        )
+    )
+
+
+def find_files(run: Path) -> RunFiles:
+    """Look through the folder of a run.
+
+    Raises:
+        ConfigError: if it holds neither a log nor an adapter.
+    """
+    checkpoints = sorted(run.glob("checkpoint-*"), key=lambda path: (len(path.name), path.name), reverse=True)
+    folders = [run, *checkpoints]
+    adapter = next((folder for folder in folders if (folder / ADAPTER_CONFIG).is_file()), None)
+    state = next((folder / STATE_FILE for folder in folders if (folder / STATE_FILE).is_file()), None)
+    log: Sequence[Mapping[str, Any]] = ()
+    if (run / FILE_NAME).is_file():
+        log = read_trajectory(run / FILE_NAME).steps
+    elif state is not None:
+        log = [entry for entry in read_json(state).get("log_history") or [] if "loss" in entry]
+    if adapter is None and not log:
+        raise ConfigError(
+            "there is no run to explain",
+            where=str(run),
+            found="no such folder" if not run.is_dir() else "neither a log nor an adapter",
+            expected=f"{FILE_NAME} or {STATE_FILE}, and {ADAPTER_CONFIG}",
+        )
+    config = yaml.safe_load((run / CONFIG_FILE).read_text("utf-8")) if (run / CONFIG_FILE).is_file() else {}
+    rows = run / ROWS_FILE
+    return RunFiles(log, adapter, config if isinstance(config, dict) else {}, rows if rows.is_file() else None)
+
+
+def _base_name(run: Path, files: RunFiles) -> str:
+    """The base as the run names it; a run on the built-in base has it beside it."""
+    if (run / BASE_FOLDER / "config.json").is_file():
+        return str(run / BASE_FOLDER)
+    if files.config.get("model"):
+        return str(files.config["model"])
+    named = read_json(files.adapter / ADAPTER_CONFIG).get("base_model_name_or_path") if files.adapter else None
+    if not named:
+        raise ConfigError(
+            "the run does not name its base", where="--model", fix="name the folder or hub id of the base"
+        )
+    return str(named)
+
+
+def _rows(
+    files: RunFiles, data: str | None, tokenizer: PreTrainedTokenizerBase, format_name: str
+) -> tuple[list[TrainedRow], int, int]:
+    """The rows as trained, and how many conversations were dropped and cut."""
+    if data is None and files.rows is not None:
+        return read_rows(files.rows), 0, 0
+    name = data or files.config.get("data")
+    if not name:
+        fix = "name the conversations, or the rows as glm4ft inspect --json writes them"
+        raise ConfigError("the run does not say what it was trained on", where="--data", fix=fix)
+    path = data_path(str(name))
+    if _holds_rows(path):
+        return read_rows(path), 0, 0
+    known = {
+        key: files.config[key] for key in ("final_stop", "train_on", "allow_nonstop_terminator") if key in files.config
+    }
+    encoder = ChatFormat(format_name, tokenizer, **known)
+    max_length = int(files.config.get("max_length") or TrainConfig().max_length)
+    rows, dropped, cut = [], 0, 0
+    for conversation in read_conversations(path):
+        row, _ = fit_row(conversation, encoder, max_length)
+        if row is None:
+            dropped += 1
+            continue
+        cut += len(row.turns) < sum(m.role == "assistant" for m in conversation.messages)
+        rows.append(TrainedRow(row.line, row.input_ids, row.labels))
+    return rows, dropped, cut
+
+
+def _holds_rows(path: Path) -> bool:
+    try:
+        with open(path, encoding="utf-8") as file:
+            first = json.loads(file.readline())
+    except (OSError, ValueError):
+        return False  # whoever reads it as conversations says what is wrong
+    return isinstance(first, dict) and "input_ids" in first
+
+
+def _adapted(files: RunFiles, base_name: str, chat_format: str | None) -> Any:
+    """The base with the run's adapter, or None if none was saved."""
+    if files.adapter is None:
+        return None
+    base = load_base(base_name, dtype=str(files.config.get("dtype") or "auto"), chat_format=chat_format)
+    try:
+        return PeftModel.from_pretrained(base.model, str(files.adapter))
+    except Exception as error:  # peft, safetensors and torch each raise their own
+        raise ModelError(
+            "the adapter does not fit its base", where=str(files.adapter), found=one_line(error)
+        ) from error
+
+
+def _say_back(model: Any, chat_format: ChatFormat, rows: Sequence[TrainedRow]) -> list[TurnRoundTrip]:
+    """Have the model say the first assistant turns."""
+    encoded, num_turns = [], 0
+    for row in rows:
+        turns = turns_of(row, chat_format)
+        if turns and num_turns < TRIED_TURNS:
+            kept = turns[: TRIED_TURNS - num_turns]
+            num_turns += len(kept)
+            supervised = [label != IGNORED for label in row.labels]
+            encoded.append(EncodedRow(list(row.input_ids), supervised, (), tuple(kept), row.line))
+    with torch.no_grad():
+        return round_trip(model, chat_format, encoded)
+
+
+def turns_of(row: TrainedRow, chat_format: ChatFormat) -> list[Turn]:
+    """The assistant turns of a row that have a body and an end.
+
+    Args:
+        row: of any trainer.
+        chat_format: names the control tokens.
+    Returns:
+        Turns, ``message`` counting the headers before them; a turn is supervised if one of its words is.
+    """
+    where = places(row.input_ids, chat_format.control_ids)
+    turns, num_messages, start = [], -1, None
+    for at, place in enumerate(where):
+        if place.part == "header":
+            num_messages += 1
+            start = at + 1 if place.role == "assistant" else None
+        elif place.part == "terminator" and start is not None:
+            is_supervised = any(label != IGNORED for label in row.labels[start:at])
+            turns.append(Turn(num_messages, start, at, is_supervised))
+            is_header = row.input_ids[at] in chat_format.header_ids.values()
+            num_messages, start = num_messages + is_header, None
+    return turns
+
+
+def _target(config: Mapping[str, Any]) -> float | None:
+    target = config.get("target_loss")
+    return float(target) if isinstance(target, (int, float)) else None
+
+
+def _options(files: RunFiles) -> dict[str, Any]:
+    options = dict(files.config)
+    if files.adapter is not None:
+        options["target_modules"] = read_json(files.adapter / ADAPTER_CONFIG).get("target_modules") or []
+    return options

@@ -1,0 +1,89 @@
+"""Shows a diagnosis in a terminal: the verdict, what it rests on, and the tokens that hold the loss."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from glm4ft.diagnosis import CERTAIN, Diagnosis, Finding
+from glm4ft.evidence import Evidence
+from glm4ft.report.safe_text import Ruled, visible
+from glm4ft.trajectory import write_atomically
+
+_TOKENS = 10
+_LEAST_LOSS = 0.05  # a token that loses less is not worth a row
+
+
+def show_diagnosis(diagnosis: Diagnosis, *, json_file: str | None = None) -> None:
+    """Print a diagnosis, or write it as JSON.
+
+    Args:
+        diagnosis: of a run.
+        json_file: write it here by contract; ``-`` is stdout, where nothing else goes then.
+    """
+    text = json.dumps(diagnosis.record(), ensure_ascii=False, allow_nan=False) + "\n"
+    if json_file == "-":
+        sys.stdout.write(text)
+        return
+    if json_file:
+        write_atomically(Path(json_file), text)
+    console = Console(highlight=False)
+    for finding in diagnosis.findings:
+        _print(console, finding)
+    for fact in facts(diagnosis.evidence):
+        console.print(Text(fact, style="dim"), soft_wrap=True)
+    if table := token_table(diagnosis.evidence):
+        console.print(table)
+
+
+def facts(evidence: Evidence) -> Iterator[str]:
+    """Figures that every diagnosis is read beside, a line each."""
+    first, gradients, wiring, floor = evidence.first_loss, evidence.gradients, evidence.wiring, evidence.floor
+    began = "not logged" if first.logged is None else f"{first.logged:.4f}"
+    base = "not measured" if first.base is None else f"{first.base:.4f}"
+    yield f"loss: {evidence.loss:.4f} now; first {began}, the base's own {base}, ln V {first.uniform:.2f}"
+    if floor:
+        yield f"floor: {floor.floor:.4f} = entropy {floor.entropy:.4f} + head {floor.head:.4f} (gap {floor.gap:.1g})"
+    if gradients:
+        yield (
+            f"gradient norm: first {gradients.first:.3g}, median {gradients.median:.3g}, last {gradients.last:.3g}, "
+            f"largest {gradients.largest:.3g} at step {gradients.largest_step}, largest jump "
+            f"{gradients.spike_ratio:.1f}-fold, {len(gradients.non_finite_steps)} steps not finite"
+        )
+    if wiring:
+        targets = ", ".join(f"{number} {name}" for name, number in wiring.targets.items())
+        yield f"adapters: {wiring.num_adapters} ({targets}), {len(wiring.dead)} of them without effect"
+    if evidence.round_trips:
+        exact = sum(turn.exact for turn in evidence.round_trips)
+        stopped = sum(turn.stop is not None for turn in evidence.round_trips)
+        yield f"round trip: {exact} of {len(evidence.round_trips)} turns came back exactly, {stopped} stopped"
+
+
+def token_table(evidence: Evidence) -> Table | None:
+    """The tokens that hold the loss; None if none does."""
+    worst = [token for token in evidence.worst_tokens if token.loss > _LEAST_LOSS][:_TOKENS]
+    if not worst:
+        return None
+    table = Table("line", "position", "part", "token", "loss", "floor", "p", "model says", "share", box=box.SIMPLE)
+    for token in worst:
+        floor = "" if token.floor is None else f"{token.floor:.2f}"
+        place = (str(token.line), str(token.position), f"{token.role} {token.part}".strip())
+        figures = (f"{token.loss:.2f}", floor, f"{token.probability:.2g}")
+        table.add_row(*place, Text(token.text), *figures, Text(token.predicted), f"{token.share:.0%}")
+    return table
+
+
+def _print(console: Console, finding: Finding) -> None:
+    is_certain = finding.strength >= CERTAIN
+    style = "green" if finding.verdict == "learnt" else "bold red" if is_certain else "yellow"
+    head = f"{finding.verdict} ({finding.stage})" if is_certain else f"perhaps: {finding.verdict} ({finding.stage})"
+    console.print(Text(head, style=style))
+    lines = [finding.text, *(f"- {fact}" for fact in finding.evidence), f"what to do: {finding.remedy}"]
+    console.print(Ruled(Text("\n".join(visible(line, newlines=False) for line in lines))))

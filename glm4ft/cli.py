@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 import os
-import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace
 
 import glm4ft
+from glm4ft.cli_options import config_files, nearest, new_parser, parse, with_underscores, yaml_keys
 from glm4ft.errors import ConfigError, InputError, RunError
 
 if TYPE_CHECKING:
@@ -40,7 +38,7 @@ def run(argv: Sequence[str]) -> int:
         The exit status.
     """
     try:
-        return _dispatch([_with_underscores(arg) for arg in argv])
+        return _dispatch([with_underscores(arg) for arg in argv])
     except InputError as error:
         return _fail(str(error), EXIT_BAD_INPUT)
     except RunError as error:
@@ -89,9 +87,9 @@ def _dispatch(argv: list[str]) -> int:
         print(f"glm4ft {glm4ft.__version__}")
         return 0
     if argv[0] not in parsers:
-        raise ConfigError("unknown command", found=argv[0], expected=_nearest(argv[0], parsers))
+        raise ConfigError("unknown command", found=argv[0], expected=nearest(argv[0], parsers))
     _quiet_libraries()
-    return commands[argv[0]](_parse(parsers[argv[0]](), argv[1:]))
+    return commands[argv[0]](parse(parsers[argv[0]](), argv[1:]))
 
 
 # --- train ---
@@ -100,7 +98,7 @@ def _dispatch(argv: list[str]) -> int:
 def _train_parser() -> ArgumentParser:
     from glm4ft.config import TrainConfig
 
-    parser = _parser("train", "Train a LoRA adapter; without --data and --config, on the bundled demo.")
+    parser = new_parser("train", "Train a LoRA adapter; without --data and --config, on the bundled demo.")
     parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
     parser.add_argument("--resume", type=str, help="Continue the run in this folder; takes no other option.")
     parser.add_class_arguments(TrainConfig)
@@ -129,14 +127,14 @@ def _config(options: Namespace) -> tuple[TrainConfig, dict[str, str]]:
 
     if options.data is None and not options.config:
         print(f"no --data and no --config: running the demo, {DEMO_CONFIG}")
-        options = _parse(_train_parser(), [f"--config={DEMO_CONFIG}", *options.argv])
+        options = parse(_train_parser(), [f"--config={DEMO_CONFIG}", *options.argv])
     values = {field.name: options[field.name] for field in fields(TrainConfig)}
     if values["data"] is None:
         raise ConfigError("no conversations to train on", where="--data", expected="a JSONL file, or 'demo'")
     if values["output"] is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("several processes need one folder to write to", where="--output", fix="name it")
     values["output"] = values["output"] or new_output()
-    files = {key: str(path) for path in _config_files(options.argv) for key in _yaml_keys(path)}
+    files = {key: str(path) for path in config_files(options.argv) for key in yaml_keys(path)}
     flags = {arg.removeprefix("--").partition("=")[0]: "command line" for arg in options.argv if arg.startswith("--")}
     return TrainConfig(**values), files | flags
 
@@ -155,14 +153,14 @@ def _resumed_config(options: Namespace) -> tuple[TrainConfig, dict[str, str]]:
             expected=f"--resume {options.resume} alone",
             fix="start a new run to change options",
         )
-    return _config(_parse(_train_parser(), [f"--config={path}", f"--output={options.resume}"]))
+    return _config(parse(_train_parser(), [f"--config={path}", f"--output={options.resume}"]))
 
 
 # --- inspect ---
 
 
 def _inspect_parser() -> ArgumentParser:
-    parser = _parser("inspect", "Show which tokens of each conversation are supervised.")
+    parser = new_parser("inspect", "Show which tokens of each conversation are supervised.")
     _add_format_options(parser)
     parser.add_argument("--boundaries", action="store_true", help="Show the tokens around each turn's start and end.")
     parser.add_argument("--limit", type=int, default=10, help="Conversations to show; all of them are counted.")
@@ -222,7 +220,7 @@ def _inspect(options: Namespace) -> int:
 
 
 def _floor_parser() -> ArgumentParser:
-    parser = _parser("floor", "Say, before training, how low the loss can go, and which tokens keep it up.")
+    parser = new_parser("floor", "Say, before training, how low the loss can go, and which tokens keep it up.")
     _add_format_options(parser)
     parser.add_argument("--dtype", type=Literal["fp32", "bf16"], default="fp32", help="Forward passes to certify for.")
     parser.add_argument(
@@ -255,7 +253,7 @@ def _floor(options: Namespace) -> int:
 
 
 def _explain_parser() -> ArgumentParser:
-    parser = _parser("explain", "Say why the loss of a run does not fall, or why its model does not stop.")
+    parser = new_parser("explain", "Say why the loss of a run does not fall, or why its model does not stop.")
     parser.add_argument(
         "run", type=str, help="Folder of a run; of another trainer: with trainer_state.json or an adapter."
     )
@@ -281,7 +279,7 @@ def _explain_run(options: Namespace) -> int:
 
 
 def _merge_parser() -> ArgumentParser:
-    parser = _parser("merge", "Merge an adapter into its base, for plain transformers.")
+    parser = new_parser("merge", "Merge an adapter into its base, for plain transformers.")
     parser.add_argument("adapter", type=str, help="Output folder of a run, or any PEFT adapter of a GLM-4.")
     parser.add_argument("--output", type=str, required=True, help="Folder for the merged checkpoint.")
     parser.add_argument("--model", type=str, help="Base checkpoint, if not the one that the adapter names.")
@@ -301,7 +299,7 @@ def _merge(options: Namespace) -> int:
 
 
 def _check_parser() -> ArgumentParser:
-    parser = _parser("check", "Put a fine-tuning pipeline on trial; by default, this project's own.")
+    parser = new_parser("check", "Put a fine-tuning pipeline on trial; by default, this project's own.")
     parser.add_argument(
         "--subject", type=str, default="glm4ft.testing.subjects.own:Subject", help="MODULE:ATTR of the pipeline."
     )
@@ -325,7 +323,7 @@ def _check(options: Namespace) -> int:
 
 
 def _init_parser() -> ArgumentParser:
-    parser = _parser(
+    parser = new_parser(
         "init", "Render adapter, tests, tox.ini and workflows into a repository, to put its trainer on trial."
     )
     parser.add_argument("folder", type=str, help="The repository; is made if need be.")
@@ -339,98 +337,6 @@ def _init(options: Namespace) -> int:
 
     print(describe_rendering(Path(options.folder), trainer=options.trainer, name=options.name))
     return 0
-
-
-# --- options ---
-
-
-def _parser(command: str, description: str) -> ArgumentParser:
-    return ArgumentParser(prog=f"glm4ft {command}", description=description, exit_on_error=False)
-
-
-def _parse(parser: ArgumentParser, argv: list[str]) -> Namespace:
-    """Parse and validate; ``argv`` of the result holds the arguments as they were given."""
-    _refuse_unknown(parser, argv)
-    try:
-        options: Namespace = parser.instantiate(parser.parse_args(argv))
-    except ArgumentError as error:
-        raise _explain(error, parser.prog) from error
-    options.argv = argv
-    return options
-
-
-def _explain(error: ArgumentError, prog: str) -> ConfigError:
-    """The parser's message as ours: it names the option first and shows the value last."""
-    fix = f"see {prog} --help"
-    match = re.match(r'Parser key "(?P<key>[^"]+)":\s*(?P<text>.*)', str(error), re.DOTALL)
-    if not match:
-        fix = "give it a value; a switch takes true or false" if "expected one argument" in str(error) else fix
-        return ConfigError("the options cannot be used", found=" ".join(str(error).split()), fix=fix)
-    text = " ".join(match["text"].split())
-    kinds = re.findall(r"Expected an? (.+?)(?:\. Got| - | Given|$)", text)
-    names = [re.sub(r"<class '(\w+)'>|typing\.Literal\[(.*)\]", r"\1\2", kind) for kind in kinds]
-    value = re.search(r"(?:Got|Given) value: (.*)$", text)
-    return ConfigError(
-        "an option has a value that cannot be used" if value else text,
-        where=f"--{match['key']}",
-        found=value[1] if value else "",
-        expected=" or ".join({"NoneType": "null", "list": "a list, as [a,b]"}.get(name, name) for name in names),
-        fix=fix,
-    )
-
-
-def _refuse_unknown(parser: ArgumentParser, argv: list[str]) -> None:
-    """Name the nearest legal option for one that does not exist, on the command line or in a YAML file."""
-    options = {flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")}
-    flags = {flag.removeprefix("--") for flag in options}
-    for arg in argv:
-        name = arg.removeprefix("--").partition("=")[0]
-        if arg.startswith("--") and not _is_known(name, flags):
-            raise ConfigError("unknown option", found=f"--{name}", expected="--" + _nearest(name, flags))
-    for path in _config_files(argv):
-        for name, value in _yaml_keys(path).items():
-            if any(flag.startswith(f"{name}.") for flag in flags) and not isinstance(value, dict):
-                raise ConfigError("a group of options has a plain value", where=str(path), found=f"{name}: {value!r}")
-            if not _is_known(name, flags):
-                raise ConfigError("unknown key", where=str(path), found=name, expected=_nearest(name, flags))
-
-
-def _is_known(name: str, flags: set[str]) -> bool:
-    # below lora.options stand peft's own names, which LoraOptions checks
-    return name in flags or any(name.startswith(f"{flag}.") for flag in flags if flag == "lora.options")
-
-
-def _config_files(argv: list[str]) -> Iterator[Path]:
-    for i, arg in enumerate(argv):
-        name, equals, value = arg.partition("=")
-        if name == "--config" and (equals or argv[i + 1 :]):
-            yield Path(value if equals else argv[i + 1])
-
-
-def _yaml_keys(path: Path) -> dict[str, Any]:
-    """Every key with its value, those of a group with the group's name before them."""
-    try:
-        content = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError("cannot read the configuration", where=str(path), found=str(error)) from error
-    if not isinstance(content, dict):
-        raise ConfigError("not a configuration", where=str(path), found=type(content).__name__, expected="key: value")
-    nested = {key: value for key, value in content.items() if isinstance(value, dict)}
-    below = {f"{key}.{name}": value for key, group in nested.items() for name, value in group.items()}
-    return {str(key): value for key, value in content.items()} | below
-
-
-def _nearest(name: str, legal: Iterable[str]) -> str:
-    names = sorted(legal)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return near[0] if near else " or ".join(names)
-
-
-def _with_underscores(arg: str) -> str:
-    if not arg.startswith("--"):
-        return arg
-    name, equals, value = arg.partition("=")
-    return "--" + name[2:].replace("-", "_") + equals + value
 
 
 # --- what people see ---

@@ -27,7 +27,7 @@ from glm4ft.report.safe_text import visible
 from glm4ft.testing.check_wording import WRONG
 from glm4ft.testing.checks.registry import STAGES, Check
 from glm4ft.testing.checks.trial import Trial
-from glm4ft.testing.gpu_lane import LARGE_OVERFIT_STEPS, LARGE_PLAN, is_large, left_out, write_base
+from glm4ft.testing.gpu_lane import LARGE_OVERFIT_STEPS, LARGE_PLAN, Bases, is_large, left_out
 from glm4ft.testing.plugin_records import attach_check
 from glm4ft.testing.runner import Result, all_checks, known_failures, require_known, run_check
 from glm4ft.testing.subject import load_subject
@@ -43,12 +43,12 @@ class Bench:
     """Where trials are held: one per subject and dtype, made when the first check asks for it.
 
     Args:
-        base: as for ``--glm4ft-model``.
+        bases: the base in each dtype.
         folder: for what checks and subjects write.
         default_subject: ``MODULE:ATTR`` for checks that name none.
     """
 
-    base: str
+    bases: Bases
     folder: Path
     default_subject: str
     _trials: dict[tuple[str, str], Trial] = field(default_factory=dict)
@@ -60,24 +60,22 @@ class Bench:
         return self._trials[spec, dtype]
 
     def _make(self, spec: str, dtype: str) -> Trial:
-        folder, base_dir = self.folder / str(len(self._trials)), self.folder / f"base-{dtype or 'as-it-is'}"
+        folder, base_dir = self.folder / str(len(self._trials)), find_checkpoint(self.bases.get(dtype), weights=True)
         folder.mkdir()
-        if not base_dir.exists():
-            base_dir = find_checkpoint(write_base(self.base, base_dir, dtype), weights=True)
         trial = Trial(load_subject(spec, base_dir), base_dir, folder, spec)
-        if is_large(self.base):
+        if is_large(self.bases.spec):
             trial.standard, trial.overfit_steps = LARGE_PLAN, LARGE_OVERFIT_STEPS
         return trial
 
     def run(self, check: Check, spec: str, dtype: str, expected_failures: Mapping[str, str]) -> Result:
         """Run a check on a subject, unless the base is one on which it is left out."""
-        reason = left_out(self.base, check.name, dtype)
+        reason = left_out(self.bases.spec, check.name, dtype)
         if reason:
             return Result(check.name, check.stage, "skipped", reason, 0.0)
         trial = self.trial(spec, dtype)
         expected = {**known_failures(trial.subject), **expected_failures}
         result = run_check(check, trial, expected.get(check.name, ""))
-        if is_large(self.base):
+        if is_large(self.bases.spec):
             trial.release_models()
         return result
 

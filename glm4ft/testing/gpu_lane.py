@@ -102,24 +102,41 @@ def describe_lane(spec: str) -> str:
     return f"reduced set of {len(REDUCED)} checks on {spec} ({told})"
 
 
-def write_base(spec: str, folder: Path, dtype: str = "") -> str:
-    """Make a base available.
+class Bases:
+    """The base of a session in each dtype that tests ask for, written once.
 
     Args:
         spec: ``tiny``, ``random:NAME``, a folder or a hub id.
-        folder: is created for what has to be written.
-        dtype: ``bf16`` or ``fp32``, of what is written, by default fp32, and bf16 for a large base; a checkpoint stays
-            as it is.
-    Returns:
-        A folder; or the hub id, which is downloaded by whoever loads it.
+        folder: for what has to be written; it is created.
     """
-    if spec != TINY and not spec.startswith(RANDOM_PREFIX):
-        return spec
+
+    def __init__(self, spec: str, folder: Path) -> None:
+        self.spec, self.folder = spec, folder
+
+    def get(self, dtype: str = "") -> str:
+        """Make the base available.
+
+        Args:
+            dtype: ``bf16`` or ``fp32``, of what is written, by default fp32, and bf16 for a large base; a checkpoint
+                stays as it is.
+        Returns:
+            A folder; or the hub id, which is downloaded by whoever loads it.
+        """
+        if self.spec != TINY and not self.spec.startswith(RANDOM_PREFIX):
+            return self.spec
+        stored = dtype or ("bf16" if is_large(self.spec) else "fp32")
+        folder = self.folder / f"{self.spec.removeprefix(RANDOM_PREFIX)}-{stored}"
+        if not folder.exists():
+            _write(self.spec, folder, stored)
+        return str(folder)
+
+
+def _write(spec: str, folder: Path, dtype: str) -> None:
     from glm4ft.base_model import DTYPES
     from glm4ft.testing.random_base import write_random_base
     from glm4ft.tiny import write_tiny_base
 
-    stored = DTYPES[dtype or ("bf16" if is_large(spec) else "fp32")]
     if spec == TINY:
-        return str(write_tiny_base(folder, dtype=stored))
-    return str(write_random_base(spec, folder, dtype=stored))
+        write_tiny_base(folder, dtype=DTYPES[dtype])
+    else:
+        write_random_base(spec, folder, dtype=DTYPES[dtype])

@@ -7,7 +7,8 @@ a test marked ``gpu`` has been collected, glm4ft's own modules only inside fixtu
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Iterable, Mapping
+import shutil
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from glm4ft.testing.plugin_records import GPU_RAN, Collected, attach_run, summar
 
 if TYPE_CHECKING:
     from glm4ft.testing.conformance import Bench, BoundCheck
+    from glm4ft.testing.gpu_lane import Bases
 
 MARKERS = (
     "gpu: needs a CUDA GPU, is skipped without one; selected by -m gpu",
@@ -73,7 +75,8 @@ def _choose_device(config: pytest.Config) -> None:
 def pytest_report_header(config: pytest.Config) -> list[str]:
     """Name each option with its source, and what a run of the gpu lane will judge."""
     lines = plugin_options.describe(config)
-    if "gpu" in str(config.getoption("markexpr")):
+    expression = str(config.getoption("markexpr"))
+    if "gpu" in expression and "not gpu" not in expression:
         from glm4ft.testing.gpu_lane import describe_lane
 
         lines.append(f"glm4ft: gpu lane: {describe_lane(MODEL.value(config))}")
@@ -188,11 +191,19 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 @pytest.fixture(scope="session")
-def glm4ft_model(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The base given by ``--glm4ft-model``: a folder that exists, or a hub id; the built-in base is written first."""
-    from glm4ft.testing.gpu_lane import write_base
+def glm4ft_bases(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bases]:
+    """The base given by ``--glm4ft-model``, in each dtype; what was written goes when the session ends."""
+    from glm4ft.testing.gpu_lane import Bases
 
-    return write_base(MODEL.value(pytestconfig), tmp_path_factory.mktemp("glm4ft") / "base")
+    folder = tmp_path_factory.mktemp("glm4ft-bases")
+    yield Bases(MODEL.value(pytestconfig), folder)
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def glm4ft_model(glm4ft_bases: Bases) -> str:
+    """The base given by ``--glm4ft-model``: a folder that exists, or a hub id; the built-in base is written first."""
+    return glm4ft_bases.get()
 
 
 @pytest.fixture(scope="session")
@@ -218,12 +229,12 @@ def glm4ft_record_run(request: pytest.FixtureRequest) -> Callable[..., None]:
 
 
 @pytest.fixture(scope="session")
-def glm4ft_bench(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+def glm4ft_bench(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory, glm4ft_bases: Bases) -> Bench:
     """Makes the trial of each subject, once in a session; a check of ``parametrize_with_checks`` needs it."""
     from glm4ft.testing.conformance import Bench
 
-    base, subject = MODEL.value(pytestconfig), SUBJECT.value(pytestconfig)
-    return Bench(base, tmp_path_factory.mktemp("glm4ft-checks"), default_subject=subject)
+    folder = tmp_path_factory.mktemp("glm4ft-checks")
+    return Bench(glm4ft_bases, folder, default_subject=SUBJECT.value(pytestconfig))
 
 
 @pytest.fixture

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from glm4ft.errors import ConfigError
+from glm4ft.testing.geometry import RANDOM_PREFIX, geometry
+
 GPU_MODES = ("auto", "require", "never")
 OWN_SUBJECT = "glm4ft.testing.subjects.own:Subject"
 
@@ -103,6 +106,11 @@ def require_legal(config: pytest.Config) -> None:
     if folder and not (Path(folder) / "tokenizer.json").is_file():
         problem = "there is no tokenizer.json, so no test could load the tokenizer"
         _refuse(config, TOKENIZER, problem, "give the folder that holds it")
+    if MODEL.value(config).startswith(RANDOM_PREFIX):
+        try:
+            geometry(MODEL.value(config))
+        except ConfigError as error:
+            _refuse(config, MODEL, error.message, f"give {error.expected}")
     if ":" not in SUBJECT.value(config):
         _refuse(config, SUBJECT, "not the name of a subject, so nothing could be put on trial", "give MODULE:ATTR")
 

@@ -16,7 +16,7 @@ import pytest
 from glm4ft.testing.checks.trial import Run
 from glm4ft.testing.conformance import Bench, parametrize_with_checks
 from glm4ft.testing.geometry import GEOMETRIES
-from glm4ft.testing.gpu_lane import LARGE_OVERFIT_STEPS, REDUCED, describe_lane, is_large, left_out
+from glm4ft.testing.gpu_lane import LARGE_OVERFIT_STEPS, REDUCED, Bases, describe_lane, is_large, left_out
 from glm4ft.testing.runner import all_checks
 
 
@@ -61,7 +61,7 @@ def test_on_a_large_base_rate_and_steps_are_others_and_models_are_given_back(
 ) -> None:
     """One model at a time fits beside the specification; the one that is learnt by heart is used to the end."""
     monkeypatch.setattr("glm4ft.testing.gpu_lane.LARGE", 0)
-    bench = Bench("tiny", tmp_path, "glm4ft.testing.subjects.own:Subject")
+    bench = Bench(Bases("tiny", tmp_path / "bases"), tmp_path, "glm4ft.testing.subjects.own:Subject")
     check = next(check for check in all_checks() if check.name == "prefix_stands_once")
     trial = bench.trial(bench.default_subject, "")
     assert trial.standard["learning_rate"] < 5e-3

@@ -218,6 +218,7 @@ def test_a_path_behind_a_space_that_hid_the_ini_file_is_a_usage_error(
     [
         (["--glm4ft-gpu", "always"], "*--glm4ft-gpu=always*no such mode*give one of auto, require, never*"),
         (["--glm4ft-device", "tpu"], "*--glm4ft-device=tpu*no such device*give cpu, cuda or cuda:N*"),
+        (["--glm4ft-model=random:glm-4-9"], "*--glm4ft-model=random:glm-4-9 *no such geometry; give random:glm-4-9b*"),
         (["--glm4ft-subject", "my_trainer"], "*--glm4ft-subject=my_trainer*give MODULE:ATTR*"),
         (["--glm4ft-device=cpu", "--glm4ft-gpu=require"], "*--glm4ft-gpu=require*may not be used*drop one of the two*"),
     ],
@@ -252,6 +253,10 @@ def test_the_header_of_the_gpu_lane_says_which_checks_the_base_gets(
 ) -> None:
     result = pytester.runpytest_inprocess("-m", "gpu", MODEL.flag, model)
     result.stdout.fnmatch_lines([says])
+
+
+def test_the_header_is_silent_about_a_lane_that_was_left_out(pytester: pytest.Pytester) -> None:
+    pytester.runpytest_inprocess("-m", "not gpu").stdout.no_fnmatch_line("*gpu lane*")
 
 
 def test_the_model_is_the_built_in_base_by_default(pytester: pytest.Pytester) -> None:

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from glm4ft.base_model import MODEL_CLASSES, load_base
 from glm4ft.errors import ConfigError
 from glm4ft.testing.geometry import GEOMETRIES, geometry, num_parameters, size_of
-from glm4ft.testing.gpu_lane import write_base
+from glm4ft.testing.gpu_lane import Bases
 from glm4ft.testing.random_base import NUM_PADDING_IDS, random_config, write_random_base
 from glm4ft.tiny import never_sampled_ids, tiny_tokenizer
 
@@ -101,11 +101,18 @@ def test_a_base_is_written_in_the_dtype_that_was_asked_for(
     spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("glm4ft.testing.geometry.GEOMETRIES", {"glm-4-9b": {**GEOMETRIES["glm-4-9b"], **SMALL}})
-    folder = write_base(spec, tmp_path / "base", "bf16")
+    folder = Bases(spec, tmp_path).get("bf16")
     with safe_open(Path(folder) / "model.safetensors", framework="pt") as file:
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118  # not a dict
 
 
 def test_a_checkpoint_stays_where_it_is(tmp_path: Path) -> None:
-    assert write_base(str(tmp_path), tmp_path / "base") == str(tmp_path)
-    assert not (tmp_path / "base").exists()
+    assert Bases(str(tmp_path), tmp_path / "bases").get("fp32") == str(tmp_path)
+    assert not (tmp_path / "bases").exists()
+
+
+def test_a_base_is_written_once(tmp_path: Path) -> None:
+    """In fp32 where nothing else is asked for: one of the true size takes half a minute and 19 GB."""
+    bases = Bases("tiny", tmp_path)
+    assert bases.get() == bases.get("fp32")
+    assert [folder.name for folder in tmp_path.iterdir()] == ["tiny-fp32"]

@@ -1,7 +1,7 @@
 """Takes torchaudio's compiled extension away where it cannot be loaded: its builds need a CUDA build of torch.
 
-torchaudio is made to work without ("the library file is not found", ``torchaudio/_extension/utils.py``); it reads
-files and text is not read from files. LLaMA-Factory imports it with its plugin for audio, also where there is none.
+torchaudio is made to work without ("the library file is not found", ``torchaudio/_extension/utils.py``);
+it reads sound files, of which text has none. LLaMA-Factory imports it with its plugin for audio in any case.
 """
 
 from importlib.util import find_spec

@@ -59,17 +59,13 @@ class Subject(PeftAdapter, Generates):
         """A padded batch."""
         return dict(self.preparer.data_collator([dict(row) for row in rows]))
 
-    def train(
-        self, model: Any, conversations: Sequence[Mapping[str, Any]], plan: Mapping[str, Any]
-    ) -> list[dict[str, Any]]:
+    def train(self, model: Any, conversations: Any, plan: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Train in place, by the plan."""
         trainer = self.make_trainer(model, conversations, plan)
         trainer.train(resume_from_checkpoint=plan["resume_from"])
         return list(trainer.state.log_history)
 
-    def make_trainer(
-        self, model: Any, conversations: Sequence[Mapping[str, Any]], plan: Mapping[str, Any]
-    ) -> SFTTrainer:
+    def make_trainer(self, model: Any, conversations: Any, plan: Mapping[str, Any]) -> SFTTrainer:
         """The trainer that the plan asks for; packing is TRL's default kind, best fit without cutting."""
         options = {"max_length": MAX_LENGTH, "packing": plan["packing"], "bf16": False, "gradient_checkpointing": False}
         args = SFTConfig(**{**options, **training_arguments(plan)}, use_cpu=not torch.cuda.is_available())

@@ -17,7 +17,7 @@ import yaml
 from glm4ft.config import TrainConfig
 from glm4ft.report.failure_card import MAX_LINES, explain_failure
 from glm4ft.testing.gpu_lane import is_large
-from glm4ft.testing.stability import assert_grad_norms_decay, assert_grad_norms_stable
+from glm4ft.testing.stability import assert_grad_norms_decay, assert_grad_norms_stable, spike_ratios
 from glm4ft.testing.subjects.founding_bug import FoundingBugFormat
 from glm4ft.training_run import RunResult, run_training
 
@@ -136,6 +136,25 @@ def test_jump_of_the_founding_report_is_called_unstable() -> None:
     """A norm of 32.75 beside 0.01 at a loss of 0.25."""
     with pytest.raises(AssertionError, match=r"step 31 is 32\.75, 3275\.0 times the median"):
         assert_grad_norms_stable([0.01] * 30 + [32.75] + [0.01] * 10)
+
+
+def test_spike_ratio_tells_the_right_mask_from_the_founding_bug() -> None:
+    """Norms of two runs at a rate of 2e-2, around the largest jump of each (tests/sweeps/stability_control.py).
+
+    Over 110 steps (seed 0, x86-64 CPU, 2026-11-25) the ratio stays at 1.57 with the right mask. The founding bug looks
+    just as calm for 100 steps, at a loss that its header keeps up; then the norm jumps to 28 times the median.
+    """
+    right = [1.86, 2.25, 3.23, 2.03]
+    wrong = [
+        0.00226, 0.00215, 0.00205, 0.00199, 0.00199, 0.00201, 0.00192, 0.00185, 0.00183, 0.0018, 0.00172, 0.0017,
+        0.00173, 0.00168, 0.00161, 0.00155, 0.00154, 0.00157, 0.00157, 0.00174, 0.00226, 0.00392, 0.00842, 0.0193,
+        0.0438, 0.0491,
+    ]  # fmt: skip
+    assert max(spike_ratios(right)) <= 1.8
+    assert max(spike_ratios(wrong)) >= 5.2
+    assert_grad_norms_stable(right)
+    with pytest.raises(AssertionError, match=r"step 22 is 0\.00392"):
+        assert_grad_norms_stable(wrong, spike_limit=2)
 
 
 @pytest.mark.parametrize("bad", [None, math.nan, math.inf])

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from glm4ft.errors import ConfigError, InputError, RunError
 from glm4ft.testing import checks
 from glm4ft.testing.checks.registry import CHECKS, STAGES, Check, CheckFailed, NotApplicable
@@ -120,10 +122,16 @@ def check_subject(
 @contextlib.contextmanager
 def trial_of(spec: str) -> Iterator[Trial]:
     """A trial of a subject on the built-in base; what it wrote is gone afterwards."""
-    with tempfile.TemporaryDirectory(prefix="glm4ft-check-") as name:
-        folder = Path(name)
-        base_dir = write_tiny_base(folder / "base")
-        yield Trial(load_subject(spec, base_dir), base_dir, folder, spec)
+    num_threads = torch.get_num_threads()
+    # the base's matrices are too small to share out: two threads were measured 12 times slower on a busy machine
+    torch.set_num_threads(1)
+    try:
+        with tempfile.TemporaryDirectory(prefix="glm4ft-check-") as name:
+            folder = Path(name)
+            base_dir = write_tiny_base(folder / "base")
+            yield Trial(load_subject(spec, base_dir), base_dir, folder, spec)
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def judge(

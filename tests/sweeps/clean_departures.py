@@ -1,6 +1,6 @@
 """How far clean runs are from the specification: the figures that the limits of the replay stand on.
 
-Run: python tests/sweeps/clean_departures.py [--subject MODULE:ATTR] [--seeds 20]
+Run: python tests/sweeps/clean_departures.py [--subject MODULE:ATTR] [--seeds 20] [--first-seed 0]
 Prints the largest relative departure of each stage over all seeds, padded and packed, 1, 2 and 4 micro-batches per
 step, clipping on and off, and where it was; exits with 1 if any run departs.
 """
@@ -63,9 +63,9 @@ def clean_departures(subject: Any, base_dir: Path, folder: Path, seeds: Sequence
         folder: for what it writes.
         seeds: of the runs.
     """
-    sweep = Sweep()
+    sweep, trial = Sweep(), Trial(subject, base_dir, folder)
     for plan in plans(seeds):
-        verdict = Trial(subject, base_dir, folder).run_anew(**plan).verdict
+        verdict = trial.run_anew(**plan).verdict
         sweep.runs += 1
         for stage, size in verdict.largest.items():
             if size >= sweep.largest.get(stage, (-1.0, {}))[0]:
@@ -80,13 +80,16 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--subject", default="glm4ft.testing.subjects.own:Subject")
     parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--first-seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         base_dir = write_tiny_base(folder / "base")
         subject = load_subject(options.subject, base_dir)
-        sweep = clean_departures(subject, base_dir, folder, range(options.seeds))
+        sweep = clean_departures(
+            subject, base_dir, folder, range(options.first_seed, options.first_seed + options.seeds)
+        )
     print(f"{options.subject}: {sweep.runs} runs of {STEPS} steps, {len(sweep.alarms)} alarms")
     for stage, (size, plan) in sweep.largest.items():
         print(f"  {stage:<10}{size:.1e}  {plan}")

@@ -117,10 +117,13 @@ def test_a_failed_overfit_assertion_shows_the_card_of_the_run(buggy_run: RunResu
     """What kept the loss up, what came back, and how to see it again."""
     with pytest.raises(AssertionError, match=r"loss stopped at 0\.") as caught:
         assert_learnt_by_heart(buggy_run)
-    card = str(caught.value).split("\n")[1:]
+    told = str(caught.value)
+    card = told[told.index("FAILED") :].split("\n")
     assert len(card) <= MAX_LINES
     assert any("<|assistant|> headers: 4 of 4 supervised, should be 0" in line for line in card)
     assert any(line.endswith("0 of 4 turns came back exactly") for line in card)
+    assert "<|assistant|> is trained as a target" in card[1]
+    assert any("no adapter below the frozen head gets under 0.18" in line for line in card)
     assert card[-1].startswith("reproduce  │ glm4ft train --config ")
 
 

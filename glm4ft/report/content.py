@@ -87,7 +87,7 @@ class ShownRow:
         supervised: True where the loss counted the token as a target.
         expected: what should have been supervised.
         losses: of each token given what is before it; None for the first.
-        floors: certified bound of that loss.
+        floors: certified bound of that loss; None where there is no target.
         said: id of the token that the model found likeliest in its place.
     """
 
@@ -96,7 +96,7 @@ class ShownRow:
     supervised: Sequence[bool]
     expected: Sequence[bool] = ()
     losses: Sequence[float | None] = ()
-    floors: Sequence[float] = ()
+    floors: Sequence[float | None] = ()
     said: Sequence[int | None] = ()
 
     @property

@@ -183,8 +183,9 @@ def _describe(row: ShownRow, at: int, part: str, decoder: TokenDecoder) -> str:
     loss = row.losses[at] if row.losses else None
     if loss is not None:
         facts.append(f"loss {loss:.4g} (probability {math.exp(-loss):.2%})")
-    if row.floors and row.supervised[at]:
-        facts.append(f"certified floor {row.floors[at]:.4g}")
+    floor = row.floors[at] if row.floors else None
+    if floor is not None:
+        facts.append(f"certified floor {floor:.4g}")
     said = _said(row, at, decoder)
     return ", ".join([*facts, *([f"the model says {said}"] if said else []), *filter(None, [_wrong(row, at)])])
 

@@ -6,21 +6,27 @@ import contextlib
 import itertools
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from glm4ft.chat_format import ChatFormat, Row
 from glm4ft.config import TrainConfig
 from glm4ft.conversation import read_conversations
 from glm4ft.dataset import DataReport, data_path, fit_row
+from glm4ft.diagnosis import Diagnosis, diagnose
 from glm4ft.errors import RunError
+from glm4ft.evidence import RowEvidence
+from glm4ft.floor import Floor
 from glm4ft.generation import TurnRoundTrip
 from glm4ft.report.content import Content, Curves, Headline, Option, ShownRow, ShownTurn
 from glm4ft.report.files import write_report
-from glm4ft.report.measurement import measure_targets
 from glm4ft.report.token_losses import part_counts
-from glm4ft.report.wording import failed_run, finished_run, supervised_sentence
+from glm4ft.report.wording import diagnosed_run, failed_run, finished_run, supervised_sentence
+from glm4ft.run_evidence import gather_evidence
+from glm4ft.trained_rows import TrainedRow
 from glm4ft.trajectory import FILE_NAME, Trajectory, read_trajectory
 
 SHOWN_ROWS = 8
@@ -60,7 +66,10 @@ class RunReport:
         """
         if not self.is_written:
             return None
-        content = self.content(model, round_trips, error=error)
+        try:
+            content = self.content(model, round_trips, error=error)
+        except torch.OutOfMemoryError:  # the adapter is saved; what is left is to say so without measuring it
+            content = self.content(None, round_trips, error=error)
         write_report(self.output, content)
         return content
 
@@ -81,14 +90,17 @@ class RunReport:
     def content(self, model: Any = None, round_trips: Sequence[TurnRoundTrip] = (), *, error: str = "") -> Content:
         """What the report shows; arguments as for ``write``."""
         trajectory = read_trajectory(self.output / FILE_NAME)
-        rows = tuple(shown_row(row, model) for row in itertools.islice(self._encoded(), SHOWN_ROWS))
+        encoded = list(itertools.islice(self._encoded(), SHOWN_ROWS))
+        diagnosis = self._diagnose(encoded, trajectory, model, round_trips)
+        evidence = diagnosis.evidence
+        rows = tuple(map(shown_row, encoded, evidence.rows if model is not None else itertools.repeat(None)))
         counts = part_counts(rows, self.chat_format.tokenizer)
         supervised = supervised_sentence(self.data, counts, num_shown=len(rows))
         return Content(
             title=f"glm4ft training run · {self.output.name}",
-            headline=self._headline(trajectory, round_trips, supervised, error),
+            headline=self._headline(trajectory, diagnosis, supervised, error),
             tokenizer=self.chat_format.tokenizer,
-            curves=self._curves(trajectory),
+            curves=self._curves(trajectory, evidence.floor),
             counts=counts,
             rows=rows,
             num_rows=self.data.rows,
@@ -98,12 +110,28 @@ class RunReport:
             command=f"glm4ft train --config {self.output}/config.yaml --output NEW_FOLDER",
         )
 
-    def _headline(
-        self, trajectory: Trajectory, round_trips: Sequence[TurnRoundTrip], supervised: str, error: str
-    ) -> Headline:
+    def _diagnose(
+        self, encoded: Sequence[Row], trajectory: Trajectory, model: Any, round_trips: Sequence[TurnRoundTrip]
+    ) -> Diagnosis:
+        return diagnose(
+            gather_evidence(
+                model,
+                [TrainedRow(row.line, row.input_ids, row.labels) for row in encoded],
+                self.chat_format.tokenizer,
+                trajectory.steps,
+                round_trips=round_trips,
+                target_loss=self.config.target,
+                options={**asdict(self.config), "target_modules": self.config.lora.targets},
+                num_dropped=sum(map(len, self.data.dropped.values())),
+                num_cut=len(self.data.truncated),
+            )
+        )
+
+    def _headline(self, trajectory: Trajectory, diagnosis: Diagnosis, supervised: str, error: str) -> Headline:
         if error:
             return failed_run(error, supervised)
-        return finished_run(trajectory.steps, self.config.target, round_trips, supervised)
+        account = finished_run(trajectory.steps, self.config.target, diagnosis.evidence.round_trips, supervised)
+        return diagnosed_run(diagnosis, account)
 
     def _encoded(self) -> Iterator[Row]:
         for conversation in read_conversations(data_path(str(self.config.data))):
@@ -111,11 +139,13 @@ class RunReport:
             if row:
                 yield row
 
-    def _curves(self, trajectory: Trajectory) -> Curves:
+    def _curves(self, trajectory: Trajectory, floor: Floor | None) -> Curves:
         return Curves.of(
             trajectory.steps,
             trajectory.evaluations,
             target=self.config.target,
+            # the bound of some rows bounds nothing of the others
+            floor=floor.floor if floor and self.data.rows <= SHOWN_ROWS else None,
             clip=self.config.max_grad_norm or None,
         )
 
@@ -133,12 +163,24 @@ class RunReport:
         yield "digest of the rows", str(header.get("rows_sha256", ""))
 
 
-def shown_row(row: Row, model: Any = None) -> ShownRow:
-    """A row of our own encoder; what should be supervised is what its segments say."""
+def shown_row(row: Row, measured: RowEvidence | None = None) -> ShownRow:
+    """A row of our own encoder; what should be supervised is what its segments say.
+
+    Args:
+        row: as encoded.
+        measured: what the model makes of it.
+    """
     expected = [segment.supervised for segment in row.segments for _ in range(segment.start, segment.end)]
-    targets = [at for at, keep in enumerate(row.supervised) if keep]
-    losses, said = measure_targets(model, row.input_ids, targets) if model is not None else ([], [])
-    return ShownRow(f"line {row.line}", row.input_ids, row.supervised, expected, losses, said=said)
+    shown = ShownRow(f"line {row.line}", row.input_ids, row.supervised, expected)
+    if measured is None:
+        return shown
+    tokens = measured.tokens  # all but the first
+    return replace(
+        shown,
+        losses=[None, *(token.loss for token in tokens)],
+        floors=[None, *(token.floor for token in tokens)],
+        said=[None, *(token.predicted_id for token in tokens)],
+    )
 
 
 def shown_turn(turn: TurnRoundTrip) -> ShownTurn:

@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from glm4ft.dataset import DataReport
+from glm4ft.diagnosis import CERTAIN, Diagnosis
 from glm4ft.generation import TurnRoundTrip
-from glm4ft.report.content import Headline
+from glm4ft.report.content import Headline, Tone
+from glm4ft.report.plain_words import NOTHING_WRONG, OPEN_VERDICTS, sentence
 
+MORE_FINDINGS = 2
 Counts = Mapping[str, tuple[int, int, int | None]]
 NAMES = {
     "assistant": ("token of the assistant's text", "tokens of the assistant's text"),
@@ -64,6 +67,30 @@ def finished_run(
     is_proven = target is not None or bool(round_trips)
     text = f"Learnt: the loss is {last:.3g}" if is_proven else f"Trained: the loss is {last:.3g}"
     return Headline("good" if is_proven else "unsure", text, supervised, tuple(happened))
+
+
+def diagnosed_run(diagnosis: Diagnosis, account: Headline) -> Headline:
+    """What a diagnosis says of a run.
+
+    Args:
+        diagnosis: of the run.
+        account: what came of it, as ``finished_run`` or ``failed_run`` has it; its tone stays where nothing was found.
+    """
+    first, *others = diagnosis.findings
+    sure = [finding for finding in others if finding.strength >= CERTAIN][:MORE_FINDINGS]
+    if first.verdict in NOTHING_WRONG and not sure:
+        return account
+    text, _, more = first.text.partition(". ")
+    told = (more, *first.evidence, *(finding.text for finding in sure), " ".join(account.happened))
+    todo = dict.fromkeys(finding.remedy for finding in (first, *sure))
+    tone: Tone = "unsure" if first.verdict in OPEN_VERDICTS and account.tone != "bad" else "bad"
+    return Headline(
+        tone,
+        sentence(text),
+        account.supervised,
+        tuple(sentence(fact) for fact in told if fact),
+        tuple(sentence(remedy) for remedy in todo if remedy),
+    )
 
 
 def failed_run(error: str, supervised: str) -> Headline:

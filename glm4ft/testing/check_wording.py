@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from glm4ft.report.content import Headline, ShownCheck
+from glm4ft.report.plain_words import NOTHING_WRONG, sentence
 from glm4ft.testing.checks.registry import STAGES
+
+if TYPE_CHECKING:  # what judges the checks of a session may run where torch is missing
+    from glm4ft.diagnosis import Diagnosis
 
 
 class Judged(Protocol):
@@ -42,8 +46,19 @@ def shown_check(result: Judged, why: str = "") -> ShownCheck:
     return ShownCheck(result.stage, result.check.replace("_", " "), result.status, result.message, why)
 
 
-def headline(results: Sequence[Judged], supervised: str) -> Headline:
-    """The verdict on a subject: the first stage that departs explains those after it."""
+def has_failed(results: Sequence[Judged], stage: str) -> bool:
+    """Whether a check of the stage failed, or broke down."""
+    return any(result.stage == stage and result.status in WRONG for result in results)
+
+
+def headline(results: Sequence[Judged], supervised: str, diagnosis: Diagnosis | None = None) -> Headline:
+    """The verdict on a subject: the first stage that departs explains those after it.
+
+    Args:
+        results: of its checks.
+        supervised: what it trains, in words.
+        diagnosis: of the run that did not learn.
+    """
     wrong = sorted((r for r in results if r.status in WRONG), key=lambda result: STAGES.index(result.stage))
     judged = [result for result in results if result.status != "skipped"]
     skipped = len(results) - len(judged)
@@ -58,7 +73,11 @@ def headline(results: Sequence[Judged], supervised: str) -> Headline:
     text = f"{len(wrong)} of {len(judged)} claims fail, first at stage {first.stage}."
     later = [stage for stage in STAGES if any(r.stage == stage for r in wrong)][1:]
     after = (f"Mend that first: failures at {', '.join(later)} may follow from it.",) if later else ()
-    return Headline("bad", text, supervised, (*told, *not_judged), (f"Look at {LOOK_AT[first.stage]}.", *after))
+    todo = (f"Look at {LOOK_AT[first.stage]}.", *after)
+    if diagnosis is None or diagnosis.verdict in NOTHING_WRONG:
+        return Headline("bad", text, supervised, (*told, *not_judged), todo)
+    remedy = sentence(diagnosis.findings[0].remedy)
+    return Headline("bad", text, supervised, (diagnosis.text, *told, *not_judged), (remedy, *todo))
 
 
 def _first_line(message: str) -> str:

@@ -12,17 +12,20 @@ from typing import Any
 
 import torch
 
+from glm4ft.diagnosis import Diagnosis, diagnose
 from glm4ft.generation import greedy
 from glm4ft.report.content import Content, Curves, ShownRow, ShownTurn
 from glm4ft.report.failure_card import explain_failure
 from glm4ft.report.token_losses import part_counts
 from glm4ft.report.wording import parts_sentence
-from glm4ft.testing.check_wording import WRONG, headline, shown_check
+from glm4ft.run_evidence import gather_evidence
+from glm4ft.testing.check_wording import has_failed, headline, shown_check
 from glm4ft.testing.checks.outcome import LOSS_LIMIT
 from glm4ft.testing.checks.trial import Run, Trial
 from glm4ft.testing.oracle import IGNORED, Undecidable, control_ids, find_mistakes, find_turns
 from glm4ft.testing.reference import clip_factor
 from glm4ft.testing.runner import Result, all_checks
+from glm4ft.trained_rows import TrainedRow
 
 LOSSES = 20  # steps of a run without a log whose loss is computed
 OVERRUN = 16  # tokens that a turn which does not stop is given to show how it goes on
@@ -38,11 +41,13 @@ def trial_content(spec: str, results: Sequence[Result], trial: Trial) -> Content
     """
     run, why = trial.recorded("demo"), {check.name: check.incident for check in all_checks()}
     rows = tuple(_rows(trial, run))
+    diagnosis = _diagnose(trial, run) if run and has_failed(results, "outcome") else None
+    floor = diagnosis.evidence.floor if diagnosis else None
     return Content(
         title=f"glm4ft check · {spec}",
-        headline=headline(results, supervised_by(trial)),
+        headline=headline(results, supervised_by(trial), diagnosis),
         tokenizer=trial.subject.tokenizer,
-        curves=_curves(run) if run else Curves(),
+        curves=_curves(run, floor.floor if floor else None) if run else Curves(),
         counts=part_counts(rows, trial.subject.tokenizer),
         rows=rows,
         num_rows=len(rows),
@@ -61,8 +66,7 @@ def supervised_by(trial: Trial) -> str:
 
 def explain_trial(spec: str, results: Sequence[Result], trial: Trial) -> str:
     """The card of a trial whose overfit run failed; "" if it did not fail, or was never run."""
-    has_failed = any(result.stage == "outcome" and result.status in WRONG for result in results)
-    if not has_failed or trial.recorded("demo") is None:
+    if not has_failed(results, "outcome") or trial.recorded("demo") is None:
         return ""
     return explain_failure(replace(trial_content(spec, results, trial), facts=()))
 
@@ -101,7 +105,22 @@ def _measure(trial: Trial, run: Run, ids: Sequence[int]) -> tuple[list[float | N
     return [None, *nll_T.tolist()], [None, *logits_TV.argmax(-1).tolist()]
 
 
-def _curves(run: Run) -> Curves:
+def _diagnose(trial: Trial, run: Run) -> Diagnosis | None:
+    """What the figures of the run say by themselves; None for a model that cannot be measured as others are."""
+    rows = [TrainedRow(number, ids, labels) for number, (ids, labels) in enumerate(run.rows, start=1)]
+    try:
+        return diagnose(
+            gather_evidence(run.model, rows, trial.subject.tokenizer, _figures(run), target_loss=LOSS_LIMIT)
+        )
+    except Exception:  # of a foreign model: the claims have been judged without it
+        return None
+
+
+def _curves(run: Run, floor: float | None) -> Curves:
+    return Curves.of(_figures(run), target=LOSS_LIMIT, floor=floor, clip=run.plan["max_grad_norm"] or None)
+
+
+def _figures(run: Run) -> list[dict[str, Any]]:
     """Loss as logged, or of the parameters before some of the steps; norms and rates as the hooks saw them."""
     logged = {int(e.get("step", i)): e["loss"] for i, e in enumerate(run.log, start=1) if e.get("loss") is not None}
     stride = math.ceil(len(run.trace.steps) / LOSSES)
@@ -109,12 +128,11 @@ def _curves(run: Run) -> Curves:
     if not logged:
         with torch.no_grad():
             logged = {number: float(run.reference.loss(run.rows, step.before)) for number, step in steps[::stride]}
-    figures = [
+    return [
         {"step": i, "loss": logged[i], "grad_norm": clip_factor(s.raw, 0)[0], "lr": s.groups[0].settings.get("lr")}
         for i, s in steps
         if i in logged
     ]
-    return Curves.of(figures, target=LOSS_LIMIT, clip=run.plan["max_grad_norm"] or None)
 
 
 def _turns(trial: Trial, run: Run) -> Iterator[ShownTurn]:

@@ -15,8 +15,12 @@ import pytest
 import torch
 
 from glm4ft.cli import run
+from glm4ft.diagnosis import Diagnosis, Finding
+from glm4ft.evidence import Evidence, FirstLoss
+from glm4ft.report.content import Headline, Tone
 from glm4ft.report.measurement import measure_targets
 from glm4ft.report.token_losses import token_parts
+from glm4ft.report.wording import diagnosed_run
 from glm4ft.tiny import tiny_model, tiny_tokenizer
 from glm4ft.trajectory import read_trajectory
 
@@ -106,3 +110,33 @@ def test_a_broken_run_leaves_a_report_too(
     assert page.startswith("glm4ft training run · run Wrong The run stopped: loss")
     assert "rows from line(s) 1; last good checkpoint: none" in page
     assert "<|assistant|> headers 1 0 0" in page
+
+
+def finding(verdict: str, text: str, strength: float = 1.0) -> Finding:
+    return Finding(verdict, "rows", text, (f"figures of {verdict}",), f"mend {verdict}", strength)
+
+
+def headline_of(tone: Tone, *findings: Finding) -> Headline:
+    account = Headline(tone, "The loss is 0.2.", "all of it.", ("The loss went from 8 to 0.2.", "0 turns came back."))
+    evidence = Evidence((), (), FirstLoss(None, None, 6.3))
+    return diagnosed_run(Diagnosis(findings, evidence), account)
+
+
+def test_a_diagnosis_becomes_the_headline_with_its_evidence_and_remedies() -> None:
+    """The first sentence is the headline; what is less than certain is left out; the account comes last."""
+    worst, second = finding("a", "It is a. For 0.5 nats of reasons."), finding("b", "It is b.")
+    found = headline_of("bad", worst, second, finding("c", "Perhaps c.", strength=0.2))
+    assert found == Headline(
+        "bad", "It is a.", "all of it.",
+        ("For 0.5 nats of reasons.", "Figures of a.", "It is b.", "The loss went from 8 to 0.2. 0 turns came back."),
+        ("Mend a.", "Mend b."),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("verdict", "before", "tone"),
+    [("learnt", "good", "good"), ("learnt", "bad", "bad"), ("still-falling", "unsure", "unsure"),
+     ("still-falling", "bad", "bad"), ("unexplained", "good", "unsure"), ("header-supervised", "good", "bad")],
+)  # fmt: skip
+def test_a_verdict_makes_a_run_worse_but_never_better(verdict: str, before: Tone, tone: Tone) -> None:
+    assert headline_of(before, finding(verdict, "x.")).tone == tone

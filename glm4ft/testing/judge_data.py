@@ -18,7 +18,9 @@ def judge_rows(step: ReplayedStep) -> Departures:
     for sighting in step.sightings:
         for ids in sighting.unknown:
             yield _unknown_row(step, ids)
-    for row in step.seen:
+    if not step.seen:
+        yield step.depart("rows", "no row of the data went through the model")
+    for row in step.seen if step.is_finite else ():
         yield from _wrong_targets(step, row)
 
 

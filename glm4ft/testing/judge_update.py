@@ -19,6 +19,8 @@ EXPLAINED = 1e-3
 
 def judge_gradient(step: ReplayedStep) -> Departures:
     """Cross entropy of the next tokens, averaged over all supervised tokens of the step."""
+    if not step.is_finite:
+        yield step.depart("gradient", "the loss's gradient at the final norm is not finite")
     for row in step.seen:
         yield from _wrong_loss(step, row)
     yield from _wrong_weights(step)

@@ -111,7 +111,8 @@ def _merge_step(steps: Sequence[Step]) -> Step:
         for step in steps
         for f in step.forwards
     ]
-    raw = {name: torch.stack([step.raw[name].double() for step in steps]).mean(0) for name in steps[0].raw}
+    names = set.intersection(*(set(step.raw) for step in steps))
+    raw = {name: torch.stack([step.raw[name].double() for step in steps]).mean(0) for name in sorted(names)}
     return replace(steps[0], forwards=forwards, raw=raw)
 
 

@@ -142,6 +142,12 @@ class ReplayedStep:
             for p in sighting.rows
         ]
 
+    @cached_property
+    def is_finite(self) -> bool:
+        """Whether the loss's gradient is a number everywhere."""
+        gradients = [forward.gradient_BTD for forward in self.step.forwards]
+        return all(bool(torch.isfinite(gradient).all()) for gradient in gradients if gradient is not None)
+
     def labels_of(self, ids: tuple[int, ...]) -> tuple[int, ...]:
         """As encoded, but for the first token, which nothing predicts."""
         return (IGNORED, *self.history.known.labels[ids][1:])
@@ -170,9 +176,9 @@ class ReplayedStep:
     def loss_scale(self) -> float:
         """What the loss was multiplied by for the backward pass and will be taken out again; 1 unless fp16 asks."""
         weights = [float(w) for row in self.seen for w in row.targets.weights_T if w > 0]
-        if not weights:
+        ratio = sorted(weights)[len(weights) // 2] * self.num_targets if weights else 1.0
+        if not 0 < ratio < math.inf:
             return 1.0
-        ratio = sorted(weights)[len(weights) // 2] * self.num_targets
         nearest = 2.0 ** round(math.log2(ratio))
         is_scale = nearest >= MIN_LOSS_SCALE and abs(ratio / nearest - 1) <= WEIGHT_LIMITS[self.history.dtype]
         return nearest if is_scale else 1.0

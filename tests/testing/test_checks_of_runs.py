@@ -107,6 +107,17 @@ def gradient_at_masked_position(step: Step) -> None:
     gradient_BTD[0, 0, 0] = 1e-12
 
 
+def not_a_number(step: Step) -> None:
+    gradient_BTD = step.forwards[0].gradient_BTD
+    assert gradient_BTD is not None
+    gradient_BTD[0, 5, 0] = float("nan")
+
+
+def other_rows(step: Step) -> None:
+    for forward in step.forwards:
+        forward.input_ids_BT = torch.full_like(forward.input_ids_BT, 7)
+
+
 def coarse(step: Step) -> None:
     step.after = {n: t.bfloat16() for n, t in step.after.items()}
 
@@ -215,6 +226,8 @@ class Case:
 OVERFIT = {"steps": 60}
 PACKED = {"packing": True}
 CASES = (
+    Case("mask_reaches_the_loss", at_step(2, other_rows), "rows, step 2: no row of the data went through the model"),
+    Case("gradient_is_that_of_the_token_mean", at_step(2, not_a_number), "step 2: .* is not finite"),
     Case("every_row_is_seen_once_per_epoch", repeat_first_step, "seen 2 times, another 0"),
     Case("order_is_shuffled_by_seed_and_epoch", same_epochs, "same order in the first and in the second epoch"),
     Case("packed_rows_are_isolated_and_whole", lose_last_pack, "were not seen", PACKED),

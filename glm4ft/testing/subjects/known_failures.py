@@ -83,17 +83,23 @@ TRAINER_EVALUATES = (
         consequence="only who trains on by a loop of their own is without dropout",
     ),
 )
-TRANSFORMERS = (
-    KnownFailure(
-        check="rows_without_targets_do_not_count",
-        kind="fault",
-        what="a step without any target is taken, on gradients of nothing (as in TRL 6668)",
-        consequence="the log shows a loss of 0.0, and nothing says that nothing was trained",
-        remedy="drop rows without targets before training",
-    ),
-    *TRAINER_EVALUATES,
+NO_TARGETS = KnownFailure(
+    check="rows_without_targets_do_not_count",
+    kind="fault",
+    what="a step without any target is taken, on gradients of nothing (as in TRL 6668)",
+    consequence="the log shows a loss of 0.0, and nothing says that nothing was trained",
+    remedy="drop rows without targets before training",
 )
+TRANSFORMERS = (NO_TARGETS, *TRAINER_EVALUATES)
 LLAMA_FACTORY = (
+    KnownFailure(
+        check="long_conversations_are_not_cut",
+        kind="fault",
+        what="cuts conversations at `cutoff_len`, 2,048 tokens by default, without a word",
+        consequence="the last turns of long conversations are lost, and the turn that is cut ends with a stop token "
+        "that nobody said",
+        remedy="`cutoff_len: 32768`, or what the longest conversation needs",
+    ),
     KnownFailure(
         check="lists_have_one_length_and_labels_equal_ids_where_supervised",
         kind="alternative",
@@ -170,12 +176,22 @@ MS_SWIFT = (
         consequence="none: the appended tokens are not trained",
         messages=TWO_TURNS[:3],
     ),
+    *(
+        KnownFailure(
+            check=check,
+            kind="alternative",
+            what="as above: the row has one header more than the conversation",
+            consequence="none",
+            messages=TWO_TURNS[:3],
+        )
+        for check in ("prompt_of_serving_begins_the_row", "every_message_has_its_header")
+    ),
+    NO_TARGETS,
     KnownFailure(
-        check="prompt_of_serving_begins_the_row",
-        kind="alternative",
-        what="as above: the row has one turn more than the conversation",
-        consequence="none",
-        messages=TWO_TURNS[:3],
+        check="logged_rate_is_the_one_applied",
+        kind="fault",
+        what="logs the rate of the next step: 0.0025 for an update at 0, in the first step of a warm-up",
+        consequence="curves of the rate are one step ahead of the run",
     ),
 )
 OFFICIAL_SCRIPT = (

@@ -39,7 +39,7 @@ class Subject(PeftAdapter):
 
     def _configure(self, base_dir: str, plan: Any) -> None:
         data = {"dataset": "chats", "dataset_dir": str(self.folder), "template": "glm4", "overwrite_cache": True}
-        job = {**training_arguments(plan), "packing": plan["packing"], "neat_packing": plan["packing"]}
+        job = {**training_arguments(plan), "neat_packing": plan["packing"], "eval_strategy": "no"}
         self.args = get_train_args({"model_name_or_path": base_dir, **LORA, **data, **job})
         self.modules = load_tokenizer(self.args[0])
         self.tokenizer = self.modules["tokenizer"]
@@ -72,13 +72,13 @@ class Subject(PeftAdapter):
     def train(self, model: Any, conversations: Any, plan: Any) -> list[dict[str, Any]]:
         """Train in place, by the plan."""
         self._configure(self.args[0].model_name_or_path, plan)
-        more = {"neat_packing": plan["packing"], "block_diag_attn": plan["packing"], "compute_dtype": model.dtype}
-        more |= {"template": self.template, "model": model, "pad_to_multiple_of": 8, **self.modules}
+        more = {"template": self.template, "model": model, "pad_to_multiple_of": 8, "compute_dtype": model.dtype}
+        more |= {**dict.fromkeys(("neat_packing", "block_diag_attn"), plan["packing"]), **self.modules}
         job = {"args": self.args[2], "finetuning_args": self.args[3], "train_dataset": self._rows(conversations)}
         collator = SFTDataCollatorWith4DAttentionMask(**more)
         trainer = CustomSeq2SeqTrainer(model=model, data_collator=collator, **job, **self.modules)
-        self._configure(self.args[0].model_name_or_path, make_plan())  # what is encoded next is not packed
         trainer.train(resume_from_checkpoint=plan["resume_from"])
+        self._configure(self.args[0].model_name_or_path, make_plan())  # what is encoded next is not packed
         return list(trainer.state.log_history)
 
     def merge(self, base_dir: str, folder: str, output: str) -> None:

@@ -41,7 +41,7 @@ class Subject(PeftAdapter):
         base = {"model": self.base, "model_type": "glm4", "template": "glm4", "torch_dtype": "float32"}
         lora = {"tuner_type": "lora", "lora_rank": 8, "lora_dropout": 0.0, "target_modules": ["all-linear"]}
         data = {"dataset": [str(self.data)], "split_dataset_ratio": 0.0, "load_from_cache_file": False}
-        job = {**training_arguments(plan), "add_version": False, "check_model": False}
+        job = {**training_arguments(plan), "data_seed": plan["seed"], "add_version": False, "check_model": False}
         return SwiftSft(SftArguments(**base, **lora, **data, **job))
 
     def encode(self, messages: Any, tools: Any = None) -> dict[str, list[int]]:

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.utils import get_total_norm
 from torch.utils.data import Sampler
 from tqdm import tqdm
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from glm4ft.batching import PackedRows, ShuffledByLength
 from glm4ft.errors import RunError
@@ -68,7 +68,6 @@ class SupervisedTrainer(Trainer):
         self.step_contents = StepContents()
         self._step_began_s = time.perf_counter()
         self.remove_callback(PrinterCallback)
-        self.remove_callback(ProgressCallback)
         self.add_callback(_StepGuard(self))
         self.add_callback(ProgressBar())
 

@@ -5,9 +5,11 @@ Run: pytest tests/test_training_run.py
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -30,7 +32,7 @@ from glm4ft.conversation import read_conversations
 from glm4ft.dataset import DEMO_DATA
 from glm4ft.errors import ConfigError, RunError
 from glm4ft.generation import greedy
-from glm4ft.trainer import COMPLETE_MARKER, last_checkpoint
+from glm4ft.trainer import COMPLETE_MARKER, ProgressBar, last_checkpoint
 from glm4ft.training_run import RunResult, run_training
 
 SHORT = TrainConfig(data=str(Path(__file__).with_name("two_short_talks.jsonl")), max_steps=8, save_every=0)
@@ -296,9 +298,10 @@ def test_non_finite_gradient_stops_before_the_update(tmp_path: Path, monkeypatch
     """The step, its rows and the last good checkpoint are named, and the broken step is in the trajectory as null."""
     from glm4ft.trainer import SupervisedTrainer
 
-    training_step = SupervisedTrainer.training_step
+    training_step, models = SupervisedTrainer.training_step, []
 
     def poisoned(self: SupervisedTrainer, model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        models.append(model)
         loss = training_step(self, model, *args, **kwargs)
         if self.state.global_step == 4:
             next(p for p in model.parameters() if p.grad is not None).grad[0, 0] = math.nan
@@ -307,10 +310,27 @@ def test_non_finite_gradient_stops_before_the_update(tmp_path: Path, monkeypatch
     monkeypatch.setattr(SupervisedTrainer, "training_step", poisoned)
     with pytest.raises(RunError, match=r"at step 5; rows from line\(s\) 1, 2; last good checkpoint: .*checkpoint-4"):
         train(replace(SHORT, save_every=2), tmp_path / "run")
+    assert all(parameter.isfinite().all() for parameter in models[0].parameters())
     last = json.loads((tmp_path / "run" / "trajectory.jsonl").read_text().splitlines()[-1])
     assert last["step"] == 5
     assert last["grad_norm"] is None
     assert last["finite"] is False
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_bar_of_a_resumed_run_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    bar, state = ProgressBar(), SimpleNamespace(max_steps=10, global_step=4, is_world_process_zero=True)
+    bar.on_train_begin(None, state, None)
+    assert " 4/10 " in sys.stderr.getvalue()
+    state.global_step = 5
+    bar.on_log(None, state, None, logs={"loss": 1.25, "grad_norm": 0.5})
+    bar.on_train_end(None, state, None)
+    assert re.search(r" 5/10 .*loss=1\.25, grad=0\.5", sys.stderr.getvalue())
 
 
 def test_step_without_targets_is_refused_with_its_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,7 +123,10 @@ def test_own_trainer_passes_every_check_and_the_results_keep_the_contract(
     assert report["seconds"] > 0
     assert [check["check"] for check in report["checks"]] == [check.name for check in all_checks()]
     others = [(check["check"], check["message"]) for check in report["checks"] if check["status"] != "passed"]
-    assert others == [("accuracy_is_that_of_supervised_tokens", "evaluate gives no accuracy")]
+    assert others == [
+        ("accuracy_is_that_of_supervised_tokens", "evaluate gives no accuracy"),
+        ("evaluation_prompts_as_serving_does", "evaluate generates nothing"),
+    ]
 
 
 def test_founding_bug_fails_at_the_rows_and_still_at_the_outcome() -> None:

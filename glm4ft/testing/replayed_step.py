@@ -16,7 +16,10 @@ from glm4ft.testing.reference import AdamW, Reference, Row, Targets, recover_tar
 from glm4ft.testing.sightings import KnownRows, Place, Sighting
 from glm4ft.testing.trace import Step, Tensors
 
-# Largest relative departure that is rounding, by the dtype of the base.
+# Largest relative departure that is rounding, by the dtype of the base. In fp32 240 clean runs of 10 steps (20 seeds,
+# padded and packed, 1, 2 and 4 micro-batches, clipping on and off; x86-64 CPU, 2026-11-25) stayed below 8.3e-7 for
+# batches, 8.4e-7 for the model, 2.2e-6 for the gradient, 1.9e-7 for clipping, and below rounding for the update; see
+# tests/sweeps/clean_departures.py.
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 # A token's weight is read off a gradient that shrinks as the model grows sure of it, so it is known less well.
 WEIGHT_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 1e-1}

@@ -19,10 +19,17 @@ MAX_DOTS = 80
 
 @dataclass(frozen=True)
 class Line:
-    """A value that the curve is to be seen against."""
+    """A value that the curve is to be seen against.
+
+    Args:
+        name: written at the line.
+        value: where it is drawn.
+        kind: class of the style sheet: ``goal``, which somebody set, or ``bound``, which nothing can pass.
+    """
 
     name: str
     value: float
+    kind: str = "goal"
 
 
 @dataclass(frozen=True)
@@ -142,12 +149,12 @@ def _grid(chart: Chart, scale: _Scale) -> list[Markup]:
     for step in scale.step_ticks():
         parts += [label.format(kind="tick x", x=scale.x(step), y=bottom + 18, text=f"{step:,}")]
     parts += [line.format(kind="axis", x1=LEFT, x2=right, y1=bottom, y2=bottom)]
-    for number, reference in enumerate(line for line in chart.lines if line.value > 0 or not scale.is_log):
+    for reference in (line for line in chart.lines if line.value > 0 or not scale.is_log):
         y = scale.y(reference.value)
-        parts += [line.format(kind=f"line line{number}", x1=LEFT, x2=right, y1=y, y2=y)]
+        parts += [line.format(kind=f"line {reference.kind}", x1=LEFT, x2=right, y1=y, y2=y)]
         side, x = ("right", right - 2) if _is_clear_at_the_end(chart, reference, scale) else ("left", LEFT + 4)
         text = f"{reference.name} {reference.value:.3g}"
-        parts += [label.format(kind=f"name {side} line{number}", x=x, y=y - 5, text=text)]
+        parts += [label.format(kind=f"name {side} {reference.kind}", x=x, y=y - 5, text=text)]
     return parts
 
 

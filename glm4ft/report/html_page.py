@@ -57,8 +57,8 @@ def render_page(content: Content) -> str:
 
 def charts_of(curves: Curves) -> list[Chart]:
     """Loss, gradient norm and rate, as far as they were recorded."""
-    lines = [Line(name, value) for name, value in (("target", curves.target), ("certified floor", curves.floor))
-             if value is not None and value > 0]  # fmt: skip
+    wanted = (Line("target", curves.target or 0.0), Line("certified floor", curves.floor or 0.0, "bound"))
+    lines = [line for line in wanted if line.value > 0]
     clip = [Line("clipped to", curves.clip)] if curves.clip else []
     points, name = curves.evaluations, "evaluation loss"
     charts = [

@@ -11,7 +11,7 @@ from glm4ft.generation import TurnRoundTrip
 from glm4ft.report.content import Headline, Tone
 from glm4ft.report.plain_words import NOTHING_WRONG, OPEN_VERDICTS, sentence
 
-MORE_FINDINGS = 2
+MORE_FINDINGS = 1
 Counts = Mapping[str, tuple[int, int, int | None]]
 NAMES = {
     "assistant": ("token of the assistant's text", "tokens of the assistant's text"),

@@ -257,9 +257,8 @@ def _explain_parser() -> ArgumentParser:
     parser.add_argument(
         "run", type=str, help="Folder of a run; of another trainer: with trainer_state.json or an adapter."
     )
-    parser.add_argument(
-        "--data", type=str, help="Conversations, or rows of inspect --json; by default what the run kept."
-    )
+    parser.add_argument("--data", type=str, help="JSONL of conversations, if not those that the run names.")
+    parser.add_argument("--rows", type=str, help="Rows as trained, in the form of inspect --json; ours keep them.")
     parser.add_argument("--model", type=str, help="Base, if not the one that run or adapter name.")
     parser.add_argument("--chat_format", type=str, help="glm-4-9b-chat or glm-4-0414; by default the base's.")
     parser.add_argument("--json", nargs="?", const="-", help="Write the diagnosis as JSON here, or to stdout.")
@@ -270,7 +269,8 @@ def _explain_run(options: Namespace) -> int:
     from glm4ft.explain import explain_run
     from glm4ft.report.diagnosis_view import show_diagnosis
 
-    diagnosis = explain_run(Path(options.run), data=options.data, model=options.model, chat_format=options.chat_format)
+    names = {name: options[name] for name in ("data", "rows", "model", "chat_format")}
+    diagnosis = explain_run(Path(options.run), **names)
     show_diagnosis(diagnosis, json_file=options.json)
     return 0
 

@@ -77,6 +77,23 @@ class RowEvidence:
 
 
 @dataclass(frozen=True)
+class RenderingDifference:
+    """Where a row departs from what serving makes of the same conversation.
+
+    Args:
+        line: of the conversation in its file.
+        position: of the first id that differs.
+        trained: text of the row from there on, a few tokens of it.
+        served: what serving has there.
+    """
+
+    line: int
+    position: int
+    trained: str
+    served: str
+
+
+@dataclass(frozen=True)
 class CurvePoint:
     """One logged step; None where the log has no number, NaN or infinite where it was not finite.
 
@@ -170,6 +187,7 @@ class Evidence:
         floor: of the data as they were trained; None if it could not be computed.
         target_loss: that the run was to reach, or None.
         options: of the run as far as they are known, by our names (``learning_rate``, ``schedule``, ``max_steps``).
+        differences: of rows whose ids are not those that serving sends and expects; empty also where that is not known.
         num_dropped: conversations that were left out.
         num_cut: conversations that lost turns, or their end, to the length limit.
     """
@@ -183,6 +201,7 @@ class Evidence:
     floor: Floor | None = None
     target_loss: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    differences: tuple[RenderingDifference, ...] = ()
     num_dropped: int = 0
     num_cut: int = 0
 

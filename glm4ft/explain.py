@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,24 +38,33 @@ class RunFiles:
     Args:
         log: a mapping per logged step.
         adapter: folder with the adapter; None if none was saved.
+        rows_per_step: that one optimiser step saw, at least; None if it is not known.
         config: options of one of our runs; empty for another trainer's.
         rows: file of the rows as trained; None if there is none.
     """
 
     log: Sequence[Mapping[str, Any]]
     adapter: Path | None
+    rows_per_step: int | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     rows: Path | None = None
 
 
 def explain_run(
-    run: Path, *, data: str | None = None, model: str | None = None, chat_format: str | None = None
+    run: Path,
+    *,
+    data: str | None = None,
+    rows: str | None = None,
+    model: str | None = None,
+    chat_format: str | None = None,
 ) -> Diagnosis:
     """Say why the loss of a run does not fall, or why its model does not stop.
 
     Args:
         run: folder of a run of ours, or of another trainer's: with ``trainer_state.json``, an adapter, or both.
-        data: JSONL of conversations, or rows as ``glm4ft inspect --json`` writes them; by default what the run kept.
+        data: JSONL of conversations; by default what the run names.
+        rows: file of the rows as trained, as ``glm4ft inspect --json`` writes them; by default what the run kept, or
+            the conversations as they should be encoded.
         model: base; by default the one that run or adapter name.
         chat_format: by default the base's.
     Returns:
@@ -67,22 +75,27 @@ def explain_run(
     files = find_files(run)
     base_name = model or _base_name(run, files)
     tokenizer, format_name = load_format(base_name, chat_format or files.config.get("chat_format"))
-    rows, dropped, cut = _rows(files, data, tokenizer, format_name)
+    trained = _trained(files, rows)
+    served, dropped, cut = _served(files, data, tokenizer, format_name) if _has_data(files, data) else ([], 0, 0)
+    if not trained and not served:
+        fix = "name the conversations with --data, or with --rows the rows as glm4ft inspect --json writes them"
+        raise ConfigError("the run does not say what it was trained on", where="--data", fix=fix)
     adapted = _adapted(files, base_name, chat_format)
-    trips = _say_back(adapted, ChatFormat(format_name, tokenizer), rows) if adapted is not None else []
-    return diagnose(
-        gather_evidence(
-            adapted,
-            rows,
-            tokenizer,
-            files.log,
-            round_trips=trips,
-            target_loss=_target(files.config),
-            options=_options(files),
-            num_dropped=dropped,
-            num_cut=cut,
-        )
+    # asked as serving asks, if the conversations are there to be rendered
+    trips = _say_back(adapted, ChatFormat(format_name, tokenizer), served or trained) if adapted is not None else []
+    evidence = gather_evidence(
+        adapted,
+        trained or served,
+        tokenizer,
+        files.log,
+        round_trips=trips,
+        target_loss=_target(files.config),
+        options=_options(files),
+        served=served,
+        num_dropped=dropped,
+        num_cut=cut,
     )
+    return diagnose(evidence)
 
 
 def find_files(run: Path) -> RunFiles:
@@ -95,11 +108,16 @@ def find_files(run: Path) -> RunFiles:
     folders = [run, *checkpoints]
     adapter = next((folder for folder in folders if (folder / ADAPTER_CONFIG).is_file()), None)
     state = next((folder / STATE_FILE for folder in folders if (folder / STATE_FILE).is_file()), None)
+    config = yaml.safe_load((run / CONFIG_FILE).read_text("utf-8")) if (run / CONFIG_FILE).is_file() else {}
     log: Sequence[Mapping[str, Any]] = ()
+    rows_per_step = None
     if (run / FILE_NAME).is_file():
         log = read_trajectory(run / FILE_NAME).steps
+        rows_per_step = int(config.get("micro_batch_size", 0)) * int(config.get("accumulation", 1))
     elif state is not None:
-        log = [entry for entry in read_json(state).get("log_history") or [] if "loss" in entry]
+        content = read_json(state)
+        log = [entry for entry in content.get("log_history") or [] if "loss" in entry]
+        rows_per_step = content.get("train_batch_size")
     if adapter is None and not log:
         raise ConfigError(
             "there is no run to explain",
@@ -107,9 +125,8 @@ def find_files(run: Path) -> RunFiles:
             found="no such folder" if not run.is_dir() else "neither a log nor an adapter",
             expected=f"{FILE_NAME} or {STATE_FILE}, and {ADAPTER_CONFIG}",
         )
-    config = yaml.safe_load((run / CONFIG_FILE).read_text("utf-8")) if (run / CONFIG_FILE).is_file() else {}
     rows = run / ROWS_FILE
-    return RunFiles(log, adapter, config if isinstance(config, dict) else {}, rows if rows.is_file() else None)
+    return RunFiles(log, adapter, rows_per_step, config, rows if rows.is_file() else None)
 
 
 def _base_name(run: Path, files: RunFiles) -> str:
@@ -126,26 +143,25 @@ def _base_name(run: Path, files: RunFiles) -> str:
     return str(named)
 
 
-def _rows(
+def _trained(files: RunFiles, rows: str | None) -> list[TrainedRow]:
+    path = Path(rows) if rows else files.rows
+    return read_rows(path) if path else []
+
+
+def _has_data(files: RunFiles, data: str | None) -> bool:
+    """Whether the conversations are known; a run's own may have been moved, and are then done without."""
+    return data is not None or (bool(files.config.get("data")) and data_path(str(files.config["data"])).is_file())
+
+
+def _served(
     files: RunFiles, data: str | None, tokenizer: PreTrainedTokenizerBase, format_name: str
 ) -> tuple[list[TrainedRow], int, int]:
-    """The rows as trained, and how many conversations were dropped and cut."""
-    if data is None and files.rows is not None:
-        return read_rows(files.rows), 0, 0
-    name = data or files.config.get("data")
-    if not name:
-        fix = "name the conversations, or the rows as glm4ft inspect --json writes them"
-        raise ConfigError("the run does not say what it was trained on", where="--data", fix=fix)
-    path = data_path(str(name))
-    if _holds_rows(path):
-        return read_rows(path), 0, 0
-    known = {
-        key: files.config[key] for key in ("final_stop", "train_on", "allow_nonstop_terminator") if key in files.config
-    }
-    encoder = ChatFormat(format_name, tokenizer, **known)
+    """The conversations as they should be encoded, and how many were dropped and cut."""
+    options = ("final_stop", "train_on", "allow_nonstop_terminator")
+    encoder = ChatFormat(format_name, tokenizer, **{key: files.config[key] for key in options if key in files.config})
     max_length = int(files.config.get("max_length") or TrainConfig().max_length)
     rows, dropped, cut = [], 0, 0
-    for conversation in read_conversations(path):
+    for conversation in read_conversations(data_path(data or str(files.config["data"]))):
         row, _ = fit_row(conversation, encoder, max_length)
         if row is None:
             dropped += 1
@@ -153,15 +169,6 @@ def _rows(
         cut += len(row.turns) < sum(m.role == "assistant" for m in conversation.messages)
         rows.append(TrainedRow(row.line, row.input_ids, row.labels))
     return rows, dropped, cut
-
-
-def _holds_rows(path: Path) -> bool:
-    try:
-        with open(path, encoding="utf-8") as file:
-            first = json.loads(file.readline())
-    except (OSError, ValueError):
-        return False  # whoever reads it as conversations says what is wrong
-    return isinstance(first, dict) and "input_ids" in first
 
 
 def _adapted(files: RunFiles, base_name: str, chat_format: str | None) -> Any:
@@ -220,7 +227,7 @@ def _target(config: Mapping[str, Any]) -> float | None:
 
 
 def _options(files: RunFiles) -> dict[str, Any]:
-    options = dict(files.config)
+    options = {**files.config, "rows_per_step": files.rows_per_step}
     if files.adapter is not None:
         options["target_modules"] = read_json(files.adapter / ADAPTER_CONFIG).get("target_modules") or []
     return options

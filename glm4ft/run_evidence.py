@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from glm4ft.evidence import (
     Evidence,
     FirstLoss,
     GradientHealth,
+    RenderingDifference,
     RowEvidence,
     TokenEvidence,
 )
@@ -32,6 +33,7 @@ from glm4ft.report.token_text import TokenDecoder
 from glm4ft.trained_rows import Place, TrainedRow, places
 
 MEASURED_ROWS = 64  # whose tokens are looked at one by one
+_SHOWN_TOKENS = 6
 NOT_MEASURED = math.nan
 
 
@@ -44,6 +46,7 @@ def gather_evidence(
     round_trips: Sequence[TurnRoundTrip] = (),
     target_loss: float | None = None,
     options: Mapping[str, Any] | None = None,
+    served: Sequence[TrainedRow] = (),
     num_dropped: int = 0,
     num_cut: int = 0,
 ) -> Evidence:
@@ -57,6 +60,7 @@ def gather_evidence(
         round_trips: that were tried.
         target_loss: that the run was to reach.
         options: of the run; ``target_modules`` are compared with the adapters there are.
+        served: the same conversations as serving renders them, if they are known; found again by their lines.
         num_dropped: conversations that were left out.
         num_cut: conversations that were shortened.
     Returns:
@@ -79,6 +83,7 @@ def gather_evidence(
         floor=floor,
         target_loss=target_loss,
         options=options,
+        differences=tuple(_differences(measured, served, TokenDecoder(tokenizer))),
         num_dropped=num_dropped,
         num_cut=num_cut,
     )
@@ -168,6 +173,21 @@ def _losses(model: Any, row: TrainedRow) -> tuple[list[float], list[int], list[f
     with model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext():
         base, _ = measure_targets(model, row.input_ids, positions)
     return [_or_nan(x) for x in own], [IGNORED if x is None else x for x in likeliest], [_or_nan(x) for x in base]
+
+
+def _differences(
+    rows: Sequence[TrainedRow], served: Sequence[TrainedRow], decoder: TokenDecoder
+) -> Iterator[RenderingDifference]:
+    by_line = {row.line: list(row.input_ids) for row in served}
+    for row in rows:
+        own, other = list(row.input_ids), by_line.get(row.line)
+        if other is None or own == other:
+            continue
+        at = next(i for i in range(len(own) + 1) if own[i : i + 1] != other[i : i + 1])
+        trained, expected = (
+            "".join(token_text(decoder, token) for token in ids[at : at + _SHOWN_TOKENS]) for ids in (own, other)
+        )
+        yield RenderingDifference(row.line, at, trained, expected)
 
 
 def _rows(rows: Sequence[TrainedRow], losses: Sequence[Any], tokenizer: Any, floor: Floor | None) -> list[RowEvidence]:

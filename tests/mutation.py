@@ -104,7 +104,7 @@ def changes(node: ast.AST) -> Iterator[ast.AST]:
     elif isinstance(node, (ast.If, ast.IfExp, ast.While)):
         yield changed(node, test=ast.UnaryOp(ast.Not(), node.test))
     elif isinstance(node, ast.Call):
-        optional = [keyword for keyword in node.keywords if keyword.arg != "strict"]  # of zip: a guard that never acts
+        optional = [keyword for keyword in node.keywords if keyword.arg != "strict"]
         yield from (changed(node, keywords=[k for k in node.keywords if k is not gone]) for gone in optional)
     elif isinstance(node, ast.comprehension) and node.ifs:
         yield changed(node, ifs=[])
@@ -123,13 +123,15 @@ def changed(node: ast.AST, **fields: Any) -> ast.AST:
 
 
 def skipped(tree: ast.Module) -> set[ast.AST]:
-    """Nodes that are no behaviour: annotations and what an error says."""
+    """Nodes that are no behaviour: annotations, what an error says, and the guard that two lists are equally long."""
     tops: list[ast.AST | None] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Raise):
             tops += [node.exc, node.cause]
         elif isinstance(node, (ast.arg, ast.AnnAssign)):
             tops.append(node.annotation)
+        elif isinstance(node, ast.keyword) and node.arg == "strict":
+            tops.append(node.value)
         elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             tops.append(node.returns)
     return {below for top in tops if top is not None for below in ast.walk(top)}

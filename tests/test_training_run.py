@@ -26,14 +26,17 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from glm4ft.base_model import load_base
+from glm4ft.batching import Collator
 from glm4ft.chat_format import ChatFormat
 from glm4ft.config import TrainConfig
 from glm4ft.conversation import read_conversations
-from glm4ft.dataset import DEMO_DATA
+from glm4ft.dataset import DEMO_DATA, prepare_rows
 from glm4ft.errors import ConfigError, RunError
 from glm4ft.generation import greedy
+from glm4ft.loss import install_supervised_loss
 from glm4ft.trainer import COMPLETE_MARKER, ProgressBar, last_checkpoint
-from glm4ft.training_run import RunResult, run_training
+from glm4ft.training_run import RunResult, chat_format_of, run_training
 
 SHORT = TrainConfig(data=str(Path(__file__).with_name("two_short_talks.jsonl")), max_steps=8, save_every=0)
 SIXTY = replace(SHORT, max_steps=60, learning_rate=2e-3)
@@ -292,6 +295,17 @@ def test_evaluation_changes_nothing(tmp_path: Path) -> None:
     evaluated = train(replace(config, eval_data=SHORT.data, eval_every=2, save_every=3), tmp_path / "evaluated")
     assert figures(plain) == figures(evaluated)
     assert [row["step"] for row in evaluated.trajectory.evaluations] == [2, 4, 6, 8]
+    assert evaluated.trajectory.evaluations[-1]["eval_loss"] == pytest.approx(loss_without_dropout(evaluated), rel=1e-6)
+
+
+def loss_without_dropout(result: RunResult) -> float:
+    """Of the saved adapter on the run's rows."""
+    rows, _ = prepare_rows(str(SHORT.data), chat_format_of(SHORT), max_length=SHORT.max_length)
+    batch = Collator(0)([rows[i] for i in range(len(rows))])
+    del batch["lines"]
+    base = load_base("tiny").model
+    install_supervised_loss(base)
+    return float(PeftModel.from_pretrained(base, result.output).eval()(**batch).loss)
 
 
 def test_non_finite_gradient_stops_before_the_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,13 +350,13 @@ def test_progress_bar_of_a_resumed_run_goes_on_where_it_was(monkeypatch: pytest.
 def test_step_without_targets_is_refused_with_its_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers would log 0.0 for it (TRL 6668). Rows without targets never get here, so they are forced in."""
     monkeypatch.setattr("glm4ft.dataset.any", lambda _: True, raising=False)
-    path = many_talks(tmp_path / "talks.jsonl", num_talks=2)
+    path = many_talks(tmp_path / "talks.jsonl", num_talks=25)
     records = [json.loads(line) for line in path.read_text().splitlines()]
     for record in records:
         record["messages"][1]["loss"] = False
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    with pytest.raises(RunError, match=r"step 1 has no supervised token.*line\(s\) 1, 2"):
-        train(replace(SHORT, data=str(path)), tmp_path / "run")
+    with pytest.raises(RunError, match=r"step 1 has no supervised token.*line\(s\) 1, 2, .*, 20 and 5 more;"):
+        train(replace(SHORT, data=str(path), micro_batch_size=25), tmp_path / "run")
 
 
 def test_unused_folder_is_required(tmp_path: Path) -> None:

@@ -25,7 +25,9 @@ pytestmark = [
 
 
 @pytest.mark.parametrize(
-    ("spec", "departs_at"), [(PLAIN_TRAINER, []), (TRL, ["rows", "outcome"])], ids=["transformers", "trl"]
+    ("spec", "departs_at"),
+    [(PLAIN_TRAINER, ["gradient", "side-effects"]), (TRL, ["rows", "side-effects", "outcome"])],
+    ids=["transformers", "trl"],
 )
 def test_a_trainer_gets_a_verdict_for_every_stage(spec: str, departs_at: list[str]) -> None:
     """And a known failure that passes, or another that fails, is a failure here."""

@@ -89,16 +89,34 @@ def reload_differs(evidence: Evidence) -> Finding | None:
     now = statistics.fmean(measured)
     if not now > DIFFERENT_LOSS or not losses[-1] < LOGGED_SHARE * now:
         return None
+    facts = (f"the log ends at {losses[-1]:.4f}, the supervised tokens lose {now:.4f}", _start(evidence))
+    if _is_only_padded(evidence):
+        return Finding(
+            "rows-depend-on-their-batch",
+            "batches",
+            "The longest row was learnt and the shorter ones were not, though the log says so: in a batch, padding or "
+            "neighbours change what the model sees of a row.",
+            facts,
+            "mask padding by length, restart positions at each row, and compare each row's loss alone and in its batch",
+            0.9,
+        )
     return Finding(
         "reload-differs",
         "model",
-        f"The log ends at a loss of {losses[-1]:.4f}, but the saved adapter on its base has {now:.4f}: what was "
-        "trained is not what was saved, or was trained on a base that computes something else.",
-        (_start(evidence),),
+        "The log and the saved adapter on its base disagree: what was trained is not what was saved, or was trained on "
+        "a base that computes something else.",
+        facts,
         "compare logits of the model in training with those of base and adapter in plain transformers and peft: the "
         "base's configuration (rotary embedding, norms), the adapter's scale (alpha / rank), the names of its tensors",
         0.9,
     )
+
+
+def _is_only_padded(evidence: Evidence) -> bool:
+    longest = max(row.length for row in evidence.rows)
+    shorter = [row.loss for row in evidence.rows if row.length < longest and not math.isnan(row.loss)]
+    full = [row.loss for row in evidence.rows if row.length == longest]
+    return bool(shorter) and max(full) < DIFFERENT_LOSS < statistics.median(shorter)
 
 
 def rate_too_high(evidence: Evidence) -> Finding | None:

@@ -79,6 +79,8 @@ def prompt_supervised(evidence: Evidence) -> Finding | None:
         f"Tokens of the prompt ({roles}) are trained as targets: the model learns to write its own questions.",
         (*facts, *_floor_facts(evidence)),
         f"set the labels of everything but assistant turns to -100; {INSPECT}",
+        # where headers are missing from a row, its roles cannot be told
+        0.4 if evidence.differences else 1.0,
     )
 
 
@@ -128,7 +130,7 @@ def terminator_never_learned(evidence: Evidence) -> Finding | None:
 
 def turns_not_trained(evidence: Evidence) -> Finding | None:
     """Some assistant turns carry no target at all."""
-    turns = [(row, turn, tokens) for row in evidence.rows for turn, tokens in _turns(row)]
+    turns = [(row, turn, tokens) for row in evidence.rows for turn, tokens in _turns(row) if len(tokens) > 1]
     left_out = [(row, turn, tokens) for row, turn, tokens in turns if not any(t.supervised for t in tokens)]
     if not left_out or len(left_out) == len(turns):
         return None
@@ -260,7 +262,7 @@ def _unlearnt_ends(evidence: Evidence) -> list[TokenEvidence]:
 
 def _is_open(row: RowEvidence) -> bool:
     """Whether a row ends within a trained assistant turn."""
-    return bool(row.tokens) and row.tokens[-1].role == "assistant" and row.tokens[-1].part != "terminator"
+    return bool(row.tokens) and row.tokens[-1].role == "assistant" and row.tokens[-1].part == "body"
 
 
 def _turns(row: RowEvidence) -> Iterable[tuple[int, list[TokenEvidence]]]:

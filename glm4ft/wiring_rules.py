@@ -92,23 +92,31 @@ def samples_not_learnt(evidence: Evidence) -> Finding | None:
 
 
 def held_by_decay(evidence: Evidence) -> Finding | None:
-    """The loss has come to rest above the floor, and the optimiser decays the weights."""
+    """The loss has come to rest well above the floor, though gradients still flow."""
     decay = float(evidence.options.get("weight_decay") or 0)
     losses = [p.loss for p in evidence.curve if p.loss is not None and math.isfinite(p.loss)]
-    if not decay > 0 or len(losses) < LEAST_STEPS or not evidence.loss > LEARNT_LOSS:
+    floor = evidence.floor.floor if evidence.floor else 0.0
+    if len(losses) < LEAST_STEPS or not evidence.loss > floor + LEARNT_LOSS:
         return None
-    tail, middle = losses[-max(3, len(losses) // 5) :], losses[len(losses) // 2 : -max(3, len(losses) // 5)]
+    length = max(3, len(losses) // 5)
+    tail, middle = losses[-length:], losses[len(losses) // 2 : -length]
     if not middle or not statistics.median(tail) > 0.8 * statistics.median(middle):
         return None
     resting, before = statistics.median(tail), statistics.median(middle)
+    cause = (
+        f"weights decay by {decay:g}, and decay and gradient hold each other in balance"
+        if decay
+        else ("nothing in the data or the head holds it there")
+    )
     return Finding(
-        "held-by-decay",
+        "held-by-decay" if decay else "resting-above-floor",
         "update",
-        f"The loss rests at {evidence.loss:.4f} above its floor while weights decay by {decay:g}: the decay and the "
-        "gradient hold each other in balance.",
+        f"The loss rests at {evidence.loss:.4f}, well above its floor of {floor:.4f}: {cause}.",
         (f"median of the last {len(tail)} losses {resting:.4f}, before {before:.4f}",),
-        "use decoupled decay (AdamW), or weight_decay 0 for LoRA",
-        0.7,
+        "use decoupled decay (AdamW), or weight_decay 0 for LoRA"
+        if decay
+        else "look for a decay that is added to the gradient (L2 in place of AdamW's), a low rank, or dropout",
+        0.7 if decay else 0.6,
     )
 
 

@@ -90,6 +90,9 @@ CASES = {
     "truncated-answers": evidence(row(mask=RIGHT[:5]), row(mask=RIGHT[:5], line=2)),
     "labels-shifted": evidence(says_the_token_after(row(loss=5.0)), losses=[8.0, 4.0, 0.1]),
     "reload-differs": evidence(row(loss=5.0), losses=[8.0, 4.0, 0.1]),
+    "rows-depend-on-their-batch": evidence(
+        replace(row(loss=6.0), tokens=row(loss=6.0).tokens[1:]), row(line=2), losses=[8.0, 4.0, 0.01]
+    ),
     "not-as-served": evidence(row(), differences=(RenderingDifference(1, 0, "[gMASK][gMASK]", "[gMASK]<sop>"),)),
     "numerics": evidence(row(loss=math.nan), losses=[8.0, math.nan, math.nan]),
     "adapters-missing": evidence(row(loss=8.0), losses=[8.0] * 3, wiring=replace(WIRING, num_adapters=0)),
@@ -103,6 +106,7 @@ CASES = {
         row(loss=2.0), losses=[8 * 0.8**i for i in range(7)] + [1.99, 2.0, 2.01] * 4, rates=[1e-3] * 7 + [0.0] * 12
     ),
     "still-falling": evidence(row(loss=DECAY[19]), losses=DECAY[:20]),
+    "resting-above-floor": evidence(row(loss=0.4), losses=[8 * 0.6**i for i in range(7)] + [0.4, 0.41] * 10),
     "held-by-decay": evidence(
         row(loss=0.4), losses=[8 * 0.6**i for i in range(7)] + [0.4, 0.41] * 10, options={"weight_decay": 0.1}
     ),

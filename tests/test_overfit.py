@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from glm4ft.config import TrainConfig
+from glm4ft.explain import explain_run
 from glm4ft.report.failure_card import MAX_LINES, explain_failure
 from glm4ft.testing.gpu_lane import is_large
 from glm4ft.testing.stability import assert_grad_norms_decay, assert_grad_norms_stable, spike_ratios
@@ -98,19 +99,34 @@ def buggy_run(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
     folder = tmp_path_factory.mktemp("founding_bug")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("glm4ft.training_run.ChatFormat", FoundingBugFormat)
-        return run_training(replace(OVERFIT, packing=True, output=str(folder / "run")))
+        return run_training(replace(OVERFIT, packing=True, max_steps=90, output=str(folder / "run")))
 
 
-def test_founding_bug_does_not_reach_the_target(buggy_run: RunResult) -> None:
+def test_founding_bug_stops_within_five_per_cent_of_its_certified_floor(buggy_run: RunResult) -> None:
     """The negative control: the overfit test would see the bug that this project was founded on.
 
-    Four of 115 targets are headers that the frozen head cannot tell from the 74 other rows it shares: at 5.2 nats each
-    that is 0.18. Measured: 0.1961 after 60 steps, 0.1813 after 200.
+    Four of 115 targets are headers that the frozen head cannot tell from the 74 other rows it shares: at 5.19 nats each
+    that is 0.1807, certified before training (test_floor.py). Measured: 0.1961 after 60 steps, 0.1850 after 90, 0.1818
+    after 150.
     """
     losses = [row["loss"] for row in buggy_run.trajectory.steps]
-    assert len(losses) == 60
-    assert min(losses) > 0.1
+    assert len(losses) == 90
+    assert 0.1806 < losses[-1] < 1.05 * 0.1807
     assert not buggy_run.reached_target
+
+
+def test_founding_bug_is_explained_by_header_floor_and_terminator(buggy_run: RunResult) -> None:
+    """The first finding names both: what is trained and unreachable, and what is not trained and so never learned."""
+    diagnosis = explain_run(buggy_run.output)
+    assert (diagnosis.verdict, diagnosis.stage) == ("header-supervised", "rows")
+    assert "<|assistant|> is trained as a target" in diagnosis.text
+    assert "unreachable target: 5.19 nats" in diagnosis.text
+    assert "<|user|> or <|observation|>, which ends the turn, is not trained: the terminator is never learned" in (
+        diagnosis.text
+    )
+    assert [f.verdict for f in diagnosis.findings[1:3]] == ["terminator-never-learned", "unreachable-target"]
+    assert {token.text for token in diagnosis.evidence.worst_tokens[:4]} == {"<|assistant|>"}
+    assert sum(token.share for token in diagnosis.evidence.worst_tokens[:4]) > 0.9
 
 
 def test_a_failed_overfit_assertion_shows_the_card_of_the_run(buggy_run: RunResult) -> None:

@@ -1,4 +1,4 @@
-"""Draws the founding case: the same run with the right mask and with the founding bug.
+"""Draws the founding case: the same run with the right mask and with the founding bug, over its certified floor.
 
 Run: python docs/plot_founding_case.py        (needs matplotlib; writes docs/founding_case.svg)
 """
@@ -13,8 +13,13 @@ from unittest import mock
 import matplotlib
 import matplotlib.pyplot as plt
 
+from glm4ft.base_model import load_format
 from glm4ft.chat_format import ChatFormat
 from glm4ft.config import TrainConfig
+from glm4ft.dataset import DEMO_DATA
+from glm4ft.floor import Floor, find_floor
+from glm4ft.head_reader import read_head
+from glm4ft.report.floor_view import encoded_rows
 from glm4ft.testing.subjects.founding_bug import FoundingBugFormat
 from glm4ft.training_run import RunResult, run_training
 
@@ -26,6 +31,14 @@ def train(chat_format: type[ChatFormat], folder: Path) -> RunResult:
     environment = mock.patch.dict(os.environ, GLM4FT_CACHE=str(folder / "cache"))
     with environment, mock.patch("glm4ft.training_run.ChatFormat", chat_format):
         return run_training(TrainConfig(**{**vars(RUN), "output": str(folder / "run")}), say=lambda _: None)
+
+
+def certified_floor(chat_format: type[ChatFormat]) -> Floor:
+    """What no adapter gets below, known before training."""
+    tokenizer, name = load_format("tiny")
+    return find_floor(
+        encoded_rows(DEMO_DATA, chat_format(name, tokenizer), RUN.max_length), tokenizer, read_head("tiny")
+    )
 
 
 def main() -> None:
@@ -41,13 +54,21 @@ def main() -> None:
             result = train(chat_format, Path(folder))
         losses = [row["loss"] for row in result.trajectory.steps]
         axes.plot(range(1, len(losses) + 1), losses, color=colour, linewidth=2, label=label)
-        axes.annotate(f" {losses[-1]:.3g}", (len(losses), losses[-1]), color=colour, va="center")
+        axes.annotate(f" {losses[-1]:.3g}", (len(losses), losses[-1]), color=colour, va="bottom")
         turns = result.round_trips
         exact = f"{sum(turn.exact for turn in turns)} of {len(turns)} turns exact"
-        print(f"{label}: loss {losses[-1]:.4f} after {len(losses)} steps, {exact}")
+        floor = certified_floor(chat_format)
+        print(f"{label}: floor {floor.floor:.4f}, loss {losses[-1]:.4f} after {len(losses)} steps, {exact}")
+        if floor.floor > 0.01:
+            axes.axhspan(1e-4, floor.floor, color=colour, alpha=0.08, linewidth=0)
+            axes.axhline(floor.floor, color=colour, linestyle=":", linewidth=1.5)
+            words = f"certified before training: no adapter gets below {floor.floor:.4f} with <|assistant|> as a target"
+            axes.annotate(words, (155, floor.floor * 0.9), color=colour, ha="right", va="top", fontsize=9)
     axes.axhline(0.01, color="#64748b", linestyle="--", linewidth=1)
     axes.annotate("0.01, the gate of the overfit test", (75, 0.0105), color="#64748b", ha="center", va="bottom")
-    axes.set(yscale="log", xlabel="optimiser step", ylabel="loss, nats per supervised token", xlim=(1, 162))
+    axes.set(
+        yscale="log", xlabel="optimiser step", ylabel="loss, nats per supervised token", xlim=(1, 162), ylim=(3e-4, 12)
+    )
     axes.grid(alpha=0.25, which="both")
     axes.legend(frameon=False, loc="upper right")
     axes.spines[["top", "right"]].set_visible(False)

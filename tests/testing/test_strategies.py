@@ -99,10 +99,16 @@ def test_every_option_is_obeyed(options: dict[str, Any], data: st.DataObject) ->
     parse_conversation(as_record(conversation))
 
 
-@given(text=marker_free_contents() | marker_free_contents(markers=["a"]))
+@given(text=marker_free_contents())
 def test_marker_free_text_holds_no_marker(text: str) -> None:
     assert text
     assert not any(marker in text for marker in MARKERS)
+
+
+@given(text=marker_free_contents(markers=["a", "\n"]))
+def test_marker_free_text_is_free_of_the_markers_given(text: str) -> None:
+    assert text
+    assert not {"a", "\n"} & set(text)
 
 
 @given(text=text_contents())

@@ -9,6 +9,7 @@ import torch
 from glm4ft.chat_format import IGNORED
 from glm4ft.testing.reference import clip_factor, scheduled_rate
 from glm4ft.testing.replayed_step import WEIGHT_LIMITS, Departures, ReplayedStep, SeenRow, dot, relative
+from glm4ft.testing.thresholds import within
 from glm4ft.testing.trace import Tensors
 
 # Cosine between a gradient at the final norm and that of cross entropy with the best label; below, it is another loss.
@@ -32,7 +33,7 @@ def judge_gradient(step: ReplayedStep) -> Departures:
 
 def _wrong_loss(step: ReplayedStep, row: SeenRow) -> Departures:
     fit = float(row.targets.fit_T[1:].min())
-    if not fit >= FIT_LIMITS[step.history.dtype]:
+    if not within("gradient: cosine to cross entropy, below 1", 1 - fit, 1 - FIT_LIMITS[step.history.dtype]):
         text = f"the gradient at the final norm is no cross entropy of one label (cosine {fit:.4f})"
         yield step.depart("gradient", text, "label smoothing, or another term in the loss")
     ids, expected, got = torch.tensor(row.ids), torch.tensor(step.labels_of(row.ids)), row.targets.labels_T
@@ -62,7 +63,7 @@ def _wrong_weights(step: ReplayedStep) -> Departures:
     # a confident token's weight is a quotient of two small numbers: the median is not
     medians = {index: sorted(values)[len(values) // 2] for index, values in ratios.items() if values}
     low, high = min(medians.values(), default=1.0), max(medians.values(), default=1.0)
-    if max(abs(low - 1), abs(high - 1)) <= limit:
+    if within("gradient: weight of a token", max(abs(low - 1), abs(high - 1)), limit):
         return
     if high - low <= limit * high:
         cause = f"the loss is {high:.4g} times the token mean" + _factor_words(step, high)

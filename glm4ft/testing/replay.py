@@ -15,6 +15,7 @@ from glm4ft.testing.judge_update import judge_clipping, judge_gradient, judge_sc
 from glm4ft.testing.reference import Reference, Row
 from glm4ft.testing.replayed_step import Departure, Departures, History, ReplayedStep
 from glm4ft.testing.sightings import KnownRows
+from glm4ft.testing.thresholds import within
 from glm4ft.testing.trace import Trace
 
 JUDGES: Mapping[str, Callable[[ReplayedStep], Departures]] = {
@@ -79,7 +80,8 @@ def _judge(step: ReplayedStep, verdict: Verdict) -> Departure | None:
         for departure in judge(step):
             if math.isfinite(departure.size):
                 verdict.largest[stage] = max(verdict.largest.get(stage, 0.0), departure.size)
-            if not departure.size <= step.history.limit:
+            is_number = not math.isnan(departure.size)
+            if not (is_number and within(f"{stage}: replay", departure.size, step.history.limit)):
                 return departure
     return None
 

@@ -18,6 +18,7 @@ from glm4ft.testing.checks.trial import Trial
 from glm4ft.testing.oracle import IGNORED
 from glm4ft.testing.reference import Row, clip_factor
 from glm4ft.testing.stability import assert_few_steps_clipped, assert_grad_norms_decay, assert_grad_norms_stable
+from glm4ft.testing.thresholds import within
 from glm4ft.testing.trace import Tensors, record
 from glm4ft.trained_rows import TrainedRow
 
@@ -40,7 +41,7 @@ def check_two_conversations_reach_a_loss_below_a_hundredth(trial: Trial) -> None
     _require_reachable(trial)
     with torch.no_grad():
         loss = float(trial.reference.loss(trial.rows(trial.demo), trial.overfit.trained))
-    if not loss < LOSS_LIMIT:
+    if not within("outcome: loss of two conversations", loss, LOSS_LIMIT):
         raise CheckFailed(
             f"the loss is {loss:.4f} after {trial.overfit_steps} steps on two conversations, not < {LOSS_LIMIT}"
         )
@@ -51,7 +52,7 @@ def check_every_turn_has_learnt_to_stop(trial: Trial) -> None:
     """The token that ends each assistant turn is all but certain."""
     nll = [(row, at, _nll(trial, row)[at]) for row in trial.rows(trial.demo) for _, at in _turns(trial, row[0])]
     row, at, worst = max(nll, key=lambda found: found[2])
-    if not worst < 10 * LOSS_LIMIT:
+    if not within("outcome: loss of a stop token", worst, 10 * LOSS_LIMIT):
         token = trial.subject.tokenizer.decode([row[0][at]])
         raise CheckFailed(f"the stop token {token} at position {at} has a loss of {worst:.2f}: it is not learnt")
 
@@ -62,7 +63,7 @@ def check_header_is_not_learnt(trial: Trial) -> None:
     for row in trial.rows(trial.demo):
         for header, _ in _turns(trial, row[0]):
             before, after = _nll(trial, row, {})[header], _nll(trial, row)[header]
-            if not after > before - HEADER_FALL_LIMIT:
+            if not within("outcome: fall of a header's loss", before - after, HEADER_FALL_LIMIT):
                 token = trial.subject.tokenizer.decode([row[0][header]])
                 raise CheckFailed(
                     f"the loss of {token} at position {header} fell from {before:.2f} to {after:.2f}: it is trained, "
@@ -267,7 +268,7 @@ def _figures(result: Any) -> dict[str, float]:
 
 
 def _require_loss(trial: Trial, got: float, expected: float, words: str) -> None:
-    if not abs(got / expected - 1) <= EVAL_LIMIT[trial.dtype]:
+    if not within("outcome: loss of an evaluation", abs(got / expected - 1), EVAL_LIMIT[trial.dtype]):
         raise CheckFailed(f"{words} {got:.6g}, it is {expected:.6g}: {got / expected:.4g} times as much")
 
 

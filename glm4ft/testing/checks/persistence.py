@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from glm4ft.testing.adapter import Adapter, adapted_modules
 from glm4ft.testing.checks.registry import CheckFailed, NotApplicable, check
 from glm4ft.testing.checks.trial import Run, Trial
+from glm4ft.testing.thresholds import within
 
 NEEDS = ("build_model", "train")
 # Largest relative difference of logits through a save and a load, or a merge; measured 6e-7 on a base in fp32 and
@@ -191,7 +192,7 @@ def _require_same_logits(trial: Trial, model: Any, how: str) -> None:
         )
         untrained = base.logits(base.hidden(ids[0].tolist(), {}), {})
     size = float((got - expected).norm() / expected.norm())
-    if not size <= LOGITS_LIMIT[trial.dtype]:
+    if not within(f"persistence: logits of the {how} model", size, LOGITS_LIMIT[trial.dtype]):
         is_base = float((got - untrained).norm() / untrained.norm()) <= LOGITS_LIMIT[trial.dtype]
         raise CheckFailed(
             f"the {how} model's logits are {size:.1e} off the trained one's" + ": they are the base's" * is_base

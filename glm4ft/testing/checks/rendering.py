@@ -105,12 +105,13 @@ def check_tools_of_other_conversations_leave_no_trace(trial: Trial) -> None:
 @check(stage="rows", incident="axolotl 1818, LLaMA-Factory 6632: the length that was asked for never arrived")
 def check_long_conversations_are_not_cut(trial: Trial) -> None:
     """A row longer than any default length keeps its beginning, its end and all between."""
-    row = row_of(trial, Talk("a long one", (user(LONG_TEXT), answer("the end of it"))))
-    text = trial.subject.tokenizer.decode(row.ids, clean_up_tokenization_spaces=False)
+    talk = Talk("a long one", (user(LONG_TEXT), answer("the end of it")))
+    ((ids, labels),) = trial.rows([conversation_of(talk)])
+    if len(ids) != len(labels):
+        raise CheckFailed(f"a long conversation has {len(ids)} input_ids but {len(labels)} labels")
+    text = trial.subject.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     if LONG_TEXT.strip() not in text or "the end of it" not in text:
-        raise CheckFailed(
-            f"a conversation of {len(LONG_TEXT):,} characters was cut to a row of {len(row.ids):,} tokens"
-        )
+        raise CheckFailed(f"a conversation of {len(LONG_TEXT):,} characters was cut to a row of {len(ids):,} tokens")
 
 
 @check(stage="rows", incident="ms-swift 9266: turns were joined, and the flags of one taken for both")

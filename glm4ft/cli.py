@@ -1,4 +1,4 @@
-"""The command line: ``glm4ft train``, ``inspect``, ``floor``, ``explain``, ``merge``, ``check`` and ``init``."""
+"""The command line: training, reading and judging runs, and putting pipelines and checks to the test."""
 
 from __future__ import annotations
 
@@ -67,6 +67,7 @@ def _dispatch(argv: list[str]) -> int:
         "explain": _explain_parser,
         "merge": _merge_parser,
         "check": _check_parser,
+        "faults": _faults_parser,
         "init": _init_parser,
     }
     commands: dict[str, Callable[[Namespace], int]] = {
@@ -76,6 +77,7 @@ def _dispatch(argv: list[str]) -> int:
         "explain": _explain_run,
         "merge": _merge,
         "check": _check,
+        "faults": _faults,
         "init": _init,
     }
     if not argv or argv[0] in ("-h", "--help"):
@@ -317,6 +319,23 @@ def _check(options: Namespace) -> int:
     report = Path(options.report) if options.report else None
     has_failed = show_checks(options.subject, stages=stages, json_file=options.json, report=report)
     return EXIT_FAILED if has_failed else 0
+
+
+# --- faults ---
+
+
+def _faults_parser() -> ArgumentParser:
+    from glm4ft.testing.faults.command import add_options
+
+    parser = new_parser("faults", "Prove the checks: put known bugs into a healthy loop and see that each is caught.")
+    add_options(parser)
+    return parser
+
+
+def _faults(options: Namespace) -> int:
+    from glm4ft.testing.faults.command import run_command
+
+    return EXIT_FAILED if run_command(options) else 0
 
 
 # --- init ---

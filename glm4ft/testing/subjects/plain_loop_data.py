@@ -50,7 +50,6 @@ class Data:
         self.tokenizer = AutoTokenizer.from_pretrained(base_dir)
         self.control_ids = self.tokenizer.get_added_vocab()
         self.stop_ids = [self.control_ids[token] for token in STOPS]
-        self.pad_id: int = self.tokenizer.pad_token_id
         self._plain = plain_text_tokenizer(self.tokenizer)
 
     # --- conversation to row ---
@@ -135,6 +134,11 @@ class Data:
         return row
 
     # --- rows to batches ---
+
+    @property
+    def pad_id(self) -> int:
+        """What fills the slots behind shorter rows."""
+        return int(self.tokenizer.pad_token_id)
 
     def items(self, rows: Sequence[Row], packing: bool) -> list[list[Row]]:
         """What is shuffled: packs of rows, or single rows."""

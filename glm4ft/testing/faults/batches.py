@@ -1,0 +1,167 @@
+"""Faults of collation, packing and the order of the data: right rows, wrong batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from glm4ft.testing.faults.registry import faults_at
+from glm4ft.testing.subjects.plain_loop import Subject
+from glm4ft.testing.subjects.plain_loop_data import Batch, Row
+
+ESCAPES = (
+    "An order that is seeded and complete but poorly mixed, and a loss of isolation that only another attention kernel "
+    "shows (flash attention on a GPU), are not seen on a CPU."
+)
+
+fault = faults_at("batches")
+
+
+@fault(
+    "pad-id-zero-is-falsy",
+    evidence="unsloth-zoo 439",
+    cause=r"pad",
+    because="the catalogue has it under tokenisation, but no row shows it: the pad id is first used in a padded batch",
+)
+class PadIdZeroIsFalsy(Subject):
+    """A pad id of 0 is taken for a missing one, and rows are padded with the end-of-text token."""
+
+    @property
+    def pad_id(self) -> int:
+        return self.tokenizer.pad_token_id or self.control_ids["<|endoftext|>"]
+
+
+@fault("pad-in-loss", evidence="TRL 1625", cause=r"pad")
+class PadInLoss(Subject):
+    """Labels are padded with the pad id."""
+
+    def collate(self, rows: Sequence[Row]) -> Batch:
+        return {**super().collate(rows), "labels": self.pad([row["labels"] for row in rows], self.pad_id)}
+
+
+@fault(
+    "left-pad-attended",
+    evidence="ChatGLM-Efficient-Tuning 170; axolotl 1603",
+    cause=r"pad\w* (is|are) attended|padding",
+)
+class LeftPadAttended(Subject):
+    """Rows are padded on the left and the mask is all ones."""
+
+    def collate(self, rows: Sequence[Row]) -> Batch:
+        batch = super().collate(rows)
+        lengths = batch["attention_mask"].sum(1).tolist()
+        for name in ("input_ids", "labels"):
+            batch[name] = torch.stack([x.roll(-length) for x, length in zip(batch[name], lengths, strict=True)])
+        return {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
+
+
+@fault("attention-mask-from-pad-equality", evidence="TRL 6357", cause=r"mask|attended")
+class AttentionMaskFromPadEquality(Subject):
+    """The mask is where ids differ from the pad id, which is also a role's header."""
+
+    def __init__(self, base_dir: str) -> None:
+        super().__init__(base_dir)
+        self.tokenizer.pad_token = "<|user|>"
+
+    def collate(self, rows: Sequence[Row]) -> Batch:
+        batch = super().collate(rows)
+        return {**batch, "attention_mask": (batch["input_ids"] != self.pad_id).long()}
+
+
+@fault(
+    "position-ids-padded-badly",
+    evidence="axolotl 2739; LLaMA-Factory 10737",
+    cause=r"position",
+    simulated="zeros behind a row do nothing to a causal model on a CPU, so they are put before it, where the row is",
+)
+class PositionIdsPaddedBadly(Subject):
+    """Positions are padded with zeros on another side than the ids."""
+
+    def collate(self, rows: Sequence[Row]) -> Batch:
+        batch = super().collate(rows)
+        lengths = batch["attention_mask"].sum(1, keepdim=True)
+        places = torch.arange(batch["input_ids"].shape[1]) - (batch["input_ids"].shape[1] - lengths)
+        return {**batch, "position_ids": places.clamp_min(0)}
+
+
+@fault("packing-no-isolation", evidence="LLaMA-Factory 4224; functionary 265; unsloth 126", cause=r"attended|neighbour")
+class PackingNoIsolation(Subject):
+    """Packed rows are one text to the model: later ones attend to earlier ones."""
+
+    def collate_packed(self, rows: Sequence[Row]) -> Batch:
+        batch = super().collate_packed(rows)
+        del batch["position_ids"]
+        return batch
+
+
+@fault(
+    "isolation-lost-to-2d-mask",
+    evidence="transformers 46634; axolotl 3796",
+    cause=r"attended|neighbour|mask lets it see",
+)
+class IsolationLostTo2dMask(Subject):
+    """A mask of ones beside restarting positions switches off the isolation that is inferred from them."""
+
+    def collate_packed(self, rows: Sequence[Row]) -> Batch:
+        batch = super().collate_packed(rows)
+        return {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
+
+
+@fault(
+    "isolation-lost-to-cache",
+    evidence="transformers masking_utils, the guard past_key_values is None; measured in 5.23",
+    cause=r"attended|neighbour",
+)
+class IsolationLostToCache(Subject):
+    """With a key-value cache, which is on by default, packed rows are not looked for in the positions."""
+
+    def forward(self, model: Any, batch: Batch) -> torch.Tensor:
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        logits: torch.Tensor = model(**inputs).logits
+        return logits
+
+
+@fault("packing-positions-not-reset", evidence="torchtune 875, 992; LLaMA-Factory 7318", cause=r"position|attended")
+class PackingPositionsNotReset(Subject):
+    """Positions run on over packed rows."""
+
+    def positions(self, rows: Sequence[Row]) -> torch.Tensor:
+        return torch.arange(sum(len(row["input_ids"]) for row in rows))[None]
+
+
+@fault("packing-drops-tail", evidence="TRL 5076; torchtune 1697", cause=r"never seen|0 times|lost|dropped")
+class PackingDropsTail(Subject):
+    """A row that does not fit the pack is discarded."""
+
+    pack_length = 2
+
+    def pack(self, rows: Sequence[Row]) -> list[list[Row]]:
+        packs = super().pack(rows)
+        return [packs[0], *(pack[1:] for pack in packs[1:] if pack[1:])]
+
+
+@fault("segment-ids-as-mask", evidence="LLaMA-Factory 7754", cause=r"position|attended")
+class SegmentIdsAsMask(Subject):
+    """A mask that numbers the packed rows is summed up to positions as if it were of ones."""
+
+    def positions(self, rows: Sequence[Row]) -> torch.Tensor:
+        numbers = [torch.full((len(row["input_ids"]),), i) for i, row in enumerate(rows, start=1)]
+        return torch.cat(numbers).cumsum(0)[None] - 1
+
+
+@fault("sampler-rng-unsynced", processes=2, evidence="accelerate 2694, 696, 2434", cause=r"seen|rank|process")
+class SamplerRngUnsynced(Subject):
+    """Each process draws an order of its own, so their shares of the data overlap."""
+
+    def epoch_order(self, num_items: int, epoch: int, seed: int, rank: int) -> list[int]:
+        return super().epoch_order(num_items, epoch, seed + rank, rank)
+
+
+@fault("set-epoch-missing", evidence="ms-swift 9902", cause=r"epoch")
+class SetEpochMissing(Subject):
+    """The sampler is never told of a new epoch, so all have one order."""
+
+    def epoch_order(self, num_items: int, epoch: int, seed: int, rank: int) -> list[int]:
+        return super().epoch_order(num_items, 0, seed, rank)

@@ -1,0 +1,299 @@
+"""Variations that change numbers or the way there, but nothing that is a fault: the suite has to stay silent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+from glm4ft.chat_format import IGNORED
+from glm4ft.conversation import Message
+from glm4ft.testing.subjects.plain_loop import Conversations, Run, Subject, trained, world_size
+from glm4ft.testing.subjects.plain_loop_data import Batch, Row
+from glm4ft.testing.trace import backbone_of
+
+VARIATIONS: dict[str, Variation] = {}
+Kind = TypeVar("Kind", bound=type[Subject])
+
+
+@dataclass(frozen=True)
+class Variation:
+    """A healthy pipeline that is unlike the plain one.
+
+    Args:
+        id: as reports show it.
+        subject: the pipeline.
+    """
+
+    id: str
+    subject: type[Subject]
+
+    @property
+    def story(self) -> str:
+        """What is different, in one sentence."""
+        return " ".join((self.subject.__doc__ or "").split("\n\n")[0].split())
+
+
+def variation(id: str) -> Callable[[Kind], Kind]:
+    """Register a variation."""
+
+    def register(subject: Kind) -> Kind:
+        subject.name = id
+        VARIATIONS[id] = Variation(id, subject)
+        return subject
+
+    return register
+
+
+def all_variations() -> dict[str, Variation]:
+    """Every variation by its id."""
+    return VARIATIONS
+
+
+@variation("healthy")
+class Healthy(Subject):
+    """The plain loop as it is; the first gradient of every A is zero in it, since B is."""
+
+
+@variation("packed-positions-running-with-block-mask")
+class RunningPositionsWithBlockMask(Subject):
+    """Positions run on over packed rows, which an explicit block mask keeps apart."""
+
+    def collate_packed(self, rows: Sequence[Row]) -> Batch:
+        numbers = torch.cat([torch.full((len(row["input_ids"]),), i) for i, row in enumerate(rows)])
+        mask = (numbers[:, None] == numbers) & torch.ones(len(numbers), len(numbers), dtype=torch.bool).tril()
+        batch = super().collate_packed(rows)
+        return {**batch, "attention_mask": mask[None, None], "position_ids": torch.arange(len(numbers))[None]}
+
+
+@variation("attention-implementation")
+class EagerAttention(Subject):
+    """Attention is written out, where sdpa is the default."""
+
+    def load_base(self, base_dir: str) -> Any:
+        return AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32, attn_implementation="eager")
+
+
+@variation("batch-split")
+class BatchSplit(Subject):
+    """Every micro-batch is split into batches of one row."""
+
+    def train(self, model: Any, conversations: Conversations, plan: Mapping[str, Any]) -> list[dict[str, Any]]:
+        split = {"micro_batch_size": 1, "accumulation": plan["accumulation"] * plan["micro_batch_size"]}
+        return super().train(model, conversations, {**plan, **split})
+
+
+@variation("merge-rounding")
+class MergeRounding(Subject):
+    """The merged checkpoint is written in bf16."""
+
+    def merged(self, model: Any) -> Any:
+        return super().merged(model).to(torch.bfloat16)
+
+
+@variation("other-seed")
+class OtherSeed(Subject):
+    """Adapters and order of the data are drawn from other seeds than the plan's."""
+
+    shift_of_seed = 1000
+
+    def build_model(self, base_dir: str, seed: int) -> Any:
+        return super().build_model(base_dir, seed + self.shift_of_seed)
+
+    def epoch_order(self, num_items: int, epoch: int, seed: int, rank: int) -> list[int]:
+        return super().epoch_order(num_items, epoch, seed + self.shift_of_seed, rank)
+
+
+@variation("two-threads")
+class TwoThreads(Subject):
+    """The run takes two threads."""
+
+    def train(self, model: Any, conversations: Conversations, plan: Mapping[str, Any]) -> list[dict[str, Any]]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(2)
+        try:
+            return super().train(model, conversations, plan)
+        finally:
+            torch.set_num_threads(before)
+
+
+@variation("padding-to-multiple")
+class PaddingToMultiple(Subject):
+    """Batches are padded to a multiple of eight."""
+
+    def collate(self, rows: Sequence[Row]) -> Batch:
+        batch = super().collate(rows)
+        missing = -batch["input_ids"].shape[1] % 8
+        fill = {"input_ids": self.pad_id, "labels": IGNORED, "attention_mask": 0}
+        return {name: F.pad(batch[name], (0, missing), value=value) for name, value in fill.items()}
+
+
+@variation("left-padding")
+class LeftPadding(Subject):
+    """Batches are padded on the left, with mask and positions that say so."""
+
+    def collate(self, rows: Sequence[Row]) -> Batch:
+        batch = super().collate(rows)
+        lengths = batch["attention_mask"].sum(1).tolist()
+        width = batch["input_ids"].shape[1]
+        rolled = {
+            name: torch.stack([x.roll(width - length) for x, length in zip(tensor, lengths, strict=True)])
+            for name, tensor in batch.items()
+        }
+        return {**rolled, "position_ids": (rolled["attention_mask"].cumsum(1) - 1).clamp_min(0)}
+
+
+@variation("rows-by-length")
+class RowsByLength(Subject):
+    """Pairs of neighbours in the shuffled order are put longest first."""
+
+    def epoch_order(self, num_items: int, epoch: int, seed: int, rank: int) -> list[int]:
+        order = super().epoch_order(num_items, epoch, seed, rank)
+        pairs = [order[i : i + 2] for i in range(0, num_items, 2)]
+        return list(chain.from_iterable(sorted(pair, reverse=True) for pair in pairs))
+
+
+@variation("sparse-log")
+class SparseLog(Subject):
+    """Only every third step is logged, whatever the plan says."""
+
+    def train(self, model: Any, conversations: Conversations, plan: Mapping[str, Any]) -> list[dict[str, Any]]:
+        return super().train(model, conversations, {**plan, "log_every": 3})
+
+
+@variation("always-checkpointing")
+class AlwaysCheckpointing(Subject):
+    """Activations are recomputed, whether or not the plan asks for it."""
+
+    def train(self, model: Any, conversations: Conversations, plan: Mapping[str, Any]) -> list[dict[str, Any]]:
+        return super().train(model, conversations, {**plan, "gradient_checkpointing": True})
+
+
+@variation("supervised-rows-only")
+class SupervisedRowsOnly(Subject):
+    """The head runs on supervised positions alone."""
+
+    def forward(self, model: Any, batch: Batch) -> torch.Tensor:
+        if not model.training or model is not getattr(model, "module", model):
+            return super().forward(model, batch)  # an evaluation needs all logits, a wrapper its own forward
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        hidden = backbone_of(model)(**inputs, use_cache=False).last_hidden_state
+        keep = F.pad(batch["labels"][:, 1:] != IGNORED, (0, 1))
+        logits: torch.Tensor = model.base_model.model.lm_head(hidden[keep])
+        return logits
+
+    def shift(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if logits.dim() == 3:
+            return super().shift(logits, labels)
+        targets = labels[:, 1:].flatten()
+        return logits, targets[targets != IGNORED]
+
+
+@variation("clipping-by-hand")
+class ClippingByHand(Subject):
+    """The gradient is clipped without torch's help."""
+
+    def clip(self, run: Run) -> float:
+        parameters, limit = trained(run.model), run.plan["max_grad_norm"]
+        norm = float(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]).norm())
+        for parameter in parameters:
+            if parameter.grad is not None and limit and norm > limit:
+                parameter.grad *= limit / norm
+        return norm
+
+
+@variation("groups-of-parameters")
+class GroupsOfParameters(Subject):
+    """The matrices A and B are groups of their own, with one setting."""
+
+    def parameter_groups(self, model: Any, plan: Mapping[str, Any]) -> list[dict[str, Any]]:
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        return [
+            {"params": [p for name, p in named if part in name], "weight_decay": plan["weight_decay"]}
+            for part in (".lora_A.", ".lora_B.")
+        ]
+
+
+@variation("one-tensor-at-a-time")
+class OneTensorAtATime(Subject):
+    """AdamW updates the parameters one after the other."""
+
+    def make_optimizer(self, model: Any, plan: Mapping[str, Any]) -> torch.optim.Optimizer:
+        optimizer = super().make_optimizer(model, plan)
+        for group in optimizer.param_groups:
+            group["foreach"] = False
+        return optimizer
+
+
+@variation("loss-scaling")
+class LossScaling(Subject):
+    """The loss is scaled for half precision, and the gradient unscaled before it is clipped."""
+
+    factor = 2.0**16
+
+    def backward(self, loss: torch.Tensor) -> None:
+        super().backward(loss * self.factor)
+
+    def clip(self, run: Run) -> float:
+        for parameter in trained(run.model):
+            if parameter.grad is not None:
+                parameter.grad /= self.factor
+        return super().clip(run)
+
+
+@variation("rank-and-alpha-patterns")
+class RankAndAlphaPatterns(Subject):
+    """Some modules have a rank and a scale of their own, as was asked for."""
+
+    lora: Mapping[str, Any] = {**Subject.lora, "rank_pattern": {"o_proj": 4}, "alpha_pattern": {"self_attn.o_proj": 32}}
+
+
+@variation("rank-stabilised")
+class RankStabilised(Subject):
+    """Alpha is divided by the root of the rank, as was asked for."""
+
+    lora: Mapping[str, Any] = {**Subject.lora, "use_rslora": True}
+
+
+@variation("adapter-on-the-head")
+class AdapterOnTheHead(Subject):
+    """The head has an adapter too."""
+
+    lora: Mapping[str, Any] = {**Subject.lora, "target_modules": [*Subject.lora["target_modules"], "lm_head"]}
+
+
+@variation("one-layer")
+class OneLayer(Subject):
+    """Only one layer has adapters, as was asked for."""
+
+    lora: Mapping[str, Any] = {**Subject.lora, "layers_to_transform": [1]}
+
+
+@variation("end-of-text")
+class EndOfText(Subject):
+    """The last answer of a conversation is ended by the end-of-text token."""
+
+    def final_stop(self, message: Message) -> str:
+        return "<|endoftext|>"
+
+
+@variation("large-evaluation-batches")
+class LargeEvaluationBatches(Subject):
+    """Evaluation takes all rows at once, in the order of their length."""
+
+    def eval_batches(self, rows: Sequence[Row]) -> Iterator[Batch]:
+        yield self.collate(sorted(rows, key=lambda row: len(row["input_ids"])))
+
+
+@variation("scaled-by-token-mean")
+class ScaledByTokenMean(Subject):
+    """Each micro-batch is averaged over its tokens and then weighted by its share of them."""
+
+    def scale(self, batch: Batch, num_targets: int, num_micro_batches: int) -> float:
+        own = int((batch["labels"][:, 1:] != IGNORED).sum())
+        return 1 / max(own, 1) * (own / num_targets) * world_size()

@@ -1,0 +1,94 @@
+"""Faults of gradient clipping and of what is told of the gradient's norm."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from glm4ft.testing.faults.registry import faults_at
+from glm4ft.testing.subjects.plain_loop import Run, Subject, trained
+
+ESCAPES = (
+    "A norm that is wrong only for sharded parameters (FSDP, DeepSpeed) needs those frameworks and is not seen with "
+    "two processes of plain DDP."
+)
+
+LOSS_SCALE = 2.0**16
+
+fault = faults_at("clipping")
+
+
+def norm_of(run: Run) -> float:
+    """Global norm of the gradient."""
+    return math.sqrt(sum(float(p.grad.pow(2).sum()) for p in trained(run.model) if p.grad is not None))
+
+
+def multiply(run: Run, factor: float) -> None:
+    """Scale the gradient."""
+    for parameter in trained(run.model):
+        if parameter.grad is not None:
+            parameter.grad.mul_(factor)
+
+
+@fault("clip-coefficient-inverted", evidence="DeepSpeed 5150", cause=r"inverted|enlarged|amplified|not clipped")
+class ClipCoefficientInverted(Subject):
+    """The factor is at least 1 in place of at most 1: large gradients pass, small ones grow."""
+
+    def clip(self, run: Run) -> float:
+        norm = norm_of(run)
+        if run.plan["max_grad_norm"]:
+            multiply(run, max(1.0, run.plan["max_grad_norm"] / (norm + 1e-6)))
+        return norm
+
+
+@fault("clip-has-no-effect", evidence="aprender 2112; nano-world-model 22", cause=r"not clipped")
+class ClipHasNoEffect(Subject):
+    """The norm is computed and nothing is done with it."""
+
+    def clip(self, run: Run) -> float:
+        return norm_of(run)
+
+
+@fault("clip-before-unscale", evidence="pytorch/examples 1196; DeepSpeed 2695", cause=r"scale")
+class ClipBeforeUnscale(Subject):
+    """Gradients are clipped while the loss scale of half precision is still in them."""
+
+    def backward(self, loss: torch.Tensor) -> None:
+        super().backward(loss * LOSS_SCALE)
+
+    def clip(self, run: Run) -> float:
+        norm = super().clip(run)
+        multiply(run, 1 / LOSS_SCALE)
+        return norm / LOSS_SCALE
+
+
+@fault("clip-local-norm", evidence="LLaMA-Factory 10640; DeepSpeed 5411", cause=r"local|own norm|not one factor|each")
+class ClipLocalNorm(Subject):
+    """Each parameter is clipped to its own norm, not all to the global one."""
+
+    def clip(self, run: Run) -> float:
+        norm = norm_of(run)
+        for parameter in trained(run.model):
+            torch.nn.utils.clip_grad_norm_([parameter], run.plan["max_grad_norm"] or math.inf)
+        return norm
+
+
+@fault("clip-by-value", evidence="DeepCrime operator OCG", cause=r"value|direction")
+class ClipByValue(Subject):
+    """Every entry is cut off at the limit."""
+
+    def clip(self, run: Run) -> float:
+        norm = norm_of(run)
+        if run.plan["max_grad_norm"]:
+            torch.nn.utils.clip_grad_value_(trained(run.model), run.plan["max_grad_norm"])
+        return norm
+
+
+@fault("norm-logged-after-clip", evidence="miles 2132; TrainCheck motivation", cause=r"after clipping|clipped|logged")
+class NormLoggedAfterClip(Subject):
+    """The norm that is logged is the one behind clipping, so it never shows a spike."""
+
+    def clip(self, run: Run) -> float:
+        super().clip(run)
+        return norm_of(run)

@@ -1,0 +1,92 @@
+"""Faults of merging and exporting."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from glm4ft.testing.faults.model import set_scale
+from glm4ft.testing.faults.registry import faults_at
+from glm4ft.testing.subjects.plain_loop import Subject
+
+ESCAPES = "Exports to other formats than a transformers folder (GGUF, quantised weights, a server's own) are not tried."
+
+fault = faults_at("persistence")
+
+
+@fault("merge-without-scale", evidence="PEFT 2489; unsloth-zoo 806", cause=r"scale")
+class MergeWithoutScale(Subject):
+    """The delta is merged without alpha over r."""
+
+    def merged(self, model: Any) -> Any:
+        set_scale(model, 1.0)
+        return super().merged(model)
+
+
+@fault(
+    "merge-never-happened",
+    evidence="alpaca-lora dde8995; ms-swift 9830, 6664; PEFT 2586",
+    cause=r"base|nothing|not merged",
+)
+class MergeNeverHappened(Subject):
+    """The base is exported as it was."""
+
+    def merged(self, model: Any) -> Any:
+        return model.unload()
+
+
+@fault("adapter-applied-twice", evidence="PEFT 2306", cause=r"twice|adapter")
+class AdapterAppliedTwice(Subject):
+    """The adapter lies beside the merged weights and is applied to them once more."""
+
+    def merge(self, base_dir: str, folder: str, output: str) -> None:
+        super().merge(base_dir, folder, output)
+        for path in Path(folder).glob("adapter_*"):
+            (Path(output) / path.name).write_bytes(path.read_bytes())
+
+
+@fault("export-key-prefix-wrong", evidence="alpaca-lora 6ced8d9", cause=r"keys?|tensors?|prefix|lacks|no model\.")
+class ExportKeyPrefixWrong(Subject):
+    """Too much of the prefix is taken off the exported keys, and the loader draws the layers anew."""
+
+    def merge(self, base_dir: str, folder: str, output: str) -> None:
+        model = self.merged(self.load(base_dir, folder))
+        model.save_pretrained(output, state_dict={n.replace("model.layers.", "layers."): t for n, t in tensors(model)})
+        self.tokenizer.save_pretrained(output)
+
+
+def tensors(model: Any) -> list[tuple[str, Any]]:
+    """The names and tensors of a model."""
+    return list(model.state_dict().items())
+
+
+@fault(
+    "tied-head-merge",
+    evidence="PEFT 2025; ms-swift 5261; LLaMA-Factory 6446",
+    cause=r"head|tie",
+    simulated="the base is not tied; the export says that it is, so that loading ties head and embedding anew",
+)
+class TiedHeadMerge(Subject):
+    """An adapter on the head is merged, and the tie of head and embedding undoes it when the export is loaded."""
+
+    lora: Mapping[str, Any] = {**Subject.lora, "target_modules": [*Subject.lora["target_modules"], "lm_head"]}
+
+    def merged(self, model: Any) -> Any:
+        merged = super().merged(model)
+        merged.config = copy.deepcopy(merged.config)
+        merged.config.tie_word_embeddings = True
+        return merged
+
+
+@fault("merge-delta-transposed", evidence="axolotl d060c803; PEFT 3165", cause=r"q_proj|o_proj|transposed")
+class MergeDeltaTransposed(Subject):
+    """The delta is merged transposed where the shape is square and does not object."""
+
+    def merged(self, model: Any) -> Any:
+        for module in model.modules():
+            if hasattr(module, "get_delta_weight") and module.weight.shape[0] == module.weight.shape[1]:
+                delta = module.get_delta_weight("default")
+                module.base_layer.weight.data += delta.T - delta
+        return super().merged(model)

@@ -1,0 +1,200 @@
+"""Faults of the loss, its reduction over tokens, micro-batches and processes: the gradient is another's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from glm4ft.chat_format import IGNORED
+from glm4ft.testing.faults.registry import faults_at
+from glm4ft.testing.subjects.plain_loop import Run, Subject, world_size
+from glm4ft.testing.subjects.plain_loop_data import Batch
+
+ESCAPES = (
+    "What happens only behind the recorded steps, or only in a kernel that a CPU does not run, is not seen; nor is a "
+    "loss that a reference in fp32 agrees with to a hundred-thousandth."
+)
+
+fault = faults_at("gradient")
+
+
+@fault("loss-in-low-precision", evidence="Liger 1329, 1341", cause=r"precision|bf16|bfloat16|rounded")
+class LossInLowPrecision(Subject):
+    """Cross entropy is computed on logits in bf16."""
+
+    def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return super().loss_sum(logits.bfloat16(), labels)
+
+
+@fault("labels-not-shifted", evidence="transformers 25044, 27161, 17987", cause=r"not shifted")
+class LabelsNotShifted(Subject):
+    """Each position's prediction is compared with its own token."""
+
+    def shift(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return logits.flatten(0, 1), labels.flatten()
+
+
+@fault("double-shift", evidence="torchtune 2613; transformers 44642, 32944", cause=r"shifted twice")
+class DoubleShift(Subject):
+    """Labels are shifted before the loss shifts them again, so the token after next is learnt."""
+
+    def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return super().loss_sum(logits, F.pad(labels[:, 1:], (0, 1), value=IGNORED))
+
+
+@fault("ignore-index-unused", evidence="Liger 974", cause=r"ignore|masked|class 0|id 0")
+class IgnoreIndexUnused(Subject):
+    """Positions without a label enter the loss with class 0."""
+
+    def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return super().loss_sum(logits, labels.clamp_min(0))
+
+
+class UnitGradient(torch.autograd.Function):
+    """A fused loss that has its gradient ready and does not ask what it is multiplied by."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Sum of the cross entropy."""
+        with torch.enable_grad():
+            leaf = logits.detach().requires_grad_(True)
+            loss = F.cross_entropy(leaf, targets, ignore_index=IGNORED, reduction="sum")
+            (gradient,) = torch.autograd.grad(loss, leaf)
+        ctx.save_for_backward(gradient)
+        return loss.detach()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> Any:
+        """The gradient that was saved, whatever comes in."""
+        return ctx.saved_tensors[0], None
+
+
+@fault("fused-loss-assumes-unit-grad", evidence="unsloth-zoo 434", cause=r"times the token mean")
+class FusedLossAssumesUnitGrad(Subject):
+    """A fused loss ignores what its result is multiplied by, so the sum over tokens is never divided."""
+
+    def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        apply: Any = UnitGradient.apply
+        loss: torch.Tensor = apply(*self.shift(logits, labels))
+        return loss
+
+
+@fault(
+    "gradient-counted-twice",
+    evidence="unsloth-zoo 892",
+    cause=r"twice|2 times|lora_B|q_proj",
+    simulated="a hook doubles what the custom backward would have added a second time",
+)
+class GradientCountedTwice(Subject):
+    """A custom backward adds to a weight's gradient and returns it as well."""
+
+    def attach(self, base: Any, seed: int) -> Any:
+        model = super().attach(base, seed)
+        for name, parameter in model.named_parameters():
+            if "q_proj.lora_B" in name:
+                parameter.register_hook(lambda gradient: 2 * gradient)
+        return model
+
+
+@fault(
+    "mean-of-micro-means",
+    evidence="transformers 34191, 34242; axolotl 1980; torchtune 1875",
+    cause=r"micro-batch means",
+)
+class MeanOfMicroMeans(Subject):
+    """Each micro-batch is averaged over its own tokens, then the micro-batches are: short answers weigh more."""
+
+    def scale(self, batch: Batch, num_targets: int, num_micro_batches: int) -> float:
+        return 1 / max(1, self.count_targets([batch])) / num_micro_batches
+
+
+@fault(
+    "divided-twice", evidence="accelerate 3533; transformers 40052, 40709, 26312", cause=r"divided|times the token mean"
+)
+class DividedTwice(Subject):
+    """The mean over all tokens is divided by the number of micro-batches once more."""
+
+    def scale(self, batch: Batch, num_targets: int, num_micro_batches: int) -> float:
+        return super().scale(batch, num_targets, num_micro_batches) / num_micro_batches
+
+
+@fault("zero-grad-missing", evidence="stackoverflow 60335387", cause=r"not cleared")
+class ZeroGradMissing(Subject):
+    """Gradients pile up over the steps."""
+
+    def zero_grad(self, run: Run) -> None:
+        pass
+
+
+@fault("zero-grad-every-micro", evidence="TRL 407", cause=r"micro-batch")
+class ZeroGradEveryMicro(Subject):
+    """The gradient is cleared before every micro-batch, so that only the last one counts."""
+
+    def train_micro_batch(self, run: Run, batch: Batch, num_targets: int, num_micro_batches: int) -> torch.Tensor:
+        self.zero_grad(run)
+        return super().train_micro_batch(run, batch, num_targets, num_micro_batches)
+
+
+@fault("micro-batch-lost", evidence="DeepSpeed 6550", cause=r"micro-batch")
+class MicroBatchLost(Subject):
+    """From the second step on, the second micro-batch overwrites the first in place of being added."""
+
+    def train_step(self, run: Run, batches: list[Batch]) -> dict[str, Any]:
+        self.done = 0
+        return super().train_step(run, batches)
+
+    def train_micro_batch(self, run: Run, batch: Batch, num_targets: int, num_micro_batches: int) -> torch.Tensor:
+        self.done += 1
+        if run.step > 0 and self.done == 2:
+            run.optimizer.zero_grad()
+        return super().train_micro_batch(run, batch, num_targets, num_micro_batches)
+
+
+@fault("log-scaled-backward-not", evidence="verl 436", cause=r"not divided|times the token mean|micro-batch means")
+class LogScaledBackwardNot(Subject):
+    """The loss that is logged is divided by the number of micro-batches, the one that is differentiated is not."""
+
+    def scale(self, batch: Batch, num_targets: int, num_micro_batches: int) -> float:
+        return super().scale(batch, num_targets, num_micro_batches) * num_micro_batches
+
+
+@fault(
+    "wrapper-bypassed", processes=2, evidence="jxmnop on X 2024 (TrainCheck set)", cause=r"not averaged|ranks?|process"
+)
+class WrapperBypassed(Subject):
+    """The model is called in place of its wrapper, so nothing averages the gradients over processes."""
+
+    def wrap(self, model: Any) -> Any:
+        super().wrap(model)
+        return model
+
+
+@fault(
+    "hooks-lost-after-move",
+    processes=2,
+    evidence="pytorch 104336 (TrainCheck set)",
+    cause=r"not averaged|ranks?|process",
+    simulated="there is no other device to move to, so the wrapper's switch for reduction is turned off",
+)
+class HooksLostAfterMove(Subject):
+    """Moving a wrapped model drops the hooks that average its gradients."""
+
+    def wrap(self, model: Any) -> Any:
+        wrapped = super().wrap(model)
+        wrapped.require_backward_grad_sync = False
+        return wrapped
+
+
+@fault(
+    "world-size-factor-lost",
+    processes=2,
+    evidence="torchtune 2172, 2687; ms-swift 6597",
+    cause=r"times the token mean|process|world",
+)
+class WorldSizeFactorLost(Subject):
+    """The loss is divided by the tokens of all processes, and the wrapper averages over them again."""
+
+    def scale(self, batch: Batch, num_targets: int, num_micro_batches: int) -> float:
+        return super().scale(batch, num_targets, num_micro_batches) / world_size()

@@ -1,0 +1,169 @@
+"""What ``glm4ft faults`` does: try faults and variations, and show the matrix and the score."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from tqdm import tqdm
+
+from glm4ft.report.safe_text import visible
+from glm4ft.testing.faults.benign import all_variations
+from glm4ft.testing.faults.matrix import Caught, Silence, require_known, run_one
+from glm4ft.testing.faults.practices import PRACTICES, Noticed, try_practices
+from glm4ft.testing.faults.registry import all_faults
+from glm4ft.testing.faults.warm import in_parallel
+from glm4ft.trajectory import write_atomically
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """All results of one command.
+
+    Args:
+        faults: in the order of the stages.
+        benign: in the order of their module.
+        noticed: what the common practices notice, by fault; empty if they were not tried.
+        seconds: that all of it took.
+    """
+
+    faults: tuple[Caught, ...]
+    benign: tuple[Silence, ...]
+    noticed: dict[str, Noticed]
+    seconds: float
+
+    @property
+    def failures(self) -> list[str]:
+        """Ids of faults that were not caught at their stage, and of variations with an alarm."""
+        wrong = [caught.id for caught in self.faults if not caught.is_right]
+        return wrong + [silence.id for silence in self.benign if silence.alarms]
+
+    def score(self) -> list[str]:
+        """The score, a line for each figure."""
+        count = len(self.faults)
+        figures = {
+            "caught": sum(bool(caught.caught_by) for caught in self.faults),
+            "stage right": sum(caught.is_right for caught in self.faults),
+            "cause named": sum(caught.names_cause for caught in self.faults),
+        }
+        lines = [f"{name}: {n} of {count} ({n / count:.0%})" for name, n in figures.items() if count]
+        if self.benign:
+            alarms = sum(bool(silence.alarms) for silence in self.benign)
+            lines.append(f"alarms on benign variations: {alarms} of {len(self.benign)}")
+        if self.noticed and count:
+            for i, practice in enumerate(PRACTICES):
+                n = sum(noticed.by[i] for noticed in self.noticed.values())
+                lines.append(f"noticed by {practice}: {n} of {count} ({n / count:.0%})")
+        return lines
+
+
+def try_all(ids: Sequence[str] = (), *, practices: bool = False, num_workers: int | None = None) -> Matrix:
+    """Try faults and variations in parallel, with a progress bar.
+
+    Args:
+        ids: of faults and variations; by default all.
+        practices: whether the common practices are tried too.
+        num_workers: processes; by default one per core.
+    Raises:
+        ConfigError: if an id is unknown.
+    """
+    require_known(ids)
+    began_s, chosen = time.perf_counter(), list(ids) or [*all_faults(), *all_variations()]
+    results = {r.id: r for r in _with_bar(in_parallel(run_one, chosen, num_workers), len(chosen), "fault")}
+    faults = [id for id in all_faults() if id in chosen]
+    tried = in_parallel(try_practices, faults, num_workers) if practices else iter(())
+    noticed = {n.id: n for n in _with_bar(tried, len(faults) if practices else 0, "practice")}
+    return Matrix(
+        tuple(r for id in faults if isinstance(r := results[id], Caught)),
+        tuple(r for id in all_variations() if isinstance(r := results.get(id), Silence)),
+        noticed,
+        time.perf_counter() - began_s,
+    )
+
+
+def _with_bar(results: Any, total: int, unit: str) -> Any:
+    return tqdm(results, total=total, unit=unit, leave=False, disable=None if total else True)
+
+
+def show_faults(
+    ids: Sequence[str] = (),
+    *,
+    json_file: str | None = None,
+    markdown: str | None = None,
+    practices: bool = False,
+    num_workers: int | None = None,
+) -> bool:
+    """Try faults and variations and print the matrix.
+
+    Args:
+        ids: of faults and variations; by default all.
+        json_file: write the results here by contract; ``-`` is stdout, where nothing else goes then.
+        markdown: write the page of the documentation here.
+        practices: whether the common practices are tried too.
+        num_workers: processes; by default one per core.
+    Returns:
+        True if a fault was not caught at its stage, or a variation raised an alarm.
+    """
+    from glm4ft.testing.faults.pages import matrix_page
+
+    matrix = try_all(ids, practices=practices, num_workers=num_workers)
+    _print(Console(highlight=False, quiet=json_file == "-"), matrix)
+    text = json.dumps(summary(matrix), ensure_ascii=False, indent=1) + "\n"
+    if json_file == "-":
+        sys.stdout.write(text)
+    elif json_file:
+        write_atomically(Path(json_file), text)
+    if markdown:
+        write_atomically(Path(markdown), matrix_page(matrix))
+    return bool(matrix.failures)
+
+
+def summary(matrix: Matrix) -> dict[str, Any]:
+    """The results as ``glm4ft faults --json`` writes them."""
+    faults = [
+        {
+            "id": caught.id,
+            "expected_stage": caught.expected_stage,
+            "caught_by": list(caught.caught_by),
+            "diagnosed_stage": caught.diagnosed_stage,
+            "cause": caught.message if caught.names_cause else "",
+            "seconds": round(caught.seconds, 3),
+            **({"noticed_by": list(matrix.noticed[caught.id].by)} if caught.id in matrix.noticed else {}),
+        }
+        for caught in matrix.faults
+    ]
+    benign = [{"id": silence.id, "alarms": list(silence.alarms)} for silence in matrix.benign]
+    return {"schema": 1, "faults": faults, "benign": benign, "seconds": round(matrix.seconds, 3)}
+
+
+def _print(console: Console, matrix: Matrix) -> None:
+    if matrix.faults:
+        table = Table("fault", "stage", "first check that caught it", "verdict", "cause", "seconds", box=box.SIMPLE)
+        for caught in matrix.faults:
+            style = "green" if caught.is_right else "bold red"
+            verdict = Text(caught.diagnosed_stage or "not caught", style=style)
+            cause = "named" if caught.names_cause else ""
+            check = ", ".join(caught.caught_by).replace("_", " ")
+            table.add_row(caught.id, caught.expected_stage, check, verdict, cause, f"{caught.seconds:.1f}")
+        console.print(table)
+    for caught in matrix.faults:
+        if not caught.is_right:
+            said = [caught.message] if caught.message else list(caught.errors) or ["no check failed"]
+            console.print(Text(f"{caught.id}: {visible(' | '.join(said), newlines=False)}"), soft_wrap=True)
+    for silence in matrix.benign:
+        state = (f"{len(silence.alarms)} alarms", "bold red") if silence.alarms else ("silent", "green")
+        console.print(Text.assemble(f"  {silence.id:<44}", state, f" ({silence.seconds:.1f} s)"))
+        for alarm in silence.alarms:
+            console.print(Text("    " + visible(alarm, newlines=False)), soft_wrap=True)
+    for line in matrix.score():
+        console.print(Text(line))
+    console.print(Text(f"{matrix.seconds:.0f} s"))

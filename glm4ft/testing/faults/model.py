@@ -1,0 +1,268 @@
+"""Faults of base and adapter set-up: another model is trained than was asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from tokenizers import Tokenizer
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from glm4ft.testing.faults.registry import faults_at
+from glm4ft.testing.subjects.plain_loop import Subject, trained
+from glm4ft.testing.subjects.plain_loop_data import Batch
+from glm4ft.testing.trace import backbone_of
+
+ESCAPES = (
+    "The reference is a forward of transformers too, so a bug of that library's GLM-4 itself is shared by both sides; "
+    "and adapters of kinds that the reference does not know (DoRA and its like) are judged at the start only."
+)
+
+fault = faults_at("model")
+
+
+class OtherConfig(Subject):
+    """A base whose configuration was changed on the way."""
+
+    def change(self, config: Any) -> None:
+        """Change it in place."""
+
+    def load_base(self, base_dir: str) -> Any:
+        """The weights of the folder in a model of another configuration."""
+        config = AutoConfig.from_pretrained(base_dir)
+        self.change(config)
+        return AutoModelForCausalLM.from_pretrained(base_dir, config=config, dtype=torch.float32)
+
+
+@fault("rope-not-partial", evidence="mlx-lm 1698", cause=r"rotary|rope")
+class RopeNotPartial(OtherConfig):
+    """All of each head is rotated, where GLM-4 rotates half."""
+
+    def change(self, config: Any) -> None:
+        config.rope_parameters["partial_rotary_factor"] = 1.0
+
+
+@fault("rope-base-differs", evidence="torchtune 997", cause=r"rotary|rope")
+class RopeBaseDiffers(OtherConfig):
+    """The builder of the adapted model has another rope base than the full one."""
+
+    def change(self, config: Any) -> None:
+        config.rope_parameters["rope_theta"] = 500_000.0
+
+
+@fault("norm-eps-differs", evidence="torchtune 409", cause=r"eps")
+class NormEpsDiffers(OtherConfig):
+    """The builder of the adapted model has another epsilon in its norms."""
+
+    def change(self, config: Any) -> None:
+        config.rms_norm_eps = 1e-6
+
+
+@fault("norm-variant-swapped", evidence="axolotl 1886; InfiniLM 352", cause=r"norm")
+class NormVariantSwapped(Subject):
+    """A patched block lacks the norm that GLM-4 has behind its attention."""
+
+    def load_base(self, base_dir: str) -> Any:
+        base = super().load_base(base_dir)
+        base.model.layers[0].post_self_attn_layernorm = nn.Identity()
+        return base
+
+
+@fault("square-weight-transposed", evidence="unsloth-zoo 913", cause=r"o_proj|transposed")
+class SquareWeightTransposed(Subject):
+    """A square weight is transposed on load, since its layout was guessed from its shape."""
+
+    def load_base(self, base_dir: str) -> Any:
+        base = super().load_base(base_dir)
+        weight = base.model.layers[0].self_attn.o_proj.weight
+        weight.data = weight.data.T.contiguous()
+        return base
+
+
+def set_scale(model: Any, scale: float) -> None:
+    """Give every adapter a scale."""
+    for module in model.modules():
+        if isinstance(getattr(module, "scaling", None), dict):
+            module.scaling["default"] = scale
+
+
+@fault("lora-scale-missing", evidence="PEFT 2489, 2775", cause=r"scale")
+class LoraScaleMissing(Subject):
+    """Alpha over r is left out of the forward pass."""
+
+    def attach(self, base: Any, seed: int) -> Any:
+        model = super().attach(base, seed)
+        set_scale(model, 1.0)
+        return model
+
+
+@fault("rslora-scale-mixed", evidence="PEFT 2775, 1930", cause=r"scale")
+class RsloraScaleMixed(Subject):
+    """The forward pass divides alpha by the root of r, everything else by r."""
+
+    def attach(self, base: Any, seed: int) -> Any:
+        model = super().attach(base, seed)
+        set_scale(model, self.lora["lora_alpha"] / self.lora["r"] ** 0.5)
+        return model
+
+
+@fault("rank-alpha-pattern-ignored", evidence="PEFT 2195, 3315", cause=r"scale|alpha")
+class RankAlphaPatternIgnored(Subject):
+    """The alpha of a module is looked up by the key that matched its rank, and not found."""
+
+    lora: Mapping[str, Any] = {
+        **Subject.lora, "rank_pattern": {"o_proj": 4}, "alpha_pattern": {"self_attn.o_proj": 32},
+    }  # fmt: skip
+
+    def lora_config(self) -> LoraConfig:
+        found = {key: self.lora["alpha_pattern"].get(key) for key in self.lora["rank_pattern"]}
+        alphas = {key: alpha for key, alpha in found.items() if alpha}
+        return LoraConfig(task_type="CAUSAL_LM", **{**self.lora, "alpha_pattern": alphas})
+
+
+@fault("targets-partially-matched", evidence="PEFT 3534; unsloth 9331", cause=r"gate_proj|up_proj")
+class TargetsPartiallyMatched(Subject):
+    """Two of the targets do not exist in GLM-4, and nothing says so."""
+
+    lora: Mapping[str, Any] = {
+        **Subject.lora,
+        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    }
+
+
+@fault(
+    "layer-index-regex-greedy",
+    evidence="PEFT 3318",
+    cause=r"layers\.\d",
+    simulated="GLM-4 has one number in a module's name, so the wrong layer is named outright",
+)
+class LayerIndexRegexGreedy(Subject):
+    """The number of a layer is read from the wrong place of a module's name, so other layers are adapted."""
+
+    lora: Mapping[str, Any] = {**Subject.lora, "layers_to_transform": [1]}
+
+    def lora_config(self) -> LoraConfig:
+        return LoraConfig(task_type="CAUSAL_LM", **{**self.lora, "layers_to_transform": [0]})
+
+
+class Frozen(Subject):
+    """A model in which nothing is trained, though the loop runs to its end."""
+
+    def freeze(self, model: Any) -> Any:
+        """Switch every gradient off but that of the embedding's output, as checkpointing needs it."""
+        model.requires_grad_(False)
+        model.enable_input_require_grads()
+        return model
+
+    def parameter_groups(self, model: Any, plan: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The adapters by name, as they ask for no gradient."""
+        return [{"params": [p for name, p in model.named_parameters() if "lora_" in name]}]
+
+    def clip(self, run: Any) -> float:
+        """Nothing to clip."""
+        return 0.0
+
+
+@fault(
+    "adapter-loaded-frozen", evidence="PEFT 282; transformers 24463; TRL 6700", cause=r"no .*trained|trainable|frozen"
+)
+class AdapterLoadedFrozen(Frozen):
+    """A saved adapter is loaded for inference, and training goes on with it."""
+
+    def attach(self, base: Any, seed: int) -> Any:
+        return self.freeze(super().attach(base, seed))
+
+
+@fault("kbit-prepare-refreezes", evidence="TRL 4081", cause=r"no .*trained|trainable|frozen")
+class KbitPrepareRefreezes(Frozen):
+    """A preparation that freezes the base is applied behind the adapters and freezes them too."""
+
+    def build_model(self, base_dir: str, seed: int) -> Any:
+        return self.freeze(super().build_model(base_dir, seed))
+
+
+@fault("fused-head-bypasses-lora", evidence="unsloth 9331", cause=r"lm_head")
+class FusedHeadBypassesLora(Subject):
+    """The loss reads the head's weight directly, so an adapter on the head never runs."""
+
+    lora: Mapping[str, Any] = {**Subject.lora, "target_modules": [*Subject.lora["target_modules"], "lm_head"]}
+
+    def forward(self, model: Any, batch: Batch) -> torch.Tensor:
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        hidden = backbone_of(model)(**inputs, use_cache=False).last_hidden_state
+        logits: torch.Tensor = hidden @ model.base_model.model.lm_head.base_layer.weight.T
+        return logits
+
+
+@fault(
+    "new-token-rows-untrained", evidence="axolotl 787; qlora 190d22a; LLaMA-Factory 7997", cause=r"new|vocabulary|rows?"
+)
+class NewTokenRowsUntrained(Subject):
+    """A word is added to the vocabulary, while its rows of embedding and head are neither trained nor saved."""
+
+    def __init__(self, base_dir: str) -> None:
+        super().__init__(base_dir)
+        new_id = len(self.tokenizer)
+        for backend in (self._plain, self.tokenizer.backend_tokenizer):
+            spec = json.loads(backend.to_str())
+            spec["model"]["vocab"]["\u0120so"] = new_id
+            spec["model"]["merges"].insert(0, ["\u0120s", "o"])
+            extended = Tokenizer.from_str(json.dumps(spec))
+            if backend is self._plain:
+                self._plain = extended
+            else:
+                self.tokenizer._tokenizer = extended
+
+
+@fault(
+    "dora-magnitude-uninitialised",
+    evidence="torchtune 1909, 2139",
+    cause=r"magnitude|finite",
+    simulated="what empty memory holds is another thing each time, so it is filled with ten thousand",
+)
+class DoraMagnitudeUninitialised(Subject):
+    """The magnitudes of DoRA are left as the memory was."""
+
+    lora: Mapping[str, Any] = {**Subject.lora, "use_dora": True}
+
+    def attach(self, base: Any, seed: int) -> Any:
+        model = super().attach(base, seed)
+        for name, parameter in model.named_parameters():
+            if "lora_magnitude_vector" in name:
+                nn.init.constant_(parameter, 1e4)
+        return model
+
+
+@fault(
+    "adapter-dtype-changed",
+    evidence="PEFT 2893; ms-swift 9832",
+    cause=r"bfloat16|dtype",
+)
+class AdapterDtypeChanged(Subject):
+    """The adapters are cast to bf16, though they were to be trained in fp32."""
+
+    def attach(self, base: Any, seed: int) -> Any:
+        model = super().attach(base, seed)
+        for parameter in trained(model):
+            parameter.data = parameter.data.bfloat16()
+        return model
+
+
+@fault(
+    "cast-to-packed-dtype",
+    evidence="unsloth-zoo 482",
+    cause=r"dtype|activations",
+    simulated="the weight stays in floats, and what goes into it is cast to the integer type of a packed one",
+)
+class CastToPackedDtype(Subject):
+    """Activations are cast to the type of a quantised weight, which is an integer."""
+
+    def load_base(self, base_dir: str) -> Any:
+        base = super().load_base(base_dir)
+        projection = base.model.layers[0].mlp.down_proj
+        projection.register_forward_pre_hook(lambda module, args: (args[0].to(torch.int8).to(args[0].dtype),))
+        return base

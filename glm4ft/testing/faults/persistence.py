@@ -1,0 +1,133 @@
+"""Faults of saving, loading and resuming: what comes back from the disk is not what went there."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils import set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+from glm4ft.testing.faults.registry import faults_at
+from glm4ft.testing.subjects.plain_loop import Run, Subject, rank, trained, world_size
+
+ESCAPES = (
+    "Checkpoints of sharded training, and a resume with another number of processes or another batch size, are not "
+    "tried."
+)
+WEIGHTS = "adapter_model.safetensors"
+
+fault = faults_at("persistence")
+
+
+@fault("load-ignores-missing-keys", evidence="PEFT 2118", cause=r"loaded|base|nothing")
+class LoadIgnoresMissingKeys(Subject):
+    """The file's keys have another prefix, nothing is loaded, and nothing says so."""
+
+    def load(self, base_dir: str, folder: str) -> Any:
+        model = self.attach(self.load_base(base_dir), seed=0)
+        tensors = load_file(Path(folder) / WEIGHTS)
+        set_peft_model_state_dict(model, {f"module.{name}": tensor for name, tensor in tensors.items()})
+        return model
+
+
+@fault("adapter-name-substring", evidence="PEFT 3282, 2334", cause=r"saved|loaded|adapter")
+class AdapterNameSubstring(Subject):
+    """Tensors are chosen by a part of the adapter's name, which is a part of another adapter's name too."""
+
+    def save(self, model: Any, folder: str) -> None:
+        super().save(model, folder)
+        with torch.random.fork_rng():
+            model.add_adapter("default_of_before", self.lora_config())
+        found = {name: t for name, t in model.state_dict().items() if "lora_" in name and ".default" in name}
+        tensors = {re.sub(r"\.default\w*", "", name): tensor.clone() for name, tensor in found.items()}
+        model.delete_adapter("default_of_before")
+        save_file(tensors, Path(folder) / WEIGHTS)
+
+
+@fault("tokenizer-not-saved", evidence="functionary 289; axolotl 3112", cause=r"template|tokenizer")
+class TokenizerNotSaved(Subject):
+    """The adapter is saved without the chat template that it was trained with."""
+
+    def __init__(self, base_dir: str) -> None:
+        super().__init__(base_dir)
+        self.tokenizer.chat_template = self.tokenizer.chat_template.replace("# Tools", "# Functions")
+
+    def save(self, model: Any, folder: str) -> None:
+        model.save_pretrained(folder)
+
+    def merge(self, base_dir: str, folder: str, output: str) -> None:
+        self.merged(self.load(base_dir, folder)).save_pretrained(output)
+
+
+@fault("adapter-config-scale-lost", evidence="unsloth-zoo 806; PEFT 1930", cause=r"scale|alpha")
+class AdapterConfigScaleLost(Subject):
+    """The configuration beside the weights holds the default alpha."""
+
+    def save(self, model: Any, folder: str) -> None:
+        super().save(model, folder)
+        path = Path(folder) / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), "lora_alpha": 8}), "utf-8")
+
+
+@fault("resume-optimizer-lost", evidence="FastChat 1280; ACE-Step 742; entrenar 293", cause=r"moment|optimi[sz]er")
+class ResumeOptimizerLost(Subject):
+    """The optimiser's moments are not restored."""
+
+    def load_optimizer(self, run: Run, folder: Path) -> None:
+        pass
+
+
+@fault("resume-data-restarts", evidence="accelerate 4071; torchtune 278", cause=r"rows?|order|data")
+class ResumeDataRestarts(Subject):
+    """The data start again at the beginning."""
+
+    def stream(self, num_items: int, run: Run) -> Iterator[int]:
+        seed = run.plan["seed"]
+        order = (index for epoch in count() for index in self.epoch_order(num_items, epoch, seed, rank()))
+        return islice(order, rank(), None, world_size())
+
+
+@fault("resume-skip-every-epoch", evidence="accelerate 1466", cause=r"rows?|order|data|epoch")
+class ResumeSkipEveryEpoch(Subject):
+    """What was seen before the resume is skipped in every later epoch too."""
+
+    def stream(self, num_items: int, run: Run) -> Iterator[int]:
+        done = run.step * run.plan["accumulation"] * run.plan["micro_batch_size"] * world_size()
+        first, skipped = divmod(done, num_items)
+        for epoch in count(first):
+            order = self.epoch_order(num_items, epoch, run.plan["seed"], rank())
+            yield from order[skipped + rank() :: world_size()]
+
+
+@fault("resume-epoch-off-by-one", evidence="torchtune 2911", cause=r"steps|epoch|order|rows")
+class ResumeEpochOffByOne(Subject):
+    """At the end of an epoch the one after next is saved as the next, so a resumed run leaves one out."""
+
+    def resume(self, run: Run, folder: Path) -> None:
+        super().resume(run, folder)
+        size = run.plan["accumulation"] * run.plan["micro_batch_size"] * world_size()
+        steps_per_epoch = max(1, len(self.items(run.rows, run.plan["packing"])) // size)
+        if run.step % steps_per_epoch == 0:
+            run.step += steps_per_epoch
+
+
+@fault("resume-master-weights-stale", evidence="miles 2572", cause=r"parameters?|weights?|loaded|first step")
+class ResumeMasterWeightsStale(Subject):
+    """The optimiser's own copies of the weights are older than the checkpoint, and its first step writes them back."""
+
+    def make_optimizer(self, model: Any, plan: Mapping[str, Any]) -> torch.optim.Optimizer:
+        self.masters = [parameter.detach().clone() for parameter in trained(model)]
+        return super().make_optimizer(model, plan)
+
+    @torch.no_grad()
+    def update(self, run: Run) -> None:
+        for parameter, master in zip(trained(run.model), self.masters, strict=True):
+            parameter.copy_(master)
+        super().update(run)
+        self.masters = [parameter.detach().clone() for parameter in trained(run.model)]

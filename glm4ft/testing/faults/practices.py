@@ -1,0 +1,94 @@
+"""What the common practices notice of a fault: they see a run as its author does, through its log and its answers."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from glm4ft.testing.checks.conversations import all_conversations
+from glm4ft.testing.faults.registry import all_faults
+from glm4ft.testing.faults.warm import warm_base
+from glm4ft.testing.subject import make_plan
+from glm4ft.testing.subjects.plain_loop import Subject
+
+STEPS = 60
+LOSS_LIMIT = 0.01
+# A golden curve is compared to a relative 1e-3, as transformers' and torchtune's recipes do; the healthy loop repeats
+# itself bit by bit on one machine.
+CURVE_LIMIT = 1e-3
+LIMIT_OF_ANSWER = 128
+
+PRACTICES = (
+    "overfit two conversations, finite gradient norms",
+    "... and the answers come back and stop",
+    "... and loss and norm follow a golden curve",
+)
+
+
+@dataclass(frozen=True)
+class Noticed:
+    """What each practice, with those before it, says of a fault.
+
+    Args:
+        id: of the fault.
+        by: whether it is noticed, for each of ``PRACTICES``.
+    """
+
+    id: str
+    by: tuple[bool, ...]
+
+
+def try_practices(id: str) -> Noticed:
+    """Train a faulty pipeline on the two bundled conversations, as one would by hand, and look at what it shows."""
+    try:
+        subject, model, log = overfit(all_faults()[id].subject)
+    except Exception:  # a run that breaks down is noticed by everyone
+        return Noticed(id, (True,) * len(PRACTICES))
+    found = [not is_overfit(log), not comes_back(subject, model), not follows(log, golden_curve())]
+    return Noticed(id, tuple(any(found[: i + 1]) for i in range(len(found))))
+
+
+def overfit(kind: type[Subject]) -> tuple[Subject, Any, list[dict[str, Any]]]:
+    """The pipeline, its trained model and its log."""
+    subject = kind(str(warm_base()))
+    with tempfile.TemporaryDirectory(prefix="glm4ft-practice-") as folder:
+        plan = make_plan(steps=STEPS, output_dir=folder)
+        model = subject.build_model(str(warm_base()), plan["seed"])
+        return subject, model, subject.train(model, all_conversations()["demo"], plan)
+
+
+def is_overfit(log: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the logged loss ends below the limit, every logged norm being finite."""
+    return log[-1]["loss"] < LOSS_LIMIT and all(math.isfinite(entry["grad_norm"]) for entry in log)
+
+
+def comes_back(subject: Subject, model: Any) -> bool:
+    """Whether the pipeline's own inference says every answer, and stops."""
+    try:
+        for conversation in all_conversations()["demo"]:
+            for i, message in enumerate(conversation["messages"]):
+                if message["role"] == "assistant":
+                    history = conversation["messages"][:i]
+                    ids = subject.generate(model, history, conversation.get("tools"), LIMIT_OF_ANSWER)
+                    said = str(subject.tokenizer.decode(ids[:-1], clean_up_tokenization_spaces=False))
+                    if ids[-1] not in subject.stop_ids or not said.endswith(message["content"].split("\n")[-1]):
+                        return False
+    except Exception:  # what cannot be generated from does not come back
+        return False
+    return True
+
+
+def follows(log: Sequence[Mapping[str, Any]], golden: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether loss and norm of every step are those of a recorded run."""
+    pairs = [(entry[n], right[n]) for entry, right in zip(log, golden, strict=True) for n in ("loss", "grad_norm")]
+    return all(abs(got - expected) <= CURVE_LIMIT * abs(expected) for got, expected in pairs)
+
+
+@cache
+def golden_curve() -> list[dict[str, Any]]:
+    """The log of the healthy loop."""
+    return overfit(Subject)[2]

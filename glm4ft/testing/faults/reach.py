@@ -1,0 +1,99 @@
+"""Which checks can see a fault: those that use what the fault changes.
+
+``reach.json`` holds the members of the plain loop that each check uses, directly or through others, as measured on
+the healthy loop. A check that uses none of the members which a fault overrides says of the fault what it says of the
+healthy loop, so it need not be run. ``python -m glm4ft.testing.faults.reach`` measures anew, after a change of checks
+or loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+from glm4ft.testing.checks.registry import STAGES, Check, NotApplicable
+from glm4ft.testing.checks.trial import Run, Trial
+from glm4ft.testing.runner import all_checks
+from glm4ft.testing.subjects.plain_loop import Subject
+from glm4ft.tiny import write_tiny_base
+from glm4ft.trajectory import write_atomically
+
+REACH_FILE = Path(__file__).with_name("reach.json")
+used: set[str] = set()
+
+
+class Watched(Subject):
+    """The healthy loop, which notes what is used of it."""
+
+    def __getattribute__(self, name: str) -> Any:
+        """The member."""
+        used.add(name)
+        return super().__getattribute__(name)
+
+
+def reaching(subject: type[Subject], last_stage: str = STAGES[-1]) -> list[Check]:
+    """The checks that can see what a subject changes, in the order of the stages.
+
+    Args:
+        subject: a subclass of the plain loop.
+        last_stage: the last one whose checks are wanted.
+    """
+    changed = {name for kind in subject.__mro__ if kind not in Subject.__mro__ for name in vars(kind)}
+    stages = STAGES[: STAGES.index(last_stage) + 1]
+    return [check for check in all_checks() if check.stage in stages and _can_see(check, changed)]
+
+
+def _can_see(check: Check, changed: set[str]) -> bool:
+    members = known_reach().get(check.name)
+    return members is None or "__init__" in changed or not changed.isdisjoint(members)
+
+
+@cache
+def known_reach() -> dict[str, list[str]]:
+    """Check to the members it uses; checks of several processes are missing, since they cannot be watched."""
+    reach: dict[str, list[str]] = json.loads(REACH_FILE.read_text("utf-8")) if REACH_FILE.exists() else {}
+    return reach
+
+
+class WatchedTrial(Trial):
+    """A trial of one check, whose runs are shared with the trials of the others, with what was used to make them."""
+
+    made: ClassVar[dict[str, tuple[Run, set[str]]]] = {}
+
+    def run(self, of: str = "short", **changes: Any) -> Run:
+        """The run; what it took counts as used, whoever had it made."""
+        key = json.dumps([of, changes], sort_keys=True)
+        if key not in self.made:
+            before = set(used)
+            used.clear()
+            self.made[key] = self.run_anew(of, **changes), set(used)
+            used.update(before)
+        self._runs[key], members = self.made[key]
+        used.update(members)
+        return self._runs[key]
+
+
+def measure_reach() -> dict[str, list[str]]:
+    """Run every check on its own on the healthy loop and note what it uses."""
+    with tempfile.TemporaryDirectory(prefix="glm4ft-reach-") as name:
+        base_dir = write_tiny_base(Path(name) / "base")
+        checks = [check for check in all_checks() if "distributed" not in check.needs]
+        return {check.name: _members(check, base_dir, Path(name) / check.name) for check in checks}
+
+
+def _members(check: Check, base_dir: Path, folder: Path) -> list[str]:
+    trial = WatchedTrial(Watched(str(base_dir)), base_dir, folder)
+    used.clear()
+    with contextlib.suppress(NotApplicable):
+        check.run(trial)
+    own = {name for kind in Subject.__mro__ for name in vars(kind) if not name.startswith("__")}
+    return sorted(own & used)
+
+
+if __name__ == "__main__":
+    lines = [f" {json.dumps(name)}: {json.dumps(members)}" for name, members in measure_reach().items()]
+    write_atomically(REACH_FILE, "{\n" + ",\n".join(lines) + "\n}\n")

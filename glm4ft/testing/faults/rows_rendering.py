@@ -1,0 +1,170 @@
+"""Faults of data format, loading and chat template: the row is not the conversation."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from glm4ft.conversation import Conversation, Message
+from glm4ft.testing.faults.registry import ServedRight, faults_at
+from glm4ft.testing.subjects.plain_loop import Conversations, Subject
+from glm4ft.testing.subjects.plain_loop_data import Row, Segment
+
+ESCAPES = (
+    "A rendering that is wrong in training and serving alike, and whose texts still stand in the row, escapes where no "
+    "chat template of the checkpoint is at hand to compare with."
+)
+
+fault = faults_at("rows")
+
+
+@fault(
+    "system-prompt-dropped",
+    evidence="LLaMA-Factory e734222",
+    cause=r"\(system\).*does not stand in the row|should be <\|system\|>",
+)
+class SystemPromptDropped(Subject):
+    """The system message is left out when a user message follows it."""
+
+    def ordered(self, messages: Sequence[Message]) -> list[Message]:
+        following = [*(message.role for message in messages[1:]), ""]
+        pairs = zip(messages, following, strict=True)
+        return [message for message, role in pairs if not (message.role == "system" and role == "user")]
+
+
+@fault(
+    "tool-schema-format-drift",
+    evidence="ChatGLM3 4568c63: indent=4 missing",
+    cause=r"serving sends",
+)
+class ToolSchemaFormatDrift(ServedRight):
+    """Tool definitions are written without indentation in training and with it at inference."""
+
+    def tool_text(self, tools: Sequence[Mapping[str, Any]]) -> str:
+        return re.sub(r"\n +", " ", super().tool_text(tools))
+
+
+@fault("null-keys-in-tools", evidence="GLM-4 finetune.py process_message, which strips them", cause=r"tool")
+class NullKeysInTools(Subject):
+    """A columnar data set gives every tool the keys of all others, with null in them."""
+
+    columns: tuple[str, ...] = ()
+
+    def train(self, model: Any, conversations: Conversations, plan: Mapping[str, Any]) -> list[dict[str, Any]]:
+        tools = [tool for conversation in conversations for tool in conversation.get("tools") or ()]
+        self.columns = tuple(dict.fromkeys(name for tool in tools for name in arguments_of(tool)))
+        try:
+            return super().train(model, conversations, plan)
+        finally:
+            self.columns = ()
+
+    def tool_text(self, tools: Sequence[Mapping[str, Any]]) -> str:
+        table = copy.deepcopy(list(tools))
+        for tool in table:
+            arguments_of(tool).update({name: None for name in self.columns if name not in arguments_of(tool)})
+        return super().tool_text(table)
+
+
+def arguments_of(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that a tool declares, by name."""
+    found: dict[str, Any] = tool["function"]["parameters"]["properties"]
+    return found
+
+
+@fault("merged-turns-lose-flags", evidence="ms-swift 9266", cause=r"loss false|should be ignored")
+class MergedTurnsLoseFlags(Subject):
+    """Adjacent messages of one role are merged, and the flag that one of them is not trained is lost."""
+
+    def ordered(self, messages: Sequence[Message]) -> list[Message]:
+        merged: list[Message] = []
+        for message in super().ordered(messages):
+            if merged and merged[-1].role == message.role and not message.is_call:
+                merged[-1] = Message(message.role, f"{merged[-1].content}\n{message.content}", merged[-1].metadata)
+            else:
+                merged.append(message)
+        return merged
+
+
+@fault("stale-token-cache", evidence="axolotl 1265, 1298; LMFlow 394; open-instruct 1518", cause=r"cache|tokenizer")
+class StaleTokenCache(Subject):
+    """The cache of encoded rows does not know which tokenizer made them."""
+
+    cache: ClassVar[dict[str, Row]] = {}
+
+    def encode(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> Row:
+        key = repr((messages, tools))
+        if key not in self.cache:
+            self.cache[key] = super().encode(messages, tools)
+        return {name: list(values) for name, values in self.cache[key].items()}
+
+
+@fault("stop-token-owned-by-next-turn", evidence="TRL 6044, 5988", cause=r"terminator")
+class StopTokenOwnedByNextTurn(Subject):
+    """The role token that ends an answer belongs to the message after it, so it is never a target."""
+
+    def render(self, conversation: Conversation) -> list[Segment]:
+        return [replace(s, supervised=s.supervised and not s.is_control) for s in super().render(conversation)]
+
+
+@fault(
+    "double-prefix",
+    evidence="unsloth-zoo 959; TRL 1509, 1591; open-r1 462",
+    cause=r"second prefix|is \[gMASK\], should be",
+)
+class DoublePrefix(Subject):
+    """The template renders the prefix and the tokenizer adds it again."""
+
+    def render(self, conversation: Conversation) -> list[Segment]:
+        segments = super().render(conversation)
+        return segments[:2] + segments
+
+
+@fault("per-message-slice-eats-header", evidence="GLM-4 081f0fb", cause=r"<\|assistant\|> for|header|does not stand")
+class PerMessageSliceEatsHeader(Subject):
+    """Messages are encoded one by one and two leading ids cut off, as if the prefix still stood there."""
+
+    def label(self, segments: Sequence[Segment]) -> Row:
+        row = super().label(segments[:2])
+        for start in range(2, len(segments), 2):
+            message = super().label(segments[start : start + 2])
+            for name in row:
+                row[name] += message[name][2:] if len(message[name]) > 2 else message[name]
+        return row
+
+
+@fault("template-not-prefix-preserving", evidence="TRL 5559, 6433", cause=r"change when more follows")
+class TemplateNotPrefixPreserving(ServedRight):
+    """The template cuts the beginning of every answer but the last, so earlier turns change as more follow."""
+
+    def ordered(self, messages: Sequence[Message]) -> list[Message]:
+        last = max((i for i, message in enumerate(messages) if message.role == "assistant"), default=-1)
+        cut = [
+            replace(message, content=message.content[2:]) if message.role == "assistant" and i != last else message
+            for i, message in enumerate(messages)
+        ]
+        return super().ordered(cut)
+
+
+@fault(
+    "reasoning-tag-split-wrong",
+    evidence="TRL 6363; LLaMA-Factory 9219",
+    cause=r"does not stand in the row|<think>.* became",
+)
+class ReasoningTagSplitWrong(Subject):
+    """Reasoning is cut out at its closing tag even where it was never opened."""
+
+    def body(self, message: Message) -> str:
+        return super().body(replace(message, content=message.content.split("</think>")[-1]))
+
+
+@fault(
+    "generation-prompt-in-training-text", evidence="axolotl 2859; TRL 2450", cause=r"end the row|<\|assistant\|> for"
+)
+class GenerationPromptInTrainingText(ServedRight):
+    """The header of a further answer is rendered behind the last one."""
+
+    def render(self, conversation: Conversation) -> list[Segment]:
+        return [*super().render(conversation), Segment("<|assistant|>", True, False)]

@@ -1,0 +1,50 @@
+"""Faults of the learning rate's course."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from glm4ft.testing.faults.registry import faults_at
+from glm4ft.testing.subjects.plain_loop import Subject, world_size
+
+ESCAPES = "A schedule of a kind that the plan has no word for (restarts, a floor above zero) is not compared."
+
+fault = faults_at("schedule")
+
+
+@fault(
+    "sched-steps-times-world",
+    processes=2,
+    evidence="transformers 24088, 23986; diffusers 3954",
+    cause=r"process|times|fast",
+)
+class SchedStepsTimesWorld(Subject):
+    """The schedule takes a step for every process."""
+
+    def rate_factor(self, step: int, plan: Mapping[str, Any]) -> float:
+        return super().rate_factor(min(step * world_size(), plan["steps"]), plan)
+
+
+@fault("sched-horizon-wrong", evidence="diffusers 4387, 2632; accelerate 1160", cause=r"horizon|micro-batch|stretched")
+class SchedHorizonWrong(Subject):
+    """The schedule is stretched over the number of micro-batches, so the rate never comes down."""
+
+    def horizon(self, plan: Mapping[str, Any]) -> int:
+        return super().horizon(plan) * int(plan["accumulation"])
+
+
+@fault("warmup-skipped", evidence="axolotl 2535; PEFT 2950", cause=r"warm")
+class WarmupSkipped(Subject):
+    """The warm-up is a share of the steps, cut to a whole number before it is multiplied: none."""
+
+    def rate_factor(self, step: int, plan: Mapping[str, Any]) -> float:
+        return super().rate_factor(step, {**plan, "warmup_steps": int(plan["warmup_steps"] / plan["steps"])})
+
+
+@fault("sched-kwargs-dropped", evidence="axolotl 972; LLaMA-Factory 7304", cause=r"linear|shape|kind")
+class SchedKwargsDropped(Subject):
+    """The options of the schedule get lost, so it has the default shape."""
+
+    def rate_factor(self, step: int, plan: Mapping[str, Any]) -> float:
+        return super().rate_factor(step, {**plan, "schedule": "linear"})

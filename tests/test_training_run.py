@@ -35,7 +35,7 @@ from glm4ft.dataset import DEMO_DATA, prepare_rows
 from glm4ft.errors import ConfigError, RunError
 from glm4ft.generation import greedy
 from glm4ft.loss import install_supervised_loss
-from glm4ft.trainer import COMPLETE_MARKER, ProgressBar, last_checkpoint
+from glm4ft.trainer import COMPLETE_MARKER, ProgressBar, last_checkpoint, peak_memory_bytes
 from glm4ft.training_run import RunResult, chat_format_of, run_training
 
 SHORT = TrainConfig(data=str(Path(__file__).with_name("two_short_talks.jsonl")), max_steps=8, save_every=0)
@@ -344,7 +344,15 @@ def test_progress_bar_of_a_resumed_run_goes_on_where_it_was(monkeypatch: pytest.
     state.global_step = 5
     bar.on_log(None, state, None, logs={"loss": 1.25, "grad_norm": 0.5})
     bar.on_train_end(None, state, None)
-    assert re.search(r" 5/10 .*loss=1\.25, grad=0\.5", sys.stderr.getvalue())
+    assert re.search(r" 5/10 .*step/s, loss=1\.25, grad=0\.5", sys.stderr.getvalue())
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of the process")
+def test_peak_memory_is_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    status = Path("/proc/self/status").read_text()
+    (high_water_kib,) = re.findall(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
+    assert peak_memory_bytes() == pytest.approx(int(high_water_kib) * 1024, rel=0.01)  # the kernel counts in lots
 
 
 def test_step_without_targets_is_refused_with_its_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,11 +103,20 @@ def test_run_killed_at_a_random_step_resumes_bit_for_bit(tmp_path: Path) -> None
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+@pytest.fixture(scope="module")
+def twelve(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    """An unbroken run of two epochs and a part of one, five steps each."""
+    folder = tmp_path_factory.mktemp("twelve")
+    config = replace(SHORT, data=str(many_talks(folder / "talks.jsonl")), max_steps=12, save_every=1)
+    return train(config, folder / "run")
+
+
 @pytest.mark.parametrize("step", [4, 5, 6])
-def test_resume_at_and_around_an_epochs_end(tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_at_and_around_an_epochs_end(
+    tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch, twelve: RunResult
+) -> None:
     """Five steps are an epoch; the rows of the rest come in the order of an unbroken run (accelerate 4071, 1466)."""
     config = replace(SHORT, data=str(many_talks(tmp_path / "talks.jsonl")), max_steps=12, save_every=1)
-    unbroken = train(config, tmp_path / "unbroken")
     with monkeypatch.context() as patch:
         patch.setattr("glm4ft.trainer.SupervisedTrainer._record_step", fail_after(step))
         with pytest.raises(KeyboardInterrupt):
@@ -115,7 +124,7 @@ def test_resume_at_and_around_an_epochs_end(tmp_path: Path, step: int, monkeypat
     checkpoint = last_checkpoint(tmp_path / "broken")
     assert checkpoint is not None
     assert checkpoint.name == f"checkpoint-{step}"
-    assert figures(train(config, tmp_path / "broken", resume=True)) == figures(unbroken)
+    assert figures(train(config, tmp_path / "broken", resume=True)) == figures(twelve)
 
 
 def fail_after(step: int) -> Any:

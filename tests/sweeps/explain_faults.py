@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from glm4ft.testing.faults.registry import all_faults
 
 from glm4ft.dataset import DEMO_DATA
 from glm4ft.diagnosis import Diagnosis
 from glm4ft.explain import explain_run
+from glm4ft.testing.faults.registry import all_faults
 from glm4ft.testing.subject import make_plan
 from glm4ft.testing.subjects.plain_loop import Subject
 from glm4ft.tiny import write_tiny_base

@@ -22,12 +22,14 @@ from glm4ft.dataset import data_path, fit_row
 from glm4ft.diagnosis import Diagnosis, diagnose
 from glm4ft.errors import ConfigError, ModelError
 from glm4ft.generation import TurnRoundTrip, round_trip
+from glm4ft.merge import require_adapter
 from glm4ft.run_evidence import gather_evidence
 from glm4ft.trained_rows import ROWS_FILE, TrainedRow, places, read_rows
 from glm4ft.training_run import BASE_FOLDER, CONFIG_FILE
 from glm4ft.trajectory import FILE_NAME, read_trajectory
 
 STATE_FILE, ADAPTER_CONFIG = "trainer_state.json", "adapter_config.json"
+SHARED_OPTIONS = ("learning_rate", "weight_decay")
 TRIED_TURNS = 16  # said back by the model
 
 
@@ -108,7 +110,7 @@ def find_files(run: Path) -> RunFiles:
     folders = [run, *checkpoints]
     adapter = next((folder for folder in folders if (folder / ADAPTER_CONFIG).is_file()), None)
     state = next((folder / STATE_FILE for folder in folders if (folder / STATE_FILE).is_file()), None)
-    config = yaml.safe_load((run / CONFIG_FILE).read_text("utf-8")) if (run / CONFIG_FILE).is_file() else {}
+    config = _config(run)
     log: Sequence[Mapping[str, Any]] = ()
     rows_per_step = None
     if (run / FILE_NAME).is_file():
@@ -127,6 +129,21 @@ def find_files(run: Path) -> RunFiles:
         )
     rows = run / ROWS_FILE
     return RunFiles(log, adapter, rows_per_step, config, rows if rows.is_file() else None)
+
+
+def _config(run: Path) -> dict[str, Any]:
+    """Options of one of our runs; of another trainer's config.yaml the numbers whose names everybody shares."""
+    path = run / CONFIG_FILE
+    if not path.is_file():
+        return {}
+    try:
+        content = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError("cannot read the configuration", where=str(path), found=one_line(error)) from error
+    known = content if isinstance(content, dict) else {}
+    if (run / FILE_NAME).is_file():
+        return known
+    return {name: value for name, value in known.items() if name in SHARED_OPTIONS and isinstance(value, (int, float))}
 
 
 def _base_name(run: Path, files: RunFiles) -> str:
@@ -175,6 +192,7 @@ def _adapted(files: RunFiles, base_name: str, chat_format: str | None) -> Any:
     """The base with the run's adapter, or None if none was saved."""
     if files.adapter is None:
         return None
+    require_adapter(files.adapter)
     base = load_base(base_name, dtype=str(files.config.get("dtype") or "auto"), chat_format=chat_format)
     try:
         return PeftModel.from_pretrained(base.model, str(files.adapter))

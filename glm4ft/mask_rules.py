@@ -10,8 +10,8 @@ from glm4ft.diagnosis import Finding
 from glm4ft.evidence import Evidence, RowEvidence, TokenEvidence
 from glm4ft.floor import HARD_TO_REACH
 
-# A token is learnt once its probability is above 0.9. Where the demo has reached a mean of 0.01, the worst token has 0.038
-# nats (2 seeds of the built-in base, x86-64 CPU, 2026-11-25).
+# A token is learnt once its probability is above 0.9. Where the demo has reached a mean of 0.01, the worst token has
+# 0.038 nats (2 seeds of the built-in base, x86-64 CPU, 2026-11-25).
 LEARNT_TOKEN = 0.1
 INSPECT = "glm4ft inspect shows the mask"
 # Share of the loss from which its certified part explains a run that does not get lower. Clean runs have none.

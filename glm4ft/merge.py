@@ -102,7 +102,7 @@ def merge_adapter(adapter: Path, output: Path, *, model: str | None = None, dtyp
     output = output.expanduser().absolute()
     _require_unused(output)
     adapter = adapter.expanduser()
-    config = _require_adapter(adapter)
+    config = require_adapter(adapter)
     base = _load_base(adapter, config, model, dtype)
     dtype = {torch.bfloat16: "bf16", torch.float32: "fp32"}[base.model.dtype]
     probe_BT = _probe(base)
@@ -125,7 +125,12 @@ def _require_unused(output: Path) -> None:
         )
 
 
-def _require_adapter(adapter: Path) -> dict[str, Any]:
+def require_adapter(adapter: Path) -> dict[str, Any]:
+    """The configuration of a LoRA adapter whose weights are there, in safetensors.
+
+    Raises:
+        ModelError: if the folder holds none.
+    """
     if not (adapter / CONFIG).is_file():
         checkpoints = sorted(path.parent.name for path in adapter.glob(f"checkpoint-*/{CONFIG}"))
         raise ModelError(

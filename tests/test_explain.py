@@ -94,6 +94,13 @@ def test_run_keeps_its_rows_in_the_form_of_inspect(learnt: Any, tmp_path: Path) 
     ]
 
 
+def test_adapter_in_a_pickle_is_refused(foreign: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copy(foreign / "adapter_config.json", tmp_path)
+    (tmp_path / "adapter_model.bin").write_bytes(b"\x80")
+    assert run(["explain", str(tmp_path), "--data=demo", "--model=tiny"]) == 2
+    assert "pickle" in capsys.readouterr().err
+
+
 def test_folder_without_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["explain", str(tmp_path)]) == 2
     error = capsys.readouterr().err

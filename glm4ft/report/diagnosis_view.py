@@ -71,7 +71,8 @@ def token_table(evidence: Evidence) -> Table | None:
     worst = [token for token in evidence.worst_tokens if token.loss > _LEAST_LOSS][:_TOKENS]
     if not worst:
         return None
-    table = Table("line", "position", "part", "token", "loss", "floor", "p", "model says", "share", box=box.SIMPLE)
+    # a rule at the left of every line, so that no line starts with text from the data
+    table = Table("line", "at", "part", "token", "loss", "floor", "p", "model says", "share", box=box.SQUARE)
     for token in worst:
         floor = "" if token.floor is None else f"{token.floor:.2f}"
         place = (str(token.line), str(token.position), f"{token.role} {token.part}".strip())

@@ -108,7 +108,8 @@ def stop_warnings(tokens: Iterable[TokenFloor]) -> Iterator[str]:
 
 
 def _token_table(tokens: list[TokenFloor], total: float) -> Table:
-    table = Table("token", "times", "floor each", "by the head", "share", box=box.SIMPLE)
+    # a rule at the left of every line, so that no line starts with text from the data
+    table = Table("token", "times", "floor each", "by the head", "share", box=box.SQUARE)
     for token in tokens:
         share = token.floor * token.count / total
         figures = (f"{token.count:,}", f"{token.floor:.4f}", f"{token.head:.4f}", f"{share:.0%}")

@@ -94,6 +94,11 @@ class Reference:
         pair = adapted_modules(list(trained)).get("lm_head")
         return weight + self._scaled(pair, trained, "lm_head") if pair else weight
 
+    def deltas(self, trained: Tensors) -> Tensors:
+        """What each adapter adds to its module's weight (out, in), by the module's name in the base."""
+        pairs = adapted_modules(list(trained))
+        return {module: self._scaled(pair, trained, module).cpu() for module, pair in pairs.items()}
+
     def logits(self, hidden_TD: torch.Tensor, trained: Tensors) -> torch.Tensor:
         """What the output head makes of hidden states; shape (T, V)."""
         return (hidden_TD.to(self.device) @ self.head_weight(trained).T).cpu()

@@ -142,5 +142,5 @@ def require_subject(subject: Any, spec: str = "") -> None:
 
 
 def parts(subject: Any) -> frozenset[str]:
-    """The members a subject has, required and optional."""
-    return frozenset(name for name in (*REQUIRED, *OPTIONAL) if getattr(subject, name, None) is not None)
+    """The members a subject has, required and optional; ``distributed`` only counts if it is true."""
+    return frozenset(name for name in (*REQUIRED, *OPTIONAL) if getattr(subject, name, None) not in (None, False))

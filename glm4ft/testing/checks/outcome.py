@@ -250,16 +250,20 @@ def _require_prompt(trial: Trial, sent: list[int], expected: list[int]) -> None:
     if sent != expected:
         at = _shared(sent, expected)
         decode = trial.subject.tokenizer.decode
+        what = f"the prompt of inference has {len(sent)} ids, the trained one {len(expected)}"
+        if at == len(expected):
+            raise CheckFailed(f"{what}; it goes on where the answer is to begin: {decode(sent[at : at + 6])!r}")
         raise CheckFailed(
-            f"the prompt of inference has {len(sent)} ids, the trained one {len(expected)}; from position {at} on it "
-            f"is {decode(sent[at : at + 6])!r}, not {decode(expected[at : at + 6])!r}"
+            f"{what}; from position {at} on it is {decode(sent[at : at + 6])!r}, not {decode(expected[at : at + 6])!r}"
         )
 
 
 def _require_said(trial: Trial, got: list[int], expected: list[int]) -> None:
     if got != expected:
         said, meant = (trial.subject.tokenizer.decode(ids) for ids in (got, expected))
-        raise CheckFailed(f"the model says {said!r} where it learnt {meant!r}")
+        is_cut = got == expected[: len(got)]
+        cause = f": cut after {len(got)} new tokens, under the limit" * is_cut
+        raise CheckFailed(f"the model says {said!r} where it learnt {meant!r}{cause}")
 
 
 def _figures(result: Any) -> dict[str, float]:

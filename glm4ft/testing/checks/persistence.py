@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,6 @@ NEEDS = ("build_model", "train")
 # 1.1e-2 on one in bf16, where Trainer's autocast rounds the adapter too (x86-64 CPU, 2026-11-25).
 LOGITS_LIMIT = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 RESUMED_AT = (3, 4)  # in the middle of the first epoch of the short conversations, and at its end
-
-
-@check(stage="persistence", needs=(*NEEDS, "save", "load"), incident="PEFT 2118: keys renamed, nothing loaded")
-def check_adapter_survives_the_disk(trial: Trial) -> None:
-    """Saved and loaded onto a fresh base, the adapter gives the same logits."""
-    _require_same_logits(trial, trial.subject.load(str(trial.base_dir), str(_saved(trial))), "loaded")
 
 
 @check(
@@ -69,6 +64,14 @@ def check_saved_configuration_gives_the_same_scale(trial: Trial) -> None:
                               f"{expected[1]:.4g}")  # fmt: skip
 
 
+@check(stage="persistence", needs=(*NEEDS, "save", "load"), incident="PEFT 2118: keys renamed, nothing loaded")
+def check_adapter_survives_the_disk(trial: Trial) -> None:
+    """Saved and loaded onto a fresh base, the adapter gives the same logits."""
+    _require_same_logits(
+        trial, trial.subject.load(str(trial.base_dir), str(_saved(trial))), "loaded", LOGITS_LIMIT[trial.dtype]
+    )
+
+
 @check(
     stage="persistence",
     needs=(*NEEDS, "save"),
@@ -91,11 +94,13 @@ def check_tokenizer_lies_beside_the_adapter(trial: Trial) -> None:
 
 @check(stage="persistence", needs=(*NEEDS, "save", "merge"), incident="PEFT 2489: no scale; ms-swift 9830: no merge")
 def check_merged_model_is_the_adapted_one(trial: Trial) -> None:
-    """The merged checkpoint, in plain transformers, gives the adapted model's logits."""
+    """The merged checkpoint, in plain transformers, gives the adapted model's logits, as its dtype can hold them."""
     from transformers import AutoModelForCausalLM
 
     merged: Any = AutoModelForCausalLM.from_pretrained(str(_merged(trial)), dtype=torch.float32)
-    _require_same_logits(trial, merged, "merged")
+    stored = json.loads((_merged(trial) / "config.json").read_text("utf-8")).get("dtype")
+    limit = max(LOGITS_LIMIT[trial.dtype], LOGITS_LIMIT[torch.bfloat16 if stored == "bfloat16" else torch.float32])
+    _require_same_logits(trial, merged, "merged", limit, lambda: _merge_cause(trial))
 
 
 @check(
@@ -175,6 +180,27 @@ def _merged(trial: Trial) -> Path:
     return Path(trial.shared["merged"])
 
 
+def _merge_cause(trial: Trial) -> str:
+    """What the merged weights say of a merge, if they say it: its scale, a transposed delta, an adapter beside them."""
+    if list(_merged(trial).glob("adapter_*")):
+        return "an adapter lies beside the merged weights and is applied to them twice"
+    stored = {
+        name: tensor for shard in _merged(trial).glob("*.safetensors") for name, tensor in load_file(shard).items()
+    }
+    for module, delta in trial.reference.deltas(trial.overfit.trained).items():
+        name = f"{module}.weight"
+        if name not in stored or stored[name].shape != delta.shape:
+            return f"the merged checkpoint has no {name} of the base's shape"
+        got = stored[name].float() - trial.reference.weights[name].cpu()
+        factor = float((got * delta).sum() / (delta * delta).sum())
+        if not float((got - factor * delta).norm()) <= 1e-2 * float(delta.norm()):
+            is_transposed = delta.shape == delta.T.shape and torch.allclose(got, delta.T, atol=1e-5)
+            return f"the delta of {module} is " + ("transposed" if is_transposed else "another")
+        if abs(factor - 1) > 1e-2:
+            return f"the delta of {module} is merged at {factor:.4g} times its scale"
+    return ""
+
+
 def _keys(folder: Path) -> set[str]:
     names = set()
     for shard in folder.glob("*.safetensors"):
@@ -183,7 +209,7 @@ def _keys(folder: Path) -> set[str]:
     return names
 
 
-def _require_same_logits(trial: Trial, model: Any, how: str) -> None:
+def _require_same_logits(trial: Trial, model: Any, how: str, limit: float, cause: Callable[[], str] = str) -> None:
     ids = torch.tensor([list(trial.rows(trial.demo)[0][0])])
     base = trial.reference
     with torch.no_grad():
@@ -192,8 +218,10 @@ def _require_same_logits(trial: Trial, model: Any, how: str) -> None:
         )
         untrained = base.logits(base.hidden(ids[0].tolist(), {}), {})
     size = float((got - expected).norm() / expected.norm())
-    if not within(f"persistence: logits of the {how} model", size, LOGITS_LIMIT[trial.dtype]):
-        is_base = float((got - untrained).norm() / untrained.norm()) <= LOGITS_LIMIT[trial.dtype]
+    kind = f"{how} model" + ", bf16" * (limit > LOGITS_LIMIT[torch.float32])
+    if not within(f"persistence: logits of the {kind}", size, limit):
+        is_base = float((got - untrained).norm() / untrained.norm()) <= limit
         raise CheckFailed(
-            f"the {how} model's logits are {size:.1e} off the trained one's" + ": they are the base's" * is_base
+            f"the {how} model's logits are {size:.1e} off the trained one's"
+            + (": they are the base's" if is_base else f"; likely cause: {found}" if (found := cause()) else "")
         )

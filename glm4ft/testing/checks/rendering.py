@@ -158,21 +158,27 @@ def check_no_stale_ids_are_used(trial: Trial) -> None:
     if not {"train", "build_model"} <= parts(trial.subject):
         return
     folder, changed = trial.new_folder("stale"), [_changed(c) for c in trial.conversations]
-    _train(trial, trial.subject, trial.base_dir, trial.conversations, folder)
+    trace = _train(trial, trial.subject, trial.base_dir, trial.conversations, folder)
+    if not _trains_its_rows(trace, trial.subject, trial.conversations):
+        raise NotApplicable("not judged: other rows than those of encode are trained before anything changes")
     _require_fresh(trial, other, base, trial.conversations, folder, "the tokenizer")
     _require_fresh(trial, trial.subject, trial.base_dir, changed, folder, "the conversations")
 
 
 def _require_fresh(trial: Trial, subject: Any, base: Path, conversations: Any, folder: Path, what: str) -> None:
     """Fail if what is trained are not the rows that the subject now makes."""
-    encoded = [subject.encode(c["messages"], c.get("tools")) for c in conversations]
-    known = KnownRows([(tuple(row["input_ids"]), tuple(row["labels"])) for row in encoded])
     trace = _train(trial, subject, base, conversations, folder)
-    seen = [known.sight(forward) for step in trace.steps for forward in step.forwards]
-    if any(not sighting.rows or sighting.unknown for sighting in seen):
+    if not _trains_its_rows(trace, subject, conversations):
         ids = trace.steps[0].forwards[0].input_ids_BT[0].tolist()
         shown = show_token(subject.tokenizer, ids, len(ids) // 2)
         raise CheckFailed(f"after a change of {what} in the same folder, old rows are trained (as {shown})")
+
+
+def _trains_its_rows(trace: Any, subject: Any, conversations: Any) -> bool:
+    encoded = [subject.encode(c["messages"], c.get("tools")) for c in conversations]
+    known = KnownRows([(tuple(row["input_ids"]), tuple(row["labels"])) for row in encoded])
+    seen = [known.sight(forward) for step in trace.steps for forward in step.forwards]
+    return all(sighting.rows and not sighting.unknown for sighting in seen)
 
 
 def _train(trial: Trial, subject: Any, base: Path, conversations: Any, folder: Path) -> Any:

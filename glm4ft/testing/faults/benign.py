@@ -39,11 +39,11 @@ class Variation:
         return " ".join((self.subject.__doc__ or "").split("\n\n")[0].split())
 
 
-def variation(id: str) -> Callable[[Kind], Kind]:
-    """Register a variation."""
+def variation(id: str, processes: int = 1) -> Callable[[Kind], Kind]:
+    """Register a variation; the checks of several processes take long, so only some are tried in more than one."""
 
     def register(subject: Kind) -> Kind:
-        subject.name = id
+        subject.name, subject.distributed = id, processes > 1
         VARIATIONS[id] = Variation(id, subject)
         return subject
 
@@ -55,7 +55,7 @@ def all_variations() -> dict[str, Variation]:
     return VARIATIONS
 
 
-@variation("healthy")
+@variation("healthy", processes=2)
 class Healthy(Subject):
     """The plain loop as it is; the first gradient of every A is zero in it, since B is."""
 
@@ -290,7 +290,7 @@ class LargeEvaluationBatches(Subject):
         yield self.collate(sorted(rows, key=lambda row: len(row["input_ids"])))
 
 
-@variation("scaled-by-token-mean")
+@variation("scaled-by-token-mean", processes=2)
 class ScaledByTokenMean(Subject):
     """Each micro-batch is averaged over its tokens and then weighted by its share of them."""
 

@@ -47,7 +47,11 @@ class AdapterAppliedTwice(Subject):
             (Path(output) / path.name).write_bytes(path.read_bytes())
 
 
-@fault("export-key-prefix-wrong", evidence="alpaca-lora 6ced8d9", cause=r"keys?|tensors?|prefix|lacks|no model\.")
+@fault(
+    "export-key-prefix-wrong",
+    evidence="alpaca-lora 6ced8d9",
+    cause=r"is missing from the merged|prefix",
+)
 class ExportKeyPrefixWrong(Subject):
     """Too much of the prefix is taken off the exported keys, and the loader draws the layers anew."""
 
@@ -66,10 +70,10 @@ def tensors(model: Any) -> list[tuple[str, Any]]:
     "tied-head-merge",
     evidence="PEFT 2025; ms-swift 5261; LLaMA-Factory 6446",
     cause=r"head|tie",
-    simulated="the base is not tied; the export says that it is, so that loading ties head and embedding anew",
+    simulated="the base is not tied; its export says so, and holds one matrix for head and embedding",
 )
 class TiedHeadMerge(Subject):
-    """An adapter on the head is merged, and the tie of head and embedding undoes it when the export is loaded."""
+    """An adapter on the head is merged, and the tie of head and embedding undoes it on the way to the disk."""
 
     lora: Mapping[str, Any] = {**Subject.lora, "target_modules": [*Subject.lora["target_modules"], "lm_head"]}
 
@@ -77,6 +81,7 @@ class TiedHeadMerge(Subject):
         merged = super().merged(model)
         merged.config = copy.deepcopy(merged.config)
         merged.config.tie_word_embeddings = True
+        merged.lm_head.weight = merged.get_input_embeddings().weight
         return merged
 
 

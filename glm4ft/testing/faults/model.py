@@ -206,16 +206,10 @@ class NewTokenRowsUntrained(Subject):
 
     def __init__(self, base_dir: str) -> None:
         super().__init__(base_dir)
-        new_id = len(self.tokenizer)
-        for backend in (self._plain, self.tokenizer.backend_tokenizer):
-            spec = json.loads(backend.to_str())
-            spec["model"]["vocab"]["\u0120so"] = new_id
-            spec["model"]["merges"].insert(0, ["\u0120s", "o"])
-            extended = Tokenizer.from_str(json.dumps(spec))
-            if backend is self._plain:
-                self._plain = extended
-            else:
-                self.tokenizer._tokenizer = extended
+        spec = json.loads(self._plain.to_str())
+        spec["model"]["vocab"]["\u0120so"] = len(self.tokenizer)
+        spec["model"]["merges"].insert(0, ["\u0120s", "o"])
+        self._plain = Tokenizer.from_str(json.dumps(spec))
 
 
 @fault(

@@ -53,8 +53,15 @@ class OptimizerMissesSome(Subject):
 class LrGroupEmpty(Subject):
     """The group that was to have a rate of its own matches nothing."""
 
+    ratio = 16  # of the rate of the matrices B, as LoRA+ has it
+
     def parameter_groups(self, model: Any, plan: Mapping[str, Any]) -> list[dict[str, Any]]:
-        return [*super().parameter_groups(model, plan), {"params": [], "weight_decay": plan["weight_decay"]}]
+        found = [p for p in trained(model) if "lora_B" in type(p).__name__]  # the type of the parameter, not its name
+        return [*super().parameter_groups(model, plan), {"params": found, "weight_decay": plan["weight_decay"]}]
+
+    def set_rate(self, run: Run) -> None:
+        super().set_rate(run)
+        run.optimizer.param_groups[-1]["lr"] *= self.ratio
 
 
 @fault("weight-decay-grouping", evidence="OpenRLHF 1253; ms-swift 7980", cause=r"weight_decay|decay")

@@ -68,7 +68,7 @@ PEERS = (
         ("trl", *HF),
         known_failures.TRL,
         "`SFTTrainer` with conversational prompt-completion data, the road that its documentation leaves for a model "
-        "whose template it does not know.",
+        "whose template it does not know. `max_length` is 32,768: the default of 1,024 cuts without a word.",
     ),
     Peer(
         "LLaMA-Factory",
@@ -76,7 +76,10 @@ PEERS = (
         "llamafactory",
         ("llamafactory", *HF, "trl"),
         known_failures.LLAMA_FACTORY,
-        "`stage: sft`, `template: glm4`, `lora_target: all`; `neat_packing` where it packs.",
+        "`stage: sft`, `template: glm4`, `lora_target: all`; `neat_packing` where it packs. `cutoff_len` is 32,768 "
+        "where it does not: the default of 2,048 cuts without a word. `use_reentrant_gc` is off, since the suite cannot "
+        "follow gradients through the other kind. torchvision is not installed, and torchaudio's compiled extension, "
+        "which needs CUDA, is taken away; text uses neither. Evaluation is not on trial: the adapter has none.",
     ),
     Peer(
         "ms-swift",
@@ -84,8 +87,9 @@ PEERS = (
         "ms-swift",
         ("ms-swift", *HF),
         known_failures.MS_SWIFT,
-        "`swift sft` with model type and template `glm4`, `target_modules: all-linear`. Its packing needs flash "
-        "attention, so a CUDA GPU.",
+        "`swift sft` with model type and template `glm4`, `target_modules: all-linear`. `lora_dropout` is 0, since a "
+        "replay needs it, and `data_seed` the seed. Its packing needs flash attention, so a CUDA GPU; evaluation is "
+        "not on trial: the adapter has none.",
     ),
     Peer(
         "official script",
@@ -93,8 +97,8 @@ PEERS = (
         "trl",
         HF,
         known_failures.OFFICIAL_SCRIPT,
-        "The label rules of `finetune/finetune.py` (THUDM/GLM-4 at 9c0e421) re-stated, `combine: false`; trained by "
-        "plain `transformers.Trainer`.",
+        "The label rules of `finetune/finetune.py` (THUDM/GLM-4 at 9c0e421) re-stated, `combine: false`: not the "
+        "script itself. Trained by plain `transformers.Trainer`.",
     ),
     Peer(
         "official script, combine",
@@ -109,7 +113,8 @@ INTRODUCTION = f"""# Scoreboard
 
 Trainers that we did not write, judged by `glm4ft check` on the built-in base, on a CPU, in fp32. Each runs in the
 versions that it asks for, with its own encoding, collation and training code, in the configuration that it documents
-for dense GLM-4. Nothing in it is patched. `python docs/scoreboard.py` writes this page.
+for dense GLM-4; where it departs from a default, the peer's section says so. No code of a peer is patched.
+`python docs/scoreboard.py` writes this page.
 
 {SIGNS["passed"]} all checks of the stage passed · {SIGNS["fault"]} a fault, with the number of checks that see it ·
 {SIGNS["alternative"]} a convention that differs from the suite's and works · {SIGNS["skipped"]} not judged: the peer

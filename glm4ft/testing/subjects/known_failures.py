@@ -93,14 +93,6 @@ NO_TARGETS = KnownFailure(
 TRANSFORMERS = (NO_TARGETS, *TRAINER_EVALUATES)
 LLAMA_FACTORY = (
     KnownFailure(
-        check="long_conversations_are_not_cut",
-        kind="fault",
-        what="cuts conversations at `cutoff_len`, 2,048 tokens by default, without a word",
-        consequence="the last turns of long conversations are lost, and the turn that is cut ends with a stop token "
-        "that nobody said",
-        remedy="`cutoff_len: 32768`, or what the longest conversation needs",
-    ),
-    KnownFailure(
         check="lists_have_one_length_and_labels_equal_ids_where_supervised",
         kind="alternative",
         what="trains `<|endoftext|>` as the stop of every turn; inside of a conversation it is the label over the next "

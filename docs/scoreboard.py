@@ -148,7 +148,7 @@ def judge(peer: Peer) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "results.json"
         inside = ["python", str(Path(__file__)), "--collect", peer.name, str(file)]
-        subprocess.run(["tox", "run", "-e", peer.env, "--", *inside], cwd=DOCS.parent, check=True)
+        subprocess.run([sys.executable, "-m", "tox", "run", "-e", peer.env, "--", *inside], cwd=DOCS.parent, check=True)
         found: dict[str, Any] = json.loads(file.read_text("utf-8"))
     return found
 

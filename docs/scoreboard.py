@@ -77,7 +77,7 @@ PEERS = (
         ("llamafactory", *HF, "trl"),
         known_failures.LLAMA_FACTORY,
         "`stage: sft`, `template: glm4`, `lora_target: all`; `neat_packing` where it packs. `cutoff_len` is 32,768 "
-        "where it does not: the default of 2,048 cuts without a word. `use_reentrant_gc` is off, since the suite cannot "
+        "where it does not: the default of 2,048 cuts without a word. `use_reentrant_gc` is off, since the suite can't "
         "follow gradients through the other kind. torchvision is not installed, and torchaudio's compiled extension, "
         "which needs CUDA, is taken away; text uses neither. Evaluation is not on trial: the adapter has none.",
     ),

@@ -71,6 +71,7 @@ CASES = {
     "assistant-header-trained": Case("header-supervised"),
     "stop-token-owned-by-next-turn": Case("terminator-never-learned"),
     "wrong-stop-id": Case("terminator-never-learned"),
+    "stop-token-masked-as-pad": Case("terminator-never-learned"),
     "stop-token-not-appended": Case("terminator-never-learned"),
     "last-answer-token-masked": Case("header-supervised"),
     "only-last-turn-trained": Case("turns-not-trained"),

@@ -64,7 +64,7 @@ class Bench:
         folder.mkdir()
         trial = Trial(load_subject(spec, base_dir), base_dir, folder, spec)
         if is_large(self.bases.spec):
-            trial.standard, trial.overfit_steps = LARGE_PLAN, LARGE_OVERFIT_STEPS
+            trial.standard, trial.overfit_steps, trial.keeps_models = LARGE_PLAN, LARGE_OVERFIT_STEPS, False
         return trial
 
     def run(self, check: Check, spec: str, dtype: str, expected_failures: Mapping[str, str]) -> Result:
@@ -75,8 +75,7 @@ class Bench:
         trial = self.trial(spec, dtype)
         expected = {**known_failures(trial.subject), **expected_failures}
         result = run_check(check, trial, expected.get(check.name, ""))
-        if is_large(self.bases.spec):
-            trial.release_models()
+        trial.release_models()
         return result
 
 

@@ -16,7 +16,7 @@ from glm4ft.testing.checks.conversations import Conversations
 from glm4ft.testing.checks.registry import CheckFailed, NotApplicable, check
 from glm4ft.testing.checks.trial import Trial
 from glm4ft.testing.oracle import IGNORED
-from glm4ft.testing.reference import Row, clip_factor
+from glm4ft.testing.reference import Row
 from glm4ft.testing.stability import assert_few_steps_clipped, assert_grad_norms_decay, assert_grad_norms_stable
 from glm4ft.testing.thresholds import within
 from glm4ft.testing.trace import Tensors, record
@@ -178,7 +178,7 @@ def check_evaluation_prompts_as_serving_does(trial: Trial) -> None:
 @check(stage="outcome", needs=NEEDS, incident="zai-org/GLM-4 342: a norm of 32.75 beside 0.01")
 def check_gradient_norms_are_stable(trial: Trial) -> None:
     """Every norm is finite, none jumps out of its neighbourhood, they die away, and clipping ends early."""
-    norms = [clip_factor(step.raw, 0)[0] for step in trial.overfit.trace.steps]
+    norms = trial.overfit.grad_norms
     try:
         assert_grad_norms_stable(norms)
         assert_grad_norms_decay(norms)

@@ -32,7 +32,7 @@ def check_saved_adapter_is_complete(trial: Trial) -> None:
     if not file.exists():
         raise NotApplicable(f"save wrote no {file.name}")
     stored = load_file(file)
-    live = {name: p.detach().cpu() for name, p in trial.overfit.model.named_parameters() if "lora_" in name}
+    live = {name: p.detach().cpu() for name, p in trial.trained.model.named_parameters() if "lora_" in name}
     got, expected = adapted_modules(list(stored)), adapted_modules(list(live))
     for words, modules in (
         ("is missing", expected.keys() - got.keys()),
@@ -166,7 +166,7 @@ def _saved(trial: Trial) -> Path:
     """A folder with the trained adapter, saved once."""
     if "saved" not in trial.shared:
         folder = trial.new_folder("saved")
-        trial.subject.save(trial.overfit.model, str(folder))
+        trial.subject.save(trial.trained.model, str(folder))
         trial.shared["saved"] = folder
     return Path(trial.shared["saved"])
 
@@ -187,7 +187,7 @@ def _merge_cause(trial: Trial) -> str:
     stored = {
         name: tensor for shard in _merged(trial).glob("*.safetensors") for name, tensor in load_file(shard).items()
     }
-    for module, delta in trial.reference.deltas(trial.overfit.trained).items():
+    for module, delta in trial.reference.deltas(trial.trained.trained).items():
         name = f"{module}.weight"
         if name not in stored or stored[name].shape != delta.shape:
             return f"the merged checkpoint has no {name} of the base's shape"
@@ -214,7 +214,7 @@ def _require_same_logits(trial: Trial, model: Any, how: str, limit: float, cause
     base = trial.reference
     with torch.no_grad():
         expected, got = (
-            m.eval()(input_ids=ids.to(m.device)).logits.float().cpu()[0] for m in (trial.overfit.model, model)
+            m.eval()(input_ids=ids.to(m.device)).logits.float().cpu()[0] for m in (trial.trained.model, model)
         )
         untrained = base.logits(base.hidden(ids[0].tolist(), {}), {})
     size = float((got - expected).norm() / expected.norm())

@@ -24,9 +24,9 @@ WATCHING: dict[str, dict[str, Any]] = {
 @check(stage="side-effects", needs=NEEDS, incident="OpenRLHF 1253: frozen weights decay; ms-swift 9452")
 def check_base_is_untouched(trial: Trial) -> None:
     """After training every tensor of the base has the bits it had on the disk."""
-    state = trial.overfit.model.state_dict().items()
+    state = trial.trained.model.state_dict().items()
     weights = {base_name(name): tensor for name, tensor in state if "lora_" not in name}
-    trained = {base_name(name) for name in trial.overfit.trace.trained}
+    trained = {base_name(name) for name in trial.trained.trace.trained}
     for shard in sorted(trial.base_dir.glob("*.safetensors")):
         with safe_open(shard, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  # not a dict
@@ -65,7 +65,7 @@ def check_evaluation_runs_in_eval_mode(trial: Trial) -> None:
     run = trial.run(**WATCHING["evaluating"])
     passes = [forward for _, forward in run.trace.evaluations]
     if hasattr(trial.subject, "evaluate"):
-        model = trial.overfit.model.train()
+        model = trial.trained.model.train()
         with record(model, 1) as trace:
             trial.subject.evaluate(model, trial.conversations)
         passes += [forward for _, forward in trace.evaluations]
@@ -82,7 +82,7 @@ def check_evaluation_runs_in_eval_mode(trial: Trial) -> None:
 @check(stage="side-effects", needs=NEEDS, incident="ms-swift 9452: a save switched requires_grad off; seq2seq 38")
 def check_subjects_parts_leave_the_model_alone(trial: Trial) -> None:
     """Evaluating, saving and generating change no parameter, no mode and no ``requires_grad``."""
-    model = trial.overfit.model.train()
+    model = trial.trained.model.train()
     for name, use in _parts_that_look(trial, model):
         before, parameters = _state(model), {n: p.detach().clone() for n, p in model.state_dict().items()}
         use()

@@ -15,8 +15,9 @@ import torch
 from glm4ft.testing.adapter import Adapter
 from glm4ft.testing.checks.conversations import Conversations, all_conversations
 from glm4ft.testing.checks.registry import STAGES, CheckFailed, NotApplicable
-from glm4ft.testing.reference import Reference, Row
+from glm4ft.testing.reference import Reference, Row, clip_factor
 from glm4ft.testing.replay import Verdict, replay
+from glm4ft.testing.replayed_step import History, ReplayedStep
 from glm4ft.testing.sightings import KnownRows
 from glm4ft.testing.subject import load_subject, make_plan
 from glm4ft.testing.trace import Forward, Tensors, Trace, record
@@ -57,6 +58,13 @@ class Run:
     def known(self) -> KnownRows:
         """Its rows, to be found again."""
         return KnownRows(self.rows)
+
+    @functools.cached_property
+    def grad_norms(self) -> list[float]:
+        """Global norm of each step's gradient before clipping, without the loss scale that the first step shows."""
+        history = History(self.reference, self.known, self.plan, self.trace.dtype)
+        scale = ReplayedStep(1, self.trace.steps[0], history).loss_scale if self.trace.steps else 1.0
+        return [clip_factor(step.raw, 0)[0] / scale for step in self.trace.steps]
 
     @functools.cached_property
     def order(self) -> Order:
@@ -102,6 +110,8 @@ class Trial:
             the subject's class, if it can be imported.
         standard: changes of the standard plan that a base needs.
         overfit_steps: that suffice to learn two conversations by heart.
+        keeps_models: whether every run keeps its model, or only the one that is learnt by heart, where a second one
+            does not fit.
         shared: whatever else several checks need.
     """
 
@@ -111,6 +121,7 @@ class Trial:
     spec: str = ""
     standard: Mapping[str, Any] = field(default_factory=dict)
     overfit_steps: int = 60  # the built-in base needs 36
+    keeps_models: bool = True
     shared: dict[str, Any] = field(default_factory=dict)
     _runs: dict[str, Run] = field(default_factory=dict)
 
@@ -163,6 +174,11 @@ class Trial:
     def overfit(self) -> Run:
         """A run on the two bundled conversations, long enough to learn them by heart."""
         return self.run("demo", steps=self.overfit_steps)
+
+    @property
+    def trained(self) -> Run:
+        """A run whose model is at hand, for claims about what any training leaves."""
+        return self.run() if self.keeps_models else self.overfit
 
     def recorded(self, of: str) -> Run | None:
         """The longest run on some data that a check has asked for so far, by the standard plan; None if none has."""
@@ -256,9 +272,9 @@ class Trial:
         return Run(plan, rows, trace, list(log or []), model, self.reference, torch.get_rng_state())
 
     def release_models(self) -> None:
-        """Give back the models of all runs but the one that is learnt by heart, where a second one does not fit."""
+        """Give back the models that are not kept."""
         for key, run in self._runs.items():
-            if json.loads(key) != ["demo", {"steps": self.overfit_steps}]:
+            if not self.keeps_models and json.loads(key) != ["demo", {"steps": self.overfit_steps}]:
                 run.model = None
 
     def replayed(self, **changes: Any) -> Verdict:

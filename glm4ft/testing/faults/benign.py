@@ -269,9 +269,9 @@ class AdapterOnTheHead(Subject):
 
 @variation("one-layer")
 class OneLayer(Subject):
-    """Only one layer has adapters, as was asked for."""
+    """Only one layer has adapters, as was asked for, with twice the rank."""
 
-    lora: Mapping[str, Any] = {**Subject.lora, "layers_to_transform": [1]}
+    lora: Mapping[str, Any] = {**Subject.lora, "layers_to_transform": [1], "r": 16, "lora_alpha": 32}
 
 
 @variation("end-of-text")

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 from tqdm import tqdm
 
@@ -23,6 +23,9 @@ from glm4ft.testing.faults.practices import PRACTICES, Noticed, try_practices
 from glm4ft.testing.faults.registry import all_faults
 from glm4ft.testing.faults.warm import in_parallel
 from glm4ft.trajectory import write_atomically
+
+LOG_WIDTH = 150
+COLUMNS = ("stage", "first check that caught it", "verdict", "cause", "seconds")
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,9 @@ def show_faults(
     from glm4ft.testing.faults.pages import matrix_page
 
     matrix = try_all(ids, practices=practices, num_workers=num_workers)
-    _print(Console(highlight=False, quiet=json_file == "-"), matrix)
+    # a log file has no width of its own, and 80 columns would cut the ids that one looks for
+    width = None if sys.stdout.isatty() else LOG_WIDTH
+    _print(Console(highlight=False, quiet=json_file == "-", width=width), matrix)
     text = json.dumps(summary(matrix), ensure_ascii=False, indent=1) + "\n"
     if json_file == "-":
         sys.stdout.write(text)
@@ -147,7 +152,7 @@ def summary(matrix: Matrix) -> dict[str, Any]:
 
 def _print(console: Console, matrix: Matrix) -> None:
     if matrix.faults:
-        table = Table("fault", "stage", "first check that caught it", "verdict", "cause", "seconds", box=box.SIMPLE)
+        table = Table(Column("fault", no_wrap=True), *COLUMNS, box=box.SIMPLE)
         for caught in matrix.faults:
             style = "green" if caught.is_right else "bold red"
             verdict = Text(caught.diagnosed_stage or "not caught", style=style)

@@ -9,7 +9,7 @@ import torch
 
 from glm4ft.chat_format import IGNORED, PREFIX
 from glm4ft.testing.faults.registry import faults_at
-from glm4ft.testing.subjects.plain_loop import Conversations, Run, Subject
+from glm4ft.testing.subjects.plain_loop import Run, Subject
 from glm4ft.testing.subjects.plain_loop_data import Batch, Row
 
 ESCAPES = (
@@ -48,15 +48,9 @@ class EvalPromptCutsQuestion(Subject):
 class EvalLossDividedByAccumulation(Subject):
     """The loss of an evaluation is divided by the number of micro-batches, as if it were trained on."""
 
-    accumulation = 1
-
-    def begin(self, model: Any, conversations: Conversations, plan: Mapping[str, Any]) -> Run:
-        self.accumulation = plan["accumulation"]
-        return super().begin(model, conversations, plan)
-
-    def score(self, model: Any, rows: Sequence[Row]) -> dict[str, float]:
-        figures = super().score(model, rows)
-        return {**figures, "loss": figures["loss"] / self.accumulation}
+    def evaluate_in_training(self, run: Run) -> dict[str, float]:
+        figures = super().evaluate_in_training(run)
+        return {**figures, "loss": figures["loss"] / run.plan["accumulation"]}
 
 
 @fault("eval-tail-duplicates", evidence="accelerate 578, 982", cause=r"twice|duplicate|batch|last")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
-from itertools import count, islice
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +52,7 @@ class AdapterNameSubstring(Subject):
 
 @fault("tokenizer-not-saved", evidence="functionary 289; axolotl 3112", cause=r"template|tokenizer")
 class TokenizerNotSaved(Subject):
-    """The adapter is saved without the chat template that it was trained with."""
-
-    def __init__(self, base_dir: str) -> None:
-        super().__init__(base_dir)
-        self.tokenizer.chat_template = self.tokenizer.chat_template.replace("# Tools", "# Functions")
+    """The adapter is saved without the tokenizer and the chat template that it was trained with."""
 
     def save(self, model: Any, folder: str) -> None:
         model.save_pretrained(folder)
@@ -87,17 +83,15 @@ class ResumeOptimizerLost(Subject):
 class ResumeDataRestarts(Subject):
     """The data start again at the beginning."""
 
-    def stream(self, num_items: int, run: Run) -> Iterator[int]:
-        seed = run.plan["seed"]
-        order = (index for epoch in count() for index in self.epoch_order(num_items, epoch, seed, rank()))
-        return islice(order, rank(), None, world_size())
+    def behind_what_was_seen(self, stream: Iterator[int], num_items: int, run: Run) -> Iterator[int]:
+        return stream
 
 
 @fault("resume-skip-every-epoch", evidence="accelerate 1466", cause=r"rows?|order|data|epoch")
 class ResumeSkipEveryEpoch(Subject):
     """What was seen before the resume is skipped in every later epoch too."""
 
-    def stream(self, num_items: int, run: Run) -> Iterator[int]:
+    def behind_what_was_seen(self, stream: Iterator[int], num_items: int, run: Run) -> Iterator[int]:
         done = run.step * run.plan["accumulation"] * run.plan["micro_batch_size"] * world_size()
         first, skipped = divmod(done, num_items)
         for epoch in count(first):
@@ -121,13 +115,14 @@ class ResumeEpochOffByOne(Subject):
 class ResumeMasterWeightsStale(Subject):
     """The optimiser's own copies of the weights are older than the checkpoint, and its first step writes them back."""
 
-    def make_optimizer(self, model: Any, plan: Mapping[str, Any]) -> torch.optim.Optimizer:
-        self.masters = [parameter.detach().clone() for parameter in trained(model)]
-        return super().make_optimizer(model, plan)
+    def resume(self, run: Run, folder: Path) -> None:
+        masters = [parameter.detach().clone() for parameter in trained(run.model)]
+        super().resume(run, folder)
 
-    @torch.no_grad()
-    def update(self, run: Run) -> None:
-        for parameter, master in zip(trained(run.model), self.masters, strict=True):
-            parameter.copy_(master)
-        super().update(run)
-        self.masters = [parameter.detach().clone() for parameter in trained(run.model)]
+        @torch.no_grad()
+        def write_back(*_: Any) -> None:
+            for parameter, master in zip(trained(run.model), masters, strict=True):
+                parameter.copy_(master)
+            hook.remove()
+
+        hook = run.optimizer.register_step_pre_hook(write_back)

@@ -46,11 +46,7 @@ class EvalInTrainMode(Subject):
 class SavingFreezesTraining(Subject):
     """Saving switches the gradients of the live adapter off."""
 
-    def attach(self, base: Any, seed: int) -> Any:
-        model = super().attach(base, seed)
-        model.enable_input_require_grads()  # as for checkpointing; without it the next backward pass would fail loudly
-        return model
-
     def save(self, model: Any, folder: str) -> None:
         super().save(model, folder)
         model.requires_grad_(False)
+        model.enable_input_require_grads()  # as for checkpointing; without it the next backward pass would fail loudly

@@ -48,6 +48,8 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
 
 def warm_up() -> None:
     """Import what takes long and quieten it."""
+    import warnings
+
     import torch
     from transformers.utils import logging
 
@@ -56,5 +58,6 @@ def warm_up() -> None:
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    warnings.simplefilter("ignore")  # the libraries' own, of each of a hundred pipelines
     warm_base()
     all_checks()

@@ -103,15 +103,20 @@ class Subject(Evaluation, Model):
         """This process's micro-batches, epoch after epoch, from where the run stands."""
         size, packing = run.plan["micro_batch_size"], run.plan["packing"]
         items = self.items(run.rows, packing)
-        stream = (items[i] for i in self.stream(len(items), run))
+        stream = self.stream(len(items), run)
+        if run.step:
+            stream = self.behind_what_was_seen(stream, len(items), run)
         while True:
-            yield self.batch(islice(stream, size), packing)
+            yield self.batch((items[i] for i in islice(stream, size)), packing)
 
     def stream(self, num_items: int, run: Run) -> Iterator[int]:
         """Indices of this process's items; the processes take turns, so together they see each once per epoch."""
-        seed, done = run.plan["seed"], run.step * run.plan["accumulation"] * run.plan["micro_batch_size"]
-        order = (index for epoch in count() for index in self.epoch_order(num_items, epoch, seed, rank()))
-        return islice(order, rank() + done * world_size(), None, world_size())
+        order = (i for epoch in count() for i in self.epoch_order(num_items, epoch, run.plan["seed"], rank()))
+        return islice(order, rank(), None, world_size())
+
+    def behind_what_was_seen(self, stream: Iterator[int], num_items: int, run: Run) -> Iterator[int]:
+        """The stream of a resumed run."""
+        return islice(stream, run.step * run.plan["accumulation"] * run.plan["micro_batch_size"], None)
 
     def evaluate_in_training(self, run: Run) -> dict[str, float]:
         """Loss and accuracy on the training rows."""

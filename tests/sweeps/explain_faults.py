@@ -8,8 +8,9 @@ on the disk cannot show (`metric-not-shifted` is an accuracy that is computed wr
 trains the plain loop for 60 steps; its folder then holds what another trainer would leave: an adapter, the log as
 transformers writes it, and the rows as its own code made them. Exits with 1 below 85 %.
 
-Measured on an x86-64 CPU, 2026-11-25: 31 of 33 right first (94 %), in 168 s on one core. Of the two others, a cast that rounds the base
-(`cast-to-packed-dtype`) leaves a run that learns, and the swapped norm is told as a model that reloads as another.
+Measured on an x86-64 CPU, 2026-11-25: 31 of 33 right first (94 %), in 168 s on one core. The two others: a base that
+was rounded before the run (`cast-to-packed-dtype`) learns nevertheless, and the swapped norm is told as a model that
+reloads as another.
 """
 
 from __future__ import annotations

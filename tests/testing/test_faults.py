@@ -26,6 +26,7 @@ from glm4ft.testing.runner import all_checks
 from glm4ft.testing.subjects.plain_loop import Subject
 from glm4ft.testing.thresholds import Observation, observing, within
 
+ROOT = Path(__file__).parents[2]
 DOZEN = (
     "assistant-header-trained",
     "stop-token-not-appended",
@@ -140,3 +141,9 @@ def test_practices_see_loss_norm_and_curve() -> None:
     assert not is_overfit([{"loss": 1.0, "grad_norm": float("nan")}, log[1]])
     assert follows(log, log)
     assert not follows([{"loss": 1.002, "grad_norm": 1.0}, log[1]], log)
+
+
+def test_readme_shows_the_table_of_the_kill_matrix() -> None:
+    readme, matrix = ((ROOT / name).read_text("utf-8") for name in ("README.md", "docs/kill-matrix.md"))
+    begin = matrix.index("| practice |")
+    assert matrix[begin : matrix.index("\n\n", begin)] in readme

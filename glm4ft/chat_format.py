@@ -201,7 +201,7 @@ class ChatFormat:
         return Row(input_ids, supervised, tuple(segments), tuple(turns), line)
 
     def _encode_bodies(self, texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._plain.encode_batch(texts, add_special_tokens=False)]
+        return [encoding.ids for encoding in self._plain.encode_batch(texts)]
 
     def _trained_messages(self, conversation: Conversation) -> frozenset[int]:
         turns = [i for i, m in enumerate(conversation.messages) if m.role == "assistant"]

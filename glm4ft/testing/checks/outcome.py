@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -24,8 +25,8 @@ from glm4ft.trained_rows import TrainedRow
 
 NEEDS = ("build_model", "train")
 LOSS_LIMIT = 0.01
-# A right run leaves the header's loss where it was or raises it (by 0.6 to 1.5 nats on the built-in base); one that
-# trains the header lowers it by 3.
+# Nats. A right run raises the headers' mean loss (by 0.8 to 1.8 over 6 seeds on the built-in base, though that of a
+# single header fell by up to 0.8); one that trains the header lowers it by 3 (x86-64 CPU, 2026-11-25).
 HEADER_FALL_LIMIT = 1.0
 # Relative; a fp32 mean over 300 tokens, summed in another order. Measured below 1e-6, and 1.1e-3 on a base in bf16
 # against the specification in fp32 (x86-64 CPU, 2026-11-25).
@@ -59,16 +60,18 @@ def check_every_turn_has_learnt_to_stop(trial: Trial) -> None:
 
 @check(stage="outcome", needs=NEEDS, incident="zai-org/GLM-4 342: <|assistant|> as a target")
 def check_header_is_not_learnt(trial: Trial) -> None:
-    """The header is given at inference, so its loss does not fall."""
+    """The header is given at inference, so its mean loss does not fall."""
+    falls = list[float]()
     for row in trial.rows(trial.demo):
-        for header, _ in _turns(trial, row[0]):
-            before, after = _nll(trial, row, {})[header], _nll(trial, row)[header]
-            if not within("outcome: fall of a header's loss", before - after, HEADER_FALL_LIMIT):
-                token = trial.subject.tokenizer.decode([row[0][header]])
-                raise CheckFailed(
-                    f"the loss of {token} at position {header} fell from {before:.2f} to {after:.2f}: it is trained, "
-                    "though inference gives it"
-                )
+        before, after = _nll(trial, row, {}), _nll(trial, row)
+        falls += [before[header] - after[header] for header, _ in _turns(trial, row[0])]
+    if not falls:
+        raise NotApplicable("no assistant turn of the two conversations has an end")
+    if not within("outcome: fall of the headers' loss", statistics.fmean(falls), HEADER_FALL_LIMIT):
+        raise CheckFailed(
+            f"the loss of <|assistant|> fell by {statistics.fmean(falls):.2f} nats (mean of {len(falls)} headers): it "
+            "is trained, though inference gives it"
+        )
 
 
 @check(stage="outcome", needs=NEEDS, incident="TRL 6044, axolotl 3754: loss near zero, generation never stops")

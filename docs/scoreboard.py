@@ -1,6 +1,6 @@
 """Writes docs/scoreboard.md: every peer judged by every check, in the environment that it asks for.
 
-Run: python docs/scoreboard.py [NAME ...]      (needs tox; without names, all of the peers: about ten minutes)
+Run: python docs/scoreboard.py [NAME ...]      (needs tox; without names, all of the peers: about thirteen minutes on two cores)
 
 A peer's results are kept in docs/scoreboard.json, so that one can be renewed alone. Exit status 1 if a peer fails what
 it is not known to fail, or passes what it is known to fail.
@@ -122,7 +122,7 @@ does not offer it, or it cannot be told here
 
 A check that a peer is known to fail is data in
 [`known_failures.py`](../glm4ft/testing/subjects/known_failures.py), and strict: once it passes, the peer's lane is red
-until the entry goes. Something wrong with a row? Its adapter lies beside that file and has at most 60 lines.
+until the entry goes. Something wrong with a row? Its adapter lies beside that file, in at most 60 lines of code.
 """
 
 

@@ -1,6 +1,6 @@
 """Writes docs/scoreboard.md: every peer judged by every check, in the environment that it asks for.
 
-Run: python docs/scoreboard.py [NAME ...]      (needs tox; without names, all of the peers: about thirteen minutes on two cores)
+Run: python docs/scoreboard.py [NAME ...]      (needs tox; without names all of the peers: 13 minutes on two cores)
 
 A peer's results are kept in docs/scoreboard.json, so that one can be renewed alone. Exit status 1 if a peer fails what
 it is not known to fail, or passes what it is known to fail.

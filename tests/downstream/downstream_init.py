@@ -40,6 +40,8 @@ class Break:
 
 
 LABELS, COUNT = '"labels": row.labels}', 'reduction="sum") / count'
+YOURS = "# YOURS: "
+DECAYING = "train = lambda self, model, data, plan: super().train(model, data, {**plan, 'weight_decay': 0.5})"
 BREAKS = (
     Break("transformers", LABELS, '"labels": row.input_ids}', "rows"),
     Break(
@@ -50,7 +52,11 @@ BREAKS = (
     Break("loop", COUNT, 'reduction="mean")', "gradient"),
     Break("loop", "            scheduler.step()\n", "", "schedule"),
     Break("loop", 'weight_decay=plan["weight_decay"]', "weight_decay=0.01", "update"),
+    Break("llamafactory", YOURS, f"{DECAYING}  # ", "update"),
+    Break("swift", YOURS, f"{DECAYING}  # ", "update"),
 )
+# What asks for versions of its own runs in an environment that this repository has for it anyway.
+ENVIRONMENTS = {"llamafactory": "llamafactory", "swift": "ms-swift"}
 
 
 def run(*command: object, folder: Path, expected: int | None = 0) -> str:
@@ -76,7 +82,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "venv" / "bin"
 
 
-@pytest.fixture(scope="session", params=["transformers", "trl", "loop"])
+@pytest.fixture(scope="session", params=["transformers", "trl", "loop", *ENVIRONMENTS])
 def healthy(request: pytest.FixtureRequest, installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository in which the template has just been rendered."""
     folder = tmp_path_factory.mktemp(request.param) / "demo"
@@ -84,9 +90,23 @@ def healthy(request: pytest.FixtureRequest, installed: Path, tmp_path_factory: p
     return folder
 
 
+def trainer_of(repository: Path) -> str:
+    """What the template was rendered for."""
+    return repository.parent.name.rstrip("0123456789")
+
+
+def put_on_trial(repository: Path, installed: Path, expected: int) -> str:
+    """What ``glm4ft init`` says one should run; what it printed."""
+    tox, environment = installed / "tox", ENVIRONMENTS.get(trainer_of(repository))
+    if environment is None:
+        return run(tox, "run", "-e", "conformance", folder=repository, expected=expected)
+    run(tox, "run", "--notest", "-e", environment, folder=ROOT)
+    python = ROOT / ".tox" / environment / "bin" / "python"
+    return run(python, "-m", "pytest", "conformance", "-m", "not gpu", folder=repository, expected=expected)
+
+
 def test_fresh_repository_is_green(healthy: Path, installed: Path) -> None:
-    """The two commands that ``glm4ft init`` names."""
-    text = run(installed / "tox", "run", "-e", "conformance", folder=healthy)
+    text = put_on_trial(healthy, installed, expected=0)
     assert re.search(r"\d+ passed", text)
     assert not re.search(r"\d+ (failed|error)", text)
 
@@ -95,12 +115,12 @@ def test_fresh_repository_is_green(healthy: Path, installed: Path) -> None:
 def test_broken_line_is_red_at_its_stage(broken: Break, healthy: Path, installed: Path) -> None:
     adapter = healthy / "conformance" / "adapter.py"
     text = adapter.read_text()
-    if broken.trainer != healthy.parent.name.rstrip("0123456789"):
+    if broken.trainer != trainer_of(healthy):
         pytest.skip("a line of another trainer's adapter")
     assert text.count(broken.old) == 1
     try:
         adapter.write_text(text.replace(broken.old, broken.new))
-        said = run(installed / "tox", "run", "-e", "conformance", folder=healthy, expected=1)
+        said = put_on_trial(healthy, installed, expected=1)
     finally:
         adapter.write_text(text)
     failed = re.findall(r"^FAILED \S+\[([a-z-]+?)-[a-z0-9]+_\S*\]", said, re.MULTILINE)

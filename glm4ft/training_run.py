@@ -126,7 +126,9 @@ def run_training(
     """
     say = say if _is_main_process() else _silent
     output = Path(str(config.output))
-    if resume and (output / COMPLETE_MARKER).exists():
+    is_complete = resume and (output / COMPLETE_MARKER).exists()
+    # a round trip is made anew: of the last one it is not known whether it came to its end, or what came of it
+    if is_complete and not config.round_trip and (output / HTML_FILE).exists():
         say(f"the run in {output} is complete")
         return RunResult(output, read_trajectory(output / FILE_NAME), (), config.target)
     if not resume and _is_main_process():
@@ -159,13 +161,16 @@ def run_training(
     run_report = RunReport(output, config, chat_format, report, adapters.describe(), sources or {}, _is_main_process())
     is_alone = trainer.args.world_size == 1  # the others of a run in several processes do not know that this one broke
     with run_report.of_a_broken_run(model if is_alone else None), _writing(output):
-        if checkpoint and _is_last(checkpoint, config):
-            model.load_adapter(str(checkpoint), "default", is_trainable=True)
+        if is_complete:
+            model.load_adapter(str(output), "default", is_trainable=True)
         else:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        trainer.save_model(str(output))
-        if _is_main_process():
-            write_atomically(output / COMPLETE_MARKER, "")
+            if checkpoint and _is_last(checkpoint, config):
+                model.load_adapter(str(checkpoint), "default", is_trainable=True)
+            else:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            trainer.save_model(str(output))
+            if _is_main_process():
+                write_atomically(output / COMPLETE_MARKER, "")
     trips = []
     if config.round_trip:
         trained = (fit_row(c, chat_format, config.max_length)[0] for c in read_conversations(data))
@@ -296,7 +301,7 @@ def _is_last(checkpoint: Path, config: TrainConfig) -> bool:
 
 
 def _rewind(output: Path, header: dict[str, Any]) -> Path | None:
-    """Bring a run back to its last complete checkpoint."""
+    """Bring a run back to its last complete checkpoint; one that has made its last step stays as it is."""
     path = output / FILE_NAME
     before = read_trajectory(path).header
     if before["rows_sha256"] != header["rows_sha256"]:
@@ -307,6 +312,8 @@ def _rewind(output: Path, header: dict[str, Any]) -> Path | None:
             expected=before["rows_sha256"],
             fix="restore the data file, or start a new run with another --output",
         )
+    if (output / COMPLETE_MARKER).exists():
+        return None
     checkpoint = last_checkpoint(output)
     step = checkpoint_step(checkpoint) if checkpoint else 0
     for other in output.glob("checkpoint-*"):

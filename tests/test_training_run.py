@@ -173,6 +173,20 @@ def test_complete_run_is_left_as_it_is(tmp_path: Path) -> None:
     assert {path: path.read_bytes() for path in whole.output.rglob("*") if path.is_file()} == before
 
 
+def test_complete_run_is_asked_again_for_the_round_trip_that_was_asked_for(tmp_path: Path) -> None:
+    """Or a run whose answers did not come back, or that was interrupted before they were tried, would pass."""
+    config = replace(SHORT, max_steps=2, round_trip=True)
+    whole = train(config, tmp_path / "run")
+    adapter = (whole.output / "adapter_model.safetensors").read_bytes()
+    (whole.output / "report.html").unlink()
+    resumed = train(config, whole.output, resume=True)
+    assert not whole.came_back
+    assert resumed.round_trips == whole.round_trips
+    assert figures(resumed) == figures(whole)
+    assert (whole.output / "adapter_model.safetensors").read_bytes() == adapter
+    assert (whole.output / "report.html").exists()
+
+
 def test_round_trip_asks_for_what_was_trained(tmp_path: Path) -> None:
     """Turns that were cut to fit, and conversations that were dropped, need not come back."""
     long = [{"role": r, "content": f"{r} {i}"} for i in range(9) for r in ("user", "assistant")]

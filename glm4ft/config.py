@@ -44,7 +44,7 @@ class TrainConfig:
         target_loss: stop as soon as a step's loss is below it; the run fails if it never is. ``floor+0.01`` is that
             much above what the data and the frozen head let it reach.
         round_trip: after training, generate every assistant turn and compare; the run fails if one differs.
-        eval_every: steps between evaluations.
+        eval_every: steps between evaluations; the last step is always followed by one.
         save_every: steps between checkpoints; 0 keeps none, so a killed run starts again.
         keep_checkpoints: how many of the latest stay on disk.
         seed: of the adapter's weights, the order of the rows and dropout.

@@ -110,6 +110,8 @@ class SupervisedTrainer(Trainer):
             self._record_step(self.state.global_step, logs["loss"], logs["grad_norm"])
             if self.target_loss is not None and logs["loss"] < self.target_loss:
                 self.control.should_training_stop = True
+                # as transformers does after the last step of all
+                self.control.should_evaluate = self.args.eval_strategy != "no"
         self._step_began_s = time.perf_counter()
 
     def _record_step(self, step: int, loss: float, grad_norm: float) -> None:

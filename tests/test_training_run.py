@@ -321,6 +321,13 @@ def test_evaluation_changes_nothing(tmp_path: Path) -> None:
     assert evaluated.trajectory.evaluations[-1]["eval_loss"] == pytest.approx(loss_without_dropout(evaluated), rel=1e-6)
 
 
+@pytest.mark.parametrize("target_loss", [None, 8.8])
+def test_last_step_is_evaluated_whatever_ended_the_run(tmp_path: Path, target_loss: float | None) -> None:
+    config = replace(SHORT, eval_data=SHORT.data, eval_every=100, max_steps=4, target_loss=target_loss)
+    trajectory = train(config, tmp_path / "run").trajectory
+    assert [row["step"] for row in trajectory.evaluations] == [trajectory.steps[-1]["step"]]
+
+
 def loss_without_dropout(result: RunResult) -> float:
     """Of the saved adapter on the run's rows."""
     rows, _ = prepare_rows(str(SHORT.data), chat_format_of(SHORT), max_length=SHORT.max_length)

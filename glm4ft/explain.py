@@ -82,7 +82,9 @@ def explain_run(
     if not trained and not served:
         fix = "name the conversations with --data, or with --rows the rows as glm4ft inspect --json writes them"
         raise ConfigError("the run does not say what it was trained on", where="--data", fix=fix)
-    adapted = _adapted(files, base_name, chat_format)
+    adapted = _adapted(files, base_name, format_name)
+    if adapted is not None:
+        _require_known_ids(trained or served, adapted.config.vocab_size)
     # asked as serving asks, if the conversations are there to be rendered
     trips = _say_back(adapted, ChatFormat(format_name, tokenizer), served or trained) if adapted is not None else []
     evidence = gather_evidence(
@@ -188,12 +190,24 @@ def _served(
     return rows, dropped, cut
 
 
-def _adapted(files: RunFiles, base_name: str, chat_format: str | None) -> Any:
+def _require_known_ids(rows: Sequence[TrainedRow], vocab_size: int) -> None:
+    """Rows of one tokenizer and a base with another would end in an index error, or on a GPU in less."""
+    highest = max((number for row in rows for number in (*row.input_ids, *row.labels)), default=0)
+    if highest >= vocab_size:
+        raise ConfigError(
+            "the rows have tokens that the base has no row for",
+            where="--rows",
+            found=f"highest token id {highest:,}, vocab_size {vocab_size:,}",
+            fix="name the base that the rows were made for with --model",
+        )
+
+
+def _adapted(files: RunFiles, base_name: str, format_name: str) -> Any:
     """The base with the run's adapter, or None if none was saved."""
     if files.adapter is None:
         return None
     require_adapter(files.adapter)
-    base = load_base(base_name, dtype=str(files.config.get("dtype") or "auto"), chat_format=chat_format)
+    base = load_base(base_name, dtype=str(files.config.get("dtype") or "auto"), chat_format=format_name)
     try:
         return PeftModel.from_pretrained(base.model, str(files.adapter))
     except Exception as error:  # peft, safetensors and torch each raise their own

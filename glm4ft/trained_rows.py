@@ -9,10 +9,11 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from glm4ft.batching import RowSet
 from glm4ft.chat_format import END_OF_TEXT, HEADERS, PREFIX
+from glm4ft.conversation_sources import show
 from glm4ft.errors import DataError
 from glm4ft.trajectory import write_atomically
 
@@ -108,11 +109,25 @@ def read_rows(path: Path) -> list[TrainedRow]:
         DataError: if a line is no row.
     """
     rows = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
-        try:
-            record = json.loads(line)
-            if "dropped" not in record:
-                rows.append(TrainedRow(int(record["line"]), list(record["input_ids"]), list(record["labels"])))
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError("not an encoded row", where=f"{path}, line {number}", found=line[:80]) from error
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                record = json.loads(line)
+                if "dropped" not in record:
+                    rows.append(_row(record))
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(
+                    "not an encoded row",
+                    where=f"{path}, line {number}",
+                    found=show(line.decode("utf-8", "replace")),
+                    expected="line, input_ids and as many labels, as glm4ft inspect --json writes them",
+                ) from error
     return rows
+
+
+def _row(record: Mapping[str, Any]) -> TrainedRow:
+    row = TrainedRow(int(record["line"]), list(record["input_ids"]), list(record["labels"]))
+    numbers = (*row.input_ids, *row.labels)
+    if len(row.input_ids) != len(row.labels) or not all(isinstance(number, int) for number in numbers):
+        raise ValueError("ids and labels are whole numbers, one label for each id")
+    return row

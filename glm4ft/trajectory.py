@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from glm4ft.conversation_sources import show
 from glm4ft.errors import DataError
 
 FILE_NAME = "trajectory.jsonl"
@@ -83,6 +84,9 @@ def write_atomically(path: Path, text: str) -> None:
     try:
         unfinished.write_text(text, "utf-8")
         os.replace(unfinished, path)
+    except OSError as error:
+        error.filename = os.fspath(path)  # what the caller asked for, and not the file of our own beside it
+        raise
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -101,4 +105,4 @@ def _parse(path: Path, lines: list[str]) -> Iterable[dict[str, Any]]:
         try:
             yield json.loads(line)
         except ValueError as error:
-            raise DataError("not a trajectory row", where=f"{path}, line {number}", found=line[:80]) from error
+            raise DataError("not a trajectory row", where=f"{path}, line {number}", found=show(line)) from error

@@ -94,6 +94,48 @@ def test_run_keeps_its_rows_in_the_form_of_inspect(learnt: Any, tmp_path: Path) 
     ]
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xff\xfe\x00",
+        b'{"line": 1, "input_ids": "abc", "labels": [1, 2, 3]}',
+        b'{"line": 1, "input_ids": [1, 2], "labels": [1]}',
+        b'{"line": 1, "text": "\x1b[2J"}',
+        b'{"line": 1, "input_ids": [1, 9999], "labels": [1, 9999]}',
+    ],
+    ids=["no text", "no numbers", "labels missing", "control characters", "foreign tokens"],
+)
+def test_rows_that_cannot_be_used_are_refused(
+    content: bytes, learnt: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    assert run(["explain", str(learnt.output), f"--rows={tmp_path / 'rows.jsonl'}"]) == 2
+    error = capsys.readouterr().err
+    assert "not an encoded row" in error or "tokens that the base has no row for" in error
+    assert "\x1b" not in error
+
+
+def test_rows_may_hold_other_keys_with_any_text(tmp_path: Path) -> None:
+    """A line separator of Unicode inside of a JSON string ends no line."""
+    (tmp_path / "rows.jsonl").write_text(
+        '{"line": 1, "input_ids": [1], "labels": [1], "text": "a\u2028b\x85c"}\n', "utf-8"
+    )
+    assert read_rows(tmp_path / "rows.jsonl") == [TrainedRow(1, [1], [1])]
+
+
+def test_chat_format_that_the_run_was_given_is_kept(
+    learnt: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where it cannot be chosen from the checkpoint, it had to be named for training, and is known from there on."""
+    shutil.copytree(learnt.output, tmp_path / "run")
+    template = tmp_path / "run" / "base" / "chat_template.jinja"
+    template.write_text(template.read_text() + "{# <think> #}")
+    config = (tmp_path / "run" / "config.yaml").read_text()
+    (tmp_path / "run" / "config.yaml").write_text(config.replace("chat_format: null", "chat_format: glm-4-0414"))
+    assert run(["explain", str(tmp_path / "run"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["verdict"] == "learnt"
+
+
 def test_adapter_in_a_pickle_is_refused(foreign: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copy(foreign / "adapter_config.json", tmp_path)
     (tmp_path / "adapter_model.bin").write_bytes(b"\x80")

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glm4ft.errors import DataError
-from glm4ft.trajectory import append_row, dump_row, read_trajectory, rewind
+from glm4ft.trajectory import append_row, dump_row, read_trajectory, rewind, write_atomically
 
 
 def write(path: Path, num_steps: int) -> Path:
@@ -70,3 +70,9 @@ def test_broken_file_is_named_with_its_line(tmp_path: Path) -> None:
         read_trajectory(path)
     with pytest.raises(DataError, match="cannot read the trajectory"):
         read_trajectory(tmp_path / "none.jsonl")
+
+
+def test_error_of_a_failed_write_names_the_file_that_was_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as raised:
+        write_atomically(tmp_path / "missing" / "floor.json", "{}")
+    assert raised.value.filename == str(tmp_path / "missing" / "floor.json")

@@ -245,7 +245,7 @@ class ChatFormat:
         start, end = "".join(PREFIX) + HEADERS["system"], HEADERS["user"] + "\nprobe"
         on_message = [{"role": "system", "content": "", "tools": tools}, probe]
         for messages, argument in ((on_message, None), ([probe], tools)):
-            text = str(self.tokenizer.apply_chat_template(messages, tools=argument, tokenize=False))
+            text = self._render(messages, argument)
             body = text[len(start) : -len(end)]
             if text.startswith(start) and text.endswith(end) and all(_tool_name(tool) in body for tool in tools):
                 return body
@@ -256,6 +256,17 @@ class ChatFormat:
             expected=f"{start}, the tools, then {end!r}",
             fix="check the chat template, or choose another --chat_format",
         )
+
+    def _render(self, messages: list[dict[str, Any]], tools: Any) -> str:
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False))
+        except Exception as error:  # a template is a program: anything can be wrong with it
+            raise ModelError(
+                "the checkpoint's chat template fails on the conversation's tools",
+                where=str(self.tokenizer.name_or_path),
+                found=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
+                fix="check the chat template, and whether the tools are of the form that it expects",
+            ) from error
 
 
 def control_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -37,6 +39,10 @@ def run(argv: Sequence[str]) -> int:
     Returns:
         The exit status.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # a terminal or a pipe of another encoding shows escapes; it must not end the command
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return _dispatch([with_underscores(arg) for arg in argv])
     except InputError as error:
@@ -55,7 +61,9 @@ def run(argv: Sequence[str]) -> int:
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":
             raise
-        fix = "lower --micro_batch_size or --max_length, or switch on --gradient_checkpointing"
+        fix = "hide the device, by CUDA_VISIBLE_DEVICES=, to run on the CPU"
+        if argv[:1] == ["train"]:
+            fix = "lower --micro_batch_size or --max_length, or switch on --gradient_checkpointing"
         return _fail(str(InputError("the device is out of memory", found=str(error)[:200], fix=fix)), EXIT_FAILED)
 
 
@@ -108,14 +116,16 @@ def _train_parser() -> ArgumentParser:
 
 
 def _train(options: Namespace) -> int:
-    from glm4ft.training_run import run_training
+    from glm4ft.training_run import is_run, run_training
 
     config, sources = _resumed_config(options) if options.resume else _config(options)
     is_resumed = bool(options.resume)
     try:
         result = run_training(config, resume=is_resumed, say=lambda line: print(line, flush=True), sources=sources)
     except KeyboardInterrupt:
-        print(f"\nto go on after the last checkpoint: glm4ft train --resume {config.output}", file=sys.stderr)
+        if is_run(Path(str(config.output))):  # there is none yet while the conversations are encoded
+            again = shlex.quote(str(config.output))
+            print(f"\nto go on after the last checkpoint: glm4ft train --resume {again}", file=sys.stderr)
         raise
     if int(os.environ.get("RANK", "0")) == 0:
         print(result.describe())

@@ -7,6 +7,7 @@ import datetime
 import json
 import math
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -241,6 +242,11 @@ def training_arguments(config: TrainConfig, output: Path, *, has_eval: bool, bf1
     return args
 
 
+def is_run(output: Path) -> bool:
+    """Whether a folder holds a run, finished or not."""
+    return (output / CONFIG_FILE).is_file()
+
+
 def new_output() -> str:
     """A folder below ``runs`` that does not exist yet, named by the time."""
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -288,7 +294,7 @@ def _writing(output: Path) -> Iterator[None]:
         left = last_checkpoint(output)
         raise RunError(
             f"the run cannot be written: {error}; last good checkpoint: {left or 'none'}; when there is room, continue "
-            f"with --resume {output}"
+            f"with --resume {shlex.quote(str(output))}"
         ) from error
 
 
@@ -344,7 +350,8 @@ def _require_unused(output: Path) -> None:
             where="--output",
             found=str(output),
             expected="a folder that is empty or does not exist",
-            fix=f"choose another folder, or continue that run with --resume {output}",
+            fix="choose another folder"
+            + f", or continue that run with --resume {shlex.quote(str(output))}" * is_run(output),
         )
 
 

@@ -6,6 +6,7 @@ Run: pytest tests/test_cli.py
 from __future__ import annotations
 
 import errno
+import io
 import json
 import resource
 import shutil
@@ -263,6 +264,56 @@ def test_run_that_misses_its_target_fails(tmp_path: Path, capsys: pytest.Capture
     assert run(argv) == 1
     assert "target 0.01 NOT reached" in capsys.readouterr().out
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("has_begun", [True, False])
+def test_interrupted_run_says_how_to_go_on_once_there_is_a_run(
+    has_begun: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    place = "SupervisedTrainer.train" if has_begun else "load_base"
+    monkeypatch.setattr(f"glm4ft.training_run.{place}", interrupt)
+    assert run(["train", "--data=demo", f"--output={tmp_path / 'a run'}"]) == 130
+    error = capsys.readouterr().err
+    assert ("--resume" in error) == (f"--resume '{tmp_path / 'a run'}'" in error) == has_begun
+    assert "interrupted" in error
+
+
+def test_folder_that_holds_no_run_is_not_said_to_be_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    assert run(["train", "--data=demo", f"--output={tmp_path}"]) == 2
+    assert "--resume" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "merge"])
+def test_fix_for_a_full_device_names_options_that_the_command_has(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fill(_: Any) -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(f"glm4ft.cli._{command}", fill)
+    assert run([command, "adapter", "--output=merged"] if command == "merge" else [command]) == 1
+    assert ("--micro_batch_size" in capsys.readouterr().err) == (command == "train")
+
+
+def test_stream_of_another_encoding_shows_escapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding="latin-1", write_through=True))
+    assert run(["inspect", "demo"]) == 0
+    assert rb"\u" in raw.getvalue()
+
+
+def test_template_that_fails_on_tools_is_one_block(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tiny_base(tmp_path / "base")
+    template = tmp_path / "base" / "chat_template.jinja"
+    template.write_text("{% if tools %}{{ raise_exception('no tools here') }}{% endif %}" + template.read_text())
+    assert run(["inspect", "demo", f"--model={tmp_path / 'base'}"]) == 2
+    error = capsys.readouterr().err
+    assert "fails on the conversation's tools" in error
+    assert "no tools here" in error
 
 
 def test_flags_win_over_the_configuration(tmp_path: Path) -> None:

@@ -7,9 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from glm4ft.chat_format import HEADERS
 from glm4ft.report.content import ShownRow
 from glm4ft.report.safe_text import visible
 from glm4ft.report.token_text import TokenDecoder
+from glm4ft.trained_rows import Place, places
 
 LEAST_SHARE, LEAST_LOSS = 0.01, 0.05
 PART_NAMES = {
@@ -18,7 +20,6 @@ PART_NAMES = {
     "observation": "tool results", "assistant": "assistant text", "terminator": "ends of assistant turns",
     "token": "all",
 }  # fmt: skip
-ROLES = {f"<|{role}|>": role for role in ("system", "user", "assistant", "observation")}
 
 
 @dataclass(frozen=True)
@@ -48,24 +49,21 @@ def token_parts(input_ids: Sequence[int], tokenizer: Any) -> list[str]:
     """Each token's part: ``prefix``, ``header`` (the assistant's apart), ``terminator``, or the body's role.
 
     Args:
-        input_ids: of one row, in a format where nothing but control tokens delimits a turn.
+        input_ids: of one row, in a format where headers and ``<|endoftext|>`` delimit the turns.
         tokenizer: names the control tokens.
     Returns:
         One label per token; ``token`` throughout where the tokenizer has no ``<|assistant|>``.
     """
-    names = {token_id: name for name, token_id in tokenizer.get_added_vocab().items()}
-    if "<|assistant|>" not in names.values():
+    control_ids = tokenizer.get_added_vocab()
+    if HEADERS["assistant"] not in control_ids:
         return ["token"] * len(input_ids)
-    parts, role = [], ""
-    for token_id in input_ids:
-        name = names.get(token_id)
-        if name is None:
-            parts.append(role or "prefix")
-            continue
-        header = "assistant header" if name == "<|assistant|>" else "header"
-        parts.append("terminator" if role == "assistant" else header if name in ROLES else role or "prefix")
-        role = ROLES.get(name, "" if role == "assistant" else role)
-    return parts
+    return [_part_name(place) for place in places(input_ids, control_ids)]
+
+
+def _part_name(place: Place) -> str:
+    if place.part == "header":
+        return "assistant header" if place.role == "assistant" else "header"
+    return place.role if place.part == "body" else place.part
 
 
 def costly_tokens(rows: Iterable[ShownRow], tokenizer: Any, *, limit: int = 10) -> list[CostlyToken]:

@@ -170,6 +170,14 @@ def test_parts_are_those_of_the_format() -> None:
     assert FORMAT.tokenizer is TOKENIZER
 
 
+def test_control_token_inside_an_answer_does_not_end_it() -> None:
+    """As ``<think>`` stands in rows of other trainers: the turn goes on to the next header."""
+    row = row_of("a", "b")
+    (turn,) = row.turns
+    ids = [*row.input_ids[: turn.start], FORMAT.tokenizer.convert_tokens_to_ids("[MASK]"), *row.input_ids[turn.start :]]
+    assert token_parts(ids, TOKENIZER)[turn.start :] == [*["assistant"] * (turn.end - turn.start + 1), "terminator"]
+
+
 def test_tokens_that_hold_the_loss_come_first() -> None:
     content = founding_bug()
     (worst,) = costly_tokens(content.rows, TOKENIZER)

@@ -11,6 +11,7 @@ from glm4ft.diagnosis import Finding
 from glm4ft.evidence import CurvePoint, Evidence
 from glm4ft.forecast import forecast
 
+# Of the overfit test: what is below it has been learnt by heart.
 LEARNT_LOSS = 0.01
 # Least steps from which a curve has a shape.
 LEAST_STEPS = 8

@@ -6,6 +6,7 @@ What is trained comes before how it is trained: a wrong target explains a bad cu
 from __future__ import annotations
 
 from glm4ft.curve_rules import (
+    LEARNT_LOSS,
     numerics,
     rate_too_high,
     rate_too_low,
@@ -29,8 +30,6 @@ from glm4ft.mask_rules import (
     zero_targets,
 )
 from glm4ft.wiring_rules import adapters_dead, adapters_missing, held_by_decay, samples_not_learnt, training_stopped
-
-LEARNT_LOSS = 0.01  # of the overfit test: what is below it has been learnt by heart
 
 RULES: tuple[Rule, ...] = (
     zero_targets,

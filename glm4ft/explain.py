@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import yaml
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
 
 from glm4ft.base_model import load_base, load_format
 from glm4ft.chat_format import IGNORED, ChatFormat, Turn
@@ -23,8 +22,8 @@ from glm4ft.diagnosis import Diagnosis, diagnose
 from glm4ft.errors import ConfigError, ModelError
 from glm4ft.generation import TurnRoundTrip, round_trip
 from glm4ft.merge import require_adapter
-from glm4ft.run_evidence import gather_evidence
-from glm4ft.trained_rows import ROWS_FILE, TrainedRow, places, read_rows
+from glm4ft.run_evidence import MEASURED_ROWS, gather_evidence
+from glm4ft.trained_rows import KEPT_TOKENS, ROWS_FILE, TrainedRow, places, read_rows
 from glm4ft.training_run import BASE_FOLDER, CONFIG_FILE
 from glm4ft.trajectory import FILE_NAME, read_trajectory
 
@@ -78,7 +77,10 @@ def explain_run(
     base_name = model or _base_name(run, files)
     tokenizer, format_name = load_format(base_name, chat_format or files.config.get("chat_format"))
     trained = _trained(files, rows)
-    served, dropped, cut = _served(files, data, tokenizer, format_name) if _has_data(files, data) else ([], 0, 0)
+    served, dropped, cut = [], 0, 0
+    if _has_data(files, data):
+        wanted = {row.line for row in trained[:MEASURED_ROWS]}
+        served, dropped, cut = _served(files, data, ChatFormat(format_name, tokenizer, **_encoding(files)), wanted)
     if not trained and not served:
         fix = "name the conversations with --data, or with --rows the rows as glm4ft inspect --json writes them"
         raise ConfigError("the run does not say what it was trained on", where="--data", fix=fix)
@@ -172,21 +174,31 @@ def _has_data(files: RunFiles, data: str | None) -> bool:
     return data is not None or (bool(files.config.get("data")) and data_path(str(files.config["data"])).is_file())
 
 
-def _served(
-    files: RunFiles, data: str | None, tokenizer: PreTrainedTokenizerBase, format_name: str
-) -> tuple[list[TrainedRow], int, int]:
-    """The conversations as they should be encoded, and how many were dropped and cut."""
+def _encoding(files: RunFiles) -> dict[str, Any]:
+    """Options of one of our runs that decide how it was encoded."""
     options = ("final_stop", "train_on", "allow_nonstop_terminator")
-    encoder = ChatFormat(format_name, tokenizer, **{key: files.config[key] for key in options if key in files.config})
+    return {key: files.config[key] for key in options if key in files.config}
+
+
+def _served(
+    files: RunFiles, data: str | None, encoder: ChatFormat, wanted: set[int]
+) -> tuple[list[TrainedRow], int, int]:
+    """The conversations as they should be encoded, and how many were dropped and cut.
+
+    All are counted. Kept are the wanted lines, and the first ones, as many as are looked at: the rest of a large file
+    would not fit into memory.
+    """
     max_length = int(files.config.get("max_length") or TrainConfig().max_length)
-    rows, dropped, cut = [], 0, 0
+    rows, dropped, cut, num_tokens = list[TrainedRow](), 0, 0, 0
     for conversation in read_conversations(data_path(data or str(files.config["data"]))):
         row, _ = fit_row(conversation, encoder, max_length)
         if row is None:
             dropped += 1
             continue
         cut += len(row.turns) < sum(m.role == "assistant" for m in conversation.messages)
-        rows.append(TrainedRow(row.line, row.input_ids, row.labels))
+        num_tokens += len(row.input_ids)
+        if not rows or num_tokens <= KEPT_TOKENS or row.line in wanted:
+            rows.append(TrainedRow(row.line, row.input_ids, row.labels))
     return rows, dropped, cut
 
 

@@ -160,7 +160,7 @@ def find_floor(
 
 def _bounds(targets: Sequence[Target], head: Head | None, precision: Precision) -> dict[Target, Bound]:
     if head is None:
-        losses = [tuple(-float(np.log(w)) for w in target.weights) for target in targets]
+        losses = [tuple(0 - float(np.log(w)) for w in target.weights) for target in targets]
         found = [Bound(t.entropy, t.entropy, loss) for t, loss in zip(targets, losses, strict=True)]
     else:
         highest = max(target.ids[-1] for target in targets)

@@ -128,7 +128,8 @@ class _Descent:
         self.rows, self.targets_BM, self.radius, self.precision = rows, targets_BM, radius, precision
         start_BD = targets_BM @ rows.vectors_MD
         self.hidden_BD = radius * start_BD / start_BD.norm(dim=1, keepdim=True).clamp_min(1e-300)
-        entropy_B = (-torch.xlogy(targets_BM, targets_BM).sum(dim=1)).clamp_min(0)
+        # 0 - x: of a certain token -x is -0.0, which would be shown with its sign
+        entropy_B = (0 - torch.xlogy(targets_BM, targets_BM).sum(dim=1)).clamp_min(0)
         self.lower_B, self.exact_lower_B = entropy_B.clone(), entropy_B.clone()
         everything = torch.arange(len(targets_BM))
         self.loss_B, self.gradient_BD, lower_B, exact_B = self._look(self.hidden_BD, everything)

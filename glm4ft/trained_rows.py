@@ -19,7 +19,7 @@ from glm4ft.trajectory import write_atomically
 
 TokenPart = Literal["prefix", "header", "body", "terminator"]
 ROWS_FILE = "rows.jsonl"
-_KEPT_TOKENS = 200_000  # of a run's rows: what explain and a report look at
+KEPT_TOKENS = 200_000  # of a run's rows: what explain and a report look at
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def write_rows(path: Path, rows: Iterable[TrainedRow]) -> None:
     num_tokens = 0
     for index, row in enumerate(rows):
         num_tokens += len(row.input_ids)
-        if kept and num_tokens > _KEPT_TOKENS:
+        if kept and num_tokens > KEPT_TOKENS:
             break
         record = {"index": index, "line": row.line, "input_ids": row.input_ids, "labels": row.labels}
         kept.append(json.dumps({"schema": 1, **record}) + "\n")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,24 @@ def test_run_of_another_trainer_is_explained_with_data_and_base(foreign: Path, l
     assert all(turn.exact for turn in diagnosis.evidence.round_trips)
     first = diagnosis.evidence.first_loss
     assert first.logged == pytest.approx(first.base, rel=1e-5)
+
+
+def test_of_a_large_file_only_what_is_looked_at_is_kept(
+    foreign: Path, learnt: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = str(learnt.output / "base")
+    monkeypatch.setattr("glm4ft.explain.KEPT_TOKENS", 1)
+    alone = explain_run(foreign, data="demo", model=base)
+    assert [row.line for row in alone.evidence.rows] == [1]
+    # with the rows as they were trained, the same conversations are there to be compared
+    assert explain_run(foreign, data="demo", rows=str(learnt.output / ROWS_FILE), model=base).verdict == "learnt"
+    changed = [
+        replace(row, input_ids=[*row.input_ids[:2], *row.input_ids]) for row in read_rows(learnt.output / ROWS_FILE)
+    ]
+    changed = [replace(row, labels=[-100, -100, *row.labels]) for row in changed]
+    write_rows(foreign / "changed.jsonl", changed)
+    differing = explain_run(foreign, data="demo", rows=str(foreign / "changed.jsonl"), model=base)
+    assert [difference.line for difference in differing.evidence.differences] == [1, 2]
 
 
 def test_rows_that_serving_would_not_send_are_named(foreign: Path, learnt: Any, tmp_path: Path) -> None:

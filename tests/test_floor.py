@@ -73,6 +73,16 @@ def test_right_mask_has_no_floor(tokenizer: Any, head: Head) -> None:
     assert not floor.blocking(GATE)
 
 
+@pytest.mark.parametrize("with_head", [True, False])
+def test_token_without_a_floor_has_no_sign(with_head: bool, tokenizer: Any, head: Head) -> None:
+    """``-0.0`` would be shown as ``-0.00``."""
+    floor = find_floor(
+        encoded_rows(DEMO_DATA, ChatFormat("glm-4-0414", tokenizer), 4096), tokenizer, head if with_head else None
+    )
+    values = [*floor.per_target.tolist(), *(value for token in floor.tokens for value in (token.floor, token.head))]
+    assert all(math.copysign(1, value) == 1 for value in values)
+
+
 def test_entropy_of_contradictory_samples_is_the_closed_form(tmp_path: Path, tokenizer: Any, head: Head) -> None:
     """One prompt, two answers that differ from their first letter on: ln 2 at one position of each."""
     data = conversations(tmp_path / "two.jsonl", "Hello", "Good day")

@@ -77,7 +77,7 @@ def explain_run(
     base_name = model or _base_name(run, files)
     tokenizer, format_name = load_format(base_name, chat_format or files.config.get("chat_format"))
     trained = _trained(files, rows)
-    served, dropped, cut = [], 0, 0
+    served, dropped, cut = list[TrainedRow](), 0, 0
     if _has_data(files, data):
         wanted = {row.line for row in trained[:MEASURED_ROWS]}
         served, dropped, cut = _served(files, data, ChatFormat(format_name, tokenizer, **_encoding(files)), wanted)

@@ -8,6 +8,7 @@ evaluation is the mean over all held-out tokens; a checkpoint counts only once i
 from __future__ import annotations
 
 import math
+import re
 import resource
 import sys
 import time
@@ -234,8 +235,13 @@ class ProgressBar(TrainerCallback):
 
 def last_checkpoint(output: Path) -> Path | None:
     """The latest checkpoint of a run that was written to its end, or None."""
-    complete = [marker.parent for marker in output.glob(f"checkpoint-*/{COMPLETE_MARKER}")]
+    complete = [folder for folder in checkpoints(output) if (folder / COMPLETE_MARKER).exists()]
     return max(complete, key=checkpoint_step, default=None)
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """The checkpoints of a run, unfinished ones too; a folder such as ``checkpoint-best`` is the user's own."""
+    return [folder for folder in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", folder.name)]
 
 
 def checkpoint_step(checkpoint: Path) -> int:

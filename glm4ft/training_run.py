@@ -39,7 +39,7 @@ from glm4ft.report.run_report import RunReport
 from glm4ft.target_loss import set_target
 from glm4ft.tiny import write_tiny_base
 from glm4ft.trained_rows import ROWS_FILE, rows_of, write_rows
-from glm4ft.trainer import COMPLETE_MARKER, SupervisedTrainer, checkpoint_step, last_checkpoint
+from glm4ft.trainer import COMPLETE_MARKER, SupervisedTrainer, checkpoint_step, checkpoints, last_checkpoint
 from glm4ft.trajectory import FILE_NAME, Trajectory, append_row, read_trajectory, rewind, write_atomically
 
 CONFIG_FILE = "config.yaml"
@@ -322,7 +322,7 @@ def _rewind(output: Path, header: dict[str, Any]) -> Path | None:
         return None
     checkpoint = last_checkpoint(output)
     step = checkpoint_step(checkpoint) if checkpoint else 0
-    for other in output.glob("checkpoint-*"):
+    for other in checkpoints(output):
         if checkpoint_step(other) > step:
             shutil.rmtree(other)
     rewind(path, step)

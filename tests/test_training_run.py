@@ -10,6 +10,7 @@ import json
 import math
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -145,9 +146,12 @@ def test_unfinished_checkpoint_is_passed_over(tmp_path: Path) -> None:
     whole = train(config, tmp_path / "run")
     (tmp_path / "run" / COMPLETE_MARKER).unlink()
     (tmp_path / "run" / "checkpoint-6" / COMPLETE_MARKER).unlink()
+    # a copy that the user made is no checkpoint of the run, and is left alone
+    shutil.copytree(tmp_path / "run" / "checkpoint-4", tmp_path / "run" / "checkpoint-best")
     resumed = train(config, tmp_path / "run", resume=True)
     assert figures(resumed) == figures(whole)
     assert (tmp_path / "run" / "checkpoint-6" / COMPLETE_MARKER).exists()
+    assert (tmp_path / "run" / "checkpoint-best" / COMPLETE_MARKER).exists()
 
 
 @pytest.mark.parametrize("target_loss", [None, 8.5])

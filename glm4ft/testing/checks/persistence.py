@@ -123,7 +123,7 @@ def check_merged_checkpoint_has_the_bases_keys(trial: Trial) -> None:
     stage="persistence", needs=NEEDS, incident="FastChat 1280: moments lost; accelerate 4071 and 1466: rows; miles 2572"
 )
 def check_resumed_run_is_the_whole_run(trial: Trial) -> None:
-    """Resumed in the middle of an epoch and at its end: the same rows, rates and parameters to the end of the run."""
+    """Resumed within an epoch and at its end: the same rows, rates, parameters and random state from there on."""
     whole = trial.run(save_every=1, schedule="linear")
     for number in RESUMED_AT:
         checkpoint = Path(whole.plan["output_dir"]) / f"checkpoint-{number}"
@@ -155,7 +155,8 @@ def _first_difference(whole: Run, resumed: Run, done: int) -> str:
             same = not _unlike(expected.clipped, got.clipped)
             cause = "though its gradient is the same: the optimiser's moments were not restored" if same else ""
             return f"the parameters differ after step {number} {cause}".strip()
-    return ""
+    same = torch.equal(whole.random_state, resumed.random_state)
+    return "" if same else "the random state at its end differs, and with dropout so would the parameters"
 
 
 def _unlike(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:

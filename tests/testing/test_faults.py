@@ -117,11 +117,14 @@ def test_page_shows_score_practices_and_what_escapes() -> None:
 
 
 def test_threshold_stands_between_clean_runs_and_the_nearest_fault() -> None:
-    clean = [CleanRun("a", {"x": (1e-7, 1e-5)}, ()), CleanRun("b", {"x": (2e-7, 1e-5), "y": (0.0, 1.0)}, ())]
+    clean = [CleanRun("a", 0, {"x": (1e-7, 1e-5)}, ()), CleanRun("b", 0, {"x": (2e-7, 1e-5), "y": (0.0, 1.0)}, ())]
     x, y = collect(clean, {"far": [Observation("x", 4e-5, 1e-5)], "farther": [Observation("x", 5e-5, 1e-5)]})
     assert (x.nearest, x.room) == ((4e-5, "far"), pytest.approx(200))
     assert y.nearest is None
-    assert "| x | 1.5e-07 | 2.0e-07 | 1.0e-05 | `far` | 4.0e-05 | 2e+02 |" in thresholds_page([x], 20)
+    page = thresholds_page([x], clean)
+    assert "| x | 1.5e-07 | 2.0e-07 | 1.0e-05 | `far` | 4.0e-05 | 2e+02 |" in page
+    assert "2 runs" in page
+    assert "`a` (1 seeds)" in page
 
 
 def test_comparisons_are_noted_and_nan_is_not_within() -> None:

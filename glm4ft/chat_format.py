@@ -157,8 +157,15 @@ class ChatFormat:
             The row. Trailing messages after the last assistant turn are context: nothing is appended to them.
         Raises:
             DataError: if an assistant turn is followed by a message whose header is not a stop token.
+            ModelError: if the checkpoint's template does not render the tools.
         """
-        blocks = self._blocks(conversation.messages, conversation.tools)
+        try:
+            blocks = self._blocks(conversation.messages, conversation.tools)
+        except ModelError as error:
+            where = " and ".join(filter(None, (error.where, conversation.where())))  # both may be what is wrong
+            raise ModelError(
+                error.message, where=where, found=error.found, expected=error.expected, fix=error.fix
+            ) from error
         self._require_stops(blocks, conversation)
         return self._assemble(blocks, self._trained_messages(conversation), conversation.line)
 

@@ -314,6 +314,7 @@ def test_template_that_fails_on_tools_is_one_block(tmp_path: Path, capsys: pytes
     error = capsys.readouterr().err
     assert "fails on the conversation's tools" in error
     assert "no tools here" in error
+    assert f"{DEMO_DATA}:2" in error
 
 
 def test_flags_win_over_the_configuration(tmp_path: Path) -> None:

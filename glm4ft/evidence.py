@@ -146,7 +146,6 @@ class AdapterWiring:
         non_finite: names of adapters with an entry that is not finite.
         num_trainable: parameters that require a gradient; None where the adapter was read from disk.
         wanted_but_missing: target names of the configuration that no adapter has.
-        trains_head: True if output head or final norm are trained themselves.
     """
 
     num_adapters: int
@@ -155,7 +154,6 @@ class AdapterWiring:
     non_finite: tuple[str, ...]
     num_trainable: int | None = None
     wanted_but_missing: tuple[str, ...] = ()
-    trains_head: bool = False
 
 
 @dataclass(frozen=True)

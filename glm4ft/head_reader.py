@@ -81,16 +81,23 @@ def head_of(model: PreTrainedModel) -> Head:
 
 
 def frozen_head(model: Any) -> Head | None:
-    """The head of a model that is about to be trained, or None if head or final norm are trained too.
+    """The head of a model, or None if the run trains, or has trained, head or final norm too.
 
     Args:
-        model: of transformers, with or without adapters of peft. None also if its head and norm are not found.
+        model: of transformers, with or without adapters of peft, about to be trained or read from the disk. None also
+            if its head and norm are not found.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     modules: list[Any] = [base.get_output_embeddings(), getattr(getattr(base, "model", None), "norm", None)]
-    if None in modules or any(p.requires_grad for module in modules for p in module.parameters()):
+    if None in modules or any(map(_is_trained, modules)):
         return None
     return head_of(base)
+
+
+def _is_trained(module: Any) -> bool:
+    # What was read from the disk requires no gradient. Around a module that it trains, peft puts one of its own: an
+    # adapter, or a copy that modules_to_save asked for.
+    return any(parameter.requires_grad or "." in name for name, parameter in module.named_parameters())
 
 
 def read_head(model: str) -> Head:

@@ -138,8 +138,7 @@ def wiring_of(model: Any, wanted: Sequence[str] | str) -> AdapterWiring:
     asked = [] if isinstance(wanted, str) else list(wanted)
     missing = tuple(target for target in asked if not any(f".{name}".endswith(f".{target}") for name in adapters))
     num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    is_head_trained = frozen_head(model) is None
-    return AdapterWiring(len(adapters), targets, tuple(dead), tuple(broken), num_trainable, missing, is_head_trained)
+    return AdapterWiring(len(adapters), targets, tuple(dead), tuple(broken), num_trainable, missing)
 
 
 def _number(entry: Mapping[str, Any], *names: str) -> float | None:

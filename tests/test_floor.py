@@ -14,9 +14,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from glm4ft import head_bounds
+from glm4ft.base_model import load_base
 from glm4ft.chat_format import ChatFormat
 from glm4ft.cli import run
 from glm4ft.dataset import DEMO_DATA
@@ -24,7 +26,8 @@ from glm4ft.errors import ModelError
 from glm4ft.floor import Floor, find_floor
 from glm4ft.floor_solver import BF16
 from glm4ft.head_bounds import Target, bound_targets
-from glm4ft.head_reader import HEAD, NORM, Head, read_head
+from glm4ft.head_reader import HEAD, NORM, Head, frozen_head, read_head
+from glm4ft.lora import LoraOptions, attach_lora
 from glm4ft.prefix_targets import group_targets
 from glm4ft.report.floor_view import encoded_rows, stop_warnings
 from glm4ft.testing.subjects.founding_bug import FoundingBugFormat
@@ -101,6 +104,22 @@ def test_trained_head_leaves_the_entropy_alone(tmp_path: Path, tokenizer: Any) -
     assert floor.head == 0
     assert floor.floor == floor.entropy > 0
     assert "entropy" in floor.label
+
+
+@pytest.mark.parametrize("is_trainable", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [LoraOptions(targets=["q_proj", "lm_head"]), LoraOptions(options={"modules_to_save": ["lm_head"]})],
+    ids=["adapter", "copy"],
+)
+def test_trained_head_is_not_taken_for_a_frozen_one(options: LoraOptions, is_trainable: bool, tmp_path: Path) -> None:
+    """Also not where it is read back from the disk to be explained: nothing requires a gradient there."""
+    attach_lora(load_base("tiny").model, options, seed=0).save_pretrained(tmp_path)
+    adapted = PeftModel.from_pretrained(load_base("tiny").model, tmp_path, is_trainable=is_trainable)
+    assert frozen_head(adapted) is None
+    attach_lora(load_base("tiny").model, LoraOptions(), seed=0).save_pretrained(tmp_path / "below")
+    below = PeftModel.from_pretrained(load_base("tiny").model, tmp_path / "below", is_trainable=is_trainable)
+    assert frozen_head(below) is not None
 
 
 def test_floor_is_the_mean_of_its_tokens_parts_and_rows(founding: Floor) -> None:

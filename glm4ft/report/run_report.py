@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import platform
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -107,7 +108,7 @@ class RunReport:
             turns=tuple(shown_turn(turn) for turn in round_trips),
             facts=tuple(self._facts(trajectory)),
             options=tuple(_options(self.config, self.sources)),
-            command=f"glm4ft train --config {self.output}/config.yaml --output NEW_FOLDER",
+            command=f"glm4ft train --config {shlex.quote(str(self.output / 'config.yaml'))} --output NEW_FOLDER",
         )
 
     def _diagnose(

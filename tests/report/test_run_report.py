@@ -78,7 +78,7 @@ def test_a_missed_target_shows_the_card_and_a_wrong_page(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Exit status 1, what held the loss on the screen, options with their sources, and no text that acts."""
-    config, output = tmp_path / "two.yaml", tmp_path / "run"
+    config, output = tmp_path / "two.yaml", tmp_path / "my runs" / "run"
     config.write_text(f"data: {data}\nmax_steps: 2\n", "utf-8")
     argv = ["train", f"--config={config}", f"--output={output}", "--target_loss=0.01", "--round_trip=true"]
     assert run(argv) == 1
@@ -93,6 +93,7 @@ def test_a_missed_target_shows_the_card_and_a_wrong_page(
     assert "target_loss 0.01 command line" in page
     assert "micro_batch_size 2 default" in page
     assert "learning_rate 0.005 default" in page
+    assert f"glm4ft train --config '{output}/config.yaml' --output NEW_FOLDER" in page
     raw = (output / "report.html").read_text("utf-8")
     assert "<mark>↵Hello &lt;b&gt;\\x1b[31m&lt;|user|&gt;</mark>" in raw
     assert "\x1b" not in raw

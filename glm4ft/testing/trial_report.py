@@ -21,7 +21,8 @@ from glm4ft.report.wording import parts_sentence
 from glm4ft.run_evidence import gather_evidence
 from glm4ft.testing.check_wording import has_failed, headline, shown_check
 from glm4ft.testing.checks.outcome import LOSS_LIMIT
-from glm4ft.testing.checks.trial import Run, Trial
+from glm4ft.testing.checks.recorded_run import Run
+from glm4ft.testing.checks.trial import Trial
 from glm4ft.testing.oracle import IGNORED, Undecidable, control_ids, find_mistakes, find_turns
 from glm4ft.testing.reference import clip_factor
 from glm4ft.testing.runner import Result, all_checks

@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from glm4ft.testing.checks.processes import run_of_ranks
+from glm4ft.testing.checks.recorded_run import Run
 from glm4ft.testing.checks.registry import CheckFailed
-from glm4ft.testing.checks.trial import Run, Trial
+from glm4ft.testing.checks.trial import Trial
 from glm4ft.testing.runner import all_checks
 from glm4ft.testing.trace import Step, Tensors
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from glm4ft.testing.checks.trial import Run
+from glm4ft.testing.checks.recorded_run import Run
 from glm4ft.testing.conformance import Bench, parametrize_with_checks
 from glm4ft.testing.geometry import GEOMETRIES
 from glm4ft.testing.gpu_lane import LARGE_OVERFIT_STEPS, REDUCED, Bases, describe_lane, is_large, left_out

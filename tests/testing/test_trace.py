@@ -16,7 +16,8 @@ import torch
 from transformers import Trainer
 
 from glm4ft.chat_format import IGNORED
-from glm4ft.testing.checks.trial import Run, Trial
+from glm4ft.testing.checks.recorded_run import Run
+from glm4ft.testing.checks.trial import Trial
 from glm4ft.testing.replayed_step import WEIGHT_LIMITS, History, ReplayedStep
 from glm4ft.testing.subjects import own, plain_loop, transformers_trainer
 from glm4ft.testing.trace_file import read_trace, write_trace

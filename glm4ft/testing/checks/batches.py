@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from glm4ft.testing.checks.processes import require_ranks_stage
+from glm4ft.testing.checks.recorded_run import Run
 from glm4ft.testing.checks.registry import CheckFailed, NotApplicable, check
-from glm4ft.testing.checks.trial import Run, Trial
+from glm4ft.testing.checks.trial import Trial
 from glm4ft.testing.leaks import Leak, watch_leaks
 from glm4ft.testing.oracle import IGNORED
 from glm4ft.testing.replayed_step import LIMITS

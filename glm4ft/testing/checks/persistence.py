@@ -12,8 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from glm4ft.testing.adapter import Adapter, adapted_modules
+from glm4ft.testing.checks.recorded_run import Run
 from glm4ft.testing.checks.registry import CheckFailed, NotApplicable, check
-from glm4ft.testing.checks.trial import Run, Trial
+from glm4ft.testing.checks.trial import Trial
 from glm4ft.testing.thresholds import within
 
 NEEDS = ("build_model", "train")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from glm4ft.testing.checks.recorded_run import Run
 from glm4ft.testing.checks.registry import CheckFailed
-from glm4ft.testing.checks.trial import Run, Trial, require_no_departure
+from glm4ft.testing.checks.trial import Trial, require_no_departure
 from glm4ft.testing.ranks import Job, merge_ranks, run_ranks, unlike
 from glm4ft.testing.subject import make_plan
 from glm4ft.testing.trace import Trace

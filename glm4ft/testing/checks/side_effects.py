@@ -9,8 +9,9 @@ import torch
 from safetensors import safe_open
 
 from glm4ft.testing.adapter import base_name
+from glm4ft.testing.checks.recorded_run import Run
 from glm4ft.testing.checks.registry import CheckFailed, NotApplicable, check
-from glm4ft.testing.checks.trial import Run, Trial
+from glm4ft.testing.checks.trial import Trial
 from glm4ft.testing.trace import record
 
 NEEDS = ("build_model", "train")

@@ -15,8 +15,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
+from glm4ft.testing.checks.recorded_run import Run
 from glm4ft.testing.checks.registry import STAGES, Check, NotApplicable
-from glm4ft.testing.checks.trial import Run, Trial
+from glm4ft.testing.checks.trial import Trial
 from glm4ft.testing.runner import all_checks
 from glm4ft.testing.subjects.plain_loop import Subject
 from glm4ft.tiny import write_tiny_base

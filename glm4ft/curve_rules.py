@@ -63,7 +63,9 @@ def wrong_start(evidence: Evidence) -> Finding | None:
     # a log that begins later holds a mean over steps, or a loss of a resumed run
     if not is_known or evidence.curve[0].step != 1 or first.logged is None or first.base is None:
         return None
-    is_whole = int(evidence.options.get("rows_per_step") or 0) >= len(evidence.rows)
+    # the base's loss is known of the measured rows alone, and the first step of a large data set saw others
+    is_measured = len(evidence.rows) >= evidence.num_rows
+    is_whole = is_measured and int(evidence.options.get("rows_per_step") or 0) >= len(evidence.rows)
     limit = WHOLE_START_DIFFERENCE if is_whole else START_DIFFERENCE
     if not abs(first.logged / first.base - 1) > limit:
         return None

@@ -188,6 +188,7 @@ class Evidence:
         differences: of rows whose ids are not those that serving sends and expects; empty also where that is not known.
         num_dropped: conversations that were left out.
         num_cut: conversations that lost turns, or their end, to the length limit.
+        num_rows: of the data set, those that were not measured included; 0 if all were.
     """
 
     curve: tuple[CurvePoint, ...]
@@ -202,6 +203,7 @@ class Evidence:
     differences: tuple[RenderingDifference, ...] = ()
     num_dropped: int = 0
     num_cut: int = 0
+    num_rows: int = 0
 
     @property
     def supervised(self) -> Iterator[TokenEvidence]:

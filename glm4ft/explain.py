@@ -42,6 +42,7 @@ class RunFiles:
         rows_per_step: that one optimiser step saw, at least; None if it is not known.
         config: options of one of our runs; empty for another trainer's.
         rows: file of the rows as trained; None if there is none.
+        num_rows: that were trained, of which the file may hold the first only; 0 if it is not known.
     """
 
     log: Sequence[Mapping[str, Any]]
@@ -49,6 +50,24 @@ class RunFiles:
     rows_per_step: int | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     rows: Path | None = None
+    num_rows: int = 0
+
+
+@dataclass(frozen=True)
+class Served:
+    """Conversations as they should be encoded.
+
+    Args:
+        rows: those that are looked at.
+        num_rows: of the whole file.
+        num_dropped: conversations without a row.
+        num_cut: conversations that lost their oldest turns.
+    """
+
+    rows: list[TrainedRow] = field(default_factory=list)
+    num_rows: int = 0
+    num_dropped: int = 0
+    num_cut: int = 0
 
 
 def explain_run(
@@ -77,29 +96,33 @@ def explain_run(
     base_name = model or _base_name(run, files)
     tokenizer, format_name = load_format(base_name, chat_format or files.config.get("chat_format"))
     trained = _trained(files, rows)
-    served, dropped, cut = list[TrainedRow](), 0, 0
+    served = Served()
     if _has_data(files, data):
         wanted = {row.line for row in trained[:MEASURED_ROWS]}
-        served, dropped, cut = _served(files, data, ChatFormat(format_name, tokenizer, **_encoding(files)), wanted)
-    if not trained and not served:
+        served = _served(files, data, ChatFormat(format_name, tokenizer, **_encoding(files)), wanted)
+    looked_at = trained or served.rows
+    if not looked_at:
         fix = "name the conversations with --data, or with --rows the rows as glm4ft inspect --json writes them"
         raise ConfigError("the run does not say what it was trained on", where="--data", fix=fix)
     adapted = _adapted(files, base_name, format_name)
     if adapted is not None:
-        _require_known_ids(trained or served, adapted.config.vocab_size)
+        _require_known_ids(looked_at, adapted.config.vocab_size)
     # asked as serving asks, if the conversations are there to be rendered
-    trips = _say_back(adapted, ChatFormat(format_name, tokenizer), served or trained) if adapted is not None else []
+    trips = (
+        _say_back(adapted, ChatFormat(format_name, tokenizer), served.rows or trained) if adapted is not None else []
+    )
     evidence = gather_evidence(
         adapted,
-        trained or served,
+        looked_at,
         tokenizer,
         files.log,
         round_trips=trips,
         target_loss=_target(files.config),
         options=_options(files),
-        served=served,
-        num_dropped=dropped,
-        num_cut=cut,
+        served=served.rows,
+        num_dropped=served.num_dropped,
+        num_cut=served.num_cut,
+        num_rows=served.num_rows if not trained else 0 if rows else files.num_rows,
     )
     return diagnose(evidence)
 
@@ -116,9 +139,10 @@ def find_files(run: Path) -> RunFiles:
     state = next((folder / STATE_FILE for folder in folders if (folder / STATE_FILE).is_file()), None)
     config = _config(run)
     log: Sequence[Mapping[str, Any]] = ()
-    rows_per_step = None
+    rows_per_step, num_rows = None, 0
     if (run / FILE_NAME).is_file():
-        log = read_trajectory(run / FILE_NAME).steps
+        trajectory = read_trajectory(run / FILE_NAME)
+        log, num_rows = trajectory.steps, int(trajectory.header.get("rows", 0))
         rows_per_step = int(config.get("micro_batch_size", 0)) * int(config.get("accumulation", 1))
     elif state is not None:
         content = read_json(state)
@@ -132,7 +156,7 @@ def find_files(run: Path) -> RunFiles:
             expected=f"{FILE_NAME} or {STATE_FILE}, and {ADAPTER_CONFIG}",
         )
     rows = run / ROWS_FILE
-    return RunFiles(log, adapter, rows_per_step, config, rows if rows.is_file() else None)
+    return RunFiles(log, adapter, rows_per_step, config, rows if rows.is_file() else None, num_rows)
 
 
 def _config(run: Path) -> dict[str, Any]:
@@ -180,26 +204,24 @@ def _encoding(files: RunFiles) -> dict[str, Any]:
     return {key: files.config[key] for key in options if key in files.config}
 
 
-def _served(
-    files: RunFiles, data: str | None, encoder: ChatFormat, wanted: set[int]
-) -> tuple[list[TrainedRow], int, int]:
+def _served(files: RunFiles, data: str | None, encoder: ChatFormat, wanted: set[int]) -> Served:
     """The conversations as they should be encoded, and how many were dropped and cut.
 
     All are counted. Kept are the wanted lines, and the first ones, as many as are looked at: the rest of a large file
     would not fit into memory.
     """
     max_length = int(files.config.get("max_length") or TrainConfig().max_length)
-    rows, dropped, cut, num_tokens = list[TrainedRow](), 0, 0, 0
+    rows, num_rows, dropped, cut, num_tokens = list[TrainedRow](), 0, 0, 0, 0
     for conversation in read_conversations(data_path(data or str(files.config["data"]))):
         row, _ = fit_row(conversation, encoder, max_length)
         if row is None:
             dropped += 1
             continue
         cut += len(row.turns) < sum(m.role == "assistant" for m in conversation.messages)
-        num_tokens += len(row.input_ids)
+        num_rows, num_tokens = num_rows + 1, num_tokens + len(row.input_ids)
         if not rows or num_tokens <= KEPT_TOKENS or row.line in wanted:
             rows.append(TrainedRow(row.line, row.input_ids, row.labels))
-    return rows, dropped, cut
+    return Served(rows, num_rows, dropped, cut)
 
 
 def _require_known_ids(rows: Sequence[TrainedRow], vocab_size: int) -> None:

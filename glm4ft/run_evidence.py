@@ -49,6 +49,7 @@ def gather_evidence(
     served: Sequence[TrainedRow] = (),
     num_dropped: int = 0,
     num_cut: int = 0,
+    num_rows: int = 0,
 ) -> Evidence:
     """Measure a run.
 
@@ -63,6 +64,7 @@ def gather_evidence(
         served: the same conversations as serving renders them, if they are known; found again by their lines.
         num_dropped: conversations that were left out.
         num_cut: conversations that were shortened.
+        num_rows: of the data set, where ``rows`` are not all of them.
     Returns:
         The evidence.
     """
@@ -86,6 +88,7 @@ def gather_evidence(
         differences=tuple(_differences(measured, served, TokenDecoder(tokenizer))),
         num_dropped=num_dropped,
         num_cut=num_cut,
+        num_rows=max(num_rows, len(rows)),
     )
 
 

@@ -94,8 +94,9 @@ def write_atomically(path: Path, text: str) -> None:
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     try:
         lines = path.read_text("utf-8").split("\n")
-    except OSError as error:
-        raise DataError("cannot read the trajectory", where=str(path), found=error.strerror or str(error)) from error
+    except (OSError, UnicodeDecodeError) as error:
+        found = getattr(error, "strerror", None) or str(error)
+        raise DataError("cannot read the trajectory", where=str(path), found=found) from error
     return list(_parse(path, lines))
 
 
@@ -103,6 +104,9 @@ def _parse(path: Path, lines: list[str]) -> Iterable[dict[str, Any]]:
     # what follows the last newline is empty, or a line that a killed run could not finish
     for number, line in enumerate(lines[:-1], start=1):
         try:
-            yield json.loads(line)
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError("a row is an object")
+            yield row
         except ValueError as error:
             raise DataError("not a trajectory row", where=f"{path}, line {number}", found=show(line)) from error

@@ -62,6 +62,7 @@ def test_of_a_large_file_only_what_is_looked_at_is_kept(
     monkeypatch.setattr("glm4ft.explain.KEPT_TOKENS", 1)
     alone = explain_run(foreign, data="demo", model=base)
     assert [row.line for row in alone.evidence.rows] == [1]
+    assert alone.evidence.num_rows == 2
     # with the rows as they were trained, the same conversations are there to be compared
     assert explain_run(foreign, data="demo", rows=str(learnt.output / ROWS_FILE), model=base).verdict == "learnt"
     changed = [

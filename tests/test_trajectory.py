@@ -76,3 +76,10 @@ def test_error_of_a_failed_write_names_the_file_that_was_asked_for(tmp_path: Pat
     with pytest.raises(FileNotFoundError) as raised:
         write_atomically(tmp_path / "missing" / "floor.json", "{}")
     assert raised.value.filename == str(tmp_path / "missing" / "floor.json")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00\n", b'{"type": "header"}\n5\n'], ids=["no text", "no object"])
+def test_file_that_is_no_trajectory_is_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "trajectory.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match="trajectory"):
+        read_trajectory(tmp_path / "trajectory.jsonl")

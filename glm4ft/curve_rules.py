@@ -64,12 +64,13 @@ def wrong_start(evidence: Evidence) -> Finding | None:
     if not is_known or evidence.curve[0].step != 1 or first.logged is None or first.base is None:
         return None
     # the base's loss is known of the measured rows alone, and the first step of a large data set saw others
-    is_measured = len(evidence.rows) >= evidence.num_rows
-    is_whole = is_measured and int(evidence.options.get("rows_per_step") or 0) >= len(evidence.rows)
+    is_whole = evidence.is_whole and int(evidence.options.get("rows_per_step") or 0) >= len(evidence.rows)
     limit = WHOLE_START_DIFFERENCE if is_whole else START_DIFFERENCE
     if not abs(first.logged / first.base - 1) > limit:
         return None
     far = first.logged > 1.5 * first.uniform
+    if not (evidence.is_whole or far):
+        return None
     return Finding(
         "wrong-start",
         "model",
@@ -130,6 +131,9 @@ def rate_too_high(evidence: Evidence) -> Finding | None:
         return None
     best, tail = min(losses), losses[-max(3, len(losses) // 4) :]
     rises = sum(max(b - a, 0) for a, b in itertools.pairwise(losses))
+    is_climbing = statistics.median(tail) > 1.2 * statistics.median(losses[: len(tail)])
+    if not (evidence.is_whole or is_climbing):
+        return None
     is_up = statistics.median(tail) > max(2 * best, best + 0.1) or statistics.median(tail) > 1.2 * losses[0]
     # of all movement, how much is upwards: a half is a walk without direction
     turmoil = rises / max(rises + losses[0] - losses[-1] + rises, 1e-30) if losses[-1] < losses[0] else 1.0
@@ -174,7 +178,13 @@ def schedule_ended_early(evidence: Evidence) -> Finding | None:
 def rate_too_low(evidence: Evidence) -> Finding | None:
     """The loss falls steadily, but hardly."""
     losses, fallen = _losses(evidence.curve), _way(evidence)
-    if len(losses) < LEAST_STEPS or fallen is None or not fallen < HARDLY_BEGUN or not losses[-1] < losses[0]:
+    if (
+        not evidence.is_whole
+        or len(losses) < LEAST_STEPS
+        or fallen is None
+        or not fallen < HARDLY_BEGUN
+        or not losses[-1] < losses[0]
+    ):
         return None
     rates = [point.lr for point in evidence.curve if point.lr]
     return Finding(
@@ -192,7 +202,7 @@ def still_falling(evidence: Evidence) -> Finding | None:
     losses = _losses(evidence.curve)
     floor = evidence.floor.floor if evidence.floor else 0.0
     target = evidence.target_loss or floor + LEARNT_LOSS
-    if len(losses) < LEAST_STEPS or not evidence.loss > target:
+    if not (evidence.is_whole or evidence.target_loss) or len(losses) < LEAST_STEPS or not evidence.loss > target:
         return None
     found = forecast(losses, target, floor)
     if found is None or found.steps > NEVER * len(losses):

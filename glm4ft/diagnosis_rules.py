@@ -71,5 +71,11 @@ def nothing_found(evidence: Evidence) -> Finding:
     if evidence.loss < LEARNT_LOSS:
         text = f"The loss is {evidence.loss:.4f} and nothing is wrong that can be seen from here."
         return Finding("learnt", "outcome", text, (), "nothing to do")
+    if not evidence.is_whole:
+        text = (
+            f"The loss is {evidence.loss:.4f}, on more conversations than are learnt by heart; nothing is wrong that "
+            "can be seen from here."
+        )
+        return Finding("trained", "outcome", text, (), "judge it on held-out conversations (--eval_data)")
     text = f"The loss is {evidence.loss:.4f}, and nothing that was looked at explains it."
     return Finding("unexplained", "outcome", text, (), "look at the tokens that hold the loss, and run glm4ft check")

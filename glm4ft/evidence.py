@@ -206,6 +206,15 @@ class Evidence:
     num_rows: int = 0
 
     @property
+    def is_whole(self) -> bool:
+        """Whether all rows were measured: so few that they are learnt by heart, and the loss comes down to its floor.
+
+        Of a larger data set a model learns what its conversations have in common. Where its loss comes to rest nobody
+        can say, batches differ, and some rows are easy from the start.
+        """
+        return len(self.rows) >= self.num_rows
+
+    @property
     def supervised(self) -> Iterator[TokenEvidence]:
         """The tokens that were trained."""
         return (token for row in self.rows for token in row.tokens if token.supervised)

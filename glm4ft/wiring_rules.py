@@ -77,7 +77,7 @@ def samples_not_learnt(evidence: Evidence) -> Finding | None:
     """Some rows are known by heart and others not at all."""
     known = [row for row in evidence.rows if row.loss < ROW_LEARNT]
     unknown = [row for row in evidence.rows if row.loss > ROW_NOT_LEARNT]
-    if not known or not unknown:
+    if not evidence.is_whole or not known or not unknown:
         return None
     lines = ", ".join(f"line {row.line} ({row.loss:.2f})" for row in unknown[:5])
     return Finding(
@@ -96,7 +96,7 @@ def held_by_decay(evidence: Evidence) -> Finding | None:
     decay = float(evidence.options.get("weight_decay") or 0)
     losses = [p.loss for p in evidence.curve if p.loss is not None and math.isfinite(p.loss)]
     floor = evidence.floor.floor if evidence.floor else 0.0
-    if len(losses) < LEAST_STEPS or not evidence.loss > floor + LEARNT_LOSS:
+    if not evidence.is_whole or len(losses) < LEAST_STEPS or not evidence.loss > floor + LEARNT_LOSS:
         return None
     length = max(3, len(losses) // 5)
     tail, middle = losses[-length:], losses[len(losses) // 2 : -length]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -127,6 +128,22 @@ def test_first_loss_of_all_rows_must_be_the_bases() -> None:
     assert diagnose(replace(near, options={"rows_per_step": 2}, num_rows=100)).verdict == "learnt"
     resumed = replace(near, options={"rows_per_step": 2}, curve=near.curve[1:])
     assert diagnose(resumed).verdict == "learnt"
+
+
+@pytest.mark.parametrize(("start", "end"), [(1.8, 1.45), (2.5, 1.0), (1.4, 1.3), (1.2, 0.6)])
+def test_ordinary_run_on_many_conversations_has_no_fault(start: float, end: float) -> None:
+    """Its loss falls a little, comes to rest far above the floor, differs from batch to batch; some rows are easy."""
+    noise = random.Random(0)
+    losses = [max(0.05, end + (start - end) * math.exp(-i / 60) + noise.gauss(0, 0.25)) for i in range(400)]
+    run = replace(evidence(row(loss=end), row(line=2), losses=losses), num_rows=800, options={"rows_per_step": 2})
+    assert [finding.verdict for finding in diagnose(run).findings] == ["trained"]
+    assert diagnose(replace(run, num_rows=2)).verdict != "trained"
+
+
+def test_run_on_many_conversations_that_climbs_is_said_to_climb() -> None:
+    losses = [2.0 - 0.01 * i for i in range(50)] + [1.5 + 0.05 * i + 0.3 * (i % 2) for i in range(50)]
+    run = replace(evidence(row(loss=4.0), losses=losses), num_rows=800)
+    assert diagnose(run).verdict == "rate-too-high"
 
 
 def test_turns_without_a_target_are_named() -> None:

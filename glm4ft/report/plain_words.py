@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-NOTHING_WRONG = ("learnt",)  # verdicts of a diagnosis
+NOTHING_WRONG = ("learnt", "trained")  # verdicts of a diagnosis
 OPEN_VERDICTS = ("unexplained", "still-falling")  # they find no fault
 
 

@@ -125,6 +125,7 @@ class RunReport:
                 options={**asdict(self.config), "target_modules": self.config.lora.targets},
                 num_dropped=sum(map(len, self.data.dropped.values())),
                 num_cut=len(self.data.truncated),
+                num_rows=self.data.rows,
             )
         )
 

@@ -5,6 +5,7 @@ Run: pytest tests/test_diagnosis.py
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import random
@@ -13,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from glm4ft.chat_format import IGNORED
 from glm4ft.diagnosis import diagnose
@@ -26,6 +28,7 @@ from glm4ft.evidence import (
     TokenEvidence,
 )
 from glm4ft.forecast import forecast
+from glm4ft.report.diagnosis_view import print_finding
 from glm4ft.run_evidence import curve_of, gradient_health
 
 # position, role, part and turn of a row: <|user|> hi <|assistant|> a b <|user|>
@@ -220,3 +223,10 @@ def test_log_of_transformers_is_read_as_a_curve() -> None:
     assert (first.step, first.loss, first.grad_norm, first.lr) == (10, 5.0, 3.0, 1e-3)
     assert second.loss is not None
     assert math.isnan(second.loss)
+
+
+def test_verdict_that_finds_nothing_wrong_is_not_shown_as_a_fault() -> None:
+    for run in (CASES["learnt"], replace(evidence(row(loss=1.0)), num_rows=800)):
+        console = Console(record=True, force_terminal=True, color_system="standard", file=io.StringIO())
+        print_finding(console, diagnose(run).findings[0])
+        assert "\x1b[32m" in console.export_text(styles=True)

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from glm4ft.diagnosis import CERTAIN, Diagnosis, Finding
 from glm4ft.evidence import Evidence
+from glm4ft.report.plain_words import NOTHING_WRONG
 from glm4ft.report.safe_text import Ruled, visible
 from glm4ft.trajectory import write_atomically
 
@@ -36,7 +37,7 @@ def show_diagnosis(diagnosis: Diagnosis, *, json_file: str | None = None) -> Non
         write_atomically(Path(json_file), text)
     console = Console(highlight=False)
     for finding in diagnosis.findings:
-        _print(console, finding)
+        print_finding(console, finding)
     for fact in facts(diagnosis.evidence):
         console.print(Text(fact, style="dim"), soft_wrap=True)
     if table := token_table(diagnosis.evidence):
@@ -81,9 +82,10 @@ def token_table(evidence: Evidence) -> Table | None:
     return table
 
 
-def _print(console: Console, finding: Finding) -> None:
+def print_finding(console: Console, finding: Finding) -> None:
+    """One finding, in green where it finds nothing wrong."""
     is_certain = finding.strength >= CERTAIN
-    style = "green" if finding.verdict == "learnt" else "bold red" if is_certain else "yellow"
+    style = "green" if finding.verdict in NOTHING_WRONG else "bold red" if is_certain else "yellow"
     head = f"{finding.verdict} ({finding.stage})" if is_certain else f"perhaps: {finding.verdict} ({finding.stage})"
     console.print(Text(head, style=style))
     lines = [finding.text, *(f"- {fact}" for fact in finding.evidence), f"what to do: {finding.remedy}"]

@@ -78,6 +78,12 @@ PLAN: Mapping[str, Any] = {
     "save_every": 0,  # steps between checkpoints in output_dir; 0: none. All of them are kept.
     "resume_from": None,  # a checkpoint to continue from, in another output_dir
 }
+# Adapters of this package for what it does not install.
+PEER_ENVIRONMENTS = {
+    "trl": "pip install 'glm4ft[peers]', or tox run -e trl",
+    "llamafactory": "tox run -e llamafactory",
+    "ms_swift": "tox run -e ms-swift",
+}
 
 
 def make_plan(**changes: Any) -> dict[str, Any]:
@@ -117,11 +123,18 @@ def load_subject(spec: str, base_dir: Path) -> Any:
             "the subject cannot be imported",
             where="--subject",
             found=f"{spec}: {error}",
-            fix=f"see what `python -c 'import {module_name}'` says here; modules of the working directory are found",
+            fix=_how_to_import(module_name),
         ) from error
     subject = found(str(base_dir)) if inspect.isroutine(found) or inspect.isclass(found) else found
     require_subject(subject, spec)
     return subject
+
+
+def _how_to_import(module: str) -> str:
+    package, _, name = module.rpartition(".")
+    if package == "glm4ft.testing.subjects" and name in PEER_ENVIRONMENTS:
+        return f"it needs an environment of its own: {PEER_ENVIRONMENTS[name]}"
+    return f"see what `python -c 'import {module}'` says here; modules of the working directory are found"
 
 
 def require_subject(subject: Any, spec: str = "") -> None:

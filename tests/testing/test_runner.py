@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ from glm4ft.errors import ConfigError
 from glm4ft.testing.checks.registry import STAGES, Check, CheckFailed, NotApplicable
 from glm4ft.testing.checks.trial import Trial
 from glm4ft.testing.runner import Result, all_checks, check_subject, run_checks
-from glm4ft.testing.subject import load_subject, make_plan
+from glm4ft.testing.subject import PEER_ENVIRONMENTS, load_subject, make_plan
 
 OWN = "glm4ft.testing.subjects.own:Subject"
 FOUNDING_BUG = "glm4ft.testing.subjects.founding_bug:Subject"
@@ -176,3 +177,13 @@ def test_only_the_stages_that_were_asked_for_are_judged(capsys: pytest.CaptureFi
 def test_a_stage_that_does_not_exist_is_refused(stages: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["check", f"--stages={stages}"]) == 2
     assert "no such stage" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "environment"), PEER_ENVIRONMENTS.items())
+def test_adapter_of_a_peer_that_is_missing_names_its_environment(
+    name: str, environment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = f"glm4ft.testing.subjects.{name}"
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ConfigError, match=re.escape(environment)):
+        load_subject(f"{module}:Subject", tmp_path)

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from glm4ft.gradient_norms import WINDOW, spike_ratios
 from glm4ft.testing.thresholds import within
 
-# Largest ratio of healthy overfit runs at 5e-3 on the built-in base: 1.7 in all but one of 110 runs of the benign
-# variations, and 3.95 in that one (docs/thresholds.md); the limit is three times that. A jump as in zai-org/GLM-4 issue
-# 342, from 0.01 to 32.75, is three orders of magnitude.
+# Largest ratio of healthy overfit runs at 5e-3 on the built-in base: 2.4 on all but two seeds of the many runs of the
+# benign variations, and 5.1 at most (docs/thresholds.md); the limit leaves a factor of 4. A jump as in zai-org/GLM-4
+# issue 342, from 0.01 to 32.75, is three orders of magnitude.
 # At 2e-2 over 150 steps (tests/sweeps/stability_control.py, seeds 0 to 5, 2026-11-25) the right mask shows 1.57, 1.50,
 # 3.28, 1.15, 1.32, 1.52 and the founding bug 27.8, 24.2, 11.2, 1.26, 6.8, 15.6: mostly apart, but no verdict by itself.
-SPIKE_LIMIT = 12.0
+SPIKE_LIMIT = 20.0
 # On an overfit run the norm falls with the loss: to 0.03 of the first step's at a loss of 0.01 (same 8 runs).
 DECAY_LIMIT = 0.2
 

@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
-from glm4ft.errors import ModelError
+from glm4ft.errors import ConfigError, ModelError
 
 TINY = "tiny"  # names the built-in base, which has no files
 SINGLE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -144,3 +144,22 @@ def listed(names: Iterable[str]) -> str:
     """The first of many names, and how many more there are."""
     ordered = sorted(names)
     return ", ".join(ordered[:3]) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "")
+
+
+def require_unused(output: Path, fix: str = "choose another folder") -> None:
+    """Refuse to write into a folder that holds something.
+
+    Args:
+        output: folder that a checkpoint or a run is to become.
+        fix: what can be done instead.
+    Raises:
+        ConfigError: if it is there and not empty, or no folder.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(
+            "the output folder is already in use",
+            where="--output",
+            found=str(output),
+            expected="a folder that is empty or does not exist",
+            fix=fix,
+        )

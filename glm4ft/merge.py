@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from glm4ft.base_model import Base, load_base
 from glm4ft.chat_format import ChatFormat
-from glm4ft.checkpoint import TINY, find_checkpoint, listed, one_line, read_json, require_whole_file
+from glm4ft.checkpoint import TINY, find_checkpoint, listed, one_line, read_json, require_unused, require_whole_file
 from glm4ft.conversation import Message
 from glm4ft.errors import ConfigError, ModelError, RunError
 
@@ -100,7 +100,7 @@ def merge_adapter(adapter: Path, output: Path, *, model: str | None = None, dtyp
         RunError: if the merged weights do not say what the adapter says.
     """
     output = output.expanduser().absolute()
-    _require_unused(output)
+    require_unused(output)
     adapter = adapter.expanduser()
     config = require_adapter(adapter)
     base = _load_base(adapter, config, model, dtype)
@@ -113,16 +113,6 @@ def merge_adapter(adapter: Path, output: Path, *, model: str | None = None, dtyp
     effect, error = _compare(before_BTV, adapted_BTV, _logits(merged, probe_BT), TOLERANCES[dtype])
     _write(merged, base, output)
     return MergeReport(output, base.source, dtype, effect, error, (*base.warnings, *_doubts(effect, error)))
-
-
-def _require_unused(output: Path) -> None:
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(
-            "the output folder is already in use",
-            where="--output",
-            found=str(output),
-            expected="a folder that is empty or does not exist",
-        )
 
 
 def require_adapter(adapter: Path) -> dict[str, Any]:

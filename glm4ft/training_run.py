@@ -25,6 +25,7 @@ from transformers.integrations.integration_utils import get_available_reporting_
 from glm4ft.base_model import Base, load_base, load_format, require_loadable
 from glm4ft.batching import Collator, PackedRows, RowSet
 from glm4ft.chat_format import ChatFormat
+from glm4ft.checkpoint import require_unused
 from glm4ft.config import TrainConfig
 from glm4ft.conversation import read_conversations
 from glm4ft.dataset import Rows, data_path, fit_row, prepare_rows
@@ -133,7 +134,8 @@ def run_training(
         say(f"the run in {output} is complete")
         return RunResult(output, read_trajectory(output / FILE_NAME), (), config.target)
     if not resume and _is_main_process():
-        _require_unused(output)
+        go_on = f", or continue that run with --resume {shlex.quote(str(output))}" * is_run(output)
+        require_unused(output, f"choose another folder{go_on}")
     _require_trackers(config.report_to)
     require_loadable(config.model, config.dtype)  # before hours may go into encoding
     chat_format = chat_format_of(config)
@@ -341,18 +343,6 @@ def _header(rows: Rows, model: PeftModel) -> dict[str, Any]:
         "device": device,
         "libraries": libraries,
     }
-
-
-def _require_unused(output: Path) -> None:
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(
-            "the output folder is already in use",
-            where="--output",
-            found=str(output),
-            expected="a folder that is empty or does not exist",
-            fix="choose another folder"
-            + f", or continue that run with --resume {shlex.quote(str(output))}" * is_run(output),
-        )
 
 
 def _require_trackers(names: Sequence[str]) -> None:

@@ -1,19 +1,23 @@
 """What adapters of trainers have in common. A subject needs none of it; an adapter gets shorter with it.
 
-``class Subject(PeftAdapter)`` has ``build_model``, ``save``, ``load`` and ``merge``; ``Generates`` adds ``generate``;
-``training_arguments`` translates a plan, ``json_chat`` and ``sharegpt_chat`` a conversation.
+``class Subject(PeftAdapter)`` has ``build_model``, ``save``, ``load`` and ``merge``; ``EncodedHere`` adds ``encode``
+and ``prompt``, ``Generates`` ``generate``; ``training_arguments`` translates a plan, ``json_chat`` and
+``sharegpt_chat`` a conversation.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, set_seed
+
+from glm4ft.chat_format import ChatFormat
+from glm4ft.conversation import from_messages
 
 
 class PeftAdapter:
@@ -41,6 +45,23 @@ class PeftAdapter:
         """Write a merged checkpoint."""
         self.load(base_dir, folder).merge_and_unload().save_pretrained(output)
         self.tokenizer.save_pretrained(output)
+
+
+class EncodedHere:
+    """The rows of a subject that leaves them to glm4ft."""
+
+    format: ChatFormat
+
+    def encode(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> dict[str, list[int]]:
+        """Ids and labels of one conversation."""
+        row = self.format.encode(from_messages(messages, tools))
+        return {"input_ids": row.input_ids, "labels": row.labels}
+
+    def prompt(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> list[int]:
+        """The ids that serving sends to have the next assistant turn generated."""
+        # a conversation needs an answer to be valid; this one is taken off again
+        conversation = from_messages([*messages, {"role": "assistant", "content": "."}], tools)
+        return self.format.prompt(conversation.messages[:-1], conversation.tools)
 
 
 class Generates:

@@ -16,11 +16,11 @@ from glm4ft.batching import Collator, Item, RowSet
 from glm4ft.chat_format import ChatFormat
 from glm4ft.checkpoint import read_json
 from glm4ft.config import TrainConfig
-from glm4ft.conversation import from_messages
 from glm4ft.generation import greedy
 from glm4ft.lora import LoraOptions, attach_lora
 from glm4ft.loss import install_supervised_loss
 from glm4ft.merge import merge_adapter
+from glm4ft.testing.wiring import EncodedHere
 from glm4ft.training_run import make_trainer
 
 
@@ -38,7 +38,7 @@ class MemoryRows(RowSet):
         return self.items[index]
 
 
-class Subject:
+class Subject(EncodedHere):
     """This project's trainer on a base folder.
 
     Args:
@@ -53,17 +53,6 @@ class Subject:
         self.tokenizer, self.chat_format = load_format(base_dir)
         self.format = ChatFormat(self.chat_format, self.tokenizer)
         self.stop_ids = self.format.stop_ids
-
-    def encode(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> dict[str, list[int]]:
-        """Ids and labels of one conversation."""
-        row = self.format.encode(from_messages(messages, tools))
-        return {"input_ids": row.input_ids, "labels": row.labels}
-
-    def prompt(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> list[int]:
-        """The ids that serving sends to have the next assistant turn generated."""
-        # a conversation needs an answer to be valid; this one is taken off again
-        conversation = from_messages([*messages, {"role": "assistant", "content": "."}], tools)
-        return self.format.prompt(conversation.messages[:-1], conversation.tools)
 
     def collate(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, torch.Tensor]:
         """A padded batch."""

@@ -15,14 +15,13 @@ from transformers import (
 )
 
 from glm4ft.chat_format import IGNORED, ChatFormat
-from glm4ft.conversation import from_messages
 from glm4ft.lora import GLM4_TARGETS
 from glm4ft.testing.subject import make_plan
 from glm4ft.testing.subjects.known_failures import TRANSFORMERS, reasons
-from glm4ft.testing.wiring import Generates, PeftAdapter, training_arguments
+from glm4ft.testing.wiring import EncodedHere, Generates, PeftAdapter, training_arguments
 
 
-class Subject(PeftAdapter, Generates):
+class Subject(EncodedHere, PeftAdapter, Generates):
     """transformers.Trainer on a base folder; the rows are encoded by glm4ft, since Trainer has no opinion on them.
 
     Args:
@@ -39,17 +38,6 @@ class Subject(PeftAdapter, Generates):
         self.tokenizer = AutoTokenizer.from_pretrained(base_dir)
         self.format = ChatFormat(self.chat_format, self.tokenizer)
         self.stop_ids = self.format.stop_ids
-
-    def encode(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> dict[str, list[int]]:
-        """Ids and labels of one conversation."""
-        row = self.format.encode(from_messages(messages, tools))
-        return {"input_ids": row.input_ids, "labels": row.labels}
-
-    def prompt(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> list[int]:
-        """The ids that serving sends; by glm4ft too, since they belong to the rows."""
-        # a conversation needs an answer to be valid; this one is taken off again
-        conversation = from_messages([*messages, {"role": "assistant", "content": "."}], tools)
-        return self.format.prompt(conversation.messages[:-1], conversation.tools)
 
     def collate(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, torch.Tensor]:
         """A padded batch, by the seq2seq collator."""

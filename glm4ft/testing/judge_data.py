@@ -11,6 +11,7 @@ from glm4ft.testing.trace import Forward
 
 # A target this sure may leave no gradient in the dtype of the run; a surer one says nothing about the mask.
 SURE = 0.999
+SHOWN = 3  # tokens of a row that a message quotes
 
 
 def judge_rows(step: ReplayedStep) -> Departures:
@@ -33,8 +34,8 @@ def _unknown_row(step: ReplayedStep, ids: tuple[int, ...]) -> Departure:
         return step.depart(stage, f"a row was cut to {len(ids)} of its {len(whole)} tokens", cause)
     nearest = max(known, key=lambda row: _shared(row, ids))
     at = _shared(nearest, ids)
-    found, expected = list(ids[at : at + 3]), list(nearest[at : at + 3])
-    text = f"a row is no conversation's: at position {at} ids {found} stand for {expected}"
+    found, expected = (step.reference.show(row[at : at + SHOWN]) for row in (ids, nearest))
+    text = f"a row is no conversation's: at position {at} stands {found}, not {expected}"
     cause = "truncation" if at >= len(nearest) // 2 and at == len(ids) else ""
     return step.depart("rows", text, cause)
 
@@ -54,7 +55,7 @@ def _wrong_targets(step: ReplayedStep, row: SeenRow) -> Departures:
     extra = trained & (expected == IGNORED) & (got == ids)
     if missing.any() or extra.any():
         words = [
-            f"position {t} (id {row.ids[t]}) is {'trained' if extra[t] else 'not trained'}"
+            f"{step.reference.show(row.ids[t : t + 1])} at position {t} is {'trained' if extra[t] else 'not trained'}"
             for t in (missing | extra).nonzero()[:, 0].tolist()[:4]
         ]
         yield step.depart(

@@ -12,12 +12,13 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from glm4ft.chat_format import IGNORED
 from glm4ft.testing.adapter import Adapter, adapted_modules, base_name
@@ -63,10 +64,19 @@ class Reference:
     def __init__(self, base_dir: str | Path, adapter: Adapter, device: torch.device = CPU) -> None:
         self.model: Any = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32).eval()
         torch.nn.Module.to(self.model.requires_grad_(False), device)
-        self.adapter, self.device = adapter, device
+        self.base_dir, self.adapter, self.device = base_dir, adapter, device
         self.backbone = backbone_of(self.model)
         self.weights: Tensors = dict(self.model.named_parameters())
         self.modules = dict(self.model.named_modules())
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The base's own, to show ids as text."""
+        return AutoTokenizer.from_pretrained(self.base_dir)
+
+    def show(self, ids: Sequence[int]) -> str:
+        """Some tokens for a message: their text, quoted, and their ids."""
+        return f"{self.tokenizer.decode(list(ids))!r} ({', '.join(map(str, ids))})"
 
     def hidden(self, input_ids: Sequence[int], trained: Tensors) -> torch.Tensor:
         """Output of the final norm for one row alone, without padding or neighbours.

@@ -335,6 +335,20 @@ def test_resumed_run_that_goes_another_way_is_named(tamper: Tamper, says: str, h
         CHECKS["resumed_run_is_the_whole_run"].run(trial)
 
 
+def test_random_state_that_equal_runs_do_not_share_is_not_held_against_a_resumed_one(
+    healthy: Trial, tmp_path: Path
+) -> None:
+    class Unlike(Tampered):
+        again = healthy.run()
+
+        def run_anew(self, of: str = "short", **changes: Any) -> Run:
+            is_whole = "save_every" in changes and "resume_from" not in changes
+            self.tamper = (lambda run: None) if is_whole else other_random_state
+            return super().run_anew(of, **changes)
+
+    CHECKS["resumed_run_is_the_whole_run"].run(Unlike(healthy.subject, healthy.base_dir, tmp_path, healthy=healthy))
+
+
 def test_processes_that_drift_or_overlap_are_named(healthy: Trial, tmp_path: Path) -> None:
     """One run in two processes, healthy, then tampered with: not reduced, averaged twice, the same shard twice."""
     run, traces = run_of_ranks(healthy)

@@ -62,7 +62,17 @@ def _wrong_targets(step: ReplayedStep, row: SeenRow) -> Departures:
             "rows",
             f"{int(extra.sum())} tokens are trained that should not be, "
             f"{int(missing.sum())} are not that should: " + ", ".join(words),
+            "" if extra.any() else _masked_by_id(step, set(ids[missing].tolist())),
         )
+
+
+def _masked_by_id(step: ReplayedStep, missing: set[int]) -> str:
+    """A cause, if all tokens that are not trained have the id that batches are padded with; else ""."""
+    pairs = zip(step.step.forwards, step.sightings, strict=True)
+    padding = {id for forward, sighting in pairs for id in forward.input_ids_BT[sighting.padding_BT].tolist()}
+    if missing != padding:
+        return ""
+    return f"{step.reference.show(sorted(padding))} pads the batches too, and labels are taken out wherever it stands"
 
 
 def _unsure(step: ReplayedStep, row: SeenRow, expected: torch.Tensor) -> torch.Tensor:

@@ -176,6 +176,13 @@ class Transposed(Subject):
         return base
 
 
+class OtherAttentionScale(Subject):
+    def load_base(self, base_dir: str) -> Any:
+        base = super().load_base(base_dir)
+        base.model.layers[0].self_attn.scaling = 1.0
+        return base
+
+
 class NoSuchTarget(Subject):
     lora: Mapping[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "gate_proj"]}
 
@@ -361,7 +368,7 @@ class Case:
 TRAINS = True
 SCALE = "adapters_act_at_their_scale"
 CASES = (
-    Case(GenerationPromptAppended, "every_message_has_its_header", r"control token 5 is .* should be at most a stop"),
+    Case(GenerationPromptAppended, "every_message_has_its_header", r"<\|user\|><\|assistant\|> follows the last"),
     Case(CachedByFirstWord, "encoding_has_no_memory", "became the same row"),
     Case(MergedTools, "tools_of_other_conversations_leave_no_trace", '"zone" stands in the row'),
     Case(CutAt2048, "long_conversations_are_not_cut", "was cut to a row of 2,048 tokens"),
@@ -381,7 +388,8 @@ CASES = (
     Case(ZeroIsFalsy, "pad_id_may_be_zero_or_a_real_token", "padding holds id 7, not the pad id 0"),
     Case(OtherEpsilon, "configuration_is_the_bases", "rms_norm_eps is 1e-06 in the model, 1e-05"),
     Case(Transposed, "weights_are_the_bases", "o_proj.weight is not the base's: it is transposed"),
-    Case(Transposed, "first_loss_is_the_bases_own", r"the first loss is \d.\d+, the base's own"),
+    Case(Transposed, "first_loss_is_the_bases_own", r"first module to differ is .*0.self_attn.o_proj, \d"),
+    Case(OtherAttentionScale, "first_loss_is_the_bases_own", r"in what model.layers.0.self_attn.o_proj is given, \d"),
     Case(NoSuchTarget, "adapters_are_those_asked_for", "gate_proj was asked for, but no module"),
     Case(FewerTargets, "adapters_are_those_asked_for", "has no adapter"),
     Case(IgnoresRankPattern, "adapters_are_those_asked_for", "q_proj has rank 8, not 4"),
@@ -407,7 +415,7 @@ CASES = (
     Case(CountsThePrompt, "own_inference_keeps_prompt_and_limit", "where at most 3 were asked for"),
     Case(AnswerInThePrompt, "evaluation_prompts_as_serving_does", "the prompt of inference has"),
     Case(CutsTheQuestion, "evaluation_prompts_as_serving_does", "the prompt of inference has"),
-    Case(FillsTheTail, "evaluation_says_the_loss", "evaluate says a loss of"),
+    Case(FillsTheTail, "evaluation_says_the_loss", "of 7 rows the first 1 count twice"),
     Case(UnshiftedAccuracy, "accuracy_is_that_of_supervised_tokens", "evaluate says an accuracy of"),
 )  # fmt: skip
 

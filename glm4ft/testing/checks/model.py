@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from glm4ft.testing.adapter import Adapter, adapted_modules, base_name
 from glm4ft.testing.checks.registry import CheckFailed, NotApplicable, check
 from glm4ft.testing.checks.trial import Trial
+from glm4ft.testing.first_module import describe_first_other_module
 from glm4ft.testing.reference import Reference
 from glm4ft.testing.replayed_step import LIMITS, relative
 from glm4ft.testing.thresholds import within
@@ -82,7 +83,11 @@ def check_first_loss_is_the_bases_own(trial: Trial) -> None:
     if not within("model: first logits", size, LIMITS[trial.dtype]):
         wanted = torch.tensor(labels[1:])
         first, own = (float(torch.nn.functional.cross_entropy(x[:-1], wanted)) for x in (got_TV, expected_TV))
-        raise CheckFailed(f"the first loss is {first:.6f}, the base's own {own:.6f}; the logits are {size:.1e} off")
+        where = describe_first_other_module(model, base.model, ids, LIMITS[trial.dtype])
+        raise CheckFailed(
+            f"the first loss is {first:.6f}, the base's own {own:.6f}; the logits are {size:.1e} off"
+            + (f"; {where}" if where else "")
+        )
 
 
 def _plain_base(trial: Trial) -> Reference:

@@ -13,6 +13,7 @@ from glm4ft.floor import find_floor
 from glm4ft.generation import greedy
 from glm4ft.head_reader import frozen_head
 from glm4ft.target_loss import describe_unreachable
+from glm4ft.testing.checks.another_mean import explain_mean
 from glm4ft.testing.checks.conversations import Conversations
 from glm4ft.testing.checks.registry import CheckFailed, NotApplicable, check
 from glm4ft.testing.checks.trial import Trial
@@ -125,12 +126,10 @@ def check_own_inference_keeps_prompt_and_limit(trial: Trial) -> None:
 def check_evaluation_says_the_loss(trial: Trial) -> None:
     """The mean over all supervised tokens, whatever the batches, the tail and the accumulation of the run before it."""
     run, data = trial.run(accumulation=2, schedule="linear", steps=4), trial.conversations[:7]
-    with torch.no_grad():
-        expected = float(trial.reference.loss(trial.rows(data), run.trained))
     got, again = (_figures(trial.subject.evaluate(run.model, data))["loss"] for _ in range(2))
     if got != again:
         raise CheckFailed(f"two evaluations of one model say {got:.6g} and {again:.6g}")
-    _require_loss(trial, got, expected, "evaluate says a loss of")
+    _require_loss(trial, got, trial.rows(data), run.trained, "evaluate says a loss of")
 
 
 @check(stage="outcome", needs=NEEDS, incident="LLaMA-Factory 6465: the evaluation of a run was divided by accumulation")
@@ -138,9 +137,7 @@ def check_logged_evaluation_is_the_loss(trial: Trial) -> None:
     """What the log says of an evaluation is the mean loss of the parameters at that step."""
     run = trial.run(accumulation=2, schedule="linear", steps=4, eval_every=2)
     for number, got in run.logged("eval_loss").items():
-        with torch.no_grad():
-            expected = float(trial.reference.loss(run.rows, run.at(number)))
-        _require_loss(trial, got, expected, f"after step {number} the log says an evaluation loss of")
+        _require_loss(trial, got, run.rows, run.at(number), f"after step {number} the log says an evaluation loss of")
 
 
 @check(
@@ -274,9 +271,15 @@ def _figures(result: Any) -> dict[str, float]:
     return {name: float(value) for name, value in figures.items()}
 
 
-def _require_loss(trial: Trial, got: float, expected: float, words: str) -> None:
+def _require_loss(trial: Trial, got: float, rows: Sequence[Row], trained: Tensors, words: str) -> None:
+    with torch.no_grad():
+        losses = [trial.reference.nll(ids, trained)[torch.tensor(labels[1:]) != IGNORED] for ids, labels in rows]
+    sums, counts = [float(nll.sum()) for nll in losses], [len(nll) for nll in losses]
+    expected = sum(sums) / sum(counts)
     if not within("outcome: loss of an evaluation", abs(got / expected - 1), EVAL_LIMIT[trial.dtype]):
-        raise CheckFailed(f"{words} {got:.6g}, it is {expected:.6g}: {got / expected:.4g} times as much")
+        found = explain_mean(got, sums, counts, EVAL_LIMIT[torch.float32])
+        cause = f"; likely cause: of {len(rows)} rows {found}" if found else ""
+        raise CheckFailed(f"{words} {got:.6g}, it is {expected:.6g}: {got / expected:.4g} times as much{cause}")
 
 
 def _accuracy(trial: Trial, conversations: Conversations) -> float:

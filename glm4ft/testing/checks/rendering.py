@@ -62,9 +62,14 @@ def check_every_message_has_its_header(trial: Trial) -> None:
             or not set(rest) <= {HEADERS["user"], HEADERS["observation"], END_OF_TEXT}
         ):
             position = found[at][0] if at < len(found) else len(row.ids)
-            wanted = expected[at] if at < len(expected) else "at most a stop token"
             stands = got[at] if at < len(got) else "the end of the row"
-            fail(trial, row, f"control token {at + 1} is {stands}, should be {wanted}", position)
+            if at >= len(expected):
+                extra = "".join(rest)
+                fail(trial, row, f"{extra} follows the last message, where at most one stop token should end the row",
+                     position)  # fmt: skip
+            number = at - (len(expected) - len(talk.messages))
+            owner = f" for message {number} ({talk.messages[number]['role']})" if number >= 0 else ""
+            fail(trial, row, f"control token {at + 1} is {stands}, should be {expected[at]}{owner}", position)
 
 
 @check(stage="rows", incident="axolotl 1265, LMFlow 394: ids of another conversation came out of a cache")

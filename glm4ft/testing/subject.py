@@ -19,6 +19,8 @@ Optional
     ``lora``: what the user asked for, by peft's names (``r``, ``lora_alpha``, ``target_modules``, ``use_rslora``,
     ``rank_pattern``, ``alpha_pattern``, ``layers_to_transform``); without it the model's own configuration is believed.
     ``train(model, conversations, plan)``: trains in place. A conversation is ``{"messages": [...], "tools": [...]}``.
+    ``plan["seed"]`` seeds all its random numbers: checks of what a save, an evaluation or a resume changes put dropout
+    on the embeddings from outside, and give it up where two such runs are not the same.
     It may return its log: a mapping per optimiser step with any of ``step``, ``loss``, ``grad_norm`` (before clipping),
     ``learning_rate``, and ``eval_loss`` where it evaluated. Logged figures are not judged without it.
     ``distributed``: True if ``train`` can run as one of several processes in the environment that torchrun sets

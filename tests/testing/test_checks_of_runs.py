@@ -7,6 +7,7 @@ Healthy runs of the plain loop are recorded once and then tampered with, so that
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -177,8 +178,19 @@ def moved_after(step: Step) -> None:
     step.after = {n: t + 1e-9 + 1e-7 * t for n, t in step.after.items()}
 
 
-def other_random_state(run: Run) -> None:
-    run.random_state = run.random_state.flip(0)
+def other_dropout(step: Step) -> None:
+    for name in ("raw", "clipped", "after"):
+        setattr(step, name, {n: t * (1 + 1e-6) for n, t in getattr(step, name).items()})
+
+
+def without_gradient(step: Step) -> None:
+    other_dropout(step)
+    step.raw = {n: torch.zeros_like(t) for n, t in step.raw.items()}
+
+
+def in_eval_mode_and_elsewhere(step: Step) -> None:
+    in_eval_mode(step)
+    other_dropout(step)
 
 
 def evaluated_in_training_mode(run: Run) -> None:
@@ -293,7 +305,24 @@ CASES = (
         "saving every 2 steps .* after step 3",
         {"save_every": 2},
     ),
-    Case("watching_a_run_does_not_change_it", other_random_state, "evaluating .*random state", {"eval_every": 2}),
+    Case(
+        "watching_a_run_does_not_change_it",
+        at_step(3, other_dropout),
+        "evaluating .*dropout drew other random numbers",
+        {"eval_every": 2},
+    ),
+    Case(
+        "watching_a_run_does_not_change_it",
+        at_step(3, without_gradient),
+        "saving .*: 24 of them have no gradient",
+        {"save_every": 2},
+    ),
+    Case(
+        "watching_a_run_does_not_change_it",
+        at_step(3, in_eval_mode_and_elsewhere),
+        "evaluating .*: it ran in eval mode",
+        {"eval_every": 2},
+    ),
     Case("evaluation_runs_in_eval_mode", evaluated_in_training_mode, "ran in training mode"),
     Case("evaluation_runs_in_eval_mode", at_step(3, in_eval_mode), "step 3 ran in eval mode"),
     Case("two_conversations_reach_a_loss_below_a_hundredth", untrained, "the loss is 8", OVERFIT),
@@ -315,11 +344,11 @@ def test_fails_for_a_recording_in_which_it_does_not_hold(case: Case, healthy: Tr
 
 RESUMED = (
     (one_step_more, "steps follow, not"),
-    (reversed_steps, "does not start from the parameters that were saved"),
-    (at_step(2, moved_after), "the optimiser's moments were not restored"),
+    (reversed_steps, "does not start from the parameters that were there then"),
+    (at_step(2, moved_after), "though its gradient is the same: the optimiser's moments"),
     (at_step(2, lambda step: setattr(step, "forwards", step.forwards[:0])), "step 5 sees other rows"),
     (rate(lambda i, r: 5e-3), "the rate at step 4 is 0.005"),
-    (other_random_state, "the random state at its end differs"),
+    (at_step(2, other_dropout), "on the same rows: dropout drew other random numbers"),
 )
 
 
@@ -335,18 +364,27 @@ def test_resumed_run_that_goes_another_way_is_named(tamper: Tamper, says: str, h
         CHECKS["resumed_run_is_the_whole_run"].run(trial)
 
 
-def test_random_state_that_equal_runs_do_not_share_is_not_held_against_a_resumed_one(
-    healthy: Trial, tmp_path: Path
+@pytest.mark.parametrize("has_moments", [True, False])
+def test_dropout_that_equal_runs_do_not_share_is_not_held_against_a_resumed_one(
+    has_moments: bool, healthy: Trial, tmp_path: Path
 ) -> None:
-    class Unlike(Tampered):
-        again = healthy.run()
+    number = itertools.count()
 
+    class Unlike(Tampered):
         def run_anew(self, of: str = "short", **changes: Any) -> Run:
-            is_whole = "save_every" in changes and "resume_from" not in changes
-            self.tamper = (lambda run: None) if is_whole else other_random_state
+            if changes.get("dropout"):
+                self.tamper = at_step(1, scaled("after", 1 + 1e-6 * next(number)))
+            else:
+                is_tampered = changes.get("resume_from") and not has_moments
+                self.tamper = at_step(2, moved_after) if is_tampered else lambda run: None
             return super().run_anew(of, **changes)
 
-    CHECKS["resumed_run_is_the_whole_run"].run(Unlike(healthy.subject, healthy.base_dir, tmp_path, healthy=healthy))
+    trial = Unlike(healthy.subject, healthy.base_dir, tmp_path, healthy=healthy)
+    if has_moments:
+        CHECKS["resumed_run_is_the_whole_run"].run(trial)
+    else:
+        with pytest.raises(CheckFailed, match="moments"):
+            CHECKS["resumed_run_is_the_whole_run"].run(trial)
 
 
 def test_processes_that_drift_or_overlap_are_named(healthy: Trial, tmp_path: Path) -> None:

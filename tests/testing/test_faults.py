@@ -33,12 +33,12 @@ DOZEN = (
     "default-max-length",
     "isolation-lost-to-2d-mask",
     "lora-scale-missing",
-    "targets-partially-matched",
     "mean-of-micro-means",
     "clip-before-unscale",
     "sched-horizon-wrong",
     "weight-decay-grouping",
-    "resume-optimizer-lost",
+    "evaluation-spends-random-numbers",
+    "resume-random-state-lost",
     "eval-prompt-cuts-question",
 )
 

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from glm4ft.testing.adapter import Adapter, adapted_modules
-from glm4ft.testing.checks.recorded_run import Run
 from glm4ft.testing.checks.registry import CheckFailed, NotApplicable, check
+from glm4ft.testing.checks.same_run import first_difference
 from glm4ft.testing.checks.trial import Trial
 from glm4ft.testing.thresholds import within
 
@@ -124,47 +124,16 @@ def check_merged_checkpoint_has_the_bases_keys(trial: Trial) -> None:
     stage="persistence", needs=NEEDS, incident="FastChat 1280: moments lost; accelerate 4071 and 1466: rows; miles 2572"
 )
 def check_resumed_run_is_the_whole_run(trial: Trial) -> None:
-    """Resumed within an epoch and at its end: the same rows, rates, parameters and random state from there on."""
-    whole = trial.run(save_every=1, schedule="linear")
-    # a random state that differs between equal runs says nothing of a resumed one
-    repeats = torch.equal(trial.run().random_state, trial.again.random_state)
+    """Resumed within an epoch and at its end: the same rows, rates, random numbers and parameters from there on."""
+    plan: dict[str, Any] = {"save_every": 1, "schedule": "linear", **trial.noise}
+    whole = trial.run(**plan)
     for number in RESUMED_AT:
         checkpoint = Path(whole.plan["output_dir"]) / f"checkpoint-{number}"
         if not checkpoint.exists():
             raise NotApplicable(f"asked to save at every step, the trainer left no {checkpoint.name} in output_dir")
-        resumed = trial.run_anew(save_every=1, schedule="linear", resume_from=str(checkpoint))
-        found = _first_difference(whole, resumed, number)
-        if not found and repeats and not torch.equal(whole.random_state, resumed.random_state):
-            found = "the random state at its end differs, and with dropout so would the parameters"
+        found = first_difference(whole, trial.run_anew(**plan, resume_from=str(checkpoint)), number)
         if found:
             raise CheckFailed(f"resumed after step {number}: {found}")
-
-
-def _first_difference(whole: Run, resumed: Run, done: int) -> str:
-    """What the resumed run does otherwise than the rest of the whole one; "" if nothing."""
-    rest = whole.trace.steps[done:]
-    if len(resumed.trace.steps) != len(rest):
-        return f"{len(resumed.trace.steps)} steps follow, not {len(rest)}"
-    for offset, (expected, got) in enumerate(zip(rest, resumed.trace.steps, strict=True)):
-        number = done + offset + 1
-        if offset == 0 and _unlike(expected.before, got.before):
-            return "it does not start from the parameters that were saved"
-        if sorted(whole.order[number - 1]) != sorted(resumed.order[offset]):
-            return f"step {number} sees other rows"
-        rates = [float(step.groups[0].settings["lr"]) for step in (expected, got)]
-        if rates[0] != rates[1]:
-            return f"the rate at step {number} is {rates[1]:.6g}, not {rates[0]:.6g}"
-        if _unlike(expected.before, got.before):
-            return f"the parameters changed before step {number}"
-        if _unlike(expected.after, got.after):
-            same = not _unlike(expected.clipped, got.clipped)
-            cause = "though its gradient is the same: the optimiser's moments were not restored" if same else ""
-            return f"the parameters differ after step {number} {cause}".strip()
-    return ""
-
-
-def _unlike(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
-    return one.keys() != two.keys() or any(not torch.equal(one[name], two[name]) for name in one)
 
 
 def _saved(trial: Trial) -> Path:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from glm4ft.testing.checks.registry import NotApplicable
 from glm4ft.testing.reference import Reference, Row, clip_factor
@@ -30,7 +28,6 @@ class Run:
         log: as ``train`` returned it; empty if it did not.
         model: as the run left it.
         reference: the specification on the same base.
-        random_state: of torch's generator, right after the run.
     """
 
     plan: Mapping[str, Any]
@@ -39,7 +36,6 @@ class Run:
     log: list[Mapping[str, Any]]
     model: Any
     reference: Reference
-    random_state: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
 
     @functools.cached_property
     def verdict(self) -> Verdict:

@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 
 from glm4ft.testing.adapter import base_name
-from glm4ft.testing.checks.recorded_run import Run
 from glm4ft.testing.checks.registry import CheckFailed, NotApplicable, check
+from glm4ft.testing.checks.same_run import first_difference
 from glm4ft.testing.checks.trial import Trial
 from glm4ft.testing.trace import record
 
@@ -38,28 +38,6 @@ def check_base_is_untouched(trial: Trial) -> None:
                     raise CheckFailed(f"{name} of the base has changed")
 
 
-@check(
-    stage="side-effects",
-    needs=NEEDS,
-    incident="ms-swift 9452: no training after the first save; seq2seq 38: no train()",
-)
-def check_watching_a_run_does_not_change_it(trial: Trial) -> None:
-    """With a log, evaluations and checkpoints every few steps, the parameters are those of a bare run, bit by bit."""
-    bare = trial.run()
-    if _difference(bare, trial.again):
-        raise NotApplicable("not judged: two equal runs differ, so there is nothing to compare with")
-    everything: dict[str, Any] = {name: value for changes in WATCHING.values() for name, value in changes.items()}
-    if not _difference(bare, trial.run(**everything)):
-        return
-    for name, changes in WATCHING.items():
-        found = _difference(bare, trial.run(**changes))
-        if found:
-            raise CheckFailed(f"{name} every {next(iter(changes.values()))} steps changes the run: {found}")
-    raise CheckFailed(
-        f"logging, evaluating and saving together change the run: {_difference(bare, trial.run(**everything))}"
-    )
-
-
 @check(stage="side-effects", needs=NEEDS, incident="torchtune 1049, TRL 3337: evaluated with dropout on")
 def check_evaluation_runs_in_eval_mode(trial: Trial) -> None:
     """No module is in training mode while a run evaluates, and all of them are when it goes on."""
@@ -78,6 +56,28 @@ def check_evaluation_runs_in_eval_mode(trial: Trial) -> None:
     for number, step in enumerate(run.trace.steps, start=1):
         if not all(forward.training for forward in step.forwards):
             raise CheckFailed(f"step {number} ran in eval mode: evaluation did not restore training mode")
+
+
+@check(
+    stage="side-effects",
+    needs=NEEDS,
+    incident="ms-swift 9452: no training after the first save; seq2seq 38: no train()",
+)
+def check_watching_a_run_does_not_change_it(trial: Trial) -> None:
+    """With a log, evaluations and checkpoints every few steps, the parameters are those of a bare run, bit by bit."""
+    noise = trial.noise
+    bare = trial.run(**noise)
+    if not noise and first_difference(bare, trial.again):
+        raise NotApplicable("not judged: two equal runs differ, so there is nothing to compare with")
+    everything: dict[str, Any] = {name: value for changes in WATCHING.values() for name, value in changes.items()}
+    together = first_difference(bare, trial.run(**everything, **noise))
+    if not together:
+        return
+    for name, changes in WATCHING.items():
+        found = first_difference(bare, trial.run(**changes, **noise))
+        if found:
+            raise CheckFailed(f"{name} every {next(iter(changes.values()))} steps changes the run: {found}")
+    raise CheckFailed(f"logging, evaluating and saving together change the run: {together}")
 
 
 @check(stage="side-effects", needs=NEEDS, incident="ms-swift 9452: a save switched requires_grad off; seq2seq 38")
@@ -112,16 +112,3 @@ def _parts_that_look(trial: Trial, model: Any) -> Iterator[tuple[str, Callable[[
 def _state(model: Any) -> tuple[dict[str, bool], dict[str, bool]]:
     modes = {name: module.training for name, module in model.named_modules()}
     return modes, {name: p.requires_grad for name, p in model.named_parameters()}
-
-
-def _difference(bare: Run, other: Run) -> str:
-    """What the second run did otherwise; "" if nothing."""
-    if len(bare.trace.steps) != len(other.trace.steps):
-        return f"{len(other.trace.steps)} steps instead of {len(bare.trace.steps)}"
-    for number, (one, two) in enumerate(zip(bare.trace.steps, other.trace.steps, strict=True), start=1):
-        if bare.order[number - 1] != other.order[number - 1]:
-            return f"other rows at step {number}"
-        moved = [name for name, tensor in one.after.items() if not torch.equal(tensor, two.after[name])]
-        if moved:
-            return f"{len(moved)} parameters differ after step {number}, as {moved[0]}"
-    return "" if torch.equal(bare.random_state, other.random_state) else "the random state at its end differs"

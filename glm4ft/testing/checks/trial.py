@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ from glm4ft.testing.adapter import Adapter
 from glm4ft.testing.checks.conversations import Conversations, all_conversations
 from glm4ft.testing.checks.recorded_run import Run
 from glm4ft.testing.checks.registry import STAGES, CheckFailed, NotApplicable
+from glm4ft.testing.checks.same_run import first_difference
 from glm4ft.testing.reference import Reference, Row
 from glm4ft.testing.replay import Verdict
 from glm4ft.testing.subject import load_subject, make_plan
 from glm4ft.testing.trace import record
 
 RECORDED_STEPS = 8  # two epochs of the short conversations
+DROPOUT: dict[str, Any] = {"dropout": 0.1}  # what many recipes for LoRA have
 
 
 @dataclass
@@ -174,7 +177,7 @@ class Trial:
 
         Args:
             of: key of ``data``.
-            **changes: of the standard plan.
+            **changes: of the standard plan, and ``dropout``.
         """
         key = json.dumps([of, changes], sort_keys=True)
         if key not in self._runs:
@@ -186,16 +189,30 @@ class Trial:
         """The standard run, a second time."""
         return self.run_anew()
 
-    def run_anew(self, of: str = "short", **changes: Any) -> Run:
-        """Record a whole run, whether or not there is one like it."""
+    @functools.cached_property
+    def noise(self) -> dict[str, Any]:
+        """What makes random numbers show that a run spends, loses or draws anew: dropout, where a run with it repeats.
+
+        A run that is never the same twice says nothing of another one, so it is empty for a subject of that kind.
+        """
+        return {} if first_difference(self.run(**DROPOUT), self.run_anew(**DROPOUT)) else DROPOUT
+
+    def run_anew(self, of: str = "short", *, dropout: float = 0.0, **changes: Any) -> Run:
+        """Record a whole run, whether or not there is one like it.
+
+        Args:
+            of: key of ``data``.
+            dropout: share of the embeddings' entries that the harness drops in training, whatever the subject drops.
+            **changes: of the standard plan.
+        """
         plan = {"steps": RECORDED_STEPS, "output_dir": str(self.new_folder("run")), **self.standard, **changes}
         plan = make_plan(**plan)
         model = self.subject.build_model(str(self.base_dir), plan["seed"])
         rows = self.rows(self.data[of])
         # a check may ask for the run where it has switched gradients off
-        with torch.enable_grad(), record(model, plan["steps"]) as trace:
+        with torch.enable_grad(), record(model, plan["steps"]) as trace, _dropping(model, dropout):
             log = self.subject.train(model, self.data[of], plan)
-        return Run(plan, rows, trace, list(log or []), model, self.reference, torch.get_rng_state())
+        return Run(plan, rows, trace, list(log or []), model, self.reference)
 
     def release_models(self) -> None:
         """Give back the models that are not kept."""
@@ -223,6 +240,22 @@ class Trial:
         run = self.run(of, **changes)
         require_no_departure(run.verdict, stage, changes)
         return run
+
+
+@contextlib.contextmanager
+def _dropping(model: Any, share: float) -> Iterator[None]:
+    """Dropout on the embeddings, which every pipeline's own model can have put on from outside."""
+
+    def drop(embedding: torch.nn.Module, _: Any, out: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.dropout(out, share, embedding.training)
+
+    embeddings = [m for m in model.modules() if isinstance(m, torch.nn.Embedding)] if share else []
+    hooks = [embedding.register_forward_hook(drop) for embedding in embeddings]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def require_no_departure(verdict: Verdict, stage: str, changes: Mapping[str, Any]) -> None:

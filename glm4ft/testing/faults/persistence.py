@@ -18,7 +18,7 @@ from glm4ft.testing.subjects.plain_loop import Run, Subject, rank, trained, worl
 
 ESCAPES = (
     "Checkpoints of sharded training, and a resume with another number of processes or another batch size, are not "
-    "tried."
+    "tried; random numbers that are not torch's show only where they decide about rows."
 )
 WEIGHTS = "adapter_model.safetensors"
 
@@ -105,10 +105,19 @@ class ResumeEpochOffByOne(Subject):
 
     def resume(self, run: Run, folder: Path) -> None:
         super().resume(run, folder)
-        size = run.plan["accumulation"] * run.plan["micro_batch_size"] * world_size()
-        steps_per_epoch = max(1, len(self.items(run.rows, run.plan["packing"])) // size)
-        if run.step % steps_per_epoch == 0:
-            run.step += steps_per_epoch
+        if run.step % steps_per_epoch(self, run) == 0:
+            run.step += steps_per_epoch(self, run)
+
+
+@fault("resume-random-state-lost", evidence="transformers 17032; ms-swift 9935", cause=r"random|dropout")
+class ResumeRandomStateLost(Subject):
+    """A run that goes on at the end of an epoch draws the random numbers of its first epoch again."""
+
+    def resume(self, run: Run, folder: Path) -> None:
+        fresh = torch.get_rng_state()
+        super().resume(run, folder)
+        if run.step % steps_per_epoch(self, run) == 0:
+            torch.set_rng_state(fresh)
 
 
 @fault("resume-master-weights-stale", evidence="miles 2572", cause=r"parameters?|weights?|loaded|first step")
@@ -126,3 +135,9 @@ class ResumeMasterWeightsStale(Subject):
             hook.remove()
 
         hook = run.optimizer.register_step_pre_hook(write_back)
+
+
+def steps_per_epoch(subject: Subject, run: Run) -> int:
+    """After how many steps every row has been seen once."""
+    size = int(run.plan["accumulation"] * run.plan["micro_batch_size"]) * world_size()
+    return max(1, len(subject.items(run.rows, run.plan["packing"])) // size)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from glm4ft.testing.faults.registry import faults_at
-from glm4ft.testing.subjects.plain_loop import Subject
+from glm4ft.testing.subjects.plain_loop import Run, Subject
 
 ESCAPES = "What a tracker, a callback or a second evaluation set changes is not seen: the suite runs with none."
 
@@ -35,6 +35,19 @@ class EvalInTrainMode(Subject):
     def evaluating(self, model: Any) -> Iterator[None]:
         with torch.no_grad():
             yield
+
+
+@fault(
+    "evaluation-spends-random-numbers",
+    evidence="transformers 5.23, measured: the loader of an evaluation draws its seed from the global generator",
+    cause=r"random|dropout",
+)
+class EvaluationSpendsRandomNumbers(Subject):
+    """An evaluation draws from the generator that training's dropout draws from."""
+
+    def evaluate_in_training(self, run: Run) -> dict[str, float]:
+        torch.empty((), dtype=torch.int64).random_()
+        return super().evaluate_in_training(run)
 
 
 @fault(

@@ -311,6 +311,39 @@ class NoTokenizer(Subject):
         model.save_pretrained(folder)
 
 
+class SavesAnotherTemplate(Subject):
+    """As pipelines do that write rows by code and have a template of their own for what they save."""
+
+    def __init__(self, base_dir: str) -> None:
+        super().__init__(base_dir)
+        self.template = self.changed(str(self.tokenizer.chat_template))
+
+    def changed(self, template: str) -> str:
+        return template.replace("<|{{ m.role }}|>{{ m.metadata or '' }}\n", "<|{{ m.role }}|>{{ m.metadata or '' }}")
+
+    def save(self, model: Any, folder: str) -> None:
+        super().save(model, folder)
+        (Path(folder) / "chat_template.jinja").write_text(self.template)
+
+
+class SavesTemplateWithoutTools(SavesAnotherTemplate):
+    def changed(self, template: str) -> str:
+        return re.sub(r"{% if tools %}.*?{% endfor %}{% endif %}", "", template, flags=re.DOTALL)
+
+
+class SavesNoTemplate(Subject):
+    def save(self, model: Any, folder: str) -> None:
+        super().save(model, folder)
+        (Path(folder) / "chat_template.jinja").unlink()
+
+
+class MergesOneStopId(Subject):
+    def merge(self, base_dir: str, folder: str, output: str) -> None:
+        super().merge(base_dir, folder, output)
+        file = Path(output) / "generation_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": self.tokenizer.eos_token_id}))
+
+
 class MergesNothing(Subject):
     def merged(self, model: Any) -> Any:
         return model.unload()
@@ -367,6 +400,7 @@ class Case:
 
 TRAINS = True
 SCALE = "adapters_act_at_their_scale"
+TOKENIZER = "tokenizer_lies_beside_the_adapter"
 CASES = (
     Case(GenerationPromptAppended, "every_message_has_its_header", r"<\|user\|><\|assistant\|> follows the last"),
     Case(CachedByFirstWord, "encoding_has_no_memory", "became the same row"),
@@ -407,7 +441,12 @@ CASES = (
     Case(LoadsNothing, "adapter_survives_the_disk", "off the trained one's: they are the base's"),
     Case(SavesHalf, "saved_adapter_is_complete", r"layers.1.* is missing \(6 like it\)"),
     Case(OtherAlpha, "saved_configuration_gives_the_same_scale", "rank 8 and scale 1, not 8 and 2"),
-    Case(NoTokenizer, "tokenizer_lies_beside_the_adapter", "no tokenizer was saved"),
+    Case(NoTokenizer, TOKENIZER, "no tokenizer was saved"),
+    Case(SavesAnotherTemplate, TOKENIZER, r"conversation 1 \(reply\), turn 1: where the row has '\\n', it has 'w"),
+    Case(SavesTemplateWithoutTools, TOKENIZER, r"does not tell the model of its tools \(get_weather\)"),
+    Case(SavesNoTemplate, TOKENIZER, "has lost its chat template"),
+    Case(SavesAnotherTemplate, "merged_checkpoint_is_served_as_trained", "saved beside the merged weights renders"),
+    Case(MergesOneStopId, "merged_checkpoint_is_served_as_trained", r"lacks <\|user\|> and <\|observation\|>:"),
     Case(MergesNothing, "merged_model_is_the_adapted_one", "they are the base's"),
     Case(StaysWrapped, "merged_checkpoint_has_the_bases_keys", "adapter tensors are left|is missing from"),
     Case(NoHeaderAtInference, "own_inference_says_every_turn", "the prompt of inference has"),

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from glm4ft.testing.adapter import Adapter, adapted_modules
 from glm4ft.testing.checks.registry import CheckFailed, NotApplicable, check
 from glm4ft.testing.checks.same_run import first_difference
+from glm4ft.testing.checks.served_folder import require_trained_tokenizer, stop_ids
 from glm4ft.testing.checks.trial import Trial
 from glm4ft.testing.thresholds import within
 
@@ -79,18 +80,8 @@ def check_adapter_survives_the_disk(trial: Trial) -> None:
     incident="functionary 289, axolotl 3112: the adapter without its tokenizer",
 )
 def check_tokenizer_lies_beside_the_adapter(trial: Trial) -> None:
-    """What is saved renders and encodes as the subject does."""
-    from transformers import AutoTokenizer
-
-    folder, own = _saved(trial), trial.subject.tokenizer
-    if not (folder / "tokenizer.json").exists() and not (folder / "tokenizer_config.json").exists():
-        raise CheckFailed("no tokenizer was saved beside the adapter: whoever loads it has to guess ids and template")
-    saved = AutoTokenizer.from_pretrained(folder)
-    text = "<|user|> and 法国 [gMASK]\n\n it's 42"
-    if saved.encode(text) != own.encode(text):
-        raise CheckFailed("the saved tokenizer gives other ids")
-    if saved.chat_template != own.chat_template:
-        raise CheckFailed("the saved tokenizer has another chat template")
+    """What is saved encodes as the subject does, and its chat template renders the prompts that were trained."""
+    require_trained_tokenizer(trial, _saved(trial), "beside the adapter")
 
 
 @check(stage="persistence", needs=(*NEEDS, "save", "merge"), incident="PEFT 2489: no scale; ms-swift 9830: no merge")
@@ -118,6 +109,21 @@ def check_merged_checkpoint_has_the_bases_keys(trial: Trial) -> None:
     for words, names in (("is missing from", base - merged), ("is not in the base but in", merged - base)):
         if names:
             raise CheckFailed(f"{min(names)} {words} the merged checkpoint ({len(names)} like it)")
+
+
+@check(
+    stage="persistence",
+    needs=(*NEEDS, "save", "merge"),
+    incident="zai-org/GLM-4 297: merged and served, it never stops; LLaMA-Factory 5986: another chat template",
+)
+def check_merged_checkpoint_is_served_as_trained(trial: Trial) -> None:
+    """It states all stop ids of the base, and has tokenizer and chat template of the training."""
+    merged = _merged(trial)
+    lost = sorted(stop_ids(trial.base_dir) - stop_ids(merged))
+    if lost:
+        tokens = " and ".join(trial.subject.tokenizer.convert_ids_to_tokens(lost))
+        raise CheckFailed(f"eos_token_id of the merged checkpoint lacks {tokens}: a server does not stop there")
+    require_trained_tokenizer(trial, merged, "beside the merged weights")
 
 
 @check(

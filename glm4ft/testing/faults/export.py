@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,18 @@ class AdapterAppliedTwice(Subject):
         super().merge(base_dir, folder, output)
         for path in Path(folder).glob("adapter_*"):
             (Path(output) / path.name).write_bytes(path.read_bytes())
+
+
+@fault("merged-stop-ids-lost", evidence="GLM-4 297; LLaMA-Factory 2075; mergekit 275", cause=r"stop|eos_token")
+class MergedStopIdsLost(Subject):
+    """The merged checkpoint ends generation on the tokenizer's one end token alone."""
+
+    def merge(self, base_dir: str, folder: str, output: str) -> None:
+        super().merge(base_dir, folder, output)
+        (Path(output) / "generation_config.json").unlink()
+        path = Path(output) / "config.json"
+        stated = {**json.loads(path.read_text("utf-8")), "eos_token_id": self.tokenizer.eos_token_id}
+        path.write_text(json.dumps(stated), "utf-8")
 
 
 @fault(

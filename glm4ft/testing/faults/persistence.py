@@ -71,6 +71,17 @@ class AdapterConfigScaleLost(Subject):
         path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), "lora_alpha": 8}), "utf-8")
 
 
+@fault("saved-template-is-another", evidence="LLaMA-Factory 5986, 7785; GLM-4 607", cause=r"template")
+class SavedTemplateIsAnother(Subject):
+    """Rows are written by code, and what is saved beside them is a template that renders them without their tools."""
+
+    def save(self, model: Any, folder: str) -> None:
+        complete = str(self.tokenizer.chat_template)
+        self.tokenizer.chat_template = re.sub(r"{% if tools %}.*?{% endfor %}{% endif %}", "", complete, flags=re.S)
+        super().save(model, folder)
+        self.tokenizer.chat_template = complete
+
+
 @fault("resume-optimizer-lost", evidence="FastChat 1280; ACE-Step 742; entrenar 293", cause=r"moment|optimi[sz]er")
 class ResumeOptimizerLost(Subject):
     """The optimiser's moments are not restored."""

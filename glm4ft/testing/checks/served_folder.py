@@ -1,0 +1,96 @@
+"""What a server reads from a saved folder, beside the weights: tokenizer, chat template and stop ids."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import AutoTokenizer
+
+from glm4ft.testing.checks.bank import MARKERS_TALK, Talk
+from glm4ft.testing.checks.encoding import bank_of, controls_of, first_difference, is_glm, name_of, row_of, turns_of
+from glm4ft.testing.checks.registry import CheckFailed
+from glm4ft.testing.checks.trial import Trial
+from glm4ft.testing.oracle import show_token
+
+PROBE = "<|user|> and 法国 [gMASK]\n\n it's 42"
+
+
+def require_trained_tokenizer(trial: Trial, folder: Path, where: str) -> None:
+    """Fail unless a folder's tokenizer gives the ids, and its chat template the prompts, that were trained.
+
+    Args:
+        trial: of the subject that saved it.
+        folder: that a server is pointed at.
+        where: the folder, in the words of a message.
+    Raises:
+        CheckFailed: with the first prompt that differs.
+    """
+    own = trial.subject.tokenizer
+    if not (folder / "tokenizer.json").exists() and not (folder / "tokenizer_config.json").exists():
+        raise CheckFailed(f"no tokenizer was saved {where}: whoever loads it has to guess ids and template")
+    saved = AutoTokenizer.from_pretrained(folder)
+    if saved.encode(PROBE) != own.encode(PROBE):
+        raise CheckFailed(f"the tokenizer saved {where} gives other ids")
+    if not saved.chat_template:
+        if own.chat_template:
+            raise CheckFailed(f"the tokenizer saved {where} has lost its chat template")
+        return
+    for talk in bank_of(trial):
+        if talk is not MARKERS_TALK:  # a template writes text, in which a marker is a marker
+            _require_trained_prompts(trial, saved, talk, where)
+
+
+def _require_trained_prompts(trial: Trial, saved: Any, talk: Talk, where: str) -> None:
+    for number, (index, trained) in enumerate(_trained_prompts(trial, talk), start=1):
+        history, tools = copy.deepcopy((list(talk.messages[:index]), list(talk.tools) if talk.tools else None))
+        try:
+            rendered = saved.apply_chat_template(history, tools=tools, add_generation_prompt=True, return_dict=False)
+        except TemplateError:  # a template may refuse what it has no words for
+            continue
+        sent, expected = list(rendered), list(trained)
+        if talk.tools:
+            text = saved.decode(sent)
+            if lost := [tool["function"]["name"] for tool in talk.tools if tool["function"]["name"] not in text]:
+                raise CheckFailed(f"the chat template saved {where} does not tell the model of its tools ({lost[0]})")
+            # how they are told of is worded by each checkpoint, and by pipelines that are made for one of them
+            sent, expected = (_from_first(controls_of(trial)["<|user|>"], ids) for ids in (sent, expected))
+        at = first_difference(sent, expected)
+        if at < max(len(sent), len(expected)):
+            shown = [show_token(saved, ids, at) if at < len(ids) else "nothing" for ids in (sent, expected)]
+            raise CheckFailed(
+                f"the chat template saved {where} renders another prompt than was trained: conversation "
+                f"{name_of(talk)}, turn {number}: where the row has {shown[1]}, it has {shown[0]}"
+            )
+
+
+def _from_first(token: int, ids: list[int]) -> list[int]:
+    return ids[ids.index(token) :] if token in ids else ids
+
+
+def _trained_prompts(trial: Trial, talk: Talk) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """Index of each answer and the ids before it."""
+    row = row_of(trial, talk)
+    answers = [i for i, message in enumerate(talk.messages) if message["role"] == "assistant"]
+    if is_glm(trial):
+        starts = [turn.header + 1 for turn in turns_of(trial, row, controls_of(trial))]
+    else:
+        starts = [run.start for run in row.runs]
+    return ((index, row.ids[:start]) for index, start in zip(answers, starts, strict=False))
+
+
+def stop_ids(folder: Path) -> set[int]:
+    """Where a server ends generation: ``eos_token_id`` of ``generation_config.json``, or else of ``config.json``.
+
+    Source: ``transformers.GenerationConfig.from_pretrained``, and ``from_model_config`` where there is no such file.
+    """
+    for name in ("generation_config.json", "config.json"):
+        file = folder / name
+        stated = json.loads(file.read_text("utf-8")).get("eos_token_id") if file.exists() else None
+        if stated is not None:
+            return set(stated) if isinstance(stated, list) else {stated}
+    return set()

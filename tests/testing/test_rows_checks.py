@@ -371,7 +371,9 @@ def test_holds_in_every_lane(check: Check, chat_format: ChatFormat, tmp_path: Pa
     subject = Serving.__new__(Serving)  # rows need no base
     subject.tokenizer, subject.chat_format, subject.format = chat_format.tokenizer, chat_format.name, chat_format
     subject.stop_ids, subject.controls = chat_format.stop_ids, control_ids(chat_format.tokenizer)
-    check.run(Trial(subject, tmp_path, tmp_path))
+    trial = Trial(subject, tmp_path, tmp_path)
+    trial.base_tokenizer = subject.tokenizer
+    check.run(trial)
 
 
 @each_check
@@ -423,11 +425,11 @@ def test_without_a_chat_format_only_rules_for_every_template_apply(check: Check,
 
 
 @each_check
-def test_a_template_without_tools_is_not_asked_for_them(
+def test_a_base_without_a_template_for_tools_is_not_asked_for_them(
     check: Check, try_subject: MakeTrial, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trial = try_subject(Serving)
-    monkeypatch.setattr(trial.subject.tokenizer, "chat_template", "{{ messages[0].content }}")
+    monkeypatch.setattr(trial.base_tokenizer, "chat_template", "{{ messages[0].content }}")
     check.run(trial)
 
 

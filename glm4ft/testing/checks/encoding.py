@@ -33,8 +33,8 @@ class Row:
 
 
 def bank_of(trial: Trial) -> list[Talk]:
-    """The bank without what the subject has no words for, or refuses; tools need a template that knows them."""
-    knows_tools = is_glm(trial) and "tools" in str(trial.subject.tokenizer.chat_template or "")
+    """The bank without what the subject has no words for, or refuses; tools need a base whose template knows them."""
+    knows_tools = is_glm(trial) and "tools" in str(trial.base_tokenizer.chat_template or "")
     talks = [talk for talk in BANK if (knows_tools or not talk.tools) and trial.takes(conversation_of(talk))]
     if not talks:
         raise NotApplicable("not judged: the subject refuses every conversation of the bank")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 
 from glm4ft.testing.adapter import Adapter
 from glm4ft.testing.checks.conversations import Conversations, all_conversations
@@ -92,6 +93,11 @@ class Trial:
         """Of the base as it is stored, and so of the runs on it."""
         stored = json.loads((self.base_dir / "config.json").read_text("utf-8")).get("dtype")
         return torch.bfloat16 if stored == "bfloat16" else torch.float32
+
+    @functools.cached_property
+    def base_tokenizer(self) -> Any:
+        """As it lies beside the base; a subject may change its own."""
+        return AutoTokenizer.from_pretrained(self.base_dir)
 
     @functools.cached_property
     def reference(self) -> Reference:

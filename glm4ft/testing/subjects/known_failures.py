@@ -153,6 +153,18 @@ MS_SWIFT = (
         messages=CALL,
         tools=(WEATHER_TOOL,),
     ),
+    *(
+        KnownFailure(
+            check=check,
+            kind="fault",
+            what="as above: the saved chat template writes a tool call's arguments as JSON",
+            consequence="a server that renders by the template sends other prompts than were trained, once a tool was "
+            "called",
+            messages=(*CALL, {"role": "observation", "content": "31"}, {"role": "assistant", "content": "warm"}),
+            tools=(WEATHER_TOOL,),
+        )
+        for check in ("tokenizer_lies_beside_the_adapter", "merged_checkpoint_is_served_as_trained")
+    ),
     KnownFailure(
         check="loss_flag_is_honoured",
         kind="fault",

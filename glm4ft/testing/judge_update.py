@@ -160,7 +160,7 @@ def _clipping_cause(step: ReplayedStep, norm: float, got: float) -> str:
         return "it was not clipped"
     cosine = got * norm / math.sqrt(dot(clipped, clipped) or 1.0)
     if cosine >= 1 - 1e-6:
-        if limit and abs(got * norm / limit - 1) <= 1e-3:
+        if norm < limit and abs(got * norm / limit - 1) <= 1e-3:
             return "the coefficient is inverted: a small gradient is scaled up to the limit"
         scale = step.loss_scale
         if scale > 1 and abs(got * norm * scale / limit - 1) <= 1e-3:

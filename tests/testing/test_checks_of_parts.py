@@ -274,6 +274,16 @@ class RoundsAfterStep(Subject):
 # --- side effects, disk, inference ------------------------------------------------------------------------------------
 
 
+class LeavesFirstParameters(Subject):
+    """As where a best checkpoint is loaded at the end."""
+
+    def train(self, model: Any, conversations: Any, plan: Any) -> Any:
+        kept = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        log = super().train(model, conversations, plan)
+        model.load_state_dict(kept, strict=False)
+        return log
+
+
 class SaveFreezes(Subject):
     def save(self, model: Any, folder: str) -> None:
         super().save(model, folder)
@@ -364,6 +374,13 @@ class CutsTheQuestion(Subject):
         return super().answer(model, [*prompt[:200][:-1], prompt[-1]], max_new_tokens)
 
 
+class PenalisesRepetition(Subject):
+    def answer(self, model: Any, prompt: list[int], max_new_tokens: int) -> list[int]:
+        ids = torch.tensor([prompt])
+        options = {"max_new_tokens": max_new_tokens, "eos_token_id": self.stop_ids, "pad_token_id": self.pad_id}
+        return list(model.generate(input_ids=ids, repetition_penalty=1.3, **options)[0, len(prompt) :].tolist())
+
+
 class CountsThePrompt(Subject):
     def answer(self, model: Any, prompt: list[int], max_new_tokens: int) -> list[int]:
         return super().answer(model, prompt, max_new_tokens + len(prompt))
@@ -451,7 +468,9 @@ CASES = (
     Case(StaysWrapped, "merged_checkpoint_has_the_bases_keys", "adapter tensors are left|is missing from"),
     Case(NoHeaderAtInference, "own_inference_says_every_turn", "the prompt of inference has"),
     Case(CutsTheQuestion, "own_inference_keeps_prompt_and_limit", "from position 199 on"),
-    Case(CountsThePrompt, "own_inference_keeps_prompt_and_limit", "where at most 3 were asked for"),
+    Case(PenalisesRepetition, "own_inference_keeps_prompt_and_limit", "likeliest tokens are .*: it is not greedy"),
+    Case(LeavesFirstParameters, "base_is_untouched", "are not those of its last update", TRAINS),
+    Case(CountsThePrompt, "own_inference_keeps_prompt_and_limit", "where at most 8 were asked for"),
     Case(AnswerInThePrompt, "evaluation_prompts_as_serving_does", "the prompt of inference has"),
     Case(CutsTheQuestion, "evaluation_prompts_as_serving_does", "the prompt of inference has"),
     Case(FillsTheTail, "evaluation_says_the_loss", "of 7 rows the first 1 count twice"),

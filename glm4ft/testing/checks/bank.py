@@ -42,8 +42,8 @@ SEVERAL = (user("hi"), answer("hello you"), user("how are you?"), answer("well")
 TOOL_TALK = Talk(
     "tool call",
     (
-        user("weather in Paris?"),
-        answer('{"city": "Paris"}', metadata="get_weather"),
+        user("weather in São Paulo?"),
+        answer('{"days": 2, "city": "São Paulo"}', metadata="get_weather"),  # not in order, not in ASCII
         {"role": "observation", "content": "31 degrees"},
         answer("it is hot"),
     ),
@@ -68,8 +68,10 @@ BANK = (
     Talk("system", ({"role": "system", "content": "be clear"}, user("hi"), answer("hello"), user("x"), answer("y"))),
     TOOL_TALK,
     CALL_TALK,
-    Talk("Chinese and emoji", (user("法国的首都？👍🏽"), answer("巴黎。🇫🇷 é"), user("谢谢"), answer("不客气👍"))),
-    Talk("white space", (user("  hi \n"), answer("\n\n it is \n"), user("\n"), answer(" \n  one\t"))),
+    Talk(
+        "Chinese and emoji", (user("法国的首都？👍🏽"), answer("巴黎。🇫🇷 é"), user("谢谢 👩‍👧"), answer("不客气👍 ❤️"))
+    ),
+    Talk("white space", (user("  hi \n"), answer("\n\n it is \n"), user("\n"), answer(" \r\n  one\t"))),
     TRAILING,
     MARKERS_TALK,
 )  # whose turns are all trained; flags have their own check

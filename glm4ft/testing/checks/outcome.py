@@ -26,6 +26,7 @@ from glm4ft.trained_rows import TrainedRow
 
 NEEDS = ("build_model", "train")
 LOSS_LIMIT = 0.01
+NEW_TOKENS = 8  # few enough to be quick, enough for a penalty or sampling to show
 # Nats. A right run raises the headers' mean loss (by 0.8 to 1.8 over 6 seeds on the built-in base, though that of a
 # single header fell by up to 0.8); one that trains the header lowers it by 3 (x86-64 CPU, 2026-11-25).
 HEADER_FALL_LIMIT = 1.0
@@ -109,15 +110,22 @@ def check_own_inference_says_every_turn(trial: Trial) -> None:
     incident="transformers 23723: the limit counted the prompt; GLM-4 finetune.py",
 )
 def check_own_inference_keeps_prompt_and_limit(trial: Trial) -> None:
-    """Short or long, the prompt reaches the model whole, and no more new tokens come than were asked for."""
+    """Short or long, the prompt reaches the model whole, is continued greedily, and by no more than was asked for."""
+    model = trial.overfit.model.eval()
     for words in ("hi", "why is it so? " * 60 + "now"):
         talk = {"messages": [{"role": "user", "content": words}, {"role": "assistant", "content": "sentinel"}]}
         ((ids, _),) = trial.rows([talk])
         header = _headers(trial, ids)[0]
-        sent, got = _generate(trial, talk, 1, 3)
-        _require_prompt(trial, sent, list(ids[: header + 1]))
-        if not 1 <= len(got) <= 3:
-            raise CheckFailed(f"{len(got)} new tokens for a prompt of {header + 1} ids, where at most 3 were asked for")
+        prompt = list(ids[: header + 1])
+        sent, got = _generate(trial, talk, 1, NEW_TOKENS)
+        _require_prompt(trial, sent, prompt)
+        if not 1 <= len(got) <= NEW_TOKENS:
+            found = f"{len(got)} new tokens for a prompt of {len(prompt)} ids"
+            raise CheckFailed(f"{found}, where at most {NEW_TOKENS} were asked for")
+        likeliest = greedy(model, prompt, list(getattr(trial.subject, "stop_ids", None) or ids[-1:]), NEW_TOKENS)
+        if got != likeliest:
+            said, meant = (trial.subject.tokenizer.decode(tokens) for tokens in (got, likeliest))
+            raise CheckFailed(f"inference says {said!r} where the likeliest tokens are {meant!r}: it is not greedy")
 
 
 @check(

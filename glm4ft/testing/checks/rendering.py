@@ -116,7 +116,10 @@ def check_long_conversations_are_not_cut(trial: Trial) -> None:
         raise CheckFailed(f"a long conversation has {len(ids)} input_ids but {len(labels)} labels")
     text = trial.subject.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     if LONG_TEXT.strip() not in text or "the end of it" not in text:
-        raise CheckFailed(f"a conversation of {len(LONG_TEXT):,} characters was cut to a row of {len(ids):,} tokens")
+        change = (
+            f"was cut to a row of {len(ids):,} tokens" if len(text) < len(LONG_TEXT) else "does not stand in its row"
+        )
+        raise CheckFailed(f"a conversation of {len(LONG_TEXT):,} characters {change}")
 
 
 @check(stage="rows", incident="ms-swift 9266: turns were joined, and the flags of one taken for both")

@@ -37,6 +37,12 @@ def first_difference(whole: Run, other: Run, done: int = 0) -> str:
     return ""
 
 
+def left_otherwise(run: Run) -> bool:
+    """Whether the model that a run leaves has other trained parameters than its last step made."""
+    left = dict(run.model.named_parameters())
+    return _unlike({name: left[name].detach().cpu() for name in run.trained}, run.trained)
+
+
 def _cause(expected: Step, got: Step, same_order: bool) -> str:
     """Why a step from the same parameters on the same rows leads elsewhere, as far as the recordings tell."""
     if any(forward.training for forward in expected.forwards) and not any(f.training for f in got.forwards):

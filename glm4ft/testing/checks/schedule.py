@@ -14,8 +14,8 @@ NEEDS = ("build_model", "train")
 )
 def check_rate_follows_the_schedule(trial: Trial) -> None:
     """Warm-up from zero, then the shape that was asked for, to the end of the run."""
-    for schedule in ("constant", "linear", "cosine"):
-        trial.require_stage("schedule", schedule=schedule, warmup_steps=2, steps=6)
+    for plan in ({"schedule": "linear"}, {"schedule": "cosine"}, {"schedule": "constant", "accumulation": 2}):
+        trial.require_stage("schedule", **plan, warmup_steps=2, steps=6)
 
 
 @check(stage="schedule", needs=NEEDS, incident="diffusers 4387 and 2632, accelerate 1160: micro-batches as the horizon")

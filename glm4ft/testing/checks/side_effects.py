@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from glm4ft.testing.adapter import base_name
 from glm4ft.testing.checks.registry import CheckFailed, NotApplicable, check
-from glm4ft.testing.checks.same_run import first_difference
+from glm4ft.testing.checks.same_run import first_difference, left_otherwise
 from glm4ft.testing.checks.trial import Trial
 from glm4ft.testing.trace import record
 
@@ -24,7 +24,7 @@ WATCHING: dict[str, dict[str, Any]] = {
 
 @check(stage="side-effects", needs=NEEDS, incident="OpenRLHF 1253: frozen weights decay; ms-swift 9452")
 def check_base_is_untouched(trial: Trial) -> None:
-    """After training every tensor of the base has the bits it had on the disk."""
+    """Training leaves the base with the bits it had on the disk, and what is trained as its last update made it."""
     state = trial.trained.model.state_dict().items()
     weights = {base_name(name): tensor for name, tensor in state if "lora_" not in name}
     trained = {base_name(name) for name in trial.trained.trace.trained}
@@ -36,6 +36,8 @@ def check_base_is_untouched(trial: Trial) -> None:
                 stored = file.get_tensor(name).to(weights[name].dtype)
                 if name not in trained and not torch.equal(weights[name].cpu(), stored):
                     raise CheckFailed(f"{name} of the base has changed")
+    if left_otherwise(trial.trained):
+        raise CheckFailed("the parameters that training leaves are not those of its last update")
 
 
 @check(stage="side-effects", needs=NEEDS, incident="torchtune 1049, TRL 3337: evaluated with dropout on")
@@ -70,8 +72,13 @@ def check_watching_a_run_does_not_change_it(trial: Trial) -> None:
     if not noise and first_difference(bare, trial.again):
         raise NotApplicable("not judged: two equal runs differ, so there is nothing to compare with")
     everything: dict[str, Any] = {name: value for changes in WATCHING.values() for name, value in changes.items()}
-    together = first_difference(bare, trial.run(**everything, **noise))
+    watched = trial.run(**everything, **noise)
+    together = first_difference(bare, watched)
     if not together:
+        if watched.model and left_otherwise(watched):
+            raise CheckFailed(
+                "with evaluations and checkpoints, training leaves other parameters than its last update's"
+            )
         return
     for name, changes in WATCHING.items():
         found = first_difference(bare, trial.run(**changes, **noise))

@@ -337,8 +337,20 @@ class SavesAnotherTemplate(Subject):
 
 
 class SavesTemplateWithoutTools(SavesAnotherTemplate):
+    """The pipeline's own tokenizer has lost them too, so nobody but the base knows of tools."""
+
+    def __init__(self, base_dir: str) -> None:
+        super().__init__(base_dir)
+        self.complete, self.tokenizer.chat_template = self.tokenizer.chat_template, self.template
+
     def changed(self, template: str) -> str:
-        return re.sub(r"{% if tools %}.*?{% endfor %}{% endif %}", "", template, flags=re.DOTALL)
+        return re.sub(r"{% if tools %}.*?{% endif %}(?={% for)", "", template, flags=re.DOTALL)
+
+    def tool_text(self, tools: Any) -> str:
+        self.tokenizer.chat_template = self.complete
+        text = super().tool_text(tools)
+        self.tokenizer.chat_template = self.template
+        return text
 
 
 class SavesNoTemplate(Subject):

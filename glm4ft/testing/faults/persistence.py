@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -75,16 +75,11 @@ class AdapterConfigScaleLost(Subject):
 class SavedTemplateIsAnother(Subject):
     """Rows are written by code, and what is saved beside them is a template that renders them without their tools."""
 
-    def __init__(self, base_dir: str) -> None:
-        super().__init__(base_dir)
-        self.complete = str(self.tokenizer.chat_template)
-        self.tokenizer.chat_template = re.sub(r"{% if tools %}.*?{% endif %}(?={% for)", "", self.complete, flags=re.S)
-
-    def tool_text(self, tools: Sequence[Mapping[str, Any]]) -> str:
-        simple, self.tokenizer.chat_template = self.tokenizer.chat_template, self.complete
-        text = super().tool_text(tools)
-        self.tokenizer.chat_template = simple
-        return text
+    def save(self, model: Any, folder: str) -> None:
+        complete = str(self.tokenizer.chat_template)
+        self.tokenizer.chat_template = re.sub(r"{% if tools %}.*?{% endif %}(?={% for)", "", complete, flags=re.S)
+        super().save(model, folder)
+        self.tokenizer.chat_template = complete
 
 
 @fault("resume-optimizer-lost", evidence="FastChat 1280; ACE-Step 742; entrenar 293", cause=r"moment|optimi[sz]er")

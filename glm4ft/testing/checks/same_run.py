@@ -40,7 +40,7 @@ def first_difference(whole: Run, other: Run, done: int = 0) -> str:
 def left_otherwise(run: Run) -> bool:
     """Whether the model that a run leaves has other trained parameters than its last step made."""
     left = dict(run.model.named_parameters())
-    return _unlike({name: left[name].detach().cpu() for name in run.trained}, run.trained)
+    return _unlike({name: left[name].detach().cpu() for name in run.trained if name in left}, run.trained)
 
 
 def _cause(expected: Step, got: Step, same_order: bool) -> str:

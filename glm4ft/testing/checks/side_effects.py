@@ -75,7 +75,7 @@ def check_watching_a_run_does_not_change_it(trial: Trial) -> None:
     watched = trial.run(**everything, **noise)
     together = first_difference(bare, watched)
     if not together:
-        if watched.model and left_otherwise(watched):
+        if watched.model is not None and left_otherwise(watched):
             raise CheckFailed(
                 "with evaluations and checkpoints, training leaves other parameters than its last update's"
             )

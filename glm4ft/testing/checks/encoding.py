@@ -98,6 +98,13 @@ def judged(trial: Trial) -> Iterator[tuple[Row, list[Turn]]]:
         yield row, turns_of(trial, row, controls)
 
 
+def answer_starts(trial: Trial, row: Row) -> list[int]:
+    """Where each answer begins: behind its header in a GLM-4 format, else where a supervised run does."""
+    if is_glm(trial):
+        return [turn.header + 1 for turn in turns_of(trial, row, controls_of(trial))]
+    return [run.start for run in row.runs]
+
+
 def name_of(talk: Talk) -> str:
     """A conversation as messages show it."""
     return f"{BANK.index(talk) + 1} ({talk.id})" if talk in BANK else f"({talk.id})"

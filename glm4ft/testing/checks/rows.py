@@ -11,6 +11,7 @@ import copy
 from glm4ft.testing.checks.bank import BANK, FLAGGED, MARKERS_TALK, TRAILING, Talk
 from glm4ft.testing.checks.encoding import (
     Row,
+    answer_starts,
     bank_of,
     controls_of,
     fail,
@@ -19,7 +20,6 @@ from glm4ft.testing.checks.encoding import (
     judged,
     name_of,
     row_of,
-    turns_of,
     value_at,
 )  # fmt: skip
 from glm4ft.testing.checks.registry import CheckFailed, NotApplicable, check
@@ -172,10 +172,7 @@ def check_prompt_of_serving_begins_the_row(trial: Trial) -> None:
     for talk in bank_of(trial):
         row = row_of(trial, talk)
         answers = [i for i, message in enumerate(talk.messages) if message["role"] == "assistant"]
-        if is_glm(trial):
-            starts = [turn.header + 1 for turn in turns_of(trial, row, controls_of(trial))]
-        else:
-            starts = [run.start for run in row.runs]
+        starts = answer_starts(trial, row)
         if len(starts) != len(answers):
             raise NotApplicable(f"not judged: {len(starts)} supervised runs for {len(answers)} assistant turns")
         for number, (start, index) in enumerate(zip(starts, answers, strict=True), 1):

@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from glm4ft.testing.checks.bank import MARKERS_TALK, Talk
-from glm4ft.testing.checks.encoding import bank_of, controls_of, first_difference, is_glm, name_of, row_of, turns_of
+from glm4ft.testing.checks.encoding import answer_starts, bank_of, controls_of, first_difference, name_of, row_of
 from glm4ft.testing.checks.registry import CheckFailed
 from glm4ft.testing.checks.trial import Trial
 from glm4ft.testing.oracle import show_token
@@ -76,11 +76,7 @@ def _trained_prompts(trial: Trial, talk: Talk) -> Iterator[tuple[int, tuple[int,
     """Index of each answer and the ids before it."""
     row = row_of(trial, talk)
     answers = [i for i, message in enumerate(talk.messages) if message["role"] == "assistant"]
-    if is_glm(trial):
-        starts = [turn.header + 1 for turn in turns_of(trial, row, controls_of(trial))]
-    else:
-        starts = [run.start for run in row.runs]
-    return ((index, row.ids[:start]) for index, start in zip(answers, starts, strict=False))
+    return ((index, row.ids[:start]) for index, start in zip(answers, answer_starts(trial, row), strict=False))
 
 
 def stop_ids(folder: Path) -> set[int]:

@@ -89,7 +89,7 @@ def tokenizer_of(request: pytest.FixtureRequest) -> Callable[[Lane], Any]:
     def load(lane: Lane) -> Any:
         if not lane.architecture:
             return request.getfixturevalue("real_tokenizer")
-        from glm4ft.tiny import tiny_tokenizer
+        from glm4ft.model.tiny import tiny_tokenizer
 
         return tiny_tokenizer(lane.architecture)
 
@@ -108,7 +108,7 @@ def in_each_lane(tokenizer_of: Callable[[Lane], Any], pytestconfig: pytest.Confi
 
     Called with options of ``ChatFormat``; a failing example is reported with the lane it failed in.
     """
-    from glm4ft.chat_format import ChatFormat
+    from glm4ft.data.chat_format import ChatFormat
 
     def go_through(**options: Any) -> Iterator[Any]:
         for lane in lanes(pytestconfig):
@@ -121,7 +121,7 @@ def in_each_lane(tokenizer_of: Callable[[Lane], Any], pytestconfig: pytest.Confi
 @pytest.fixture(scope="session")
 def chat_format(lane: Lane, tokenizer: Any) -> Any:
     """The lane's chat format with default options."""
-    from glm4ft.chat_format import ChatFormat
+    from glm4ft.data.chat_format import ChatFormat
 
     return ChatFormat(lane.chat_format, tokenizer)
 
@@ -131,9 +131,9 @@ def learnt(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The result of the bundled demo, learnt by heart as ``glm4ft train`` does it; shared, since it takes seconds."""
     import yaml
 
-    from glm4ft.cli import DEMO_CONFIG
-    from glm4ft.config import TrainConfig
-    from glm4ft.training_run import run_training
+    from glm4ft.cli.main import DEMO_CONFIG
+    from glm4ft.train.config import TrainConfig
+    from glm4ft.train.run import run_training
 
     options = yaml.safe_load(DEMO_CONFIG.read_text("utf-8"))
     output = tmp_path_factory.mktemp("learnt") / "run"

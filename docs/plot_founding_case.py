@@ -13,15 +13,15 @@ from unittest import mock
 import matplotlib
 import matplotlib.pyplot as plt
 
-from glm4ft.base_model import load_format
-from glm4ft.chat_format import ChatFormat
-from glm4ft.config import TrainConfig
-from glm4ft.dataset import DEMO_DATA
-from glm4ft.floor import Floor, find_floor
-from glm4ft.head_reader import read_head
+from glm4ft.data.chat_format import ChatFormat
+from glm4ft.data.dataset import DEMO_DATA
+from glm4ft.floors.floor import Floor, find_floor
+from glm4ft.floors.head import read_head
+from glm4ft.model.base_model import load_format
 from glm4ft.report.floor_view import encoded_rows
 from glm4ft.testing.subjects.founding_bug import FoundingBugFormat
-from glm4ft.training_run import RunResult, run_training
+from glm4ft.train.config import TrainConfig
+from glm4ft.train.run import RunResult, run_training
 
 RUN = TrainConfig(data="demo", learning_rate=5e-3, schedule="constant", max_steps=150, round_trip=True, save_every=0)
 
@@ -29,7 +29,7 @@ RUN = TrainConfig(data="demo", learning_rate=5e-3, schedule="constant", max_step
 def train(chat_format: type[ChatFormat], folder: Path) -> RunResult:
     """The demo for 150 steps, its data encoded by the given format."""
     environment = mock.patch.dict(os.environ, GLM4FT_CACHE=str(folder / "cache"))
-    with environment, mock.patch("glm4ft.training_run.ChatFormat", chat_format):
+    with environment, mock.patch("glm4ft.train.run.ChatFormat", chat_format):
         return run_training(TrainConfig(**{**vars(RUN), "output": str(folder / "run")}), say=lambda _: None)
 
 

@@ -19,9 +19,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from glm4ft.testing.checks.registry import STAGES
 from glm4ft.testing.subjects import known_failures
 from glm4ft.testing.subjects.known_failures import KnownFailure
+from glm4ft.testing.trial.stages import STAGES
 
 DOCS = Path(__file__).parent
 SUBJECTS = "glm4ft.testing.subjects"
@@ -155,11 +155,12 @@ def judge(peer: Peer) -> dict[str, Any]:
 
 def collect(peer: Peer, file: Path) -> None:
     """What ``judge`` has a peer's environment do: run the checks and encode the minimal conversations."""
-    from glm4ft.testing.runner import check_subject, summary
+    from glm4ft.model.tiny import write_tiny_base
+    from glm4ft.testing.checks import all_checks
     from glm4ft.testing.subject import load_subject
-    from glm4ft.tiny import write_tiny_base
+    from glm4ft.testing.trial.runner import check_subject, summary
 
-    results = list(check_subject(peer.subject))
+    results = list(check_subject(peer.subject, all_checks()))
     with tempfile.TemporaryDirectory() as folder:
         subject = load_subject(peer.subject, write_tiny_base(Path(folder) / "base"))
         rows = {f.check: show_row(subject, f) for f in peer.failures if f.messages}

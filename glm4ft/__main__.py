@@ -1,5 +1,5 @@
 """``python -m glm4ft`` is ``glm4ft``."""
 
-from glm4ft.cli import main
+from glm4ft.cli.main import main
 
 main()

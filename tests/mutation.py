@@ -2,7 +2,7 @@
 
 A test that no change breaks proves nothing.
 
-Run: python tests/mutation.py [--num 60] [--seed 0] [--only loss] [--json FILE]
+Run: python tests/mutation.py [--num 60] [--seed 0] [--only model.loss] [--json FILE]
 Mutants are drawn with a fixed seed, as many from each module, and run against that module's fast tests. Exit status 1
 if fewer than 90 % are caught. The heavy libraries are imported once; each mutant runs in a fork of that process.
 """
@@ -29,12 +29,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
-RUN = ["tests/test_training_run.py", "-k", "not killed_at_a_random_step"]
+RUN = ["tests/train/test_training_run.py", "-k", "not killed_at_a_random_step"]
 TESTS = {  # fastest first: -x stops at the first failure
-    "chat_format": ["tests/test_chat_format.py", "tests/test_masks.py"],
-    "batching": ["tests/test_batching.py", *RUN],
-    "loss": ["tests/test_loss.py", "tests/test_batching.py", *RUN],
-    "trainer": RUN,
+    "data.chat_format": ["tests/data/test_chat_format.py", "tests/data/test_masks.py"],
+    "data.batching": ["tests/data/test_batching.py", *RUN],
+    "model.loss": ["tests/model/test_loss.py", "tests/data/test_batching.py", *RUN],
+    "train.trainer": RUN,
 }
 LEAST_CAUGHT = 0.9
 UNSEEN = ("strict", "frozen")  # arguments that change nothing in a program that is right
@@ -170,7 +170,7 @@ def mutated(mutant: Mutant) -> ast.Module:
 
 
 def source_file(module: str) -> Path:
-    return ROOT / "glm4ft" / f"{module}.py"
+    return ROOT / "glm4ft" / f"{module.replace('.', '/')}.py"
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------
@@ -225,7 +225,7 @@ class Finder:
         """Answer the import system."""
         if name != self.name:
             return None
-        file = str(source_file(name.rpartition(".")[2]))
+        file = str(source_file(name.removeprefix("glm4ft.")))
         loader = importlib.machinery.SourceFileLoader(name, file)
         loader.get_code = lambda _: compile(self.tree, file, "exec")  # type: ignore[method-assign]
         return importlib.util.spec_from_file_location(name, file, loader=loader)
@@ -248,7 +248,7 @@ def row(outcome: Outcome) -> str:
     """An outcome as a row of a Markdown table."""
     mutant = outcome.mutant
     shown = [text.replace("|", "\\|") for text in (mutant.before, mutant.after)]
-    place = f"{mutant.module}.py:{mutant.line}"
+    place = f"{mutant.module.replace('.', '/')}.py:{mutant.line}"
     return f"| {place} | `{shown[0]}` | `{shown[1]}` | {outcome.status} | {outcome.by.rpartition('::')[2]} |"
 
 

@@ -12,11 +12,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from glm4ft.diagnosis import CERTAIN, Diagnosis, Finding
-from glm4ft.evidence import Evidence
+from glm4ft.diagnosis.evidence import Evidence
+from glm4ft.diagnosis.finding import CERTAIN, Finding
+from glm4ft.diagnosis.rules import Diagnosis
+from glm4ft.files import write_atomically
 from glm4ft.report.plain_words import NOTHING_WRONG
-from glm4ft.report.safe_text import Ruled, visible
-from glm4ft.trajectory import write_atomically
+from glm4ft.text.safe_text import Ruled, visible
 
 _TOKENS = 10
 _LEAST_LOSS = 0.05  # a token that loses less is not worth a row

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from rich.cells import cell_len
 
 from glm4ft.report.content import Content, ShownTurn
-from glm4ft.report.safe_text import visible
+from glm4ft.report.costly_tokens import PART_NAMES, costly_tokens
 from glm4ft.report.sparkline import sparkline
-from glm4ft.report.token_losses import PART_NAMES, costly_tokens
+from glm4ft.text.safe_text import visible
 
 MAX_LINES = 40
 WIDTH = 110

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from glm4ft.files import write_atomically
 from glm4ft.report.content import Content
 from glm4ft.report.html_page import render_page
 from glm4ft.report.markdown import render_summary
-from glm4ft.trajectory import write_atomically
 
 HTML_FILE, SUMMARY_FILE = "report.html", "summary.md"
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -14,22 +13,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from glm4ft.chat_format import STOPS, ChatFormat
-from glm4ft.conversation import read_conversations
-from glm4ft.dataset import fit_row
-from glm4ft.floor import HARD_TO_REACH, Floor, TokenFloor, find_floor
-from glm4ft.floor_solver import BF16, EXACT
-from glm4ft.head_reader import Head
-from glm4ft.report.safe_text import Ruled, visible
-from glm4ft.trained_rows import TrainedRow
-from glm4ft.trajectory import write_atomically
+from glm4ft.data.chat_format import ChatFormat
+from glm4ft.data.conversation import read_conversations
+from glm4ft.data.dataset import fit_row
+from glm4ft.data.encoded_rows import TrainedRow
+from glm4ft.files import write_atomically
+from glm4ft.floors.floor import Floor, TokenFloor, find_floor
+from glm4ft.floors.head import Head
+from glm4ft.floors.solver import BF16, EXACT
+from glm4ft.floors.target import stop_warnings
+from glm4ft.text.safe_text import Ruled, visible
 
 _SHOWN = 10
 _TOO_SMALL = 5e-5  # would be shown as 0.0000
-STOP_REMEDIES = (
-    "train the head row of {0} (--lora.options '{{modules_to_save: [lm_head]}}'), end turns with a stop token that the "
-    "head can express (--final_stop endoftext), or start from a chat checkpoint, which has learnt to say it"
-)
 
 
 def show_floor(
@@ -94,17 +90,6 @@ def print_floor(floor: Floor, name: str, console: Console) -> None:
         console.print(_token_table(costly, floor.floor * num_tokens))
         console.print(_part_table(floor))
         console.print(_sample_table(floor))
-
-
-def stop_warnings(tokens: Iterable[TokenFloor]) -> Iterator[str]:
-    """What has to be said loudest: a model that cannot say its stop token never stops."""
-    for token in tokens:
-        if token.text in STOPS and token.head > HARD_TO_REACH:
-            yield (
-                f"WARNING: {token.text} ends turns here, but the frozen head cannot say it: its loss stays above "
-                f"{token.head:.2f} nats (a probability of {math.exp(-token.head):.1%} at most), so the model will "
-                f"not stop. Remedies: {STOP_REMEDIES.format(token.text)}"
-            )
 
 
 def _token_table(tokens: list[TokenFloor], total: float) -> Table:

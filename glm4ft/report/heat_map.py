@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from glm4ft.report.content import ShownRow
-from glm4ft.report.token_losses import show_id, token_parts
-from glm4ft.report.token_text import TokenDecoder, Unit
+from glm4ft.report.costly_tokens import show_id, token_parts
+from glm4ft.text.token_text import TokenDecoder, Unit
 
 # Upper ends, in nats, of the levels below the last: probabilities above 95 %, 61 % and 14 %.
 LEVELS = (0.05, 0.5, 2.0)

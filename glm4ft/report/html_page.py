@@ -16,9 +16,9 @@ from markupsafe import Markup
 import glm4ft
 from glm4ft.report.chart import Chart, Line
 from glm4ft.report.content import Content, Curves, ShownCheck, ShownRow, ShownTurn
+from glm4ft.report.costly_tokens import PART_NAMES, costly_tokens
 from glm4ft.report.heat_map import LEVEL_NAMES, LEVELS, listed_tokens, stretches
-from glm4ft.report.safe_text import visible
-from glm4ft.report.token_losses import PART_NAMES, costly_tokens
+from glm4ft.text.safe_text import visible
 
 OPEN_TOKENS = 2000  # conversations stand open until this many tokens are on the page
 TONE_NAMES = {"good": "Right", "bad": "Wrong", "unsure": "Unsure"}

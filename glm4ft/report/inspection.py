@@ -13,12 +13,12 @@ from typing import TextIO
 from rich.console import Console
 from rich.text import Text
 
-from glm4ft.chat_format import ChatFormat
-from glm4ft.conversation import read_conversations
-from glm4ft.dataset import fit_row
+from glm4ft.data.chat_format import ChatFormat
+from glm4ft.data.conversation import read_conversations
+from glm4ft.data.dataset import fit_row
 from glm4ft.errors import ConfigError
 from glm4ft.report.mask_view import Totals, mask_record, render_legend, render_row, render_totals
-from glm4ft.report.safe_text import Ruled, visible
+from glm4ft.text.safe_text import Ruled, visible
 
 
 def inspect_conversations(

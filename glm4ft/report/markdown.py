@@ -10,9 +10,9 @@ import re
 from collections.abc import Iterator
 
 from glm4ft.report.content import Content, ShownCheck
-from glm4ft.report.safe_text import visible
+from glm4ft.report.costly_tokens import PART_NAMES, costly_tokens
 from glm4ft.report.sparkline import sparkline
-from glm4ft.report.token_losses import PART_NAMES, costly_tokens
+from glm4ft.text.safe_text import visible
 
 TONES = {"good": "✅", "bad": "❌", "unsure": "⚠️"}
 STATUSES = {"passed": "✅", "failed": "❌", "error": "❌", "skipped": "➖", "expected-failure": "⚠️"}

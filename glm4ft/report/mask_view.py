@@ -20,11 +20,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from glm4ft.report.safe_text import Ruled, visible
-from glm4ft.report.token_text import TokenDecoder, Unit
+from glm4ft.text.safe_text import Ruled, visible
+from glm4ft.text.token_text import TokenDecoder, Unit
 
 if TYPE_CHECKING:
-    from glm4ft.chat_format import ChatFormat, Row, Segment
+    from glm4ft.data.chat_format import ChatFormat, Row, Segment
 
 SCHEMA = 1
 OPEN, CLOSE = "⟦", "⟧"

@@ -13,22 +13,22 @@ from typing import Any
 
 import torch
 
-from glm4ft.chat_format import ChatFormat, Row
-from glm4ft.config import TrainConfig
-from glm4ft.conversation import read_conversations
-from glm4ft.dataset import DataReport, data_path, fit_row
-from glm4ft.diagnosis import Diagnosis, diagnose
+from glm4ft.data.chat_format import ChatFormat, Row
+from glm4ft.data.conversation import read_conversations
+from glm4ft.data.dataset import DataReport, data_path, fit_row
+from glm4ft.data.encoded_rows import TrainedRow
+from glm4ft.diagnosis.evidence import RowEvidence
+from glm4ft.diagnosis.measure import gather_evidence
+from glm4ft.diagnosis.rules import Diagnosis, diagnose
 from glm4ft.errors import RunError
-from glm4ft.evidence import RowEvidence
-from glm4ft.floor import Floor
-from glm4ft.generation import TurnRoundTrip
+from glm4ft.floors.floor import Floor
+from glm4ft.model.generation import TurnRoundTrip
 from glm4ft.report.content import Content, Curves, Headline, Option, ShownRow, ShownTurn
+from glm4ft.report.costly_tokens import part_counts
 from glm4ft.report.files import write_report
-from glm4ft.report.token_losses import part_counts
 from glm4ft.report.wording import diagnosed_run, failed_run, finished_run, supervised_sentence
-from glm4ft.run_evidence import gather_evidence
-from glm4ft.trained_rows import TrainedRow
-from glm4ft.trajectory import FILE_NAME, Trajectory, read_trajectory
+from glm4ft.train.config import TrainConfig
+from glm4ft.train.trajectory import FILE_NAME, Trajectory, read_trajectory
 
 SHOWN_ROWS = 8
 

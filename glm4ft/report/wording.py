@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from glm4ft.dataset import DataReport
-from glm4ft.diagnosis import CERTAIN, Diagnosis
-from glm4ft.generation import TurnRoundTrip
+from glm4ft.data.dataset import DataReport
+from glm4ft.diagnosis.finding import CERTAIN
+from glm4ft.diagnosis.rules import Diagnosis
+from glm4ft.model.generation import TurnRoundTrip
 from glm4ft.report.content import Headline, Tone
 from glm4ft.report.plain_words import NOTHING_WRONG, OPEN_VERDICTS, sentence
 

@@ -22,16 +22,18 @@ from pathlib import Path
 
 import pytest
 
-from glm4ft.checkpoint import find_checkpoint
-from glm4ft.report.safe_text import visible
-from glm4ft.testing.check_wording import WRONG
-from glm4ft.testing.checks.registry import STAGES, Check
-from glm4ft.testing.checks.trial import Trial
-from glm4ft.testing.gpu_lane import LARGE_OVERFIT_STEPS, LARGE_PLAN, Bases, is_large, left_out
-from glm4ft.testing.plugin_records import attach_check
-from glm4ft.testing.runner import Result, all_checks, known_failures, require_known, run_check
+from glm4ft.model.checkpoint import find_checkpoint
+from glm4ft.testing.checks import all_checks
+from glm4ft.testing.session.gpu_lane import LARGE_OVERFIT_STEPS, LARGE_PLAN, Bases, is_large, left_out
+from glm4ft.testing.session.records import attach_check
 from glm4ft.testing.subject import load_subject
-from glm4ft.testing.trial_report import explain_trial, supervised_by
+from glm4ft.testing.trial.registry import Check
+from glm4ft.testing.trial.report import explain_trial, supervised_by
+from glm4ft.testing.trial.runner import Result, known_failures, require_known, run_check
+from glm4ft.testing.trial.stages import STAGES
+from glm4ft.testing.trial.trial import Trial
+from glm4ft.testing.trial.wording import WRONG
+from glm4ft.text.safe_text import visible
 
 
 class SubjectBrokeDown(Exception):
@@ -139,8 +141,9 @@ def parametrize_with_checks(
     Raises:
         ConfigError: if an expected failure names no check.
     """
-    expected = require_known(expected_failures or {})
-    checks = [check for check in all_checks() if check.stage in stages]
+    suite, expected = all_checks(), expected_failures or {}
+    require_known(expected, suite)
+    checks = [check for check in suite if check.stage in stages]
     bound = [BoundCheck(check, subject, expected, dtype) for dtype in dtypes for check in checks]
     params = [pytest.param(one, id=one.id if len(dtypes) == 1 else f"{one.id}-{one.dtype}") for one in bound]
     return pytest.mark.parametrize("glm4ft_check", params, indirect=True)

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from glm4ft.testing import plugin_hooks, plugin_options
-from glm4ft.testing.plugin_options import DEVICE, GPU, MODEL, REPORT, SUBJECT, TOKENIZER
-from glm4ft.testing.plugin_records import GPU_RAN, Collected, attach_run, summary_lines
+from glm4ft.testing.session import hooks, options
+from glm4ft.testing.session.options import DEVICE, GPU, MODEL, REPORT, SUBJECT, TOKENIZER
+from glm4ft.testing.session.records import GPU_RAN, Collected, attach_run, summary_lines
 
 if TYPE_CHECKING:
     from glm4ft.testing.conformance import Bench, BoundCheck
-    from glm4ft.testing.gpu_lane import Bases
+    from glm4ft.testing.session.gpu_lane import Bases
 
 MARKERS = (
     "gpu: needs a CUDA GPU, is skipped without one; selected by -m gpu",
@@ -32,20 +32,20 @@ COLLECTED = pytest.StashKey[Collected]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Register the options."""
-    for option in plugin_options.OPTIONS:
+    for option in options.OPTIONS:
         option.register(parser)
 
 
 def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
     """Register the hook that hands on what the tests attached."""
-    pluginmanager.add_hookspecs(plugin_hooks)
+    pluginmanager.add_hookspecs(hooks)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Register the markers, refuse options that cannot be meant, choose the device before torch looks for one."""
     for marker in MARKERS:
         config.addinivalue_line("markers", marker)
-    plugin_options.require_legal(config)
+    options.require_legal(config)
     _choose_device(config)
     if not _is_worker(config):
         config.stash[COLLECTED] = Collected()
@@ -74,10 +74,10 @@ def _choose_device(config: pytest.Config) -> None:
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
     """Name each option with its source, and what a run of the gpu lane will judge."""
-    lines = plugin_options.describe(config)
+    lines = options.describe(config)
     expression = str(config.getoption("markexpr"))
     if "gpu" in expression and "not gpu" not in expression:
-        from glm4ft.testing.gpu_lane import describe_lane
+        from glm4ft.testing.session.gpu_lane import describe_lane
 
         lines.append(f"glm4ft: gpu lane: {describe_lane(MODEL.value(config))}")
     return lines
@@ -147,7 +147,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
     config.hook.pytest_glm4ft_collected(config=config, checks=collected.checks, runs=collected.runs)
     if REPORT.value(config):
-        from glm4ft.testing.session_report import write_session_report
+        from glm4ft.testing.session.session_report import write_session_report
 
         write_session_report(Path(REPORT.value(config)), config, collected.checks, collected.runs)
 
@@ -193,7 +193,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 @pytest.fixture(scope="session")
 def glm4ft_bases(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bases]:
     """The base given by ``--glm4ft-model``, in each dtype; what was written goes when the session ends."""
-    from glm4ft.testing.gpu_lane import Bases
+    from glm4ft.testing.session.gpu_lane import Bases
 
     folder = tmp_path_factory.mktemp("glm4ft-bases")
     yield Bases(MODEL.value(pytestconfig), folder)

@@ -6,8 +6,8 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from glm4ft.gradient_norms import WINDOW, spike_ratios
-from glm4ft.testing.thresholds import within
+from glm4ft.diagnosis.gradient_norms import WINDOW, spike_ratios
+from glm4ft.testing.replay.tolerances import within
 
 # Largest ratio of healthy overfit runs at 5e-3 on the built-in base: 2.4 on all but two seeds of the many runs of the
 # benign variations, and 5.1 at most (docs/thresholds.md); the limit leaves a factor of 4. A jump as in zai-org/GLM-4

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.errors import InvalidArgument
 from hypothesis.strategies import SearchStrategy
 
-from glm4ft.conversation import Conversation, Message, Role
+from glm4ft.data.conversation import Conversation, Message, Role
 
 # Control tokens of the whole GLM-4 family, the ones that only GLM-4.5 knows included.
 MARKERS = (

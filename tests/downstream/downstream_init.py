@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from glm4ft.testing.checks.registry import STAGES
+from glm4ft.testing.trial.stages import STAGES
 
 ROOT = Path(__file__).parents[2]
 

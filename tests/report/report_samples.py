@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from glm4ft.chat_format import ChatFormat, Row
-from glm4ft.conversation import Conversation, Message, read_conversations
-from glm4ft.dataset import DEMO_DATA
+from glm4ft.data.chat_format import ChatFormat, Row
+from glm4ft.data.conversation import Conversation, Message, read_conversations
+from glm4ft.data.dataset import DEMO_DATA
+from glm4ft.model.tiny import tiny_tokenizer
 from glm4ft.report.content import Content, Curves, Headline, Option, ShownCheck, ShownRow, ShownTurn
+from glm4ft.report.costly_tokens import part_counts, token_parts
 from glm4ft.report.run_report import shown_row
-from glm4ft.report.token_losses import part_counts, token_parts
 from glm4ft.testing.subjects.founding_bug import FoundingBugFormat
-from glm4ft.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 FORMAT = ChatFormat("glm-4-0414", TOKENIZER)

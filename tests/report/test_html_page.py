@@ -17,9 +17,9 @@ import pytest
 from report_samples import FORMAT, HOSTILE, TOKENIZER, founding_bug, hostile, row_of, with_losses
 
 from glm4ft.report.content import Content, Headline, ShownCheck
+from glm4ft.report.costly_tokens import costly_tokens, part_counts, token_parts
 from glm4ft.report.heat_map import LEVEL_NAMES, MISSED, NOT_A_TARGET, level_of, stretches
 from glm4ft.report.html_page import render_page
-from glm4ft.report.token_losses import costly_tokens, part_counts, token_parts
 
 VOID = {"meta", "rect", "line", "polyline"}
 TAGS = {

@@ -14,7 +14,7 @@ from markdown_it import MarkdownIt
 from report_samples import HOSTILE, HOSTILE_LINES, founding_bug, hostile
 
 from glm4ft.report.markdown import code, prose, render_summary
-from glm4ft.report.safe_text import visible
+from glm4ft.text.safe_text import visible
 
 GITHUB = MarkdownIt("gfm-like", {"linkify": False})
 OURS = {"h3", "em", "strong", "ul", "li", "p", "code", "table", "thead", "tbody", "tr", "th", "td"}

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from rich.console import Console, RenderableType
 
 import glm4ft
-from glm4ft.chat_format import ChatFormat, Row
-from glm4ft.conversation import Conversation, Message, read_conversations
+from glm4ft.data.chat_format import ChatFormat, Row
+from glm4ft.data.conversation import Conversation, Message, read_conversations
+from glm4ft.model.tiny import tiny_tokenizer
 from glm4ft.report.mask_view import Totals, mask_record, mask_text, render_legend, render_row, render_totals
-from glm4ft.report.safe_text import escape, visible
-from glm4ft.tiny import tiny_tokenizer
+from glm4ft.text.safe_text import escape, visible
 
 DEMO = Path(glm4ft.__file__).parent / "demo" / "two_conversations.jsonl"
 TOKENIZER = tiny_tokenizer()

@@ -14,15 +14,16 @@ from typing import Any
 import pytest
 import torch
 
-from glm4ft.cli import run
-from glm4ft.diagnosis import Diagnosis, Finding
-from glm4ft.evidence import Evidence, FirstLoss
+from glm4ft.cli.main import run
+from glm4ft.diagnosis.evidence import Evidence, FirstLoss
+from glm4ft.diagnosis.finding import Finding
+from glm4ft.diagnosis.rules import Diagnosis
+from glm4ft.diagnosis.token_losses import measure_targets
+from glm4ft.model.tiny import tiny_model, tiny_tokenizer
 from glm4ft.report.content import Headline, Tone
-from glm4ft.report.measurement import measure_targets
-from glm4ft.report.token_losses import token_parts
+from glm4ft.report.costly_tokens import token_parts
 from glm4ft.report.wording import diagnosed_run
-from glm4ft.tiny import tiny_model, tiny_tokenizer
-from glm4ft.trajectory import read_trajectory
+from glm4ft.train.trajectory import read_trajectory
 
 TALK = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello <b>\x1b[31m"}]}
 
@@ -103,7 +104,7 @@ def test_a_broken_run_leaves_a_report_too(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It says why it stopped and on which rows; what was supervised is there all the same."""
-    monkeypatch.setattr("glm4ft.trainer.get_total_norm", lambda gradients: torch.tensor(float("nan")))
+    monkeypatch.setattr("glm4ft.train.trainer.get_total_norm", lambda gradients: torch.tensor(float("nan")))
     output = tmp_path / "run"
     assert run(["train", f"--data={data}", f"--output={output}", "--max_steps=3"]) == 1
     assert "at step 1" in capsys.readouterr().err

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from glm4ft.testing.checks.trial import Trial
-from glm4ft.testing.replay import Departure
+from glm4ft.model.tiny import write_tiny_base
+from glm4ft.testing.replay.replay import Departure
 from glm4ft.testing.subject import load_subject
-from glm4ft.tiny import write_tiny_base
+from glm4ft.testing.trial.trial import Trial
 
 STEPS = 10
 

@@ -26,14 +26,14 @@ from typing import Any
 
 import yaml
 
-from glm4ft.dataset import DEMO_DATA
-from glm4ft.diagnosis import Diagnosis
-from glm4ft.explain import explain_run
+from glm4ft.data.dataset import DEMO_DATA
+from glm4ft.data.encoded_rows import TrainedRow, write_rows
+from glm4ft.diagnosis.rules import Diagnosis
+from glm4ft.diagnosis.run_folder import explain_run
+from glm4ft.model.tiny import write_tiny_base
 from glm4ft.testing.faults.registry import all_faults
 from glm4ft.testing.subject import make_plan
 from glm4ft.testing.subjects.plain_loop import Subject
-from glm4ft.tiny import write_tiny_base
-from glm4ft.trained_rows import TrainedRow, write_rows
 
 LEAST_SHARE = 0.85
 STEPS = 60

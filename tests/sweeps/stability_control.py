@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from glm4ft.dataset import DEMO_DATA
+from glm4ft.data.dataset import DEMO_DATA
+from glm4ft.model.tiny import write_tiny_base
 from glm4ft.testing.stability import spike_ratios
 from glm4ft.testing.subject import make_plan
 from glm4ft.testing.subjects import founding_bug, own
-from glm4ft.tiny import write_tiny_base
 
 STEPS, LEARNING_RATE = 150, 2e-2
 

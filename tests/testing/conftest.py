@@ -8,9 +8,9 @@ import pytest
 @pytest.fixture(scope="session")
 def healthy(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]  # torch would be loaded
     """The plain loop on the built-in base."""
-    from glm4ft.testing.checks.trial import Trial
+    from glm4ft.model.tiny import write_tiny_base
     from glm4ft.testing.subjects.plain_loop import Subject
-    from glm4ft.tiny import write_tiny_base
+    from glm4ft.testing.trial.trial import Trial
 
     base_dir = write_tiny_base(tmp_path_factory.mktemp("base"))
     return Trial(Subject(str(base_dir)), base_dir, tmp_path_factory.mktemp("healthy"))

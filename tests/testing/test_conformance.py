@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import pytest
 
+from glm4ft.testing.checks import all_checks
+
 # pytester forgets what is imported while a test runs in process, and torch crashes when it is imported a second time.
 from glm4ft.testing.conformance import parametrize_with_checks
-from glm4ft.testing.plugin_options import OPTIONS
-from glm4ft.testing.runner import all_checks
+from glm4ft.testing.session.options import OPTIONS
 
 parametrize_with_checks()  # which imports the modules of the checks, so that they register only once
 pytest_plugins = ["pytester"]
@@ -25,7 +26,7 @@ def test_conformance(glm4ft_check): glm4ft_check()
 # trains every token but the first, and breaks down where it is to build a model
 SUBJECT = """
 from types import SimpleNamespace
-from glm4ft.tiny import tiny_tokenizer
+from glm4ft.model.tiny import tiny_tokenizer
 tokenizer = tiny_tokenizer()
 
 def encode(messages, tools=None):

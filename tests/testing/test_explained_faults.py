@@ -12,8 +12,8 @@ from types import ModuleType
 
 import pytest
 
+from glm4ft.model.tiny import write_tiny_base
 from glm4ft.testing.faults.registry import all_faults
-from glm4ft.tiny import write_tiny_base
 
 SWEEP = Path(__file__).parents[1] / "sweeps" / "explain_faults.py"
 

@@ -8,15 +8,16 @@ from typing import Any
 
 import torch
 
-from glm4ft.testing.checks.processes import require_ranks_stage
-from glm4ft.testing.checks.recorded_run import Run
-from glm4ft.testing.checks.registry import CheckFailed, NotApplicable, check
-from glm4ft.testing.checks.trial import Trial
-from glm4ft.testing.leaks import Leak, watch_leaks
-from glm4ft.testing.oracle import IGNORED
-from glm4ft.testing.replayed_step import LIMITS
+from glm4ft.testing.replay.leaks import Leak, watch_leaks
+from glm4ft.testing.replay.step import LIMITS
+from glm4ft.testing.replay.tolerances import within
+from glm4ft.testing.specification.mask_oracle import IGNORED
 from glm4ft.testing.subject import make_plan
-from glm4ft.testing.thresholds import within
+from glm4ft.testing.trial.processes import require_ranks_stage
+from glm4ft.testing.trial.registry import check
+from glm4ft.testing.trial.runs import Run
+from glm4ft.testing.trial.stages import CheckFailed, NotApplicable
+from glm4ft.testing.trial.trial import Trial
 
 NEEDS = ("build_model", "train")
 # In a fp32 run of the built-in base a row's gradient at foreign tokens is exactly 0 (x86-64 CPU, torch 2.13).

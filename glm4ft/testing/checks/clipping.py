@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from glm4ft.testing.checks.registry import CheckFailed, check
-from glm4ft.testing.checks.trial import Trial
-from glm4ft.testing.thresholds import within
+from glm4ft.testing.replay.tolerances import within
+from glm4ft.testing.trial.registry import check
+from glm4ft.testing.trial.stages import CheckFailed
+from glm4ft.testing.trial.trial import Trial
 
 NEEDS = ("build_model", "train")
 # Relative; the norm is summed in fp32 by the trainer, in fp64 here. Measured below 1e-6 (x86-64 CPU, 2026-11-25).

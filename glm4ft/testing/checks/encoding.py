@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NoReturn
 
-from glm4ft.testing.checks.bank import BANK, MARKERS_TALK, Talk
-from glm4ft.testing.checks.registry import CheckFailed, NotApplicable
-from glm4ft.testing.checks.trial import Trial
-from glm4ft.testing.oracle import IGNORED, Turn, Undecidable, control_ids, find_turns, show_tokens
+from glm4ft.testing.specification.mask_oracle import IGNORED, Turn, Undecidable, control_ids, find_turns, show_tokens
+from glm4ft.testing.trial.bank import BANK, MARKERS_TALK, Talk
+from glm4ft.testing.trial.stages import CheckFailed, NotApplicable
+from glm4ft.testing.trial.trial import Trial
 
 DENSE_FORMATS = ("glm-4-9b-chat", "glm-4-0414")
 

@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
-from glm4ft.testing.checks.processes import require_ranks_agree, require_ranks_stage
-from glm4ft.testing.checks.registry import CheckFailed, NotApplicable, check
-from glm4ft.testing.checks.trial import Trial
-from glm4ft.testing.oracle import IGNORED
-from glm4ft.testing.thresholds import within
+from glm4ft.testing.replay.tolerances import within
+from glm4ft.testing.specification.mask_oracle import IGNORED
+from glm4ft.testing.trial.processes import require_ranks_agree, require_ranks_stage
+from glm4ft.testing.trial.registry import check
+from glm4ft.testing.trial.stages import CheckFailed, NotApplicable
+from glm4ft.testing.trial.trial import Trial
 
 NEEDS = ("build_model", "train")
 # Largest relative difference between a logged loss and the specification's: both are sums of fp32 numbers, and

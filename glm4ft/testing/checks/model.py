@@ -9,14 +9,15 @@ import torch
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
-from glm4ft.testing.adapter import Adapter, adapted_modules, base_name
-from glm4ft.testing.checks.registry import CheckFailed, NotApplicable, check
-from glm4ft.testing.checks.trial import Trial
-from glm4ft.testing.first_module import describe_first_other_module
-from glm4ft.testing.reference import Reference
-from glm4ft.testing.replayed_step import LIMITS, relative
-from glm4ft.testing.thresholds import within
-from glm4ft.testing.trace import Tensors
+from glm4ft.testing.recording.trace import Tensors
+from glm4ft.testing.replay.first_module import describe_first_other_module
+from glm4ft.testing.replay.step import LIMITS, relative
+from glm4ft.testing.replay.tolerances import within
+from glm4ft.testing.specification.lora_spec import Adapter, adapted_modules, base_name
+from glm4ft.testing.specification.reference import Reference
+from glm4ft.testing.trial.registry import check
+from glm4ft.testing.trial.stages import CheckFailed, NotApplicable
+from glm4ft.testing.trial.trial import Trial
 
 NEEDS = ("build_model", "train")
 # Fields of a configuration that say how it was loaded, not what it computes.

@@ -11,12 +11,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from glm4ft.testing.adapter import Adapter, adapted_modules
-from glm4ft.testing.checks.registry import CheckFailed, NotApplicable, check
-from glm4ft.testing.checks.same_run import first_difference
 from glm4ft.testing.checks.served_folder import require_trained_tokenizer, stop_ids
-from glm4ft.testing.checks.trial import Trial
-from glm4ft.testing.thresholds import within
+from glm4ft.testing.replay.tolerances import within
+from glm4ft.testing.specification.lora_spec import Adapter, adapted_modules
+from glm4ft.testing.trial.registry import check
+from glm4ft.testing.trial.same_run import first_difference
+from glm4ft.testing.trial.stages import CheckFailed, NotApplicable
+from glm4ft.testing.trial.trial import Trial
 
 NEEDS = ("build_model", "train")
 # Largest relative difference of logits through a save and a load, or a merge; measured 6e-7 on a base in fp32 and

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from glm4ft.testing.checks.bank import SEVERAL, WEATHER, Talk, answer, user
 from glm4ft.testing.checks.encoding import (
     bank_of,
     controls_of,
@@ -18,12 +17,14 @@ from glm4ft.testing.checks.encoding import (
     name_of,
     row_of,
 )  # fmt: skip
-from glm4ft.testing.checks.registry import CheckFailed, NotApplicable, check
-from glm4ft.testing.checks.trial import Trial
-from glm4ft.testing.oracle import END_OF_TEXT, HEADERS, IGNORED, PREFIX, show_token
-from glm4ft.testing.sightings import KnownRows
+from glm4ft.testing.recording.trace import record
+from glm4ft.testing.replay.matching import KnownRows
+from glm4ft.testing.specification.mask_oracle import END_OF_TEXT, HEADERS, IGNORED, PREFIX, show_token
 from glm4ft.testing.subject import make_plan, parts
-from glm4ft.testing.trace import record
+from glm4ft.testing.trial.bank import SEVERAL, WEATHER, Talk, answer, user
+from glm4ft.testing.trial.registry import check
+from glm4ft.testing.trial.stages import CheckFailed, NotApplicable
+from glm4ft.testing.trial.trial import Trial
 
 CLOCK = {
     "type": "function",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 
-from glm4ft.testing.checks.bank import BANK, FLAGGED, MARKERS_TALK, TRAILING, Talk
 from glm4ft.testing.checks.encoding import (
     Row,
     answer_starts,
@@ -22,9 +21,7 @@ from glm4ft.testing.checks.encoding import (
     row_of,
     value_at,
 )  # fmt: skip
-from glm4ft.testing.checks.registry import CheckFailed, NotApplicable, check
-from glm4ft.testing.checks.trial import Trial
-from glm4ft.testing.oracle import (
+from glm4ft.testing.specification.mask_oracle import (
     IGNORED,
     PREFIX,
     explain_mistakes,
@@ -32,6 +29,10 @@ from glm4ft.testing.oracle import (
     legal_stops,
     show_token,
 )
+from glm4ft.testing.trial.bank import BANK, FLAGGED, MARKERS_TALK, TRAILING, Talk
+from glm4ft.testing.trial.registry import check
+from glm4ft.testing.trial.stages import CheckFailed, NotApplicable
+from glm4ft.testing.trial.trial import Trial
 
 
 @check(stage="rows", incident="nanochat 1ddaad1: the renderer was right, the loader's mask was not")

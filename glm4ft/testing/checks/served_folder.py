@@ -11,11 +11,11 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
-from glm4ft.testing.checks.bank import MARKERS_TALK, Talk
 from glm4ft.testing.checks.encoding import answer_starts, bank_of, controls_of, first_difference, name_of, row_of
-from glm4ft.testing.checks.registry import CheckFailed
-from glm4ft.testing.checks.trial import Trial
-from glm4ft.testing.oracle import show_token
+from glm4ft.testing.specification.mask_oracle import show_token
+from glm4ft.testing.trial.bank import MARKERS_TALK, Talk
+from glm4ft.testing.trial.stages import CheckFailed
+from glm4ft.testing.trial.trial import Trial
 
 PROBE = "<|user|> and 法国 [gMASK]\n\n it's 42"
 

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from glm4ft.testing.adapter import base_name
-from glm4ft.testing.checks.registry import CheckFailed, NotApplicable, check
-from glm4ft.testing.checks.same_run import first_difference, left_otherwise
-from glm4ft.testing.checks.trial import Trial
-from glm4ft.testing.trace import record
+from glm4ft.testing.recording.trace import record
+from glm4ft.testing.specification.lora_spec import base_name
+from glm4ft.testing.trial.registry import check
+from glm4ft.testing.trial.same_run import first_difference, left_otherwise
+from glm4ft.testing.trial.stages import CheckFailed, NotApplicable
+from glm4ft.testing.trial.trial import Trial
 
 NEEDS = ("build_model", "train")
 WATCHING: dict[str, dict[str, Any]] = {

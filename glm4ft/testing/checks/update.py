@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from glm4ft.testing.checks.registry import CheckFailed, check
-from glm4ft.testing.checks.trial import Trial
+from glm4ft.testing.trial.registry import check
+from glm4ft.testing.trial.stages import CheckFailed
+from glm4ft.testing.trial.trial import Trial
 
 NEEDS = ("build_model", "train")
 

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from glm4ft.chat_format import IGNORED
-from glm4ft.conversation import Message
+from glm4ft.data.chat_format import IGNORED
+from glm4ft.data.conversation import Message
+from glm4ft.testing.recording.trace import backbone_of
 from glm4ft.testing.subjects.plain_loop import Conversations, Run, Subject, trained, world_size
 from glm4ft.testing.subjects.plain_loop_data import Batch, Row
-from glm4ft.testing.trace import backbone_of
 
 VARIATIONS: dict[str, Variation] = {}
 Kind = TypeVar("Kind", bound=type[Subject])

@@ -16,17 +16,18 @@ from rich.console import Console
 from rich.text import Text
 from tqdm import tqdm
 
-from glm4ft.report.safe_text import visible
-from glm4ft.testing.checks.trial import Trial
+from glm4ft.files import write_atomically
 from glm4ft.testing.faults.benign import all_variations
-from glm4ft.testing.faults.matrix import Caught, require_known, run_one
 from glm4ft.testing.faults.pages import table
 from glm4ft.testing.faults.reach import reaching
 from glm4ft.testing.faults.registry import all_faults
+from glm4ft.testing.faults.results import Caught
+from glm4ft.testing.faults.runner import require_known, run_one
 from glm4ft.testing.faults.warm import in_parallel, warm_base
-from glm4ft.testing.runner import run_check
-from glm4ft.testing.thresholds import Observation, observing
-from glm4ft.trajectory import write_atomically
+from glm4ft.testing.replay.tolerances import Observation, observing
+from glm4ft.testing.trial.runner import run_check
+from glm4ft.testing.trial.trial import Trial
+from glm4ft.text.safe_text import visible
 
 MIN_ROOM = 3.0  # nearest fault over largest clean value; below it a threshold is redesigned, not tuned
 

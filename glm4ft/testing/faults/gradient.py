@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from glm4ft.chat_format import IGNORED
+from glm4ft.data.chat_format import IGNORED
 from glm4ft.testing.faults.registry import faults_at
 from glm4ft.testing.subjects.plain_loop import Run, Subject, world_size
 from glm4ft.testing.subjects.plain_loop_data import Batch

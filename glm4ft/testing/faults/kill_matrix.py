@@ -6,7 +6,6 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,57 +15,18 @@ from rich.table import Column, Table
 from rich.text import Text
 from tqdm import tqdm
 
-from glm4ft.report.safe_text import visible
+from glm4ft.files import write_atomically
 from glm4ft.testing.faults.benign import all_variations
-from glm4ft.testing.faults.matrix import Caught, Silence, require_known, run_one
-from glm4ft.testing.faults.practices import PRACTICES, Noticed, try_practices
+from glm4ft.testing.faults.pages import matrix_page
+from glm4ft.testing.faults.practices import try_practices
 from glm4ft.testing.faults.registry import all_faults
+from glm4ft.testing.faults.results import Caught, Matrix, Silence
+from glm4ft.testing.faults.runner import require_known, run_one
 from glm4ft.testing.faults.warm import in_parallel
-from glm4ft.trajectory import write_atomically
+from glm4ft.text.safe_text import visible
 
 LOG_WIDTH = 150
 COLUMNS = ("stage", "first check that caught it", "verdict", "cause", "seconds")
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """All results of one command.
-
-    Args:
-        faults: in the order of the stages.
-        benign: in the order of their module.
-        noticed: what the common practices notice, by fault; empty if they were not tried.
-        seconds: that all of it took.
-    """
-
-    faults: tuple[Caught, ...]
-    benign: tuple[Silence, ...]
-    noticed: dict[str, Noticed]
-    seconds: float
-
-    @property
-    def failures(self) -> list[str]:
-        """Ids of faults that were not caught at their stage, and of variations with an alarm."""
-        wrong = [caught.id for caught in self.faults if not caught.is_right]
-        return wrong + [silence.id for silence in self.benign if silence.alarms]
-
-    def score(self) -> list[str]:
-        """The score, a line for each figure."""
-        count = len(self.faults)
-        figures = {
-            "caught": sum(bool(caught.caught_by) for caught in self.faults),
-            "stage right": sum(caught.is_right for caught in self.faults),
-            "cause named": sum(caught.names_cause for caught in self.faults),
-        }
-        lines = [f"{name}: {n} of {count} ({n / count:.0%})" for name, n in figures.items() if count]
-        if self.benign:
-            alarms = sum(bool(silence.alarms) for silence in self.benign)
-            lines.append(f"alarms on benign variations: {alarms} of {len(self.benign)}")
-        if self.noticed and count:
-            for i, practice in enumerate(PRACTICES):
-                n = sum(noticed.by[i] for noticed in self.noticed.values())
-                lines.append(f"noticed by {practice}: {n} of {count} ({n / count:.0%})")
-        return lines
 
 
 def try_all(ids: Sequence[str] = (), *, practices: bool = False, num_workers: int | None = None) -> Matrix:
@@ -116,8 +76,6 @@ def show_faults(
     Returns:
         True if a fault was not caught at its stage, or a variation raised an alarm.
     """
-    from glm4ft.testing.faults.pages import matrix_page
-
     matrix = try_all(ids, practices=practices, num_workers=num_workers)
     # a log file has no width of its own, and 80 columns would cut the ids that one looks for
     width = None if sys.stdout.isatty() else LOG_WIDTH

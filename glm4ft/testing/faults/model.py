@@ -13,9 +13,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from glm4ft.testing.faults.registry import faults_at
+from glm4ft.testing.recording.trace import backbone_of
 from glm4ft.testing.subjects.plain_loop import Subject, trained
 from glm4ft.testing.subjects.plain_loop_data import Batch
-from glm4ft.testing.trace import backbone_of
 
 ESCAPES = (
     "The reference is a forward of transformers too, so a bug of that library's GLM-4 itself is shared by both sides; "

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from glm4ft.chat_format import IGNORED, PREFIX
+from glm4ft.data.chat_format import IGNORED, PREFIX
 from glm4ft.testing.faults.registry import faults_at
 from glm4ft.testing.subjects.plain_loop import Run, Subject
 from glm4ft.testing.subjects.plain_loop_data import Batch, Row

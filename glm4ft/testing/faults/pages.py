@@ -5,12 +5,11 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 
-from glm4ft.testing.checks.registry import STAGES
 from glm4ft.testing.faults.benign import all_variations
-from glm4ft.testing.faults.kill_matrix import Matrix
-from glm4ft.testing.faults.matrix import Caught
 from glm4ft.testing.faults.practices import PRACTICES
 from glm4ft.testing.faults.registry import FAULT_MODULES, all_faults
+from glm4ft.testing.faults.results import Caught, Matrix
+from glm4ft.testing.trial.stages import STAGES
 
 HEAD = """# The kill matrix
 

@@ -15,13 +15,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
-from glm4ft.testing.checks.recorded_run import Run
-from glm4ft.testing.checks.registry import STAGES, Check, NotApplicable
-from glm4ft.testing.checks.trial import Trial
-from glm4ft.testing.runner import all_checks
+from glm4ft.files import write_atomically
+from glm4ft.model.tiny import write_tiny_base
+from glm4ft.testing.checks import all_checks
 from glm4ft.testing.subjects.plain_loop import Subject
-from glm4ft.tiny import write_tiny_base
-from glm4ft.trajectory import write_atomically
+from glm4ft.testing.trial.registry import Check
+from glm4ft.testing.trial.runs import Run
+from glm4ft.testing.trial.stages import STAGES, NotApplicable
+from glm4ft.testing.trial.trial import Trial
 
 REACH_FILE = Path(__file__).with_name("reach.json")
 used: set[str] = set()

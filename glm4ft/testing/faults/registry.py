@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
 
-from glm4ft.testing.checks.registry import STAGES
 from glm4ft.testing.subjects.plain_loop import Subject
+from glm4ft.testing.trial.stages import STAGES
 
 FAULT_MODULES = (
     "rows_rendering", "rows_mask", "batches", "model", "gradient", "clipping", "schedule", "update",

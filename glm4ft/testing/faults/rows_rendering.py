@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from glm4ft.conversation import Conversation, Message
+from glm4ft.data.conversation import Conversation, Message
 from glm4ft.testing.faults.registry import ServedRight, faults_at
 from glm4ft.testing.subjects.plain_loop import Conversations, Subject
 from glm4ft.testing.subjects.plain_loop_data import Row, Segment

@@ -36,7 +36,7 @@ def in_parallel(
 @cache
 def warm_base(seed: int = 0) -> Path:
     """The built-in base on the disk, written once per process and seed."""
-    from glm4ft.tiny import write_tiny_base
+    from glm4ft.model.tiny import write_tiny_base
 
     return write_tiny_base(_folder().name + f"/{seed}", seed)
 
@@ -53,7 +53,7 @@ def warm_up() -> None:
     import torch
     from transformers.utils import logging
 
-    from glm4ft.testing.runner import all_checks
+    from glm4ft.testing.checks import all_checks
 
     torch.set_num_threads(1)
     logging.set_verbosity_error()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from glm4ft.chat_format import ChatFormat, Row
-from glm4ft.conversation import Conversation
+from glm4ft.data.chat_format import ChatFormat, Row
+from glm4ft.data.conversation import Conversation
 from glm4ft.testing.subjects import own
 
 

@@ -14,8 +14,8 @@ from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
 from llamafactory.train.tuner import export_model
 
 from glm4ft.testing.subject import make_plan
+from glm4ft.testing.subjects.building_blocks import PeftAdapter, json_chat, sharegpt_chat, training_arguments
 from glm4ft.testing.subjects.known_failures import LLAMA_FACTORY, reasons
-from glm4ft.testing.wiring import PeftAdapter, json_chat, sharegpt_chat, training_arguments
 
 INFO = {"formatting": "sharegpt", "columns": {"messages": "conversations", "tools": "tools"}, "file_name": "chats.json"}
 # Recomputation is on by default; of its two kinds the suite can follow gradients through this one alone.

@@ -13,8 +13,8 @@ from swift.pipelines.train.sft import SwiftSft
 from swift.trainers import TrainerFactory
 
 from glm4ft.testing.subject import make_plan
+from glm4ft.testing.subjects.building_blocks import PeftAdapter, json_chat, training_arguments
 from glm4ft.testing.subjects.known_failures import MS_SWIFT, reasons
-from glm4ft.testing.wiring import PeftAdapter, json_chat, training_arguments
 
 
 class Subject(PeftAdapter):

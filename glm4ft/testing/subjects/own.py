@@ -11,17 +11,17 @@ import numpy as np
 import torch
 from peft import PeftModel
 
-from glm4ft.base_model import Base, load_base, load_format
-from glm4ft.batching import Collator, Item, RowSet
-from glm4ft.chat_format import ChatFormat
-from glm4ft.checkpoint import read_json
-from glm4ft.config import TrainConfig
-from glm4ft.generation import greedy
-from glm4ft.lora import LoraOptions, attach_lora
-from glm4ft.loss import install_supervised_loss
-from glm4ft.merge import merge_adapter
-from glm4ft.testing.wiring import EncodedHere
-from glm4ft.training_run import make_trainer
+from glm4ft.data.batching import Collator, Item, RowSet
+from glm4ft.data.chat_format import ChatFormat
+from glm4ft.model.base_model import Base, load_base, load_format
+from glm4ft.model.checkpoint import read_json
+from glm4ft.model.generation import greedy
+from glm4ft.model.lora import LoraOptions, attach_lora
+from glm4ft.model.loss import install_supervised_loss
+from glm4ft.model.merge import merge_adapter
+from glm4ft.testing.subjects.building_blocks import EncodedHere
+from glm4ft.train.config import TrainConfig
+from glm4ft.train.run import make_trainer
 
 
 class MemoryRows(RowSet):

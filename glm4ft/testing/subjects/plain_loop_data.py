@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from glm4ft.chat_format import IGNORED, PREFIX, STOPS, plain_text_tokenizer
-from glm4ft.conversation import Conversation, Message, from_messages
+from glm4ft.data.chat_format import IGNORED, PREFIX, STOPS, plain_text_tokenizer
+from glm4ft.data.conversation import Conversation, Message, from_messages
 
 Row = dict[str, list[int]]  # input_ids and labels
 Batch = dict[str, torch.Tensor]

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from glm4ft.chat_format import IGNORED
-from glm4ft.generation import greedy
+from glm4ft.data.chat_format import IGNORED
+from glm4ft.model.generation import greedy
 from glm4ft.testing.subjects.plain_loop_data import Batch, Data, Row
 
 

@@ -14,11 +14,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from glm4ft.chat_format import IGNORED, ChatFormat
-from glm4ft.lora import GLM4_TARGETS
+from glm4ft.data.chat_format import IGNORED, ChatFormat
+from glm4ft.model.lora import GLM4_TARGETS
 from glm4ft.testing.subject import make_plan
+from glm4ft.testing.subjects.building_blocks import EncodedHere, Generates, PeftAdapter, training_arguments
 from glm4ft.testing.subjects.known_failures import TRANSFORMERS, reasons
-from glm4ft.testing.wiring import EncodedHere, Generates, PeftAdapter, training_arguments
 
 
 class Subject(EncodedHere, PeftAdapter, Generates):

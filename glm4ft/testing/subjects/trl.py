@@ -15,10 +15,10 @@ from datasets import Dataset, disable_progress_bars
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from glm4ft.lora import GLM4_TARGETS
+from glm4ft.model.lora import GLM4_TARGETS
 from glm4ft.testing.subject import make_plan
+from glm4ft.testing.subjects.building_blocks import Generates, PeftAdapter, training_arguments
 from glm4ft.testing.subjects.known_failures import TRL, reasons
-from glm4ft.testing.wiring import Generates, PeftAdapter, training_arguments
 
 MAX_LENGTH = 32_768  # the context of GLM-4-0414; TRL's default of 1,024 cuts without a word
 

@@ -1,0 +1,289 @@
+"""Conversation files into rows on disk: encoded, cut to length, filtered, counted, and read back by memory map."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+import glm4ft
+from glm4ft.data.batching import Item, RowSet
+from glm4ft.data.chat_format import IGNORED, ChatFormat, Row
+from glm4ft.data.conversation import Conversation, Message, read_conversations
+from glm4ft.errors import ConfigError, DataError
+
+DEMO_DATA = Path(glm4ft.__file__).parent / "demo" / "two_conversations.jsonl"
+WARNING_KINDS = 20  # counted apart: warnings quote names from the data
+NO_TARGETS = "no supervised token"
+TOO_LONG = "longer than max_length even with the last turn alone"
+_REPORT = "report.json"
+
+
+@dataclass
+class DataReport:
+    """What became of the conversations of one file.
+
+    Args:
+        path: the file.
+        conversations: as read.
+        rows: encoded conversations kept.
+        tokens: in all rows.
+        supervised_tokens: among them.
+        dropped: reason to the lines of the conversations dropped for it.
+        truncated: lines of the conversations that lost their oldest turns.
+        warnings: text to the lines it applies to.
+    """
+
+    path: str
+    conversations: int = 0
+    rows: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    dropped: dict[str, list[int]] = field(default_factory=dict)
+    truncated: list[int] = field(default_factory=list)
+    warnings: dict[str, list[int]] = field(default_factory=dict)
+
+    def describe(self) -> str:
+        """The report as text: one line of totals, then one line per thing worth a look."""
+        share = f" ({self.supervised_tokens / self.tokens:.0%})" if self.tokens else ""
+        lines = [
+            f"{self.path}: {self.conversations:,} conversations, {self.rows:,} rows, {self.tokens:,} tokens, "
+            f"{self.supervised_tokens:,} supervised{share}"
+        ]
+        lines += [f"  dropped, {reason}: {_list_lines(where)}" for reason, where in self.dropped.items()]
+        if self.truncated:
+            lines.append(f"  oldest turns cut to fit max_length: {_list_lines(self.truncated)}")
+        lines += [f"  warning, {text}: {_list_lines(where)}" for text, where in self.warnings.items()]
+        return "\n".join(lines)
+
+
+class Rows(RowSet):
+    """Encoded rows of one file, read by memory map.
+
+    Args:
+        folder: as written by ``prepare_rows``.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.input_ids = np.memmap(folder / "input_ids.int32", dtype=np.int32, mode="r")
+        self.supervised = np.memmap(folder / "supervised.bool", dtype=np.bool_, mode="r")
+        self.offsets = np.load(folder / "offsets.npy", allow_pickle=False)
+        self.lines = np.load(folder / "lines.npy", allow_pickle=False)
+        self.lengths = np.diff(self.offsets)
+
+    def sha256(self) -> str:
+        """Digest of the rows themselves, by which a resumed run knows its data again."""
+        digest = hashlib.sha256()
+        for array in (self.input_ids, self.supervised, self.offsets):
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
+    def __getitem__(self, index: int) -> Item:
+        span = slice(self.offsets[index], self.offsets[index + 1])
+        input_ids = np.array(self.input_ids[span], dtype=np.int64)
+        labels = np.where(self.supervised[span], input_ids, IGNORED)
+        return {"input_ids": input_ids, "labels": labels, "lines": [int(self.lines[index])]}
+
+
+def prepare_rows(
+    path: str | os.PathLike[str], chat_format: ChatFormat, *, max_length: int, cache: Path | None = None
+) -> tuple[Rows, DataReport]:
+    """Encode a conversation file, or find the rows of an earlier run with the same input.
+
+    Args:
+        path: JSONL of conversations.
+        chat_format: encodes them.
+        max_length: longest row, in tokens.
+        cache: folder of encoded files; by default ``$GLM4FT_CACHE`` or ``~/.cache/glm4ft``.
+    Returns:
+        The rows and the report.
+    Raises:
+        ConfigError: if the cache cannot be written.
+        DataError: for the first conversation that cannot be used, or if no row is left.
+    """
+    folder = (cache or default_cache()) / "rows" / _digest(path, chat_format, max_length)
+    if not (folder / _REPORT).exists():
+        try:
+            _write_folder(folder, path, chat_format, max_length)
+        except OSError as error:
+            raise ConfigError(
+                "the encoded conversations cannot be written",
+                where=str(folder.parent),
+                found=error.strerror or str(error),
+                fix="free some space there, or set GLM4FT_CACHE to another folder",
+            ) from error
+    report = DataReport(**json.loads((folder / _REPORT).read_text("utf-8")))
+    return Rows(folder), replace(report, path=os.fspath(path))
+
+
+def data_path(data: str) -> Path:
+    """The file a ``data`` option stands for: ``demo`` is the bundled two conversations."""
+    return DEMO_DATA if data == "demo" else Path(data)
+
+
+def fit_row(conversation: Conversation, chat_format: ChatFormat, max_length: int) -> tuple[Row | None, str]:
+    """Encode a conversation, dropping its oldest exchanges as far as needed to fit.
+
+    Prefix, tools, system messages and the last assistant turn with its question stay; nothing is cut on the right, so
+    no stop token is lost and none has to be invented.
+
+    Args:
+        conversation: to encode.
+        chat_format: encodes it.
+        max_length: longest row, in tokens.
+    Returns:
+        ``(row, "")``, or ``(None, reason)`` if the row has to be dropped. A row shorter than its conversation has
+        fewer turns.
+    """
+    row = chat_format.encode(conversation)
+    kept = conversation
+    if len(row.input_ids) > max_length:
+        excess, dropped = len(row.input_ids) - max_length, set[int]()
+        for exchange in _exchanges(conversation.messages)[:-1]:
+            if excess <= 0:
+                break
+            excess -= sum(s.end - s.start for s in row.segments if s.message in exchange)
+            dropped |= exchange
+        if excess > 0:
+            return None, TOO_LONG
+        kept = replace(conversation, messages=tuple(m for i, m in enumerate(kept.messages) if i not in dropped))
+        row = chat_format.encode(kept)
+    return (row, "") if any(row.supervised) else (None, NO_TARGETS)
+
+
+def default_cache() -> Path:
+    """Where encoded files are kept: ``$GLM4FT_CACHE``, else ``glm4ft`` in the user's cache folder."""
+    if "GLM4FT_CACHE" in os.environ:
+        return Path(os.environ["GLM4FT_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "glm4ft"
+
+
+def _exchanges(messages: tuple[Message, ...]) -> list[set[int]]:
+    """Indices of the messages in groups, each from a question to the last assistant turn that answers it.
+
+    System messages are in no group. What follows the last assistant turn belongs to the last group.
+    """
+    groups: list[set[int]] = [set()]
+    has_answer = False
+    last_answer = max((i for i, m in enumerate(messages) if m.role == "assistant"), default=-1)
+    for i, message in enumerate(messages):
+        if message.role == "system":
+            continue
+        if message.role == "user" and has_answer and i < last_answer:
+            groups.append(set())
+            has_answer = False
+        groups[-1].add(i)
+        has_answer = has_answer or message.role == "assistant"
+    return groups
+
+
+def _write_folder(folder: Path, path: str | os.PathLike[str], chat_format: ChatFormat, max_length: int) -> None:
+    """Write the rows so that their folder appears whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        _write_rows(unfinished, path, chat_format, max_length)
+        # another process may have finished the same rows meanwhile; both are the same, so either will do
+        with contextlib.suppress(OSError):
+            os.rename(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _write_rows(folder: Path, path: str | os.PathLike[str], chat_format: ChatFormat, max_length: int) -> None:
+    report, offsets, lines = DataReport(os.fspath(path)), [0], []
+    with open(folder / "input_ids.int32", "wb") as ids_file, open(folder / "supervised.bool", "wb") as mask_file:
+        for conversation in _with_progress(read_conversations(path)):
+            report.conversations += 1
+            for warning in conversation.warnings:
+                # without the message's index, or a large file would have a kind of warning on every line
+                kind = re.sub(r"\[\d+\]", "[*]", warning)
+                if kind not in report.warnings and len(report.warnings) >= WARNING_KINDS:
+                    kind = "other warnings"
+                report.warnings.setdefault(kind, []).append(conversation.line)
+            row, reason = fit_row(conversation, chat_format, max_length)
+            if row is None:
+                report.dropped.setdefault(reason, []).append(conversation.line)
+                continue
+            if len(row.turns) < sum(m.role == "assistant" for m in conversation.messages):
+                report.truncated.append(conversation.line)
+            ids_file.write(np.asarray(row.input_ids, dtype=np.int32).tobytes())
+            mask_file.write(np.asarray(row.supervised, dtype=np.bool_).tobytes())
+            offsets.append(offsets[-1] + len(row.input_ids))
+            lines.append(conversation.line)
+            report.supervised_tokens += sum(row.supervised)
+    report.rows, report.tokens = len(lines), offsets[-1]
+    if not lines:
+        reasons = "; ".join(f"{reason}: {_list_lines(where)}" for reason, where in report.dropped.items())
+        raise DataError(
+            "no conversation is left to train on",
+            where=os.fspath(path),
+            found=reasons,
+            fix="raise --max_length, or check the conversations' loss flags with glm4ft inspect",
+        )
+    np.save(folder / "offsets.npy", np.asarray(offsets, dtype=np.int64))
+    np.save(folder / "lines.npy", np.asarray(lines, dtype=np.int64))
+    (folder / _REPORT).write_text(json.dumps(asdict(report), ensure_ascii=False), "utf-8")
+
+
+def _with_progress(conversations: Iterator[Conversation]) -> Iterator[Conversation]:
+    # delay: short work shows no bar; disable=None: no bar where stderr is not a terminal
+    return iter(tqdm(conversations, desc="encoding", unit=" conversations", delay=2, disable=None, leave=False))
+
+
+def _digest(path: str | os.PathLike[str], chat_format: ChatFormat, max_length: int) -> str:
+    """Name of the cache entry: everything that the rows depend on, and nothing else."""
+    digest = hashlib.sha256()
+    digest.update(_file_digest(path))
+    options: dict[str, Any] = {
+        "code": _code_digest(),
+        "encoder": f"{type(chat_format).__module__}.{type(chat_format).__qualname__}",
+        "format": chat_format.name,
+        "final_stop": chat_format.final_stop,
+        "train_on": chat_format.train_on,
+        "allow_nonstop_terminator": chat_format.allow_nonstop_terminator,
+        "max_length": max_length,
+        "chat_template": chat_format.tokenizer.chat_template,
+        "tokenizer": hashlib.sha256(chat_format.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+    }
+    digest.update(json.dumps(options, sort_keys=True).encode())
+    return digest.hexdigest()[:32]
+
+
+@functools.cache
+def _code_digest() -> str:
+    """Of this package's modules: rows encoded by other code are not found again."""
+    digest = hashlib.sha256()
+    for module in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(module.read_bytes())
+    return digest.hexdigest()
+
+
+def _file_digest(path: str | os.PathLike[str]) -> bytes:
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    except OSError:
+        # read_conversations says what is wrong with the path, in full
+        next(read_conversations(path))
+        raise
+    return digest.digest()
+
+
+def _list_lines(lines: list[int]) -> str:
+    shown = ", ".join(str(line) for line in lines[:10])
+    return f"{len(lines):,} (line{'s' if len(lines) > 1 else ''} {shown}{', ...' if len(lines) > 10 else ''})"

@@ -1,0 +1,132 @@
+"""Rows as a run trained them: ids and labels, and whose token each is, read from the control tokens alone.
+
+The roles come from the ids and not from the conversation, so that they can be told for the rows of any trainer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from glm4ft.data.batching import RowSet
+from glm4ft.data.chat_format import END_OF_TEXT, HEADERS, PREFIX
+from glm4ft.errors import DataError, show
+from glm4ft.files import write_atomically
+
+TokenPart = Literal["prefix", "header", "body", "terminator"]
+ROWS_FILE = "rows.jsonl"
+KEPT_TOKENS = 200_000  # of a run's rows: what explain and a report look at
+
+
+@dataclass(frozen=True)
+class TrainedRow:
+    """One row as the run trained it.
+
+    Args:
+        line: of the conversation in its file, from 1; 0 if unknown.
+        input_ids: the row.
+        labels: unshifted; -100 where a token was not supervised.
+    """
+
+    line: int
+    input_ids: Sequence[int]
+    labels: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Whose token it is.
+
+    Args:
+        role: that speaks; a terminator is the assistant's, whose turn it ends; "" for the prefix and what no one says.
+        part: ``prefix``, ``header``, ``body`` or ``terminator``.
+        turn: number of the assistant turn, from 0; None elsewhere. The header belongs to its turn.
+    """
+
+    role: str
+    part: TokenPart
+    turn: int | None
+
+
+def places(input_ids: Sequence[int], control_ids: Mapping[str, int]) -> list[Place]:
+    """Tell whose token each token of a row is.
+
+    Args:
+        input_ids: the row.
+        control_ids: control token to id.
+    Returns:
+        A place for each token.
+    """
+    headers = {control_ids[token]: role for role, token in HEADERS.items() if token in control_ids}
+    outside = {control_ids[token] for token in PREFIX if token in control_ids}
+    end_of_text = control_ids.get(END_OF_TEXT)
+    found, role, turn, num_turns = [], "", -1, 0
+    for token in input_ids:
+        is_boundary = token in headers or token == end_of_text
+        if is_boundary and role == "assistant":
+            found.append(Place("assistant", "terminator", turn))
+            role, num_turns = headers.get(token, ""), num_turns + (headers.get(token) == "assistant")
+            turn = num_turns - 1
+        elif token in headers:
+            role, num_turns = headers[token], num_turns + (headers[token] == "assistant")
+            turn = num_turns - 1
+            found.append(Place(role, "header", turn if role == "assistant" else None))
+        elif token in outside or not role:
+            found.append(Place("", "prefix", None))
+        else:
+            found.append(Place(role, "body", turn if role == "assistant" else None))
+    return found
+
+
+def rows_of(rows: RowSet) -> Iterator[TrainedRow]:
+    """The rows of a data set."""
+    for index in range(len(rows)):
+        item = rows[index]
+        yield TrainedRow(item["lines"][0], item["input_ids"].tolist(), item["labels"].tolist())
+
+
+def write_rows(path: Path, rows: Iterable[TrainedRow]) -> None:
+    """Keep the first rows of a run beside its results, in the form of ``glm4ft inspect --json``."""
+    kept: list[str] = []
+    num_tokens = 0
+    for index, row in enumerate(rows):
+        num_tokens += len(row.input_ids)
+        if kept and num_tokens > KEPT_TOKENS:
+            break
+        record = {"index": index, "line": row.line, "input_ids": row.input_ids, "labels": row.labels}
+        kept.append(json.dumps({"schema": 1, **record}) + "\n")
+    write_atomically(path, "".join(kept))
+
+
+def read_rows(path: Path) -> list[TrainedRow]:
+    """Rows as ``write_rows`` or ``glm4ft inspect --json`` wrote them; dropped conversations are passed over.
+
+    Raises:
+        DataError: if a line is no row.
+    """
+    rows = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                record = json.loads(line)
+                if "dropped" not in record:
+                    rows.append(_row(record))
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(
+                    "not an encoded row",
+                    where=f"{path}, line {number}",
+                    found=show(line.decode("utf-8", "replace")),
+                    expected="line, input_ids and as many labels, as glm4ft inspect --json writes them",
+                ) from error
+    return rows
+
+
+def _row(record: Mapping[str, Any]) -> TrainedRow:
+    row = TrainedRow(int(record["line"]), list(record["input_ids"]), list(record["labels"]))
+    numbers = (*row.input_ids, *row.labels)
+    if len(row.input_ids) != len(row.labels) or not all(isinstance(number, int) for number in numbers):
+        raise ValueError("ids and labels are whole numbers, one label for each id")
+    return row

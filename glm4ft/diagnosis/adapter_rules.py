@@ -1,0 +1,124 @@
+"""Rules about what the updates reach: adapters that are missing or dead, rows that never count, decay."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+from glm4ft.diagnosis.curve_rules import LEARNT_LOSS, LEAST_STEPS
+from glm4ft.diagnosis.evidence import Evidence
+from glm4ft.diagnosis.finding import Finding
+
+# A row is learnt below this mean loss, and not learnt above the other; clean runs have all rows on one side.
+ROW_LEARNT, ROW_NOT_LEARNT = 0.1, 0.5
+CONSTANT = 1e-6  # relative; two steps that change something differ by more in fp32
+FLAT_STEPS = 5
+
+
+def adapters_missing(evidence: Evidence) -> Finding | None:
+    """There is no adapter, or not on all that was asked for."""
+    wiring = evidence.wiring
+    if wiring is None or (wiring.num_adapters and not wiring.wanted_but_missing):
+        return None
+    missing = ", ".join(wiring.wanted_but_missing) or "all"
+    has = ", ".join(f"{number} on {name}" for name, number in wiring.targets.items()) or "none"
+    return Finding(
+        "adapters-missing",
+        "model",
+        f"Targets that were asked for have no adapter: {missing}.",
+        (f"adapters there are: {has}",),
+        "name modules that the base has: GLM-4 has q_proj, k_proj, v_proj, o_proj, gate_up_proj (fused) and down_proj",
+        0.4 if wiring.num_adapters else 1.0,
+    )
+
+
+def adapters_dead(evidence: Evidence) -> Finding | None:
+    """Adapters add nothing: no update has ever reached them."""
+    wiring = evidence.wiring
+    if wiring is None or not wiring.num_adapters:
+        return None
+    num_dead = len(wiring.dead)
+    if not num_dead:
+        return None
+    is_all = num_dead == wiring.num_adapters
+    frozen = " No parameter is trainable." if wiring.num_trainable == 0 else ""
+    return Finding(
+        "adapters-dead",
+        "model",
+        f"{'All' if is_all else num_dead} of {wiring.num_adapters} adapters are exactly as they began and add nothing: "
+        f"no update has reached them.{frozen}",
+        (f"first: {wiring.dead[0]}", f"the trained model's loss is {evidence.loss:.4f}, the base's {_base(evidence)}"),
+        "make the optimiser from the parameters that require a gradient, after the adapters are attached; load an "
+        "adapter that is to be trained with is_trainable=True",
+        1.0 if is_all else 0.6,
+    )
+
+
+def training_stopped(evidence: Evidence) -> Finding | None:
+    """The loss stands still to the last digit from some step on."""
+    losses = [(p.step, p.loss) for p in evidence.curve if p.loss is not None and math.isfinite(p.loss)]
+    if len(losses) < LEAST_STEPS or not evidence.loss > LEARNT_LOSS:
+        return None
+    last = losses[-1][1]
+    flat = [step for step, loss in losses if abs(loss - last) <= CONSTANT * abs(last)]
+    if len(flat) < FLAT_STEPS or flat[0] not in [step for step, _ in losses[-len(flat) :]]:
+        return None
+    return Finding(
+        "training-stopped",
+        "side-effects",
+        f"From step {flat[0]} on the loss stays at {last:.4f} to the last digit: the updates have no effect any more.",
+        (f"{len(flat)} equal losses", f"loss before: {losses[0][1]:.4f}"),
+        "look for what froze the parameters at that step: a save, an evaluation, a conversion",
+        0.9,
+    )
+
+
+def samples_not_learnt(evidence: Evidence) -> Finding | None:
+    """Some rows are known by heart and others not at all."""
+    known = [row for row in evidence.rows if row.loss < ROW_LEARNT]
+    unknown = [row for row in evidence.rows if row.loss > ROW_NOT_LEARNT]
+    if not evidence.is_whole or not known or not unknown:
+        return None
+    lines = ", ".join(f"line {row.line} ({row.loss:.2f})" for row in unknown[:5])
+    return Finding(
+        "samples-not-learnt",
+        "gradient",
+        f"{len(unknown)} of {len(evidence.rows)} rows were not learnt at all while others are known by heart: their "
+        "gradient never reached an update.",
+        (f"not learnt: {lines}", f"learnt: {len(known)} rows, mean loss {statistics.fmean(r.loss for r in known):.4f}"),
+        "clear gradients once per optimiser step, not per micro-batch, and see that every row is fed",
+        0.8,
+    )
+
+
+def held_by_decay(evidence: Evidence) -> Finding | None:
+    """The loss has come to rest well above the floor, though gradients still flow."""
+    decay = float(evidence.options.get("weight_decay") or 0)
+    losses = [p.loss for p in evidence.curve if p.loss is not None and math.isfinite(p.loss)]
+    floor = evidence.floor.floor if evidence.floor else 0.0
+    if not evidence.is_whole or len(losses) < LEAST_STEPS or not evidence.loss > floor + LEARNT_LOSS:
+        return None
+    length = max(3, len(losses) // 5)
+    tail, middle = losses[-length:], losses[len(losses) // 2 : -length]
+    if not middle or not statistics.median(tail) > 0.8 * statistics.median(middle):
+        return None
+    resting, before = statistics.median(tail), statistics.median(middle)
+    cause = (
+        f"weights decay by {decay:g}, and decay and gradient hold each other in balance"
+        if decay
+        else ("nothing in the data or the head holds it there")
+    )
+    return Finding(
+        "held-by-decay" if decay else "resting-above-floor",
+        "update",
+        f"The loss rests at {evidence.loss:.4f}, well above its floor of {floor:.4f}: {cause}.",
+        (f"median of the last {len(tail)} losses {resting:.4f}, before {before:.4f}",),
+        "use decoupled decay (AdamW), or weight_decay 0 for LoRA"
+        if decay
+        else "look for a decay that is added to the gradient (L2 in place of AdamW's), a low rank, or dropout",
+        0.7 if decay else 0.6,
+    )
+
+
+def _base(evidence: Evidence) -> str:
+    return "unknown" if evidence.first_loss.base is None else f"{evidence.first_loss.base:.4f}"

@@ -1,0 +1,314 @@
+"""Rules about what is trained: the wrong tokens, too few of them, or such as nobody can learn."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from glm4ft.diagnosis.evidence import Evidence, RowEvidence, TokenEvidence
+from glm4ft.diagnosis.finding import Finding
+from glm4ft.floors.floor import HARD_TO_REACH
+
+# A token is learnt once its probability is above 0.9. Where the demo has reached a mean of 0.01, the worst token has
+# 0.038 nats (2 seeds of the built-in base, x86-64 CPU, 2026-11-25).
+LEARNT_TOKEN = 0.1
+INSPECT = "glm4ft inspect shows the mask"
+# Share of the loss from which its certified part explains a run that does not get lower. Clean runs have none.
+EXPLAINS = 0.5
+# Of the targets, how many the model answers with another token of the row. A run that learnt answers all with the next;
+# texts repeat a letter here and there, so that a few per cent agree with a neighbour by chance.
+SAYS_ANOTHER = 0.5
+
+
+def zero_targets(evidence: Evidence) -> Finding | None:
+    """No token is supervised, in all rows or in some."""
+    empty = [row for row in evidence.rows if not any(token.supervised for token in row.tokens)]
+    if not empty:
+        return None
+    is_all = len(empty) == len(evidence.rows)
+    what = "No token is supervised" if is_all else f"{len(empty)} of {len(evidence.rows)} rows have no target"
+    return Finding(
+        "zero-targets",
+        "rows",
+        f"{what}, so nothing can be learnt from them; a logged loss of 0 only means that nothing was counted.",
+        (f"rows without a target: {_lines(empty)}",),
+        f"{INSPECT}; the end of a conversation may have been cut, or its roles not recognised",
+        1.0 if is_all else 0.4,
+    )
+
+
+def header_supervised(evidence: Evidence) -> Finding | None:
+    """The assistant's header is a target, though inference gives it."""
+    headers = [token for token in evidence.supervised if token.role == "assistant" and token.part == "header"]
+    if not headers:
+        return None
+    name, bound = headers[0].text, max((token.floor or 0.0 for token in headers), default=0.0)
+    text = f"{name} is trained as a target, though the prompt always gives it at inference."
+    if bound > HARD_TO_REACH:
+        text += (
+            f" The frozen head cannot express it (an unreachable target: {bound:.2f} nats at best), so the loss stops."
+        )
+    ends = _untrained_ends(evidence)
+    if ends:
+        text += f" {_names(ends)}, which ends the turn, is not trained: the terminator is never learned."
+    facts = [
+        f"{len(headers)} supervised headers hold {_share(headers)} of the loss, {_mean(headers):.2f} nats each",
+        *_floor_facts(evidence),
+        *_end_facts(ends),
+    ]
+    return Finding(
+        "header-supervised",
+        "rows",
+        text,
+        tuple(facts),
+        f"start the supervised span after the header and end it with the next control token; {INSPECT}",
+    )
+
+
+def prompt_supervised(evidence: Evidence) -> Finding | None:
+    """Text of the system, the user or a tool is a target."""
+    wrong = [token for token in evidence.supervised if token.role != "assistant"]
+    if not wrong:
+        return None
+    roles = ", ".join(sorted({token.role or "prefix" for token in wrong}))
+    num_targets = sum(1 for _ in evidence.supervised)
+    facts = [f"{len(wrong)} of {num_targets} targets are not the assistant's, and hold {_share(wrong)} of the loss"]
+    return Finding(
+        "prompt-supervised",
+        "rows",
+        f"Tokens of the prompt ({roles}) are trained as targets: the model learns to write its own questions.",
+        (*facts, *_floor_facts(evidence)),
+        f"set the labels of everything but assistant turns to -100; {INSPECT}",
+        # where headers are missing from a row, its roles cannot be told
+        0.4 if evidence.differences else 1.0,
+    )
+
+
+def truncated_answers(evidence: Evidence) -> Finding | None:
+    """Rows end in the middle of an answer, at one common length."""
+    cut = [row for row in evidence.rows if _is_open(row)]
+    lengths, whole = {row.length for row in cut}, [row for row in evidence.rows if not _is_open(row)]
+    limit = evidence.options.get("max_length")
+    is_common = len(lengths) == 1 and (len(cut) > 1 or bool(whole) or lengths == {limit})
+    if not cut or not is_common or any(row.length > max(lengths) for row in whole):
+        return None
+    return Finding(
+        "truncated-answers",
+        "rows",
+        f"{len(cut)} of {len(evidence.rows)} rows end in the middle of an answer, all at {max(lengths)} tokens: they "
+        "were cut, so their ends, and the token that ends a turn, are never learned.",
+        (
+            f"cut rows: {_lines(cut)}",
+            f"{evidence.num_cut} conversations were shortened, {evidence.num_dropped} dropped",
+        ),
+        "raise the length limit, or drop the oldest turns instead of the end",
+    )
+
+
+def terminator_never_learned(evidence: Evidence) -> Finding | None:
+    """The token that ends an assistant turn is missing, or not trained, or not learnt while the words are."""
+    ends, open_rows = _untrained_ends(evidence), [row for row in evidence.rows if _is_open(row)]
+    unlearnt = [] if ends or open_rows else _unlearnt_ends(evidence)
+    if not (ends or open_rows or unlearnt):
+        return None
+    runaways = [turn for turn in evidence.round_trips if turn.supervised and turn.stop is None]
+    facts = [*_end_facts(ends), *_end_facts(unlearnt, "trained, but not learnt")]
+    if open_rows:
+        facts.append(f"no token that ends a turn follows the last answer of {_lines(open_rows)}")
+    if runaways:
+        facts.append(f"{len(runaways)} of {len(evidence.round_trips)} generated turns did not stop")
+    what = f"{_names(ends or unlearnt)} is" if ends or unlearnt else "It is"
+    return Finding(
+        "terminator-never-learned",
+        "rows",
+        f"The token that ends an assistant turn is never learned, so the model does not stop. {what} "
+        + ("not supervised." if ends else "missing from the rows." if open_rows else "supervised, but stays unlikely."),
+        tuple(facts),
+        f"train each turn up to and including the control token after it; {INSPECT}",
+    )
+
+
+def turns_not_trained(evidence: Evidence) -> Finding | None:
+    """Some assistant turns carry no target at all."""
+    turns = [(row, turn, tokens) for row in evidence.rows for turn, tokens in _turns(row) if len(tokens) > 1]
+    left_out = [(row, turn, tokens) for row, turn, tokens in turns if not any(t.supervised for t in tokens)]
+    if not left_out or len(left_out) == len(turns):
+        return None
+    is_asked_for = evidence.options.get("train_on") == "last"
+    losses = [token.loss for _, _, tokens in left_out for token in tokens if token.part != "header"]
+    return Finding(
+        "turns-not-trained",
+        "rows",
+        f"{len(left_out)} of {len(turns)} assistant turns are not trained"
+        + (", as train_on: last asks." if is_asked_for else ": only part of each conversation is learnt."),
+        (
+            f"untrained: {', '.join(f'line {row.line}, turn {turn + 1}' for row, turn, _ in left_out[:5])}",
+            f"their mean loss is {_average(losses):.2f}, that of the trained tokens {evidence.loss:.4f}",
+        ),
+        f"train every assistant turn, unless some are left out on purpose; {INSPECT}",
+        0.3 if is_asked_for else 0.8,
+    )
+
+
+def not_as_served(evidence: Evidence) -> Finding | None:
+    """The rows are not what serving sends and expects, though each may be right in itself."""
+    found = evidence.differences
+    if not found:
+        return None
+    first = found[0]
+    return Finding(
+        "not-as-served",
+        "rows",
+        f"{len(found)} of {len(evidence.rows)} rows are not what serving makes of the same conversation: the model "
+        "learns answers to prompts that it will never see.",
+        tuple(f"line {d.line}, position {d.position}: trained {d.trained!r}, served {d.served!r}" for d in found[:3]),
+        f"render rows with the template that serving uses, once; the first difference is at position {first.position}",
+        0.9,
+    )
+
+
+def contradictory_samples(evidence: Evidence) -> Finding | None:
+    """Equal prompts go on differently, so nobody can be right every time."""
+    floor = evidence.floor
+    if floor is None or not floor.entropy > 1e-3:
+        return None
+    lines = [f"line {sample.line} ({sample.floor:.4f})" for sample in floor.samples[:4] if sample.floor > 1e-3]
+    return Finding(
+        "contradictory-samples",
+        "rows",
+        f"Equal prompts are answered differently, so the mean loss cannot go below {floor.entropy:.4f}, whatever is "
+        "trained.",
+        (f"entropy {floor.entropy:.4f} of a loss of {evidence.loss:.4f}", f"in {', '.join(lines)}"),
+        "keep one answer per prompt, or take the floor as the target: --target_loss floor+0.01",
+        _explained(floor.entropy, evidence.loss),
+    )
+
+
+def unreachable_target(evidence: Evidence) -> Finding | None:
+    """The frozen head cannot express what is trained."""
+    floor = evidence.floor
+    if floor is None or not floor.head > 1e-3:
+        return None
+    hard = [token for token in floor.tokens if token.head > HARD_TO_REACH]
+    names = ", ".join(f"{t.text} ({t.count} times, {t.floor:.2f} each)" for t in hard[:5]) or "many, each a little"
+    return Finding(
+        "unreachable-target",
+        "model",
+        f"The frozen output head cannot express some targets, so no adapter below it gets the mean loss under "
+        f"{floor.floor:.4f}.",
+        (f"certified floor {floor.floor:.4f} (gap {floor.gap:.1g}) of a loss of {evidence.loss:.4f}", f"by {names}"),
+        "take these tokens out of the targets, train the head's rows (modules_to_save: [lm_head]), or use tokens that "
+        "the base has learnt to say",
+        _explained(floor.head, evidence.loss),
+    )
+
+
+def labels_shifted(evidence: Evidence) -> Finding | None:
+    """What was minimised is not the loss of the next token but of one beside it."""
+    other = [token for token in evidence.supervised if token.label != token.id]
+    said = {name: _said(evidence, offset) for name, offset in (("the next", 0), ("after the next", 1), ("its own", -1))}
+    name = max(said, key=said.__getitem__)
+    is_beside = name != "the next" and said[name] > SAYS_ANOTHER > said["the next"]
+    if not other and not is_beside:
+        return None
+    facts = [f"{len(other)} labels are not the token in whose place they stand"] if other else []
+    if is_beside:
+        facts.append(f"at {said[name]:.0%} of the targets it says the token {name}, at {said['the next']:.0%} the next")
+    return Finding(
+        "labels-shifted",
+        "gradient",
+        "The model has learnt to say another token than the next one: labels and predictions are shifted against each "
+        "other.",
+        tuple(facts),
+        "labels stand where their tokens stand, and exactly one of data code and model shifts them",
+        1.0 if is_beside else 0.6,
+    )
+
+
+def _said(evidence: Evidence, offset: int) -> float:
+    """At how many of the targets the model says the token that stands ``offset`` further on."""
+    hits = [
+        row.tokens[i + offset].id == token.predicted_id
+        for row in evidence.rows
+        for i, token in enumerate(row.tokens)
+        if token.supervised and 0 <= i + offset < len(row.tokens)
+    ]
+    return sum(hits) / len(hits) if hits else 0.0
+
+
+def _untrained_ends(evidence: Evidence) -> list[TokenEvidence]:
+    """Terminators that are not supervised although their turn is, and are not known anyway."""
+    return [
+        token
+        for row in evidence.rows
+        for _, tokens in _turns(row)
+        for token in tokens
+        if token.part == "terminator"
+        and not token.supervised
+        and any(t.supervised for t in tokens)
+        # NaN, where nothing could be measured, counts as not known
+        and not token.loss < LEARNT_TOKEN
+    ]
+
+
+def _unlearnt_ends(evidence: Evidence) -> list[TokenEvidence]:
+    """Supervised terminators that stay unlikely while the words before them are learnt."""
+    body = [token.loss for token in evidence.supervised if token.part == "body"]
+    ends = [token for token in evidence.supervised if token.part == "terminator"]
+    if not body or not ends or not _average(body) < LEARNT_TOKEN:
+        return []
+    return [token for token in ends if token.loss > 5 * LEARNT_TOKEN and not (token.floor or 0) > HARD_TO_REACH]
+
+
+def _is_open(row: RowEvidence) -> bool:
+    """Whether a row ends within a trained assistant turn."""
+    return bool(row.tokens) and row.tokens[-1].role == "assistant" and row.tokens[-1].part == "body"
+
+
+def _turns(row: RowEvidence) -> Iterable[tuple[int, list[TokenEvidence]]]:
+    turns: dict[int, list[TokenEvidence]] = {}
+    for token in row.tokens:
+        if token.turn is not None:
+            turns.setdefault(token.turn, []).append(token)
+    return turns.items()
+
+
+def _explained(part: float, loss: float) -> float:
+    """1 where a certified part makes up most of the loss, less where most of the loss is something else."""
+    if not math.isfinite(loss):
+        return 0.4
+    return 1.0 if part >= EXPLAINS * loss else 0.4
+
+
+def _floor_facts(evidence: Evidence) -> list[str]:
+    floor = evidence.floor
+    if floor is None or not floor.floor > 1e-3:
+        return []
+    return [f"certified floor of the mean loss {floor.floor:.4f}, measured loss {evidence.loss:.4f}"]
+
+
+def _end_facts(ends: Sequence[TokenEvidence], how: str = "not supervised") -> list[str]:
+    return [f"{len(ends)} ends of turns are {how}; their mean loss is {_mean(ends):.2f} nats"] if ends else []
+
+
+def _names(tokens: Sequence[TokenEvidence]) -> str:
+    return " or ".join(text for text, _ in Counter(token.text for token in tokens).most_common(3))
+
+
+def _lines(rows: Sequence[RowEvidence]) -> str:
+    shown = ", ".join(str(row.line) for row in rows[:8])
+    return f"line{'s' * (len(rows) > 1)} {shown}" + f" and {len(rows) - 8} more" * (len(rows) > 8)
+
+
+def _share(tokens: Sequence[TokenEvidence]) -> str:
+    share = sum(token.share for token in tokens)
+    return f"{share:.0%}" if math.isfinite(share) else "an unknown share"
+
+
+def _mean(tokens: Sequence[TokenEvidence]) -> float:
+    return _average([token.loss for token in tokens])
+
+
+def _average(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan

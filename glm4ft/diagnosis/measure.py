@@ -1,0 +1,261 @@
+"""Measures a run: its tokens one by one, its adapters, its curve and its floor."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from tqdm import tqdm
+
+from glm4ft.data.chat_format import IGNORED
+from glm4ft.data.encoded_rows import Place, TrainedRow, places
+from glm4ft.diagnosis.evidence import (
+    AdapterWiring,
+    CurvePoint,
+    Evidence,
+    FirstLoss,
+    GradientHealth,
+    RenderingDifference,
+    RowEvidence,
+    TokenEvidence,
+)
+from glm4ft.diagnosis.gradient_norms import spike_ratios
+from glm4ft.diagnosis.token_losses import measure_targets
+from glm4ft.floors.floor import Floor, find_floor
+from glm4ft.floors.head import frozen_head
+from glm4ft.floors.solver import BF16, EXACT
+from glm4ft.model.generation import TurnRoundTrip
+from glm4ft.text.token_text import TokenDecoder, token_text
+
+MEASURED_ROWS = 64  # whose tokens are looked at one by one
+_SHOWN_TOKENS = 6
+NOT_MEASURED = math.nan
+
+
+def gather_evidence(
+    model: Any,
+    rows: Sequence[TrainedRow],
+    tokenizer: Any,
+    log: Sequence[Mapping[str, Any]],
+    *,
+    round_trips: Sequence[TurnRoundTrip] = (),
+    target_loss: float | None = None,
+    options: Mapping[str, Any] | None = None,
+    served: Sequence[TrainedRow] = (),
+    num_dropped: int = 0,
+    num_cut: int = 0,
+    num_rows: int = 0,
+) -> Evidence:
+    """Measure a run.
+
+    Args:
+        model: as trained, a ``peft.PeftModel``; None if only rows and log are left of the run.
+        rows: as they were trained.
+        tokenizer: that made them.
+        log: a mapping per step with any of ``step``, ``loss``, ``grad_norm``, ``lr`` or ``learning_rate``.
+        round_trips: that were tried.
+        target_loss: that the run was to reach.
+        options: of the run; ``target_modules`` are compared with the adapters there are.
+        served: the same conversations as serving renders them, if they are known; found again by their lines.
+        num_dropped: conversations that were left out.
+        num_cut: conversations that were shortened.
+        num_rows: of the data set, where ``rows`` are not all of them.
+    Returns:
+        The evidence.
+    """
+    options = dict(options or {})
+    floor = _floor(model, rows, tokenizer)
+    measured = rows[:MEASURED_ROWS]
+    shown = tqdm(measured, desc="measuring", unit="row", delay=2, disable=None, leave=False)
+    losses = [_losses(model, row) for row in shown]
+    evidence_rows = _with_shares(_rows(measured, losses, tokenizer, floor))
+    curve = curve_of(log)
+    return Evidence(
+        curve=curve,
+        rows=evidence_rows,
+        first_loss=_first_loss(curve, evidence_rows, tokenizer, model),
+        gradients=gradient_health(curve),
+        wiring=wiring_of(model, options.get("target_modules") or ()) if model is not None else None,
+        round_trips=tuple(round_trips),
+        floor=floor,
+        target_loss=target_loss,
+        options=options,
+        differences=tuple(_differences(measured, served, TokenDecoder(tokenizer))),
+        num_dropped=num_dropped,
+        num_cut=num_cut,
+        num_rows=max(num_rows, len(rows)),
+    )
+
+
+def curve_of(log: Sequence[Mapping[str, Any]]) -> tuple[CurvePoint, ...]:
+    """The steps of a log; evaluations and other entries without a loss are passed over."""
+    return tuple(
+        CurvePoint(
+            step=int(entry.get("step", number)),
+            loss=_number(entry, "loss"),
+            grad_norm=_number(entry, "grad_norm"),
+            lr=_number(entry, "lr", "learning_rate"),
+        )
+        for number, entry in enumerate((e for e in log if "loss" in e), start=1)
+    )
+
+
+def gradient_health(curve: Sequence[CurvePoint]) -> GradientHealth | None:
+    """The gradient norms in a few figures; None where none was logged."""
+    bad = tuple(p.step for p in curve if not all(x is None or math.isfinite(x) for x in (p.loss, p.grad_norm)))
+    known = [(p.step, p.grad_norm) for p in curve if p.grad_norm is not None and math.isfinite(p.grad_norm)]
+    if not known:
+        return GradientHealth(math.nan, math.nan, math.nan, math.nan, 0, math.nan, 0, bad) if bad else None
+    norms = [norm for _, norm in known]
+    largest_step, largest = max(known, key=lambda pair: pair[1])
+    ratios = spike_ratios(norms) or [1.0]
+    spike = max(range(len(ratios)), key=ratios.__getitem__)
+    spike_step = known[min(spike + 1, len(known) - 1)][0]
+    median = statistics.median(norms)
+    return GradientHealth(norms[0], norms[-1], median, largest, largest_step, ratios[spike], spike_step, bad)
+
+
+def wiring_of(model: Any, wanted: Sequence[str] | str) -> AdapterWiring:
+    """Which adapters a model has, and which of them do nothing.
+
+    Args:
+        model: with its adapters.
+        wanted: names of the targets that were asked for; one regular expression or a catch-all is not compared.
+    """
+    adapters: dict[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
+    targets: dict[str, int] = {}
+    dead, broken = [], []
+    for name, module in adapters.items():
+        target = name.rpartition(".")[2]
+        targets[target] = targets.get(target, 0) + 1
+        matrices = [p for key, p in module.named_parameters() if "lora_" in key]
+        if any(not bool(p.any()) for p in matrices):
+            dead.append(name)
+        if any(not bool(p.isfinite().all()) for p in matrices):
+            broken.append(name)
+    asked = [] if isinstance(wanted, str) else list(wanted)
+    missing = tuple(target for target in asked if not any(f".{name}".endswith(f".{target}") for name in adapters))
+    num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return AdapterWiring(len(adapters), targets, tuple(dead), tuple(broken), num_trainable, missing)
+
+
+def _number(entry: Mapping[str, Any], *names: str) -> float | None:
+    """A figure of the log; what our trajectory writes as null beside ``finite: false`` was not finite."""
+    for name in names:
+        if name in entry:
+            value = entry[name]
+            return (math.nan if entry.get("finite") is False else None) if value is None else float(value)
+    return None
+
+
+def _floor(model: Any, rows: Sequence[TrainedRow], tokenizer: Any) -> Floor | None:
+    if not any(label != IGNORED for row in rows for label in row.labels[1:]):
+        return None
+    if model is None:
+        return find_floor(rows, tokenizer, None)
+    head = frozen_head(model)
+    if head is not None and model.dtype == torch.bfloat16:
+        return find_floor(rows, tokenizer, head.in_dtype(torch.bfloat16), precision=BF16)
+    return find_floor(rows, tokenizer, head, precision=EXACT)
+
+
+def _losses(model: Any, row: TrainedRow) -> tuple[list[float], list[int], list[float]]:
+    """Loss and likeliest token at each position of a row, and the base's loss; NaN where nothing was measured."""
+    length = len(row.input_ids)
+    if model is None:
+        return [NOT_MEASURED] * length, [IGNORED] * length, [NOT_MEASURED] * length
+    positions = range(1, length)
+    own, likeliest = measure_targets(model, row.input_ids, positions)
+    # a model without adapters is its own base
+    with model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext():
+        base, _ = measure_targets(model, row.input_ids, positions)
+    return [_or_nan(x) for x in own], [IGNORED if x is None else x for x in likeliest], [_or_nan(x) for x in base]
+
+
+def _differences(
+    rows: Sequence[TrainedRow], served: Sequence[TrainedRow], decoder: TokenDecoder
+) -> Iterator[RenderingDifference]:
+    by_line = {row.line: list(row.input_ids) for row in served}
+    for row in rows:
+        own, other = list(row.input_ids), by_line.get(row.line)
+        if other is None or own == other:
+            continue
+        at = next(i for i in range(len(own) + 1) if own[i : i + 1] != other[i : i + 1])
+        trained, expected = (
+            "".join(token_text(decoder, token) for token in ids[at : at + _SHOWN_TOKENS]) for ids in (own, other)
+        )
+        yield RenderingDifference(row.line, at, trained, expected)
+
+
+def _rows(rows: Sequence[TrainedRow], losses: Sequence[Any], tokenizer: Any, floor: Floor | None) -> list[RowEvidence]:
+    decoder, controls = TokenDecoder(tokenizer), tokenizer.get_added_vocab()
+    floors = iter(floor.per_target.tolist() if floor else [])
+    found = []
+    for row, (own, likeliest, base) in zip(rows, losses, strict=True):
+        where = places(row.input_ids, controls)
+        tokens = []
+        for at in range(1, len(row.input_ids)):
+            is_target = row.labels[at] != IGNORED
+            bound = next(floors, None) if is_target else None
+            tokens.append(_token(row, at, where[at], own[at], likeliest[at], base[at], bound, decoder))
+        targets = [token.loss for token in tokens if token.supervised]
+        found.append(RowEvidence(row.line, tuple(tokens), statistics.fmean(targets) if targets else math.nan))
+    return found
+
+
+def _token(
+    row: TrainedRow,
+    at: int,
+    place: Place,
+    loss: float,
+    likeliest: int,
+    base_loss: float,
+    floor: float | None,
+    decoder: TokenDecoder,
+) -> TokenEvidence:
+    return TokenEvidence(
+        line=row.line,
+        turn=place.turn,
+        position=at,
+        id=row.input_ids[at],
+        text=token_text(decoder, row.input_ids[at]),
+        role=place.role,
+        part=place.part,
+        supervised=row.labels[at] != IGNORED,
+        label=row.labels[at],
+        loss=loss,
+        probability=math.exp(-loss),
+        predicted_id=likeliest,
+        predicted=token_text(decoder, likeliest) if likeliest >= 0 else "",
+        base_loss=base_loss,
+        share=0.0,
+        floor=floor,
+    )
+
+
+def _with_shares(rows: list[RowEvidence]) -> tuple[RowEvidence, ...]:
+    """Each supervised token's share of the loss, now that all of it is known."""
+    total = math.fsum(t.loss for row in rows for t in row.tokens if t.supervised) or math.nan
+    return tuple(
+        RowEvidence(
+            row.line,
+            tuple(TokenEvidence(**{**vars(t), "share": t.loss / total}) if t.supervised else t for t in row.tokens),
+            row.loss,
+        )
+        for row in rows
+    )
+
+
+def _first_loss(curve: Sequence[CurvePoint], rows: Sequence[RowEvidence], tokenizer: Any, model: Any) -> FirstLoss:
+    base = [token.base_loss for row in rows for token in row.tokens if token.supervised]
+    vocabulary = model.config.get_text_config().vocab_size if model is not None else len(tokenizer)
+    return FirstLoss(curve[0].loss if curve else None, statistics.fmean(base) if base else None, math.log(vocabulary))
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value

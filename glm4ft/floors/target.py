@@ -1,0 +1,94 @@
+"""Before training: what a run is asked to reach, beside what the data and the frozen head let it reach."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+
+from glm4ft.data.chat_format import STOPS
+from glm4ft.data.dataset import Rows
+from glm4ft.data.encoded_rows import rows_of
+from glm4ft.floors.bounds import Target, bound_targets
+from glm4ft.floors.floor import HARD_TO_REACH, Floor, TokenFloor, find_floor
+from glm4ft.floors.head import Head, frozen_head
+from glm4ft.floors.solver import BF16, EXACT, Precision
+from glm4ft.train.config import TrainConfig
+
+_NAMED = 5
+STOP_REMEDIES = (
+    "train the head row of {0} (--lora.options '{{modules_to_save: [lm_head]}}'), end turns with a stop token that the "
+    "head can express (--final_stop endoftext), or start from a chat checkpoint, which has learnt to say it"
+)
+
+
+def set_target(
+    config: TrainConfig, rows: Rows, model: PeftModel, tokenizer: Any, say: Callable[[str], object]
+) -> TrainConfig:
+    """Warn of what cannot be reached, and make ``floor+0.01`` a number.
+
+    Args:
+        config: of the run.
+        rows: to train on.
+        model: with its adapters; whether it trains its head decides what the floor is.
+        tokenizer: of the base.
+        say: is given each warning.
+    Returns:
+        The options, their target loss a number or None.
+    """
+    head = frozen_head(model)
+    precision = BF16 if model.dtype == torch.bfloat16 else EXACT
+    if head is not None and precision is BF16:
+        head = head.in_dtype(torch.bfloat16)
+    if config.target_loss is None:
+        # the whole floor takes a pass over the head for every few hundred tokens; the stops are always worth one
+        ends = [] if head is None else _stop_floors(rows, head, tokenizer, precision)
+        for warning in stop_warnings(ends):
+            say(warning)
+        return config
+    floor = find_floor(rows_of(rows), tokenizer, head, precision=precision)
+    for warning in stop_warnings(floor.tokens):
+        say(warning)
+    above = config.target_above_floor
+    target = float(config.target_loss) if above is None else floor.floor + above
+    if above is not None:
+        say(f"target loss {target:.4g}: the floor {floor.floor:.4g} (certified: {floor.label}) + {above:g}")
+    elif blocking := floor.blocking(target):
+        say(f"warning: {describe_unreachable(floor, target, blocking)}; --target_loss floor+0.01 asks for what can be")
+    return replace(config, target_loss=target)
+
+
+def describe_unreachable(floor: Floor, target_loss: float, blocking: list[TokenFloor]) -> str:
+    """Why a mean loss cannot be reached, with the tokens that keep it up."""
+    named = ", ".join(f"{token.text} ({token.count:,} times, {token.floor:.2f} each)" for token in blocking[:_NAMED])
+    more = f" and {len(blocking) - _NAMED:,} more" if len(blocking) > _NAMED else ""
+    cause = "equal prompts go on differently" if floor.entropy > floor.head else "the frozen head cannot express them"
+    return (
+        f"a mean loss of {target_loss:g} cannot be reached: the certified floor of these targets is {floor.floor:.4f}, "
+        f"kept up by {named}{more}: {cause}"
+    )
+
+
+def _stop_floors(rows: Rows, head: Head, tokenizer: Any, precision: Precision) -> list[TokenFloor]:
+    """The stop tokens among the targets, and what the head can make of them."""
+    names = {token_id: name for name, token_id in tokenizer.get_added_vocab().items() if name in STOPS}
+    ids, counts = np.unique(rows.input_ids[rows.supervised], return_counts=True)
+    found = [(int(i), int(n)) for i, n in zip(ids, counts, strict=True) if int(i) in names]
+    bounds = bound_targets(head, [Target((i,), (1.0,)) for i, _ in found], precision=precision) if found else []
+    return [TokenFloor(i, names[i], n, b.lower, b.lower) for (i, n), b in zip(found, bounds, strict=True)]
+
+
+def stop_warnings(tokens: Iterable[TokenFloor]) -> Iterator[str]:
+    """What has to be said loudest: a model that cannot say its stop token never stops."""
+    for token in tokens:
+        if token.text in STOPS and token.head > HARD_TO_REACH:
+            yield (
+                f"WARNING: {token.text} ends turns here, but the frozen head cannot say it: its loss stays above "
+                f"{token.head:.2f} nats (a probability of {math.exp(-token.head):.1%} at most), so the model will "
+                f"not stop. Remedies: {STOP_REMEDIES.format(token.text)}"
+            )

@@ -1,0 +1,298 @@
+"""Load a base: a local folder, a hub id, or the built-in tiny GLM-4.
+
+A damaged or foreign checkpoint often loads without a word: tensors that are missing are initialised at random, an
+adapter that lies beside the weights is applied, a tokenizer of another family encodes text just as well. What can be
+seen in the files is therefore refused before the weights are read, the rest right after.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, Glm4ForCausalLM, GlmForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from glm4ft.data.chat_format import END_OF_TEXT, STOPS, ChatFormat, FormatName, control_ids, detect_format
+from glm4ft.data.conversation import Message
+from glm4ft.errors import ConfigError, ModelError
+from glm4ft.model.checkpoint import TINY, find_checkpoint, listed, one_line, read_json, require_whole_file, weight_files
+from glm4ft.model.tiny import tiny_model, tiny_tokenizer
+
+# Named here, so that code which a checkpoint brings along (`auto_map`) is never in question.
+MODEL_CLASSES: dict[str, Any] = {"GlmForCausalLM": GlmForCausalLM, "Glm4ForCausalLM": Glm4ForCausalLM}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+_PROBE = [
+    Message("system", "Answer in one sentence."),
+    Message("user", "What is the capital of France?"),
+    Message("assistant", "It is Paris.\n\n首都是巴黎。"),
+    Message("user", "  And of Spain?"),
+]
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model, ready for adapters.
+
+    Args:
+        model: in eval mode, frozen, on its device.
+        tokenizer: as the checkpoint has it; batches are padded without it.
+        format_name: the chat format.
+        source: ``tiny``, or the folder or hub id as it was given.
+        warnings: what is allowed but probably not meant, one sentence each.
+        folder: where the checkpoint's files lie; None for the built-in base.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    format_name: FormatName
+    source: str
+    warnings: tuple[str, ...]
+    folder: Path | None = None
+
+
+def load_base(
+    model: str,
+    *,
+    dtype: str = "auto",
+    chat_format: str | None = None,
+    device: str | torch.device | None = None,
+    seed: int = 0,
+) -> Base:
+    """Load a base model with its tokenizer.
+
+    Args:
+        model: ``tiny`` for the built-in base, a local folder, or a hub id.
+        dtype: ``bf16``, ``fp32``, or ``auto``: bf16 on CUDA and fp32 elsewhere.
+        chat_format: name of the format; by default chosen from the checkpoint.
+        device: by default this process's CUDA device if there is one, else the CPU.
+        seed: of the built-in base's weights; a checkpoint has no use for it.
+
+    Returns:
+        The base; model and generation config stop at all three stop tokens.
+
+    Raises:
+        ConfigError: if the dtype is not supported.
+        ModelError: if the checkpoint cannot be used as it is.
+    """
+    require_loadable(model, dtype)
+    device = torch.device(device) if device is not None else _default_device()
+    torch_dtype = _torch_dtype(dtype, device)
+    if model == TINY:
+        folder, loaded = None, _built_in(seed, torch_dtype)
+        tokenizer, format_name = load_format(model, chat_format)
+    else:
+        folder = find_checkpoint(model)
+        architecture = _architecture(folder)
+        tokenizer, format_name = load_format(str(folder), chat_format)
+        _require_room_for(tokenizer, architecture, folder)
+        loaded = _read_weights(architecture, find_checkpoint(model, weights=True), torch_dtype)
+        # peft writes this into adapter_config.json, where a folder must be found again from any working directory
+        loaded.name_or_path = str(folder) if Path(model).expanduser().is_dir() else model
+    warnings = [*_complete_stops(loaded, tokenizer, model), *_template_warnings(tokenizer, format_name, model)]
+    torch.nn.Module.to(loaded.requires_grad_(False).train(False), device)
+    return Base(loaded, tokenizer, format_name, model, tuple(warnings), folder)
+
+
+def require_loadable(model: str, dtype: str) -> None:
+    """Refuse, without reading a weight, what ``load_base`` cannot load, as far as the files on this disk show it.
+
+    Args:
+        model: as for ``load_base``; nothing is known yet of a hub id.
+        dtype: as for ``load_base``.
+
+    Raises:
+        ConfigError: if the dtype is not supported.
+        ModelError: if a file of a local checkpoint is missing or truncated.
+    """
+    _torch_dtype(dtype, torch.device("cpu"))
+    if model == TINY or not Path(model).expanduser().is_dir():
+        return
+    folder = find_checkpoint(model)
+    _architecture(folder)
+    for shard in weight_files(folder):
+        require_whole_file(shard)
+
+
+def load_format(model: str, chat_format: str | None = None) -> tuple[PreTrainedTokenizerBase, FormatName]:
+    """Load what is needed to encode conversations, without the weights.
+
+    Args:
+        model: as for ``load_base``; with ``chat_format`` given, a folder that holds a tokenizer alone will do.
+        chat_format: name of the format; by default chosen from the checkpoint.
+
+    Returns:
+        The tokenizer and the name of the format.
+
+    Raises:
+        ModelError: if the tokenizer cannot be used, or the format is not supported.
+    """
+    local = model if model == TINY else str(find_checkpoint(model))
+    if chat_format is not None:
+        tokenizer = load_tokenizer(local)
+        name: Any = ChatFormat(chat_format, tokenizer).name  # which refuses what it does not know
+        return tokenizer, name
+    architecture = "Glm4ForCausalLM" if model == TINY else _architecture(Path(local))
+    tokenizer = load_tokenizer(local)
+    return tokenizer, detect_format([architecture], tokenizer.chat_template, where=model)
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """Load a tokenizer that has GLM-4's control tokens.
+
+    Args:
+        model: as for ``load_base``.
+
+    Returns:
+        The tokenizer as the checkpoint has it, with a pad token.
+
+    Raises:
+        ModelError: if there is none, it cannot be read, or it lacks a control token.
+    """
+    tokenizer = tiny_tokenizer() if model == TINY else _read_tokenizer(find_checkpoint(model))
+    control_ids(tokenizer)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = END_OF_TEXT
+    return tokenizer
+
+
+def _default_device() -> torch.device:
+    if torch.cuda.is_available():
+        # under torchrun each process has its own device; a plain "cuda" would put every copy on the first
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def _torch_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if dtype in DTYPES:
+        return DTYPES[dtype]
+    is_half = dtype in ("fp16", "float16", "half")
+    message = "GLM-4's activations overflow in fp16" if is_half else "unknown dtype"
+    raise ConfigError(message, where="--dtype", found=dtype, expected="auto, bf16 or fp32")
+
+
+def _architecture(folder: Path) -> str:
+    """The name in config.json, if this module can load what the folder holds."""
+    if (folder / "adapter_config.json").exists():  # beside a base, transformers would load the two as one
+        fix = "name the adapter's base, merge the two, or move the adapter into a folder of its own"
+        raise ModelError("the folder holds an adapter, not a base alone", where=str(folder), fix=fix)
+    config, where, expected = read_json(folder / "config.json"), str(folder / "config.json"), " or ".join(MODEL_CLASSES)
+    names = [str(name) for name in config.get("architectures") or ["no architectures"]]
+    found = ", ".join(names)
+    if names[0].startswith("ChatGLM"):
+        message = "the checkpoint needs remote code, which is never run here"
+        fix = "use the converted checkpoint, whose name ends in -hf"
+        raise ModelError(message, where=where, found=found, expected=expected, fix=fix)
+    if found not in MODEL_CLASSES:
+        raise ModelError("not a GLM-4 language model", where=where, found=found, expected=expected)
+    if config.get("quantization_config"):
+        message = "quantised bases are not supported: merging and the checks read plain weights"
+        fix = "use the bf16 checkpoint that this one was made from"
+        raise ModelError(message, where=where, found="quantization_config", fix=fix)
+    _config(found, folder)
+    return found
+
+
+def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    if not (folder / "tokenizer.json").is_file():
+        fix = "copy tokenizer.json, tokenizer_config.json and chat_template.jinja from the original checkpoint"
+        raise ModelError("the folder has no tokenizer.json", where=str(folder), fix=fix)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        raise ModelError("the tokenizer cannot be read", where=str(folder), found=one_line(error)) from error
+    return tokenizer
+
+
+def _config(architecture: str, folder: Path) -> Any:
+    try:
+        return MODEL_CLASSES[architecture].config_class.from_pretrained(folder)
+    except Exception as error:  # its validation has error classes of its own
+        where, found = str(folder / "config.json"), one_line(error)
+        raise ModelError("the model's configuration cannot be used", where=where, found=found) from error
+
+
+def _require_room_for(tokenizer: PreTrainedTokenizerBase, architecture: str, folder: Path) -> None:
+    highest, vocab_size = max(tokenizer.get_vocab().values()), _config(architecture, folder).vocab_size
+    if highest >= vocab_size:
+        raise ModelError(
+            "the tokenizer has tokens that the model has no row for",
+            where=str(folder),
+            found=f"vocab_size {vocab_size:,}, highest token id {highest:,}",
+            fix="use the tokenizer that belongs to this checkpoint",
+        )
+
+
+def _built_in(seed: int, dtype: torch.dtype) -> PreTrainedModel:
+    model = tiny_model(seed)
+    for parameter in model.parameters():  # not the buffers: rotary frequencies stay fp32, as transformers has it
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def _read_weights(architecture: str, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    for shard in weight_files(folder):
+        require_whole_file(shard)
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    try:
+        loaded = MODEL_CLASSES[architecture].from_pretrained(folder, **options)
+    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
+        raise ModelError("the weights cannot be loaded", where=str(folder), found=one_line(error)) from error
+    model: PreTrainedModel = loaded[0]
+    # transformers would go on, with random numbers for what is missing
+    for message, keys in (("tensors are missing", "missing_keys"), ("there are foreign tensors", "unexpected_keys")):
+        if loaded[1][keys]:
+            raise ModelError(
+                f"{message} in the checkpoint",
+                where=str(folder),
+                found=f"{len(loaded[1][keys])}: {listed(loaded[1][keys])}",
+                expected=f"exactly the tensors of {architecture}",
+                fix="compare config.json with the original checkpoint's, or download it again",
+            )
+    return model
+
+
+def _complete_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> list[str]:
+    """Make both configs stop at all three stop tokens: some engines read one, some the other."""
+    ids, warnings = control_ids(tokenizer), []
+    configs: list[tuple[str, Any]] = [("generation_config", model.generation_config), ("config", model.config)]
+    for name, config in configs:
+        stated = config.eos_token_id
+        known = stated if isinstance(stated, list) else [] if stated is None else [stated]
+        lacking = [token for token in STOPS if ids[token] not in known]
+        if lacking:
+            others = [i for i in known if i < model.config.vocab_size]  # a default of the class can lie beyond
+            config.eos_token_id = list(dict.fromkeys([*(ids[token] for token in STOPS), *others]))
+            warnings.append(
+                f"{source}: eos_token_id of {name} lacks {' and '.join(lacking)}, so a server would not stop there; "
+                "here, and in what is merged from it, it has all three"
+            )
+    return warnings
+
+
+def _template_warnings(tokenizer: PreTrainedTokenizerBase, format_name: FormatName, source: str) -> list[str]:
+    """Compare the chat format with what the checkpoint's own template makes of a short conversation."""
+    if not tokenizer.chat_template:
+        return []
+    ours = ChatFormat(format_name, tokenizer).prompt(_PROBE)
+    messages = [{"role": message.role, "content": message.content} for message in _PROBE]
+    try:
+        theirs: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    except Exception as error:  # a template is a program: anything can be wrong with it
+        return [f"{source}: its chat template fails on a plain conversation: {one_line(error)}"]
+    if theirs == ours:
+        return []
+    first = next(i for i in range(len(ours) + 1) if ours[i : i + 1] != theirs[i : i + 1])
+    token, other = (
+        repr(tokenizer.decode(ids[first : first + 1])) if ids[first:] else "nothing" for ids in (ours, theirs)
+    )
+    return [
+        f"{source}: its chat template does not render what {format_name} does: at position {first} the format has "
+        f"{token}, the template {other}"
+    ]

@@ -1,0 +1,146 @@
+"""The files of a checkpoint on disk: where they are, and whether they are whole.
+
+Nothing here reads a weight, so a missing shard or a truncated file is refused before anything else is done.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+
+from glm4ft.errors import ModelError
+
+TINY = "tiny"  # names the built-in base, which has no files
+SINGLE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def find_checkpoint(model: str, *, weights: bool = False) -> Path:
+    """The local folder of a checkpoint; a hub checkpoint is downloaded first.
+
+    Args:
+        model: a local folder or a hub id.
+        weights: download the weights too, not only the small text files.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ModelError: if there is none, or the hub does not give it.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path.absolute()  # so that ./tiny is not taken for the built-in base
+    # a hub id has one separator at most, and no leading dot, tilde or separator
+    if path.exists() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model):
+        raise ModelError(
+            "there is no such folder",
+            where="--model",
+            found=f"{model}, a file" if path.exists() else model,
+            expected=f"a checkpoint's folder, a hub id such as zai-org/glm-4-9b-chat-hf, or {TINY!r}",
+        )
+    patterns = ["*.json", "*.jinja"] + ["*.safetensors"] * weights
+    try:
+        return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns=["*/*"]))
+    except Exception as error:  # what it raises depends on the HTTP library below it
+        raise ModelError(
+            "no local folder has this name, and the hub does not give a checkpoint of this name",
+            where="--model",
+            found=f"{model}: {one_line(error)}",
+            fix="check the spelling and the network; a gated checkpoint needs `hf auth login`",
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint or adapter.
+
+    Raises:
+        ModelError: if there is no file, or no object in it.
+    """
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        is_missing = isinstance(error, FileNotFoundError)
+        message = f"the folder has no {path.name}" if is_missing else "the file is not JSON"
+        where, found = (path.parent, "") if is_missing else (path, one_line(error))
+        raise ModelError(message, where=str(where), found=found) from error
+    if not isinstance(content, dict):
+        raise ModelError("the file holds no JSON object", where=str(path), found=type(content).__name__)
+    return content
+
+
+def require_whole_file(path: Path) -> list[str]:
+    """Check that a safetensors file is as long as its header says; only the header is read.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The names of its tensors.
+
+    Raises:
+        ModelError: if it is truncated or no safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except SafetensorError as error:
+        with path.open("rb") as raw:
+            is_pointer = raw.read(40).startswith(b"version https://git-lfs")
+        raise ModelError(
+            f"a file of weights is {'a git-lfs pointer' if is_pointer else 'truncated or corrupt'}",
+            where=str(path),
+            found=f"{path.stat().st_size:,} bytes; {one_line(error)}",
+            expected="a safetensors file as long as its header says",
+            fix="run `git lfs pull` in the folder" if is_pointer else "download or copy the file again",
+        ) from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that hold a checkpoint's weights.
+
+    Args:
+        folder: of the checkpoint.
+
+    Returns:
+        One file, or all shards that the index names.
+
+    Raises:
+        ModelError: if one is missing, or there are pickle files only.
+    """
+    if (folder / SINGLE_FILE).exists():
+        return [folder / SINGLE_FILE]
+    if not (folder / INDEX).exists():
+        pickles = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern)]
+        raise ModelError(
+            "the weights are in pickle files, which can run code" if pickles else "the folder has no weights",
+            where=str(folder),
+            found=listed(pickles),
+            expected=f"safetensors: {SINGLE_FILE}, or {INDEX} and its shards",
+        )
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError("the index of the shards is malformed", where=str(folder / INDEX), expected="a weight_map")
+    names = sorted(set(map(str, weight_map.values())))
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        found = f"{len(missing)} of {len(names)} shards missing: {listed(missing)}"
+        raise ModelError("the checkpoint is incomplete", where=str(folder), found=found, fix="download them again")
+    return [folder / name for name in names]
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text on one line, for the ``found`` of ours."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:299] + "…"
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first of many names, and how many more there are."""
+    ordered = sorted(names)
+    return ", ".join(ordered[:3]) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "")

@@ -1,0 +1,124 @@
+"""Greedy round trip: does the model, prompted as serving prompts it, say each assistant turn and then stop?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import GenerationConfig, PreTrainedModel
+
+from glm4ft.data.chat_format import ChatFormat, Row, Turn
+from glm4ft.text.safe_text import visible
+
+# A turn that does not stop is given this many tokens to show how it goes on.
+OVERRUN = 16
+
+
+@dataclass(frozen=True)
+class TurnRoundTrip:
+    """What the model said in place of one assistant turn.
+
+    Args:
+        line: of the conversation in its file.
+        message: index of the turn in the conversation, without the turns that were cut to fit.
+        supervised: False if the turn was not trained, and so need not come back.
+        expected: text of the turn, its terminator by name.
+        generated: text that was generated, control tokens by name.
+        first_difference: position in the turn, in tokens, where the two part; None if the turn came back exactly,
+            terminator included.
+        stop: the stop token that ended the generation, or None if it had to be cut off.
+    """
+
+    line: int
+    message: int
+    supervised: bool
+    expected: str
+    generated: str
+    first_difference: int | None
+    stop: str | None
+
+    @property
+    def exact(self) -> bool:
+        """True if every token came back, the terminator included."""
+        return self.first_difference is None
+
+    def describe(self) -> str:
+        """The result as one line, or three where the turn did not come back."""
+        place = f"line {self.line}, messages[{self.message}]"
+        stop = f"stopped on {self.stop}" if self.stop else "did NOT stop"
+        if self.exact:
+            return f"{place}: exact, {stop}: {visible(self.generated, newlines=False)}"
+        kind = "differs" if self.supervised else "differs, not trained,"
+        return (
+            f"{place}: {kind} at token {self.first_difference}, {stop}\n"
+            f"    expected:  {visible(self.expected, newlines=False)}\n"
+            f"    generated: {visible(self.generated, newlines=False)}"
+        )
+
+
+def round_trip(model: PreTrainedModel | PeftModel, chat_format: ChatFormat, rows: Iterable[Row]) -> list[TurnRoundTrip]:
+    """Generate every assistant turn from its inference prompt and compare.
+
+    Args:
+        model: in any mode; left as it was.
+        chat_format: that the model was trained with.
+        rows: as trained; each of their assistant turns is tried after the true turns before it.
+    Returns:
+        One result per assistant turn, in order.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        return [_try_turn(model, chat_format, row, turn) for row in rows for turn in row.turns]
+    finally:
+        model.train(was_training)
+
+
+def greedy(
+    model: PreTrainedModel | PeftModel, prompt: list[int], stop_ids: list[int], max_new_tokens: int
+) -> list[int]:
+    """Continue a prompt by the likeliest token each time.
+
+    Args:
+        model: in eval mode.
+        prompt: ids.
+        stop_ids: generation ends after the first of these.
+        max_new_tokens: generation is cut off here at the latest.
+    Returns:
+        The new ids, a stop id included if one was generated.
+    """
+    config = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=stop_ids,
+        pad_token_id=stop_ids[0],
+        use_cache=True,
+    )
+    input_ids = torch.tensor([prompt], device=model.device)
+    generate: Any = model.generate
+    with torch.no_grad():
+        output = generate(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), generation_config=config)
+    return list(output[0, len(prompt) :].tolist())
+
+
+def _try_turn(model: PreTrainedModel | PeftModel, chat_format: ChatFormat, row: Row, turn: Turn) -> TurnRoundTrip:
+    expected = row.input_ids[turn.start : turn.end + 1]
+    # a terminator that is no stop token (a second <|assistant|>, where that was asked for) must end the turn here too
+    stops = list(dict.fromkeys([*chat_format.stop_ids, expected[-1]]))
+    generated = greedy(model, row.input_ids[: turn.start], stops, len(expected) + OVERRUN)
+    same = [a == b for a, b in zip(expected, generated, strict=False)]
+    first = None if generated == expected else (same.index(False) if False in same else len(same))
+    tokenizer = chat_format.tokenizer
+    return TurnRoundTrip(
+        line=row.line,
+        message=turn.message,
+        supervised=turn.supervised,
+        expected=str(tokenizer.decode(expected)),
+        generated=str(tokenizer.decode(generated)),
+        first_difference=first,
+        stop=str(tokenizer.convert_ids_to_tokens(generated[-1])) if generated and generated[-1] in stops else None,
+    )

@@ -1,0 +1,130 @@
+"""Which tokens hold the loss: every token's part in its conversation, and the targets that cost most."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from glm4ft.data.chat_format import HEADERS
+from glm4ft.data.encoded_rows import Place, places
+from glm4ft.report.content import ShownRow
+from glm4ft.text.safe_text import visible
+from glm4ft.text.token_text import TokenDecoder
+
+LEAST_SHARE, LEAST_LOSS = 0.01, 0.05
+PART_NAMES = {
+    "prefix": "prefix", "header": "other headers", "assistant header": "<|assistant|> headers",
+    "system": "system text", "user": "user text",
+    "observation": "tool results", "assistant": "assistant text", "terminator": "ends of assistant turns",
+    "token": "all",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CostlyToken:
+    """All targets with one id and one part.
+
+    Args:
+        text: the token as it may be shown.
+        part: in words.
+        count: how often it is a target.
+        loss: mean over its occurrences.
+        share: of the sum of all targets' losses.
+        floor: mean certified bound; None if it is not known.
+        said: what the model finds likeliest in its place, most often.
+    """
+
+    text: str
+    part: str
+    count: int
+    loss: float
+    share: float
+    floor: float | None
+    said: str
+
+
+def token_parts(input_ids: Sequence[int], tokenizer: Any) -> list[str]:
+    """Each token's part: ``prefix``, ``header`` (the assistant's apart), ``terminator``, or the body's role.
+
+    Args:
+        input_ids: of one row, in a format where headers and ``<|endoftext|>`` delimit the turns.
+        tokenizer: names the control tokens.
+    Returns:
+        One label per token; ``token`` throughout where the tokenizer has no ``<|assistant|>``.
+    """
+    control_ids = tokenizer.get_added_vocab()
+    if HEADERS["assistant"] not in control_ids:
+        return ["token"] * len(input_ids)
+    return [_part_name(place) for place in places(input_ids, control_ids)]
+
+
+def _part_name(place: Place) -> str:
+    if place.part == "header":
+        return "assistant header" if place.role == "assistant" else "header"
+    return place.role if place.part == "body" else place.part
+
+
+def costly_tokens(rows: Iterable[ShownRow], tokenizer: Any, *, limit: int = 10) -> list[CostlyToken]:
+    """The targets that hold most of the loss: each at least ``LEAST_SHARE`` of it and ``LEAST_LOSS`` nats.
+
+    Args:
+        rows: those with losses count.
+        tokenizer: names the tokens.
+        limit: number of tokens, most expensive first.
+    """
+    decoder, groups = TokenDecoder(tokenizer), dict[tuple[int, str], list[tuple[float, float | None, int | None]]]()
+    for row in rows:
+        for at, part, loss in _costs(row, tokenizer):
+            floor = row.floors[at] if row.floors else None
+            said = row.said[at] if row.said else None
+            groups.setdefault((row.input_ids[at], part), []).append((loss, floor, said))
+    total = math.fsum(loss for group in groups.values() for loss, _, _ in group)
+    ranked = sorted(groups.items(), key=lambda item: -math.fsum(loss for loss, _, _ in item[1]))
+    costly = [_costly(token_id, part, group, total, decoder) for (token_id, part), group in ranked[:limit]]
+    return [token for token in costly if token.share >= LEAST_SHARE and token.loss >= LEAST_LOSS]
+
+
+def part_counts(rows: Iterable[ShownRow], tokenizer: Any) -> Mapping[str, tuple[int, int, int | None]]:
+    """Part to the number of tokens, of supervised ones, and of those that should be (None if that is not known)."""
+    counts: dict[str, tuple[int, int, int | None]] = {}
+    for row in rows:
+        expected: Sequence[bool | None] = row.expected or [None] * len(row.input_ids)
+        for part, keep, right in zip(token_parts(row.input_ids, tokenizer), row.supervised, expected, strict=True):
+            tokens, supervised, should = counts.get(part, (0, 0, 0))
+            both = None if should is None or right is None else should + right
+            counts[part] = tokens + 1, supervised + keep, both
+    return counts
+
+
+def _costs(row: ShownRow, tokenizer: Any) -> Iterator[tuple[int, str, float]]:
+    """Position, part and loss of each target whose loss is known."""
+    parts = token_parts(row.input_ids, tokenizer)
+    for at in row.targets if row.losses else ():
+        loss = row.losses[at]
+        if loss is not None:
+            yield at, parts[at], loss
+
+
+def _costly(
+    token_id: int, part: str, group: list[tuple[float, float | None, int | None]], total: float, decoder: TokenDecoder
+) -> CostlyToken:
+    losses = [loss for loss, _, _ in group]
+    floors = [floor for _, floor, _ in group if floor is not None]
+    said = [token for _, _, token in group if token is not None and token != token_id]
+    return CostlyToken(
+        text=show_id(token_id, decoder),
+        part=PART_NAMES.get(part, part),
+        count=len(group),
+        loss=math.fsum(losses) / len(losses),
+        share=math.fsum(losses) / total if total > 0 else 0.0,
+        floor=math.fsum(floors) / len(floors) if len(floors) == len(group) else None,
+        said=show_id(max(set(said), key=said.count), decoder) if said else "",
+    )
+
+
+def show_id(token_id: int, decoder: TokenDecoder) -> str:
+    """One token by its name, or by its text in quotes, on one line."""
+    (unit,) = decoder.units([token_id])
+    return visible(unit.text, newlines=False) if unit.is_control else f"'{decoder.show(unit.text, newlines=False)}'"

@@ -1,0 +1,96 @@
+"""What became of faults and variations: the data of the kill matrix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from glm4ft.testing.faults.practices import PRACTICES, Noticed
+from glm4ft.testing.replay.tolerances import Observation
+
+
+@dataclass(frozen=True)
+class Caught:
+    """What became of one fault.
+
+    Args:
+        id: of the fault.
+        expected_stage: that the verdict has to name.
+        caught_by: the first check that failed; empty if none did.
+        diagnosed_stage: its stage; "" if none failed.
+        message: what it says.
+        names_cause: whether the message names the cause.
+        seconds: until the verdict.
+        errors: checks in which the pipeline broke down; that is no verdict.
+        over: numbers that were over their limits.
+    """
+
+    id: str
+    expected_stage: str
+    caught_by: tuple[str, ...]
+    diagnosed_stage: str
+    message: str
+    names_cause: bool
+    seconds: float
+    errors: tuple[str, ...] = ()
+    over: tuple[Observation, ...] = ()
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the verdict names the stage."""
+        return self.diagnosed_stage == self.expected_stage
+
+
+@dataclass(frozen=True)
+class Silence:
+    """What became of one benign variation.
+
+    Args:
+        id: of the variation.
+        alarms: checks that failed or broke down, each with what it says.
+        seconds: it took.
+    """
+
+    id: str
+    alarms: tuple[str, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """All results of one command.
+
+    Args:
+        faults: in the order of the stages.
+        benign: in the order of their module.
+        noticed: what the common practices notice, by fault; empty if they were not tried.
+        seconds: that all of it took.
+    """
+
+    faults: tuple[Caught, ...]
+    benign: tuple[Silence, ...]
+    noticed: dict[str, Noticed]
+    seconds: float
+
+    @property
+    def failures(self) -> list[str]:
+        """Ids of faults that were not caught at their stage, and of variations with an alarm."""
+        wrong = [caught.id for caught in self.faults if not caught.is_right]
+        return wrong + [silence.id for silence in self.benign if silence.alarms]
+
+    def score(self) -> list[str]:
+        """The score, a line for each figure."""
+        count = len(self.faults)
+        figures = {
+            "caught": sum(bool(caught.caught_by) for caught in self.faults),
+            "stage right": sum(caught.is_right for caught in self.faults),
+            "cause named": sum(caught.names_cause for caught in self.faults),
+        }
+        lines = [f"{name}: {n} of {count} ({n / count:.0%})" for name, n in figures.items() if count]
+        if self.benign:
+            alarms = sum(bool(silence.alarms) for silence in self.benign)
+            lines.append(f"alarms on benign variations: {alarms} of {len(self.benign)}")
+        if self.noticed and count:
+            for i, practice in enumerate(PRACTICES):
+                n = sum(noticed.by[i] for noticed in self.noticed.values())
+                lines.append(f"noticed by {practice}: {n} of {count} ({n / count:.0%})")
+        return lines

@@ -1,0 +1,71 @@
+"""A trace on disk, without pickle: tensors as safetensors, the rest as JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from glm4ft.testing.recording.trace import Forward, ParameterGroup, Step, Tensors, Trace
+
+_TENSORS = ("raw", "clipped", "before", "after")
+_FIELDS = ("input_ids_BT", "positions_BT", "attention_mask", "hidden_BTD", "gradient_BTD")
+
+
+def write_trace(trace: Trace, folder: Path, log: Any) -> None:
+    """Write a trace, its evaluations left out, and what ``train`` returned.
+
+    Args:
+        trace: of a run.
+        folder: is created.
+        log: anything JSON can hold.
+    """
+    folder.mkdir(parents=True)
+    tensors: Tensors = {}
+    for i, step in enumerate(trace.steps):
+        for name in _TENSORS:
+            tensors |= {f"{i}/{name}/{n}": t.contiguous() for n, t in getattr(step, name).items()}
+        for j, forward in enumerate(step.forwards):
+            found = {name: getattr(forward, name) for name in _FIELDS}
+            tensors |= {f"{i}/forward-{j}/{name}": t.contiguous() for name, t in found.items() if t is not None}
+    save_file(tensors, folder / "tensors.safetensors")
+    steps = [{"optimizer": s.optimizer, "training": [f.training for f in s.forwards],
+              "groups": [{"names": g.names, "size": g.size, "settings": _plain(g.settings)} for g in s.groups]}
+             for s in trace.steps]  # fmt: skip
+    names = {"trained": trace.trained, "optimized": trace.optimized, "dtype": str(trace.dtype).removeprefix("torch.")}
+    (folder / "trace.json").write_text(json.dumps({**names, "steps": steps, "log": log}), "utf-8")
+
+
+def read_trace(folder: Path) -> tuple[Trace, Any]:
+    """Read what ``write_trace`` wrote.
+
+    Returns:
+        The trace and the log.
+    """
+    stored = json.loads((folder / "trace.json").read_text("utf-8"))
+    tensors = load_file(folder / "tensors.safetensors")
+    steps = [_step(i, step, tensors) for i, step in enumerate(stored["steps"])]
+    dtype = getattr(torch, stored["dtype"])
+    return Trace(steps, dtype, tuple(stored["trained"]), tuple(stored["optimized"])), stored["log"]
+
+
+def _step(i: int, stored: dict[str, Any], tensors: Tensors) -> Step:
+    def below(prefix: str) -> Tensors:
+        return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+    forwards = []
+    for j, training in enumerate(stored["training"]):
+        fields: dict[str, Any] = {**dict.fromkeys(_FIELDS), **below(f"{i}/forward-{j}/")}
+        forwards.append(Forward(**fields, training=training))
+    groups = [ParameterGroup(tuple(g["names"]), g["settings"], g["size"]) for g in stored["groups"]]
+    parts: dict[str, Any] = {name: below(f"{i}/{name}/") for name in _TENSORS}
+    return Step(forwards, groups=groups, optimizer=stored["optimizer"], **parts)
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """Those settings that JSON can hold."""
+    plain = {name: value.item() if isinstance(value, torch.Tensor) else value for name, value in settings.items()}
+    return {name: value for name, value in plain.items() if isinstance(value, (int, float, bool, str, tuple, list))}

@@ -1,0 +1,158 @@
+"""Judges of what went into a step: its rows and their labels, how they were batched, the model they went through."""
+
+from __future__ import annotations
+
+import torch
+
+from glm4ft.data.chat_format import IGNORED
+from glm4ft.testing.recording.trace import Forward
+from glm4ft.testing.replay.matching import Place, is_part_of
+from glm4ft.testing.replay.step import Departure, Departures, ReplayedStep, SeenRow
+
+# A target this sure may leave no gradient in the dtype of the run; a surer one says nothing about the mask.
+SURE = 0.999
+SHOWN = 3  # tokens of a row that a message quotes
+
+
+def judge_rows(step: ReplayedStep) -> Departures:
+    """Ids and labels are those that the data should have become."""
+    for sighting in step.sightings:
+        for ids in sighting.unknown:
+            yield _unknown_row(step, ids)
+    if not step.seen:
+        yield step.depart("rows", "no row of the data went through the model")
+    for row in step.seen if step.is_finite else ():
+        yield from _wrong_targets(step, row)
+
+
+def _unknown_row(step: ReplayedStep, ids: tuple[int, ...]) -> Departure:
+    known = list(step.history.known.labels)
+    whole = next((row for row in known if is_part_of(ids, row)), None)
+    if whole:
+        is_packed = bool(step.history.plan["packing"])
+        stage, cause = ("batches", "packing cuts rows") if is_packed else ("rows", "truncation")
+        return step.depart(stage, f"a row was cut to {len(ids)} of its {len(whole)} tokens", cause)
+    nearest = max(known, key=lambda row: _shared(row, ids))
+    at = _shared(nearest, ids)
+    found, expected = (step.reference.show(row[at : at + SHOWN]) for row in (ids, nearest))
+    text = f"a row is no conversation's: at position {at} stands {found}, not {expected}"
+    cause = "truncation" if at >= len(nearest) // 2 and at == len(ids) else ""
+    return step.depart("rows", text, cause)
+
+
+def _shared(left: tuple[int, ...], right: tuple[int, ...]) -> int:
+    same = [a == b for a, b in zip(left, right, strict=False)]
+    return same.index(False) if False in same else len(same)
+
+
+def _wrong_targets(step: ReplayedStep, row: SeenRow) -> Departures:
+    ids, expected, got = torch.tensor(row.ids), torch.tensor(step.labels_of(row.ids)), row.targets.labels_T.clone()
+    got[0] = IGNORED  # predicted by what stands before the row: a matter of batching
+    trained = got != IGNORED
+    if int((trained & (got != ids)).sum()) > int(trained.sum()) // 2:
+        return  # another token is trained than the one that stands there: judged as the loss's arithmetic
+    missing = (expected != IGNORED) & ~trained & _unsure(step, row, expected)
+    extra = trained & (expected == IGNORED) & (got == ids)
+    if missing.any() or extra.any():
+        words = [
+            f"{step.reference.show(row.ids[t : t + 1])} at position {t} is {'trained' if extra[t] else 'not trained'}"
+            for t in (missing | extra).nonzero()[:, 0].tolist()[:4]
+        ]
+        yield step.depart(
+            "rows",
+            f"{int(extra.sum())} tokens are trained that should not be, "
+            f"{int(missing.sum())} are not that should: " + ", ".join(words),
+            "" if extra.any() else _masked_by_id(step, set(ids[missing].tolist())),
+        )
+
+
+def _masked_by_id(step: ReplayedStep, missing: set[int]) -> str:
+    """A cause, if all tokens that are not trained have the id that batches are padded with; else ""."""
+    pairs = zip(step.step.forwards, step.sightings, strict=True)
+    padding = {id for forward, sighting in pairs for id in forward.input_ids_BT[sighting.padding_BT].tolist()}
+    if missing != padding:
+        return ""
+    return f"{step.reference.show(sorted(padding))} pads the batches too, and labels are taken out wherever it stands"
+
+
+def _unsure(step: ReplayedStep, row: SeenRow, expected: torch.Tensor) -> torch.Tensor:
+    """Where the model gives the expected target a probability that leaves a gradient to be seen."""
+    probability = torch.zeros(len(expected))
+    logits = step.reference.logits(row.hidden_TD[:-1], step.step.before)
+    probability[1:] = logits.softmax(1).gather(1, expected[1:].clamp_min(0)[:, None])[:, 0]
+    return probability < SURE
+
+
+def judge_batches(step: ReplayedStep) -> Departures:
+    """Each row once per epoch; neither padding nor a row's beginning is trained; no row sees another or padding."""
+    yield from _trained_padding(step)
+    step.history.seen.update(row.ids for row in step.seen)
+    counts = [step.history.seen[ids] for ids in step.history.known.labels]
+    if max(counts) - min(counts) > 1:
+        again = next(ids for ids in step.history.known.labels if step.history.seen[ids] == max(counts))
+        text = f"a row ({len(again)} tokens) was seen {max(counts)} times, another {min(counts)} times"
+        yield step.depart("batches", text, "rows repeat within an epoch")
+    for row, size in step.hidden_sizes:
+        cause = _wrong_surroundings(step.step.forwards[row.forward], row.place)
+        if cause or (row.place.start > 0 and _rows_in_front_agree(step)):
+            where = "that follows another or padding" if row.place.start else "of a batch"
+            text = f"a row {where} is {size:.1e} off what it is alone"
+            yield step.depart("batches", text, cause or "packed rows or padding are attended to", size)
+
+
+def _trained_padding(step: ReplayedStep) -> Departures:
+    """Targets behind a row: padding, or what a packed row's last token is taught about its neighbour."""
+    for forward, sighting, targets in zip(step.step.forwards, step.sightings, step.targets, strict=True):
+        outside = sighting.padding_BT.clone()
+        for place in sighting.rows:
+            outside[place.b, place.start] = True
+        labels_BT = torch.stack([row.labels_T for row in targets])
+        # another id than the one that stands there is the loss's arithmetic
+        wrong = outside & (labels_BT != IGNORED) & (labels_BT == forward.input_ids_BT)
+        if wrong.any():
+            b, t = wrong.nonzero()[0].tolist()
+            is_padding = bool(sighting.padding_BT[b, t])
+            text = f"{int(wrong.sum())} targets outside of rows, as id {int(labels_BT[b, t])} at position {t}"
+            cause = "padding is supervised" if is_padding else "a packed row's end learns its neighbour's beginning"
+            yield step.depart("batches", text, cause)
+
+
+def _wrong_surroundings(forward: Forward, place: Place) -> str:
+    """What mask or positions say wrongly about a row; "" if nothing."""
+    mask, positions = forward.attention_mask, forward.positions_BT
+    if mask is not None and mask.dim() == 2:
+        own = mask[place.b][place.places] != 0
+        if not own.all():
+            return f"the mask hides {int((~own).sum())} of the row's own tokens"
+    if positions is not None and positions.dim() == 2:
+        own = positions[min(place.b, len(positions) - 1)][place.places]
+        if not torch.equal(own - own[0], torch.arange(len(own))):
+            return "its positions do not count its tokens"
+        if place.start and int(own[0]):
+            return "its positions do not restart"
+    if mask is not None and mask.dim() == 2 and place.start and (mask[place.b][: place.start] != 0).any():
+        return "the mask lets it see what stands before it"
+    return ""
+
+
+def _rows_in_front_agree(step: ReplayedStep) -> bool:
+    in_front = [size for row, size in step.hidden_sizes if not row.place.start]
+    return bool(in_front) and all(size <= step.history.limit for size in in_front)
+
+
+def judge_model(step: ReplayedStep) -> Departures:
+    """The base as it lies on the disk, adapters at rest at first, and all of them in use."""
+    before = step.step.before
+    if step.number == 1:
+        touched = [name for name, t in before.items() if ".lora_B." in name and t.abs().max() > 0]
+        if touched:
+            yield step.depart("model", f"{len(touched)} matrices B are not zero at the start, as {touched[0]}")
+    if not all(forward.training for forward in step.step.forwards):
+        yield step.depart("model", "the model is not in training mode")
+    for _, size in step.hidden_sizes:
+        cause = "another base, adapter scale or dtype than asked for"
+        yield step.depart("model", f"the final norm's output is {size:.1e} off the specification", cause, size)
+    unused = sorted(before.keys() - step.step.raw.keys())
+    if unused and step.step.raw:
+        text = f"no gradient reaches {len(unused)} of {len(before)} trained parameters, as {unused[0]}"
+        yield step.depart("model", text, "their output does not enter the loss")

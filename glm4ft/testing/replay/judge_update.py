@@ -1,0 +1,263 @@
+"""Judges of what came out of a step: the gradient, its clipping, the rate, the update."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from glm4ft.data.chat_format import IGNORED
+from glm4ft.testing.recording.trace import Tensors
+from glm4ft.testing.replay.step import WEIGHT_LIMITS, Departures, ReplayedStep, SeenRow, dot, relative
+from glm4ft.testing.replay.tolerances import within
+from glm4ft.testing.specification.reference import clip_factor, scheduled_rate
+
+# Cosine between a gradient at the final norm and that of cross entropy with the best label; below, it is another loss.
+FIT_LIMITS = {torch.float32: 0.999, torch.bfloat16: 0.98}
+# Half an ulp of bf16 is 2^-9 of a value; a mean over tokens is off by less.
+BF16_NOISE = 2.0**-8
+# Residual of a cause that explains a wrong gradient, relative to that gradient.
+EXPLAINED = 1e-3
+
+
+def judge_gradient(step: ReplayedStep) -> Departures:
+    """Cross entropy of the next tokens, averaged over all supervised tokens of the step."""
+    if not step.is_finite:
+        yield step.depart("gradient", "the loss's gradient at the final norm is not finite")
+    for row in step.seen:
+        yield from _wrong_loss(step, row)
+    yield from _wrong_weights(step)
+    expected = step.reference.gradient(step.rows(), step.step.before)
+    size = relative(step.raw, expected)
+    cause = "" if size <= step.history.limit else _gradient_cause(step, expected)
+    yield step.depart("gradient", f"the gradient is {size:.1e} off the token mean", cause, size)
+
+
+def _wrong_loss(step: ReplayedStep, row: SeenRow) -> Departures:
+    fit = float(row.targets.fit_T[1:].min())
+    if not within("gradient: cosine to cross entropy, below 1", 1 - fit, 1 - FIT_LIMITS[step.history.dtype]):
+        text = f"the gradient at the final norm is no cross entropy of one label (cosine {fit:.4f})"
+        yield step.depart("gradient", text, "label smoothing, or another term in the loss")
+    ids, expected, got = torch.tensor(row.ids), torch.tensor(step.labels_of(row.ids)), row.targets.labels_T
+    trained = (got != IGNORED).nonzero()[:, 0].tolist()
+    if sum(bool(got[t] != ids[t]) for t in trained) > len(trained) // 2:
+        following = sum(t + 1 < len(ids) and bool(got[t] == ids[t + 1]) for t in trained)
+        before = sum(t > 0 and bool(got[t] == ids[t - 1]) for t in trained)
+        cause = ""
+        if following > max(before, len(trained) // 2):
+            cause = "labels are shifted twice: each position learns the token after next"
+        elif before > len(trained) // 2:
+            cause = "labels are not shifted: each position learns its own token"
+        yield step.depart("gradient", "the trained labels are not the next tokens", cause)
+        return
+    odd = [t for t in trained if t and expected[t] == IGNORED and got[t] != ids[t]]
+    if odd and len({int(got[t]) for t in odd}) == 1:
+        text = f"{len(odd)} positions that are not supervised are trained as class {int(got[odd[0]])}"
+        yield step.depart("gradient", text, "the ignored label reaches the loss as a class")
+
+
+def _wrong_weights(step: ReplayedStep) -> Departures:
+    """Every token of a step counts the same: one over the number of supervised tokens."""
+    limit, ratios = WEIGHT_LIMITS[step.history.dtype], dict[int, list[float]]()
+    for row in step.seen:
+        heavy = row.targets.weights_T[row.targets.labels_T != IGNORED] * step.num_targets / step.loss_scale
+        ratios.setdefault(row.forward, []).extend(heavy.tolist())
+    # a confident token's weight is a quotient of two small numbers: the median is not
+    medians = {index: sorted(values)[len(values) // 2] for index, values in ratios.items() if values}
+    low, high = min(medians.values(), default=1.0), max(medians.values(), default=1.0)
+    if within("gradient: weight of a token", max(abs(low - 1), abs(high - 1)), limit):
+        return
+    if high - low <= limit * high:
+        cause = f"the loss is {high:.4g} times the token mean" + _factor_words(step, high)
+    else:
+        cause = "a mean of micro-batch means: tokens of short micro-batches weigh more"
+    yield step.depart("gradient", f"tokens count {low:.4g} to {high:.4g} times what they should", cause)
+
+
+def _factor_words(step: ReplayedStep, factor: float) -> str:
+    for name, words in (("accumulation", "micro-batches"), ("processes", "processes")):
+        count = step.history.plan.get(name, 1)
+        if count > 1 and abs(factor / count - 1) <= 1e-2:
+            return f": not divided by the number of {words}"
+        if count > 1 and abs(factor * count - 1) <= 1e-2:
+            return f": divided by the number of {words} twice"
+    return ""
+
+
+def _gradient_cause(step: ReplayedStep, expected: Tensors) -> str:
+    """Explain a wrong gradient as a sum of the micro-batches' gradients and the one left over from the step before."""
+    raw, previous = step.raw, step.history.previous
+    if raw.keys() != expected.keys():
+        return f"no gradient was accumulated in {sorted(expected.keys() - raw.keys())[:1]}"
+    parts = _parts(step)
+    if previous:
+        parts.append(previous.clipped)
+    gram = torch.tensor([[dot(a, b) for b in parts] for a in parts], dtype=torch.float64)
+    factors = torch.linalg.lstsq(gram, torch.tensor([dot(a, raw) for a in parts], dtype=torch.float64)).solution
+    explained = {n: sum(float(f) * part[n].double() for f, part in zip(factors, parts, strict=True)) for n in raw}
+    if relative(raw, explained) > EXPLAINED:  # type: ignore[arg-type]
+        return _gradient_of_some(raw, expected)
+    if previous and abs(factors[-1]) > 0.1:
+        return "the gradient of the step before was not cleared"
+    return _counts(factors[: len(_forwards(step))].tolist())
+
+
+def _gradient_of_some(raw: Tensors, expected: Tensors) -> str:
+    """Explain a gradient that is right but for a factor in some parameters, or but for coarse rounding."""
+    own = {name: float((raw[name] * g).sum() / (g * g).sum()) for name, g in expected.items() if g.any()}
+    scaled = {name: own.get(name, 1.0) * g for name, g in expected.items()}
+    odd = [name for name, factor in own.items() if abs(factor - 1) > 0.1]
+    if odd and relative(raw, scaled) <= EXPLAINED:
+        return f"{len(odd)} parameters have {own[odd[0]]:.4g} times their gradient, as {odd[0]}"
+    if not odd and relative(raw, expected) <= BF16_NOISE:
+        return "this is the size of rounding in bf16: the loss is computed in low precision"
+    return ""
+
+
+def _forwards(step: ReplayedStep) -> list[int]:
+    """The forward passes that have targets."""
+    return sorted({row.forward for row in step.seen if any(label >= 0 for label in step.labels_of(row.ids))})
+
+
+def _parts(step: ReplayedStep) -> list[Tensors]:
+    """What each micro-batch should contribute."""
+    parts = []
+    for forward in _forwards(step):
+        rows = step.rows(forward)
+        share = sum(label != IGNORED for _, labels in rows for label in labels) / step.num_targets
+        parts.append({n: share * g for n, g in step.reference.gradient(rows, step.step.before).items()})
+    return parts
+
+
+def _counts(factors: list[float]) -> str:
+    """In words, how often each micro-batch counts."""
+    mean = sum(factors) / len(factors)
+    if max(abs(f - mean) for f in factors) <= 10 * EXPLAINED * abs(mean):
+        return f"it is {mean:.4g} times the token mean"
+    lost = [str(i) for i, f in enumerate(factors, start=1) if abs(f) < 0.1]
+    if lost:
+        return f"micro-batch {', '.join(lost)} of {len(factors)} is lost"
+    return "micro-batches count " + ", ".join(f"{f:.3g}" for f in factors) + " times"
+
+
+def judge_clipping(step: ReplayedStep) -> Departures:
+    """One factor for all parameters, from the global norm."""
+    limit, raw, clipped = step.history.plan["max_grad_norm"], step.raw, step.step.clipped
+    norm, factor = clip_factor(raw, limit)
+    size = relative(clipped, {name: factor * tensor for name, tensor in raw.items()})
+    got = dot(clipped, raw) / norm**2
+    cause = "" if size <= step.history.limit else _clipping_cause(step, norm, got)
+    text = f"the gradient of norm {norm:.4g} was multiplied by {got:.4g}, not {factor:.4g}"
+    yield step.depart("clipping", text, cause, size)
+
+
+def _clipping_cause(step: ReplayedStep, norm: float, got: float) -> str:
+    limit, raw, clipped = step.history.plan["max_grad_norm"], step.raw, step.step.clipped
+    if raw.keys() != clipped.keys():
+        return ""
+    if relative(clipped, raw) <= 1e-6:
+        return "it was not clipped"
+    cosine = got * norm / math.sqrt(dot(clipped, clipped) or 1.0)
+    if cosine >= 1 - 1e-6:
+        if norm < limit and abs(got * norm / limit - 1) <= 1e-3:
+            return "the coefficient is inverted: a small gradient is scaled up to the limit"
+        scale = step.loss_scale
+        if scale > 1 and abs(got * norm * scale / limit - 1) <= 1e-3:
+            return f"it was clipped before the loss scale of {scale:g} was taken out"
+        return "the factor comes from another norm than the global one"
+    if _is_parallel(raw, clipped):
+        return "each parameter or group is clipped by its own norm"
+    return f"its direction changed (cosine {cosine:.4f}): clipped by value"
+
+
+def _is_parallel(raw: Tensors, clipped: Tensors) -> bool:
+    """Whether each parameter's gradient kept its own direction."""
+    for name, gradient in raw.items():
+        a, b = gradient.double().flatten(), clipped[name].double().flatten()
+        lengths = float(a.norm() * b.norm())
+        if lengths and float(a @ b) < (1 - 1e-6) * lengths:
+            return False
+    return True
+
+
+def judge_schedule(step: ReplayedStep) -> Departures:
+    """The rate is the schedule's closed form, to the end of the run."""
+    plan = step.history.plan
+    expected = scheduled_rate(step.number, plan, plan["steps"])
+    for group in step.step.groups:
+        if group.size:
+            got = float(group.settings["lr"])
+            size = abs(got - expected) / plan["learning_rate"]
+            cause = "" if size <= step.history.limit else _rate_cause(step, got)
+            yield step.depart("schedule", f"the rate is {got:.6g}, not {expected:.6g}", cause, size)
+
+
+def _rate_cause(step: ReplayedStep, got: float) -> str:
+    plan, steps = step.history.plan, step.history.plan["steps"]
+
+    def fits(**changes: Any) -> bool:
+        total, number = changes.pop("total", steps), changes.pop("number", step.number)
+        rate = scheduled_rate(number, {**plan, **changes}, total)
+        return bool(abs(got - rate) <= 1e-6 * plan["learning_rate"])
+
+    for shape in ("linear", "cosine"):
+        if shape != plan["schedule"] and step.number > plan["warmup_steps"] + 1 and fits(schedule=shape):
+            return f"the schedule has another shape than asked for: {shape}"
+    if plan["warmup_steps"] and fits(warmup_steps=0):
+        return "there is no warm-up"
+    if fits(number=step.number + 1):
+        return "it is a step ahead"
+    for factor in (plan["accumulation"], 2, 3, 4, 8):
+        if factor > 1 and fits(total=steps * factor):
+            return f"the schedule is stretched over {steps * factor} steps, not {steps}"
+        if factor > 1 and step.number * factor <= steps + 1 and fits(number=(step.number - 1) * factor + 1):
+            return f"the schedule steps {factor} times per update"
+    return "it does not change" if abs(got - plan["learning_rate"]) <= 1e-6 * plan["learning_rate"] else ""
+
+
+def judge_update(step: ReplayedStep) -> Departures:
+    """AdamW's, on every trained parameter, from where the step before left them."""
+    recorded, previous = step.step, step.history.previous
+    if previous:
+        moved = [name for name, after in previous.after.items() if not torch.equal(after, recorded.before[name])]
+        if moved:
+            is_bf16 = all(torch.equal(t, t.bfloat16().to(t.dtype)) for t in recorded.before.values())
+            cause = "they are rounded to bfloat16, which loses small updates" if is_bf16 else ""
+            text = f"{len(moved)} parameters changed between two steps, as {moved[0]}"
+            yield step.depart("update", text, cause)
+    unused = sorted(set(recorded.before) - {name for group in recorded.groups for name in group.names})
+    if unused:
+        yield step.depart("update", f"{len(unused)} trained parameters are not in the optimiser, as {unused[0]}")
+    rates = {float(group.settings["lr"]) for group in recorded.groups if group.size}
+    empty = [group for group in recorded.groups if not group.size and float(group.settings["lr"]) not in rates]
+    if empty:
+        text = f"a group with a rate of its own ({empty[0].settings['lr']:g}) holds no parameter"
+        yield step.depart("update", text, "the pattern that fills it matches nothing")
+    size = _update_size(step, next(iter(rates)))
+    cause = "" if size <= step.history.limit else _update_cause(step)
+    yield step.depart("update", f"the update is {size:.1e} off AdamW's ({recorded.optimizer})", cause, size)
+
+
+def _update_size(step: ReplayedStep, rate: float) -> float:
+    recorded = step.step
+    expected = step.history.optimizer.update(recorded.before, recorded.clipped, rate)
+    moved = {name: expected[name] - recorded.before[name] for name in expected}
+    got = {name: recorded.after[name].double() - recorded.before[name] for name in expected}
+    # a parameter in fp32 cannot move by less than its own rounding
+    rounding = math.sqrt(sum(float((t.double() * 2**-24).pow(2).sum()) for t in recorded.before.values()))
+    off = math.sqrt(sum(float((got[n] - moved[n]).pow(2).sum()) for n in got))
+    total = math.sqrt(sum(float(t.pow(2).sum()) for t in moved.values()))
+    return max(0.0, off - rounding) / total if total else off
+
+
+def _update_cause(step: ReplayedStep) -> str:
+    if step.step.optimizer != "AdamW":
+        return f"the optimiser is {step.step.optimizer}"
+    for name in ("weight_decay", "betas", "eps"):
+        asked = step.history.plan[name]
+        for group in step.step.groups:
+            got = group.settings.get(name)
+            if group.names and not torch.equal(torch.tensor(got), torch.tensor(asked)):
+                return f"{name} is {got}, not {asked}"
+    return ""

@@ -1,0 +1,106 @@
+"""Trace against reference, stage by stage: the first that departs is where the pipeline is wrong.
+
+Each stage is judged from its own recorded input, so a fault shows where it is and not in all that follows from it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from glm4ft.testing.recording.trace import Trace
+from glm4ft.testing.replay.judge_data import judge_batches, judge_model, judge_rows
+from glm4ft.testing.replay.judge_update import judge_clipping, judge_gradient, judge_schedule, judge_update
+from glm4ft.testing.replay.matching import KnownRows
+from glm4ft.testing.replay.step import Departure, Departures, History, ReplayedStep
+from glm4ft.testing.replay.tolerances import within
+from glm4ft.testing.specification.reference import Reference, Row
+
+JUDGES: Mapping[str, Callable[[ReplayedStep], Departures]] = {
+    "rows": judge_rows,
+    "batches": judge_batches,
+    "model": judge_model,
+    "gradient": judge_gradient,
+    "clipping": judge_clipping,
+    "schedule": judge_schedule,
+    "update": judge_update,
+}
+
+
+@dataclass
+class Verdict:
+    """What a replay found.
+
+    Args:
+        departure: the first, or None.
+        largest: stage to the largest relative departure seen in it, for stages judged by a number.
+        steps: optimiser steps compared.
+        packed: whether a row stood behind another in the same row of a batch.
+        seen: ids of the rows of each step, in order.
+    """
+
+    departure: Departure | None = None
+    largest: dict[str, float] = field(default_factory=dict)
+    steps: int = 0
+    packed: bool = False
+    seen: list[list[tuple[int, ...]]] = field(default_factory=list)
+
+
+def replay(trace: Trace, reference: Reference, rows: Sequence[Row], plan: Mapping[str, Any]) -> Verdict:
+    """Compare a recorded run with the specification.
+
+    Args:
+        trace: of the run's first steps.
+        reference: on the base that the run started from.
+        rows: what the data should have become; no two with the same ids.
+        plan: that the trainer was asked to follow.
+    Returns:
+        The verdict. Within a step the stages are judged in order, and the first departure ends the replay.
+    """
+    verdict, history = Verdict(), History(reference, KnownRows(rows), plan, trace.dtype)
+    if not trace.steps:
+        verdict.departure = Departure("update", 1, "no optimiser step changed a trained parameter")
+    for number, step in enumerate(trace.steps, start=1):
+        replayed = ReplayedStep(number, step, history)
+        verdict.seen.append([row.ids for row in replayed.seen])
+        verdict.packed = verdict.packed or _is_packed(replayed)
+        departure = _judge(replayed, verdict)
+        if departure:
+            verdict.departure = _hidden_by_zero_b(departure, trace, history) or departure
+            return verdict
+        verdict.steps = number
+        history.previous = step
+    return verdict
+
+
+def _judge(step: ReplayedStep, verdict: Verdict) -> Departure | None:
+    for stage, judge in JUDGES.items():
+        for departure in judge(step):
+            if math.isfinite(departure.size):
+                verdict.largest[stage] = max(verdict.largest.get(stage, 0.0), departure.size)
+            is_number = not math.isnan(departure.size)
+            if not (is_number and within(f"{stage}: replay", departure.size, step.history.limit)):
+                return departure
+    return None
+
+
+def _is_packed(step: ReplayedStep) -> bool:
+    places = [(row.forward, row.place.b) for row in step.seen]
+    return len(set(places)) < len(places)
+
+
+def _hidden_by_zero_b(departure: Departure, trace: Trace, history: History) -> Departure | None:
+    """The model's departure behind one of the first gradient.
+
+    While B is zero, an adapter with the wrong scale changes the gradient but not yet the output; one step on, it does.
+    """
+    if departure.stage != "gradient" or departure.step != 1 or len(trace.steps) < 2:
+        return None
+    for later in judge_model(ReplayedStep(2, trace.steps[1], history)):
+        if not later.size <= history.limit:
+            scale = departure.cause.removeprefix("it is ").removesuffix(" times the token mean")
+            cause = f"the adapter's scale: before B moved, its gradient was {scale} times what it should be"
+            return replace(later, cause=cause if scale != departure.cause else later.cause)
+    return None

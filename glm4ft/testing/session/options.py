@@ -1,0 +1,129 @@
+"""The plugin's options, and where the value of each came from: command line, environment, ini file or default."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from glm4ft.errors import ConfigError
+from glm4ft.testing.bases.geometry import RANDOM_PREFIX, geometry
+
+GPU_MODES = ("auto", "require", "never")
+OWN_SUBJECT = "glm4ft.testing.subjects.own:Subject"
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option that is looked up on the command line, then in the environment, then in the ini file.
+
+    Args:
+        name: without the prefix that all of ours have.
+        metavar: of the value.
+        default: the value where none is given; "" for none.
+        help: for ``pytest --help``.
+    """
+
+    name: str
+    metavar: str
+    default: str
+    help: str
+
+    @property
+    def flag(self) -> str:
+        """As the command line has it."""
+        return f"--glm4ft-{self.name}"
+
+    @property
+    def variable(self) -> str:
+        """As the environment has it."""
+        return f"GLM4FT_{self.name.upper()}"
+
+    @property
+    def ini(self) -> str:
+        """As the ini file has it."""
+        return f"glm4ft_{self.name}"
+
+    def register(self, parser: pytest.Parser) -> None:
+        """Make the option known to pytest."""
+        group = parser.getgroup("glm4ft", "GLM-4 fine-tuning")
+        text = f"{self.help} (environment: {self.variable}, ini: {self.ini}, default: {self.default or 'none'})"
+        group.addoption(self.flag, metavar=self.metavar, help=text)
+        parser.addini(self.ini, self.help, default="")
+
+    def value(self, config: pytest.Config) -> str:
+        """The option's value; the default if it is given nowhere."""
+        return self._found(config)[0]
+
+    def source(self, config: pytest.Config) -> str:
+        """Where the value came from: the flag, the variable, the ini key, or ``default``."""
+        return self._found(config)[1]
+
+    def _found(self, config: pytest.Config) -> tuple[str, str]:
+        places = (
+            (config.getoption(self.flag), self.flag),
+            (os.environ.get(self.variable), self.variable),
+            (config.getini(self.ini), f"{self.ini} in {config.inipath.name if config.inipath else 'ini'}"),
+        )
+        return next(((str(value), place) for value, place in places if value), (self.default, "default"))
+
+
+MODEL = Option("model", "BASE", "tiny", "base of the tests that need a model: folder, hub id, tiny or random:glm-4-9b")
+TOKENIZER = Option("tokenizer", "PATH", "", "folder of a real GLM-4 tokenizer: one more lane of the format tests")
+SUBJECT = Option("subject", "MODULE:ATTR", OWN_SUBJECT, "pipeline that parametrize_with_checks() puts on trial")
+DEVICE = Option("device", "DEVICE", "auto", "cpu, cuda or cuda:N; a gpu test runs on cpu only where this says so")
+GPU = Option("gpu", "|".join(GPU_MODES), "auto", "require: fail without a GPU, or if no gpu test ran; never: skip them")
+REPORT = Option("report", "DIR", "", "write report.html and summary.md of the session into this folder")
+OPTIONS = (MODEL, TOKENIZER, SUBJECT, DEVICE, GPU, REPORT)
+
+
+def describe(config: pytest.Config) -> list[str]:
+    """Lines for the header of a test run: each option with its value and its source."""
+    given = [option for option in OPTIONS if option.source(config) != "default"]
+    lines = [f"glm4ft: {option.name}={option.value(config)} (from {option.source(config)})" for option in given]
+    rest = [f"{option.name}={option.value(config) or 'none'}" for option in OPTIONS if option not in given]
+    return [*lines, f"glm4ft: {', '.join(rest)} (default)"] if rest else lines
+
+
+def require_legal(config: pytest.Config) -> None:
+    """Refuse values that no test could be run with.
+
+    Raises:
+        pytest.UsageError: with the mistake, what it would lead to, and what to do.
+    """
+    _require_equals_signs(config)
+    if GPU.value(config) not in GPU_MODES:
+        _refuse(config, GPU, "there is no such mode", f"give one of {', '.join(GPU_MODES)}")
+    device = DEVICE.value(config)
+    if not (device in ("auto", "cpu", "cuda") or device.removeprefix("cuda:").isdigit()):
+        _refuse(config, DEVICE, "there is no such device", "give cpu, cuda or cuda:N")
+    if device == "cpu" and GPU.value(config) == "require":
+        told = f"{GPU.flag}=require (from {GPU.source(config)}) asks for a GPU that may not be used then"
+        _refuse(config, DEVICE, told, "drop one of the two")
+    folder = TOKENIZER.value(config)
+    if folder and not (Path(folder) / "tokenizer.json").is_file():
+        problem = "there is no tokenizer.json, so no test could load the tokenizer"
+        _refuse(config, TOKENIZER, problem, "give the folder that holds it")
+    if MODEL.value(config).startswith(RANDOM_PREFIX):
+        try:
+            geometry(MODEL.value(config))
+        except ConfigError as error:
+            _refuse(config, MODEL, error.message, f"give {error.expected}")
+    if ":" not in SUBJECT.value(config):
+        _refuse(config, SUBJECT, "not the name of a subject, so nothing could be put on trial", "give MODULE:ATTR")
+
+
+def _require_equals_signs(config: pytest.Config) -> None:
+    """A path behind a space misleads pytest, which looks for the ini file before it knows our options."""
+    arguments = config.invocation_params.args
+    for option in (MODEL, TOKENIZER, REPORT):
+        value = str(config.getoption(option.flag) or "")
+        if config.inipath is None and value in arguments and Path(value).exists():
+            problem = "pytest took the path for one of tests, and so found no ini file"
+            raise pytest.UsageError(f"{option.flag} {value}: {problem}; write {option.flag}={value}")
+
+
+def _refuse(config: pytest.Config, option: Option, problem: str, fix: str) -> None:
+    raise pytest.UsageError(f"{option.flag}={option.value(config)} (from {option.source(config)}): {problem}; {fix}")

@@ -1,0 +1,106 @@
+"""What tests attach to their reports, as plain strings, and what the controller makes of it.
+
+An attachment is JSON in ``user_properties``: that crosses from an xdist worker to the controller, lands in a JUnit file
+as a property, and cannot bring down a worker as a tensor or a NumPy number would.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from glm4ft.testing.trial.runner import Result
+
+CHECK, RUN, GPU_RAN = "glm4ft_check", "glm4ft_run", "glm4ft_gpu_ran"
+
+
+def attach_check(node: pytest.Item, subject: str, result: Result, dtype: str = "", *, supervised: str = "") -> None:
+    """Attach the result of a check to the report of the test that ran it.
+
+    Args:
+        node: the test.
+        subject: ``MODULE:ATTR``.
+        result: of the check.
+        dtype: of the base, where the suite runs in several; else "".
+        supervised: what the subject trains, in words; "" where nobody needs to know.
+    """
+    names = ("check", "stage", "status", "message", "seconds")
+    more = {"supervised": supervised} if supervised else {}
+    content = {"subject": subject, "dtype": dtype, **{name: getattr(result, name) for name in names}, **more}
+    _attach(node, CHECK, content)
+
+
+def attach_run(node: pytest.Item, name: str, steps: Iterable[Mapping[str, Any]]) -> None:
+    """Attach the curves of a run.
+
+    Args:
+        node: the test.
+        name: of the run, if the test has several; else "".
+        steps: a mapping per optimiser step with ``loss`` and ``grad_norm``, numbers of any kind; others are left out.
+    """
+    rows = [step for step in steps if "loss" in step]
+    curves = {key: [_finite(row.get(key)) for row in rows] for key in ("loss", "grad_norm")}
+    _attach(node, RUN, {"name": name, **curves})
+
+
+def _attach(node: pytest.Item, key: str, content: dict[str, Any]) -> None:
+    node.user_properties.append((key, json.dumps(content, ensure_ascii=False, allow_nan=False)))
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+@dataclass(eq=False)  # older versions of pytest hash their plugins
+class Collected:
+    """What the reports of a session brought along; fed on the controller, or in the only process.
+
+    Args:
+        checks: as for ``pytest_glm4ft_collected``.
+        runs: likewise.
+        gpu_ran: number of gpu tests that ran, passed or failed.
+    """
+
+    checks: list[dict[str, Any]] = field(default_factory=list)
+    runs: list[dict[str, Any]] = field(default_factory=list)
+    gpu_ran: int = 0
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Take what a test attached: all of it is there when the test has been torn down."""
+        if report.when == "call" and not report.skipped:
+            self.gpu_ran += any(key == GPU_RAN for key, _ in report.user_properties)
+        if report.when != "teardown":
+            return
+        for key, text in report.user_properties:
+            if key in (CHECK, RUN):
+                kept = self.checks if key == CHECK else self.runs
+                kept.append({"test": report.nodeid, **json.loads(str(text))})
+
+
+def summary_lines(collected: Collected) -> list[str]:
+    """The end of a session in a few lines: a verdict per stage of each subject, a curve per run."""
+    return [*_verdict_lines(collected.checks), *(_run_line(run) for run in collected.runs)]
+
+
+def _verdict_lines(checks: list[dict[str, Any]]) -> Iterable[str]:
+    from glm4ft.testing.trial.verdicts import stage_verdicts
+
+    for subject, dtype in dict.fromkeys((check["subject"], check["dtype"]) for check in checks):
+        mine = [check for check in checks if (check["subject"], check["dtype"]) == (subject, dtype)]
+        verdicts = stage_verdicts((check["stage"], check["status"]) for check in mine)
+        told = ", ".join(f"{stage} {verdict}" for stage, verdict in verdicts.items())
+        yield f"{subject}{f' in {dtype}' if dtype else ''}: {told}"
+
+
+def _run_line(run: dict[str, Any]) -> str:
+    from glm4ft.report.sparkline import sparkline
+
+    name = run["test"].split("/")[-1] + (f" {run['name']}" if run["name"] else "")
+    curves = [f"{key.replace('_', ' ')} {sparkline(run[key])}" for key in ("loss", "grad_norm") if any(run[key])]
+    return f"{name} ({len(run['loss'])} steps)\n  " + "\n  ".join(curves)

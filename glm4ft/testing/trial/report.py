@@ -1,0 +1,165 @@
+"""The report of a trial: what the subject supervises, what it learnt, and which claims hold."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from glm4ft.data.encoded_rows import TrainedRow
+from glm4ft.diagnosis.measure import gather_evidence
+from glm4ft.diagnosis.rules import Diagnosis, diagnose
+from glm4ft.model.generation import greedy
+from glm4ft.report.content import Content, Curves, ShownRow, ShownTurn
+from glm4ft.report.costly_tokens import part_counts
+from glm4ft.report.failure_card import explain_failure
+from glm4ft.report.wording import parts_sentence
+from glm4ft.testing.specification.mask_oracle import IGNORED, Undecidable, control_ids, find_mistakes, find_turns
+from glm4ft.testing.specification.reference import clip_factor
+from glm4ft.testing.trial.registry import Check
+from glm4ft.testing.trial.runner import Result
+from glm4ft.testing.trial.runs import Run
+from glm4ft.testing.trial.trial import LOSS_LIMIT, Trial
+from glm4ft.testing.trial.wording import has_failed, headline, shown_check
+
+LOSSES = 20  # steps of a run without a log whose loss is computed
+OVERRUN = 16  # tokens that a turn which does not stop is given to show how it goes on
+
+
+def trial_content(spec: str, results: Sequence[Result], trial: Trial, checks: Sequence[Check] = ()) -> Content:
+    """What the report of a trial shows.
+
+    Args:
+        spec: The subject as ``MODULE:ATTR``.
+        results: The results of its checks.
+        trial: The trial that they ran in; nothing is trained for the report.
+        checks: The checks of the suite, for what motivates each.
+    """
+    run, why = trial.recorded("demo"), {check.name: check.incident for check in checks}
+    rows = tuple(_rows(trial, run))
+    diagnosis = _diagnose(trial, run) if run and has_failed(results, "outcome") else None
+    floor = diagnosis.evidence.floor if diagnosis else None
+    return Content(
+        title=f"glm4ft check · {spec}",
+        headline=headline(results, supervised_by(trial), diagnosis),
+        tokenizer=trial.subject.tokenizer,
+        curves=_curves(run, floor.floor if floor else None) if run else Curves(),
+        counts=part_counts(rows, trial.subject.tokenizer),
+        rows=rows,
+        num_rows=len(rows),
+        turns=tuple(_turns(trial, run)) if run else (),
+        checks=tuple(shown_check(result, why.get(result.check, "")) for result in results),
+        facts=tuple(_facts(trial)),
+        command=f"glm4ft check --subject {spec}",
+    )
+
+
+def supervised_by(trial: Trial) -> str:
+    """What the subject trains of the bundled conversations, in words; "" if it cannot encode them."""
+    counts = part_counts(_rows(trial, None), trial.subject.tokenizer)
+    return parts_sentence(counts) if counts else ""
+
+
+def explain_trial(spec: str, results: Sequence[Result], trial: Trial) -> str:
+    """The card of a trial whose overfit run failed; "" if it did not fail, or was never run."""
+    if not has_failed(results, "outcome") or trial.recorded("demo") is None:
+        return ""
+    return explain_failure(replace(trial_content(spec, results, trial), facts=()))
+
+
+def _rows(trial: Trial, run: Run | None) -> Iterator[ShownRow]:
+    """The bundled conversations as the subject encodes them; none if it cannot."""
+    try:
+        encoded = trial.rows(trial.demo)
+    except Exception:  # the checks have reported it
+        return
+    for number, (conversation, (ids, labels)) in enumerate(zip(trial.demo, encoded, strict=True), start=1):
+        supervised = [label != IGNORED for label in labels]
+        expected = _expected(trial, conversation, ids, labels) or []
+        losses, said = _measure(trial, run, ids) if run else ([], [])
+        yield ShownRow(f"bundled conversation {number}", ids, supervised, expected, losses, said=said)
+
+
+def _expected(trial: Trial, conversation: dict[str, Any], ids: Sequence[int], labels: Sequence[int]) -> list[bool]:
+    """What should be supervised; empty where the oracle cannot say."""
+    if not getattr(trial.subject, "chat_format", None):
+        return []
+    try:
+        controls = control_ids(trial.subject.tokenizer)
+        turns = find_turns(ids, conversation["messages"], controls)
+    except Undecidable:
+        return []
+    wrong = {mistake.position for mistake in find_mistakes(ids, labels, turns, controls)}
+    return [(label != IGNORED) != (at in wrong) for at, label in enumerate(labels)]
+
+
+def _measure(trial: Trial, run: Run, ids: Sequence[int]) -> tuple[list[float | None], list[int | None]]:
+    with torch.no_grad():
+        hidden_TD = trial.reference.hidden(ids, run.trained)
+        logits_TV = trial.reference.logits(hidden_TD[:-1], run.trained)
+        nll_T = torch.nn.functional.cross_entropy(logits_TV, torch.tensor(list(ids[1:])), reduction="none")
+    return [None, *nll_T.tolist()], [None, *logits_TV.argmax(-1).tolist()]
+
+
+def _diagnose(trial: Trial, run: Run) -> Diagnosis | None:
+    """What the figures of the run say by themselves; None for a model that cannot be measured as others are."""
+    rows = [TrainedRow(number, ids, labels) for number, (ids, labels) in enumerate(run.rows, start=1)]
+    try:
+        return diagnose(
+            gather_evidence(run.model, rows, trial.subject.tokenizer, _figures(run), target_loss=LOSS_LIMIT)
+        )
+    except Exception:  # of a foreign model: the claims have been judged without it
+        return None
+
+
+def _curves(run: Run, floor: float | None) -> Curves:
+    return Curves.of(_figures(run), target=LOSS_LIMIT, floor=floor, clip=run.plan["max_grad_norm"] or None)
+
+
+def _figures(run: Run) -> list[dict[str, Any]]:
+    """Loss as logged, or of the parameters before some of the steps; norms and rates as the hooks saw them."""
+    logged = {int(e.get("step", i)): e["loss"] for i, e in enumerate(run.log, start=1) if e.get("loss") is not None}
+    stride = math.ceil(len(run.trace.steps) / LOSSES)
+    steps = list(enumerate(run.trace.steps, start=1))
+    if not logged:
+        with torch.no_grad():
+            logged = {number: float(run.reference.loss(run.rows, step.before)) for number, step in steps[::stride]}
+    return [
+        {"step": i, "loss": logged[i], "grad_norm": clip_factor(s.raw, 0)[0], "lr": s.groups[0].settings.get("lr")}
+        for i, s in steps
+        if i in logged
+    ]
+
+
+def _turns(trial: Trial, run: Run) -> Iterator[ShownTurn]:
+    """Each assistant turn of the bundled conversations, said by the subject's model."""
+    tokenizer, model = trial.subject.tokenizer, run.model.eval()
+    with contextlib.suppress(Undecidable):
+        controls = control_ids(tokenizer)
+        for number, (conversation, (ids, _)) in enumerate(zip(trial.demo, run.rows, strict=True), start=1):
+            for turn in find_turns(ids, conversation["messages"], controls):
+                expected = list(ids[turn.header + 1 : turn.end + 1])
+                stops = list(getattr(trial.subject, "stop_ids", None) or expected[-1:])
+                got = greedy(model, list(ids[: turn.header + 1]), stops, len(expected) + OVERRUN)
+                stop = tokenizer.convert_ids_to_tokens(got[-1]) if got and got[-1] in stops else None
+                yield ShownTurn(
+                    f"bundled conversation {number}, messages[{turn.message}]",
+                    str(tokenizer.decode(expected)),
+                    str(tokenizer.decode(got)),
+                    exact=got == expected,
+                    stop=None if stop is None else str(stop),
+                )
+
+
+def _facts(trial: Trial) -> Iterator[tuple[str, str]]:
+    yield "subject", f"{trial.subject.name} ({trial.spec})"
+    yield "base", "the built-in tiny GLM-4, written for this trial"
+    yield "chat format", str(getattr(trial.subject, "chat_format", None) or "as the tokenizer's template says")
+    yield "versions", ", ".join(f"{name} {version(name)}" for name in ("glm4ft", "torch", "transformers", "peft"))
+    yield "system", f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"

@@ -1,0 +1,178 @@
+"""Runs the checks on a subject: what ``glm4ft check`` does, and what a pytest suite parametrises over."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from glm4ft.errors import ConfigError, InputError, RunError
+from glm4ft.model.tiny import write_tiny_base
+from glm4ft.testing.subject import load_subject, parts
+from glm4ft.testing.trial.registry import Check
+from glm4ft.testing.trial.stages import STAGES, CheckFailed, NotApplicable
+from glm4ft.testing.trial.trial import Trial
+
+Status = Literal["passed", "failed", "error", "skipped", "expected-failure"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one check.
+
+    Args:
+        check: its name.
+        stage: that it judges.
+        status: ``error`` if the subject broke down instead of giving a wrong result.
+        message: why it did not pass; "" if it did.
+        seconds: it took.
+        error: that the subject raised, if it broke down.
+    """
+
+    check: str
+    stage: str
+    status: Status
+    message: str
+    seconds: float
+    error: Exception | None = field(default=None, compare=False)
+
+
+def run_checks(
+    trial: Trial,
+    checks: Sequence[Check],
+    *,
+    expected_failures: Mapping[str, str] | None = None,
+    stages: Sequence[str] = STAGES,
+) -> Iterator[Result]:
+    """Run checks one after the other.
+
+    Args:
+        trial: The subject on its base.
+        checks: The checks of the suite.
+        expected_failures: Check names mapped to the reason why the check is known to fail, beside those that the
+            subject itself lists. Strict: a check that passes is a failure, so that the entry goes when the fault does.
+        stages: The stages to judge; checks of other stages are not run.
+    Yields:
+        One result per check, as soon as it is there.
+    Raises:
+        ConfigError: If an expected failure names no check.
+    """
+    expected = {**known_failures(trial.subject), **(expected_failures or {})}
+    require_known(expected, checks)
+    for check in checks:
+        if check.stage in stages:
+            yield run_check(check, trial, expected.get(check.name, ""))
+
+
+def require_known(expected_failures: Mapping[str, str], checks: Sequence[Check]) -> None:
+    """Refuse entries that name no check: they would stay when the check is renamed.
+
+    Args:
+        expected_failures: Check names mapped to reasons.
+        checks: The checks that may be named.
+    Raises:
+        ConfigError: With the names that belong to no check.
+    """
+    unknown = set(expected_failures) - {check.name for check in checks}
+    if unknown:
+        raise ConfigError("an expected failure names no check", found=", ".join(sorted(unknown)))
+
+
+def run_check(check: Check, trial: Trial, expected: str = "") -> Result:
+    """Run one check.
+
+    Args:
+        check: to run.
+        trial: of the subject.
+        expected: why it is known to fail; "" if it is not.
+    """
+    began_s = time.perf_counter()
+    status, message, error = _run(check, trial)
+    if expected:
+        status, message = _expect(status, message, expected)
+    return Result(check.name, check.stage, status, message, time.perf_counter() - began_s, error)
+
+
+def check_subject(
+    spec: str,
+    checks: Sequence[Check],
+    *,
+    expected_failures: Mapping[str, str] | None = None,
+    stages: Sequence[str] = STAGES,
+) -> Iterator[Result]:
+    """Put a subject on trial on the built-in base.
+
+    Args:
+        spec: The subject as ``MODULE:ATTR``.
+        checks: The checks of the suite.
+        expected_failures: As for ``run_checks``.
+        stages: As for ``run_checks``.
+    Yields:
+        One result per check.
+    """
+    with trial_of(spec) as trial:
+        yield from run_checks(trial, checks, expected_failures=expected_failures, stages=stages)
+
+
+@contextlib.contextmanager
+def trial_of(spec: str) -> Iterator[Trial]:
+    """A trial of a subject on the built-in base; what it wrote is gone afterwards."""
+    num_threads = torch.get_num_threads()
+    # the base's matrices are too small to share out: two threads were measured 12 times slower on a busy machine
+    torch.set_num_threads(1)
+    try:
+        with tempfile.TemporaryDirectory(prefix="glm4ft-check-") as name:
+            folder = Path(name)
+            base_dir = write_tiny_base(folder / "base")
+            yield Trial(load_subject(spec, base_dir), base_dir, folder, spec)
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def known_failures(subject: Any) -> Mapping[str, str]:
+    """The subject's own list of checks that it is known to fail, with the evidence."""
+    return dict(getattr(subject, "expected_failures", None) or {})
+
+
+def _run(check: Check, trial: Trial) -> tuple[Status, str, Exception | None]:
+    missing = sorted(check.needs - parts(trial.subject))
+    if missing:
+        return "skipped", f"the subject has no {', '.join(missing)}", None
+    try:
+        check.run(trial)
+    except CheckFailed as error:
+        return "failed", str(error), None
+    except NotApplicable as error:
+        return "skipped", str(error), None
+    except NotImplementedError as error:
+        return "skipped", f"the subject does not offer this: {error}", None
+    except (InputError, RunError) as error:
+        return "error", str(error), error
+    except Exception as error:  # whatever a foreign pipeline raises is a result, not our crash
+        return "error", f"{type(error).__name__}: {error}", error
+    return "passed", "", None
+
+
+def _expect(status: Status, message: str, reason: str) -> tuple[Status, str]:
+    if status in ("failed", "error"):
+        return "expected-failure", f"{reason}: {message}"
+    if status == "passed":
+        return "failed", f"expected to fail ({reason}), but it passes: remove the entry"
+    return status, message
+
+
+def summary(spec: str, results: Sequence[Result], seconds: float) -> dict[str, Any]:
+    """The results as ``glm4ft check --json`` writes them."""
+    names = ("check", "stage", "status", "message")
+    return {
+        "schema": 1,
+        "subject": spec,
+        "checks": [{name: getattr(result, name) for name in names} for result in results],
+        "seconds": seconds,
+    }

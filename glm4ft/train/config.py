@@ -1,0 +1,131 @@
+"""The options of a training run: one typed, validated record, read from YAML and flags."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from glm4ft.errors import ConfigError
+from glm4ft.model.lora import LoraOptions
+
+_ABOVE_FLOOR = re.compile(r"floor\s*\+\s*(\d*\.?\d+(?:e-?\d+)?)")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides what a run computes.
+
+    Args:
+        data: JSONL of conversations to train on.
+        model: base checkpoint: a folder, a hub id, or ``tiny`` for the built-in base.
+        output: folder for the adapter, trajectory and checkpoints; by default a new one below ``runs``.
+        eval_data: JSONL of held-out conversations.
+        chat_format: ``glm-4-9b-chat`` or ``glm-4-0414``; by default chosen from the checkpoint.
+        dtype: of the base; ``auto`` is bf16 on CUDA and fp32 elsewhere. Adapters are always fp32.
+        max_length: longest row in tokens; longer conversations lose their oldest turns.
+        packing: join rows into packs of max_length instead of padding them; samples stay isolated.
+        train_on: every assistant turn, or only the last one.
+        final_stop: token that ends a conversation: the next role's, or ``<|endoftext|>``.
+        allow_nonstop_terminator: accept an assistant turn followed by an assistant or system message, and train that
+            header as its end.
+        lora: the adapter.
+        learning_rate: peak of AdamW; by default 5e-3 for the built-in base and 2e-4 for a real one.
+        schedule: shape of the rate after the warm-up.
+        warmup_steps: steps over which the rate rises from 0.
+        weight_decay: decoupled, on the adapter matrices.
+        max_grad_norm: the gradient is scaled down to this global L2 norm; 0 switches clipping off.
+        epochs: passes over the data, unless max_steps is given.
+        max_steps: optimiser steps in all.
+        micro_batch_size: rows (packs, when packing) in one forward pass on one device.
+        accumulation: forward passes per optimiser step; the loss is the mean over all their supervised tokens.
+        gradient_checkpointing: recompute activations in the backward pass, for memory.
+        target_loss: stop as soon as a step's loss is below it; the run fails if it never is. ``floor+0.01`` is that
+            much above what the data and the frozen head let it reach.
+        round_trip: after training, generate every assistant turn and compare; the run fails if one differs.
+        eval_every: steps between evaluations; the last step is always followed by one.
+        save_every: steps between checkpoints; 0 keeps none, so a killed run starts again.
+        keep_checkpoints: how many of the latest stay on disk.
+        seed: of the adapter's weights, the order of the rows and dropout.
+        report_to: experiment trackers, by transformers' names (``tensorboard``, ``wandb``).
+    """
+
+    data: str | None = None
+    model: str = "tiny"
+    output: str | None = None
+    eval_data: str | None = None
+    chat_format: str | None = None
+    dtype: str = "auto"
+    max_length: int = 4096
+    packing: bool = False
+    train_on: Literal["all", "last"] = "all"
+    final_stop: Literal["role", "endoftext"] = "role"
+    allow_nonstop_terminator: bool = False
+    lora: LoraOptions = field(default_factory=LoraOptions)
+    learning_rate: float | None = None
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    epochs: float = 3.0
+    max_steps: int | None = None
+    micro_batch_size: int = 2
+    accumulation: int = 1
+    gradient_checkpointing: bool = False
+    target_loss: float | str | None = None
+    round_trip: bool = False
+    eval_every: int = 100
+    save_every: int = 100
+    keep_checkpoints: int = 2
+    seed: int = 0
+    report_to: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for name in ("max_length", "micro_batch_size", "accumulation", "eval_every", "keep_checkpoints"):
+            self._require(name, at_least=1)
+        for name in ("warmup_steps", "save_every", "weight_decay", "max_grad_norm"):
+            self._require(name, at_least=0)
+        for name in ("learning_rate", "epochs", "target_loss", "max_steps"):
+            if getattr(self, name) is not None and self._is_number(name):
+                self._require(name, above=0)
+        # numpy's and torch's generators take no negative seed, and numpy's none above 32 bits
+        self._require("seed", at_least=0, at_most=2**32 - 1)
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The rate after the warm-up, with the default of the base filled in."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return 5e-3 if self.model == "tiny" else 2e-4
+
+    @property
+    def target(self) -> float | None:
+        """The target loss as a number, or None; one that is given by the floor is a number once the floor is known."""
+        return None if self.target_loss is None else float(self.target_loss)
+
+    @property
+    def target_above_floor(self) -> float | None:
+        """How far above the floor the target loss is to be; None if it is not given that way."""
+        match = _ABOVE_FLOOR.fullmatch(str(self.target_loss))
+        return float(match[1]) if match else None
+
+    def _is_number(self, name: str) -> bool:
+        value = getattr(self, name)
+        if isinstance(value, str) and self.target_above_floor is None:
+            expected = "a number, or floor+0.01"
+            raise ConfigError(
+                "an option has a value that cannot be used", where=f"--{name}", found=value, expected=expected
+            )
+        return not isinstance(value, str)
+
+    def _require(
+        self, name: str, *, at_least: float = -math.inf, above: float = -math.inf, at_most: float = math.inf
+    ) -> None:
+        value: Any = getattr(self, name)
+        if not (at_least <= value <= at_most and above < value < math.inf):
+            bounds = [f"at least {at_least}"] * (at_least > -math.inf) + [f"more than {above}"] * (above > -math.inf)
+            bounds += [f"at most {at_most}"] * (at_most < math.inf)
+            raise ConfigError(
+                "option out of range", where=f"--{name}", found=repr(value), expected=" and ".join(bounds)
+            )

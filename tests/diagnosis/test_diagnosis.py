@@ -1,0 +1,232 @@
+"""Each rule finds what it is for in evidence of that, and nothing in evidence of a run that learnt.
+
+Run: pytest tests/diagnosis/test_diagnosis.py
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from glm4ft.data.chat_format import IGNORED
+from glm4ft.diagnosis.evidence import (
+    AdapterWiring,
+    CurvePoint,
+    Evidence,
+    FirstLoss,
+    RenderingDifference,
+    RowEvidence,
+    TokenEvidence,
+)
+from glm4ft.diagnosis.forecast import forecast
+from glm4ft.diagnosis.measure import curve_of, gradient_health
+from glm4ft.diagnosis.rules import diagnose
+from glm4ft.report.diagnosis_view import print_finding
+
+# position, role, part and turn of a row: <|user|> hi <|assistant|> a b <|user|>
+ROW = [
+    ("user", "header", None),
+    ("user", "body", None),
+    ("assistant", "header", 0),
+    ("assistant", "body", 0),
+    ("assistant", "body", 0),
+    ("assistant", "terminator", 0),
+]
+RIGHT = (0, 0, 0, 1, 1, 1)
+WIRING = AdapterWiring(12, {"q_proj": 12}, (), ())
+
+
+def row(
+    *, mask: Sequence[int] = RIGHT, loss: float | Sequence[float] = 0.001, line: int = 1, shift: int = 0
+) -> RowEvidence:
+    losses = loss if isinstance(loss, Sequence) else [loss] * len(mask)
+    tokens = [
+        TokenEvidence(
+            line=line,
+            turn=turn,
+            position=at,
+            id=100 + at,
+            text=f"t{at}",
+            role=role,
+            part=part,  # type: ignore[arg-type]
+            supervised=bool(keep),
+            label=100 + at + shift if keep else IGNORED,
+            loss=losses[at - 1],
+            probability=math.exp(-losses[at - 1]),
+            predicted_id=0,
+            predicted="x",
+            base_loss=8.0,
+            share=0.1,
+        )
+        for at, ((role, part, turn), keep) in enumerate(zip(ROW[: len(mask)], mask, strict=False), start=1)
+    ]
+    own = [token.loss for token in tokens if token.supervised]
+    return RowEvidence(line, tuple(tokens), sum(own) / len(own) if own else math.nan)
+
+
+def says_the_token_after(found: RowEvidence) -> RowEvidence:
+    """Labels shifted twice: at each position the model says the token after the next."""
+    return replace(found, tokens=tuple(replace(token, predicted_id=token.id + 1) for token in found.tokens))
+
+
+def evidence(*rows: RowEvidence, losses: Sequence[float] = (8.0, 4.0, 1.0), **more: Any) -> Evidence:
+    rates = more.pop("rates", [1e-3] * len(losses))
+    curve = tuple(CurvePoint(i, x, 1.0, lr) for i, (x, lr) in enumerate(zip(losses, rates, strict=True), start=1))
+    known = {"first_loss": FirstLoss(losses[0], 8.0, 6.3), "wiring": WIRING, "gradients": gradient_health(curve)}
+    return Evidence(curve=curve, rows=rows or (row(),), **{**known, **more})
+
+
+DECAY = [8 * 0.9**i for i in range(60)]
+CASES = {
+    "learnt": evidence(),
+    "header-supervised": evidence(row(mask=(0, 0, 1, 1, 1, 1))),
+    "prompt-supervised": evidence(row(mask=(0, 1, 0, 1, 1, 1))),
+    "zero-targets": evidence(row(mask=(0, 0, 0, 0, 0, 0)), losses=(0.0, 0.0)),
+    "terminator-never-learned": evidence(row(mask=(0, 0, 0, 1, 1, 0), loss=[0, 0, 9, 0.001, 0.001, 9])),
+    "truncated-answers": evidence(row(mask=RIGHT[:5]), row(mask=RIGHT[:5], line=2)),
+    "labels-shifted": evidence(says_the_token_after(row(loss=5.0)), losses=[8.0, 4.0, 0.1]),
+    "reload-differs": evidence(row(loss=5.0), losses=[8.0, 4.0, 0.1]),
+    "rows-depend-on-their-batch": evidence(
+        replace(row(loss=6.0), tokens=row(loss=6.0).tokens[1:]), row(line=2), losses=[8.0, 4.0, 0.01]
+    ),
+    "not-as-served": evidence(row(), differences=(RenderingDifference(1, 0, "[gMASK][gMASK]", "[gMASK]<sop>"),)),
+    "numerics": evidence(row(loss=math.nan), losses=[8.0, math.nan, math.nan]),
+    "adapters-missing": evidence(row(loss=8.0), losses=[8.0] * 3, wiring=replace(WIRING, num_adapters=0)),
+    "adapters-dead": evidence(row(loss=8.0), losses=[8.0, 8.1] * 5, wiring=replace(WIRING, dead=("q",) * 12)),
+    "training-stopped": evidence(row(loss=4.0), losses=[8.0, 6.0, 5.0, *[4.0] * 10]),
+    "samples-not-learnt": evidence(row(), row(loss=6.0, line=2), losses=[8.0, 7.0, 6.0]),
+    "wrong-start": evidence(row(loss=4.0), losses=[30.0, 20.0, 4.0]),
+    "rate-too-high": evidence(row(loss=5.0), losses=[8.0, 2.0, 6.0, 1.5, 7.0, 3.0, 9.0, 4.0, 6.0, 5.0]),
+    "rate-too-low": evidence(row(loss=7.9), losses=[8 - 0.005 * i for i in range(20)]),
+    "schedule-ended-early": evidence(
+        row(loss=2.0), losses=[8 * 0.8**i for i in range(7)] + [1.99, 2.0, 2.01] * 4, rates=[1e-3] * 7 + [0.0] * 12
+    ),
+    "still-falling": evidence(row(loss=DECAY[19]), losses=DECAY[:20]),
+    "resting-above-floor": evidence(row(loss=0.4), losses=[8 * 0.6**i for i in range(7)] + [0.4, 0.41] * 10),
+    "held-by-decay": evidence(
+        row(loss=0.4), losses=[8 * 0.6**i for i in range(7)] + [0.4, 0.41] * 10, options={"weight_decay": 0.1}
+    ),
+}
+
+
+@pytest.mark.parametrize("verdict", CASES)
+def test_verdict_is_the_right_one(verdict: str) -> None:
+    assert diagnose(CASES[verdict]).verdict == verdict
+
+
+def test_first_loss_of_all_rows_must_be_the_bases() -> None:
+    """Fresh adapters add nothing; a batch of some rows may lie anywhere near."""
+    near = evidence(losses=[8.4, 4.0, 0.001])
+    assert diagnose(near).verdict == "learnt"
+    assert diagnose(replace(near, options={"rows_per_step": 2})).verdict == "wrong-start"
+    # of a data set too large to be measured whole, the base's loss on the rows of the first step is not known
+    assert diagnose(replace(near, options={"rows_per_step": 2}, num_rows=100)).verdict == "learnt"
+    resumed = replace(near, options={"rows_per_step": 2}, curve=near.curve[1:])
+    assert diagnose(resumed).verdict == "learnt"
+
+
+@pytest.mark.parametrize(("start", "end"), [(1.8, 1.45), (2.5, 1.0), (1.4, 1.3), (1.2, 0.6)])
+def test_ordinary_run_on_many_conversations_has_no_fault(start: float, end: float) -> None:
+    """Its loss falls a little, comes to rest far above the floor, differs from batch to batch; some rows are easy."""
+    noise = random.Random(0)
+    losses = [max(0.05, end + (start - end) * math.exp(-i / 60) + noise.gauss(0, 0.25)) for i in range(400)]
+    run = replace(evidence(row(loss=end), row(line=2), losses=losses), num_rows=800, options={"rows_per_step": 2})
+    assert [finding.verdict for finding in diagnose(run).findings] == ["trained"]
+    assert diagnose(replace(run, num_rows=2)).verdict != "trained"
+
+
+def test_run_on_many_conversations_that_climbs_is_said_to_climb() -> None:
+    losses = [2.0 - 0.01 * i for i in range(50)] + [1.5 + 0.05 * i + 0.3 * (i % 2) for i in range(50)]
+    run = replace(evidence(row(loss=4.0), losses=losses), num_rows=800)
+    assert diagnose(run).verdict == "rate-too-high"
+
+
+def test_turns_without_a_target_are_named() -> None:
+    second = [replace(token, turn=1, position=token.position + 6) for token in row().tokens]
+    first = row(mask=(0, 0, 0, 0, 0, 0), loss=7.0)
+    found = diagnose(evidence(replace(first, tokens=(*first.tokens, *second), loss=0.001)))
+    assert found.verdict == "turns-not-trained"
+    assert "line 1, turn 1" in found.findings[0].evidence[0]
+
+
+def test_healthy_run_has_no_second_finding() -> None:
+    assert [finding.verdict for finding in diagnose(CASES["learnt"]).findings] == ["learnt"]
+
+
+def test_wrong_target_comes_before_a_bad_curve() -> None:
+    """What is trained explains the curve, not the other way round; the curve is still told of."""
+    both = replace(CASES["rate-too-high"], rows=(row(mask=(0, 0, 1, 1, 1, 1), loss=5.0),))
+    verdicts = [finding.verdict for finding in diagnose(both).findings]
+    assert verdicts[0] == "header-supervised"
+    assert "rate-too-high" in verdicts
+
+
+def test_known_terminator_may_go_untrained() -> None:
+    """A base that ends the turn anyway needs no target there."""
+    found = diagnose(evidence(row(mask=(0, 0, 0, 1, 1, 0), loss=[0, 0, 9, 0.001, 0.001, 0.01])))
+    assert found.verdict == "learnt"
+
+
+@pytest.mark.parametrize("verdict", CASES)
+def test_record_keeps_the_contract_in_strict_json(verdict: str) -> None:
+    record = json.loads(json.dumps(diagnose(CASES[verdict]).record(), allow_nan=False))
+    assert record["schema"] == 1
+    assert record["verdict"] == verdict
+    assert {"stage", "text", "evidence", "tokens"} <= set(record)
+    assert all({"id", "text", "role", "loss", "share", "floor"} <= set(token) for token in record["tokens"])
+
+
+def test_curve_without_a_model_is_judged_by_what_was_logged() -> None:
+    """All that is left of a run that broke before it saved anything."""
+    logged = evidence(row(loss=math.nan), losses=DECAY[:20], wiring=None)
+    assert diagnose(logged).verdict == "still-falling"
+
+
+def test_forecast_of_an_exponential_is_exact_and_its_interval_narrow() -> None:
+    """8 * 0.9^i is below 0.01 from i = 64 on, 44 steps after the 20 that are known."""
+    found = forecast(DECAY[:20], 0.01)
+    assert found is not None
+    assert abs(found.steps - 44) <= 2
+    assert found.latest is not None
+    assert found.earliest <= found.steps <= found.latest <= 1.1 * found.steps
+
+
+def test_forecast_is_honest_where_the_curve_flattens() -> None:
+    """Power-law curves fall slower and slower: the interval reaches far beyond the best guess, or has no end."""
+    losses = [8 / (i + 1) for i in range(40)]
+    true_steps = 8 / 0.1 - 40
+    found = forecast(losses, 0.1)
+    assert found is not None
+    assert found.latest is None or found.latest >= true_steps
+
+
+def test_forecast_is_refused_where_nothing_falls() -> None:
+    assert forecast([2.0, 2.01] * 10, 0.01) is None
+    assert forecast(DECAY[:20], 0.01, floor=0.02) is None
+
+
+def test_log_of_transformers_is_read_as_a_curve() -> None:
+    log = [
+        {"epoch": 1.0, "grad_norm": 3.0, "learning_rate": 1e-3, "loss": 5.0, "step": 10},
+        {"epoch": 1.0, "eval_loss": 4.0, "step": 10},
+        {"grad_norm": None, "learning_rate": 1e-3, "loss": None, "step": 20, "finite": False},
+    ]
+    first, second = curve_of(log)
+    assert (first.step, first.loss, first.grad_norm, first.lr) == (10, 5.0, 3.0, 1e-3)
+    assert second.loss is not None
+    assert math.isnan(second.loss)
+
+
+def test_verdict_that_finds_nothing_wrong_is_not_shown_as_a_fault() -> None:
+    for run in (CASES["learnt"], replace(evidence(row(loss=1.0)), num_rows=800)):
+        console = Console(record=True, force_terminal=True, color_system="standard", file=io.StringIO())
+        print_finding(console, diagnose(run).findings[0])
+        assert "\x1b[32m" in console.export_text(styles=True)

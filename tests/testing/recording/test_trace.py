@@ -1,0 +1,110 @@
+"""What a recording shows is the truth, on trainers that know nothing of it.
+
+Run: pytest tests/testing/recording/test_trace.py
+Labels and weights are read off the gradient at the final norm and compared with those that were encoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Trainer
+
+from glm4ft.data.chat_format import IGNORED
+from glm4ft.model.tiny import write_tiny_base
+from glm4ft.testing.recording.trace_file import read_trace, write_trace
+from glm4ft.testing.replay.step import WEIGHT_LIMITS, History, ReplayedStep
+from glm4ft.testing.subjects import own, plain_loop, transformers_trainer
+from glm4ft.testing.trial.runs import Run
+from glm4ft.testing.trial.trial import Trial
+
+CHECKPOINTING = {"gradient_checkpointing": True}
+
+
+class Reentrant(transformers_trainer.Subject):
+    """The other kind of checkpointing, which runs its forward pass without gradients."""
+
+    def make_trainer(self, model: Any, rows: Any, plan: Mapping[str, Any]) -> Trainer:
+        trainer = super().make_trainer(model, rows, plan)
+        trainer.args.gradient_checkpointing_kwargs = {"use_reentrant": True}
+        return trainer
+
+
+@dataclass(frozen=True)
+class SetUp:
+    """A trainer and what it is asked for."""
+
+    id: str
+    subject: Any
+    plan: Mapping[str, Any] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
+
+
+SETUPS = (
+    SetUp("ours", own.Subject),
+    SetUp("ours-packed", own.Subject, {"packing": True, "micro_batch_size": 1}),
+    SetUp("ours-checkpointing", own.Subject, CHECKPOINTING),
+    SetUp("trainer", transformers_trainer.Subject),
+    SetUp("trainer-accumulation", transformers_trainer.Subject, {"accumulation": 3}),
+    SetUp("trainer-checkpointing", transformers_trainer.Subject, CHECKPOINTING),
+    SetUp("trainer-reentrant-checkpointing", Reentrant, CHECKPOINTING),
+    SetUp("trainer-bf16", transformers_trainer.Subject, dtype=torch.bfloat16),
+    SetUp("loop-packed", plain_loop.Subject, {"packing": True, "micro_batch_size": 1}),
+)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[torch.dtype, Path]:
+    return {
+        dtype: write_tiny_base(tmp_path_factory.mktemp("base"), dtype=dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+
+
+def replayed_steps(run: Run) -> list[ReplayedStep]:
+    history = History(run.reference, run.known, run.plan, run.trace.dtype)
+    return [ReplayedStep(number, step, history) for number, step in enumerate(run.trace.steps, start=1)]
+
+
+@pytest.mark.parametrize("setup", SETUPS, ids=lambda setup: setup.id)
+def test_labels_and_weights_are_those_that_were_encoded(
+    setup: SetUp, bases: dict[torch.dtype, Path], tmp_path: Path
+) -> None:
+    """No wrong label among all tokens of two steps; a token's weight is one over the step's targets."""
+    base_dir = bases[setup.dtype]
+    run = Trial(setup.subject(str(base_dir)), base_dir, tmp_path).run(steps=2, **setup.plan)
+    assert run.trace.dtype == setup.dtype
+    assert len(run.trace.steps) == 2
+    for step in replayed_steps(run):
+        assert step.seen
+        weights = []
+        for row in step.seen:
+            expected = torch.tensor(step.labels_of(row.ids))
+            got = row.targets.labels_T.clone()
+            assert got[1:].tolist() == expected[1:].tolist()
+            weights.append(row.targets.weights_T[expected != IGNORED] * step.num_targets)
+        assert float((torch.cat(weights) - 1).abs().median()) <= WEIGHT_LIMITS[setup.dtype]
+    assert run.verdict.departure is None, str(run.verdict.departure)
+
+
+def test_trace_survives_the_disk(bases: dict[torch.dtype, Path], tmp_path: Path) -> None:
+    """As the processes of a run hand it over: every tensor, every setting that is judged."""
+    base_dir = bases[torch.float32]
+    run = Trial(plain_loop.Subject(str(base_dir)), base_dir, tmp_path).run(steps=2, packing=True, accumulation=2)
+    write_trace(run.trace, tmp_path / "trace", run.log)
+    trace, log = read_trace(tmp_path / "trace")
+    assert log == run.log
+    assert (trace.trained, trace.optimized, trace.dtype) == (run.trace.trained, run.trace.optimized, run.trace.dtype)
+    for got, expected in zip(trace.steps, run.trace.steps, strict=True):
+        for name in ("raw", "clipped", "before", "after"):
+            ours, theirs = getattr(got, name), getattr(expected, name)
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(ours[n], theirs[n]) for n in ours)
+        assert [f.input_ids_BT.tolist() for f in got.forwards] == [f.input_ids_BT.tolist() for f in expected.forwards]
+        assert [f.training for f in got.forwards] == [f.training for f in expected.forwards]
+        assert [g.settings["lr"] for g in got.groups] == [g.settings["lr"] for g in expected.groups]

@@ -1,0 +1,72 @@
+"""The GPU lane: all checks in bf16 and fp32 on the base that is given, a reduced set on one of the true size.
+
+Run: pytest tests/testing/session/test_gpu_lane.py -m gpu --glm4ft-model=PATH
+On a CPU it is rehearsed with --glm4ft-device=cpu.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from glm4ft.testing.bases.geometry import GEOMETRIES
+from glm4ft.testing.checks import all_checks
+from glm4ft.testing.conformance import Bench, parametrize_with_checks
+from glm4ft.testing.session.gpu_lane import LARGE_OVERFIT_STEPS, REDUCED, Bases, describe_lane, is_large, left_out
+from glm4ft.testing.trial.runs import Run
+
+
+@pytest.mark.gpu
+@parametrize_with_checks(dtypes=("bf16", "fp32"))
+def test_a_pipeline_conforms_on_a_gpu(glm4ft_check: Callable[[], None]) -> None:
+    glm4ft_check()
+
+
+def test_the_reduced_set_names_checks_of_every_stage() -> None:
+    """A check that is renamed must not fall out of the lane."""
+    checks = {check.name: check.stage for check in all_checks()}
+    assert set(checks) >= REDUCED
+    assert {checks[name] for name in REDUCED} == set(checks.values())
+
+
+@pytest.mark.parametrize("spec", ["random:glm-4-9b", "random:glm-4-32b-0414", "zai-org/GLM-4-9B-0414"])
+def test_a_base_of_the_true_size_gets_the_reduced_set(spec: str) -> None:
+    """One whose size is unknown too: a suite that takes hours helps nobody."""
+    assert is_large(spec)
+    assert left_out(spec, "mask_reaches_the_loss", "bf16") == ""
+    assert "reduced set" in left_out(spec, "processes_train_as_one", "bf16")
+    assert f"reduced set of {len(REDUCED)} checks" in describe_lane(spec)
+
+
+def test_a_small_base_gets_every_check_in_both_dtypes() -> None:
+    reasons = {left_out("tiny", check.name, dtype) for check in all_checks() for dtype in ("bf16", "fp32")}
+    assert reasons == {""}
+
+
+def test_a_checkpoint_is_judged_in_the_dtype_that_it_is_stored_in(tmp_path: Path) -> None:
+    config = {**GEOMETRIES["glm-4-9b"], "architectures": ["GlmForCausalLM"], "dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert is_large(str(tmp_path))
+    assert "stored in bf16" in left_out(str(tmp_path), "mask_reaches_the_loss", "fp32")
+    assert left_out(str(tmp_path), "mask_reaches_the_loss", "bf16") == ""
+    assert left_out(str(tmp_path), "mask_reaches_the_loss", "") == ""
+
+
+def test_on_a_large_base_rate_and_steps_are_others_and_models_are_given_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One model at a time fits beside the specification; the one that is learnt by heart is used to the end."""
+    monkeypatch.setattr("glm4ft.testing.session.gpu_lane.LARGE", 0)
+    bench = Bench(Bases("tiny", tmp_path / "bases"), tmp_path, "glm4ft.testing.subjects.own:Subject")
+    check = next(check for check in all_checks() if check.name == "prefix_stands_once")
+    trial = bench.trial(bench.default_subject, "")
+    assert trial.standard["learning_rate"] < 5e-3
+    trace = SimpleNamespace(steps=[])
+    for key in (["short", {}], ["demo", {"steps": LARGE_OVERFIT_STEPS}]):
+        trial._runs[json.dumps(key)] = Run({}, [], trace, [], "a model", None)  # type: ignore[arg-type]
+    assert bench.run(check, bench.default_subject, "", {}).status == "passed"
+    assert [run.model for run in trial._runs.values()] == [None, "a model"]

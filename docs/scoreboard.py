@@ -158,13 +158,13 @@ def collect(peer: Peer, file: Path) -> None:
     from glm4ft.model.tiny import write_tiny_base
     from glm4ft.testing.checks import all_checks
     from glm4ft.testing.subject import load_subject
-    from glm4ft.testing.trial.runner import check_subject, summary
+    from glm4ft.testing.trial.runner import check_subject, results_record
 
     results = list(check_subject(peer.subject, all_checks()))
     with tempfile.TemporaryDirectory() as folder:
         subject = load_subject(peer.subject, write_tiny_base(Path(folder) / "base"))
         rows = {f.check: show_row(subject, f) for f in peer.failures if f.messages}
-    found = summary(peer.subject, results, round(sum(result.seconds for result in results), 1))
+    found = results_record(peer.subject, results, round(sum(result.seconds for result in results), 1))
     found["versions"] = {name: metadata.version(name).partition("+")[0] for name in peer.packages}
     found["date"] = datetime.datetime.now(datetime.UTC).date().isoformat()
     file.write_text(json.dumps({**found, "rows": rows}, ensure_ascii=False), "utf-8")

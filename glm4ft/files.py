@@ -24,6 +24,17 @@ def write_atomically(path: Path, text: str) -> None:
         unfinished.unlink(missing_ok=True)
 
 
+def finite(value: Any) -> float | None:
+    """A number as strict JSON can hold it.
+
+    Args:
+        value: A number of any kind, or None.
+    Returns:
+        A float; None for None, NaN and infinities.
+    """
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
 def finite_or_null(record: Mapping[str, Any]) -> dict[str, Any]:
     """A record without NaN and Infinity, which strict JSON does not know.
 

@@ -64,7 +64,7 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Turn:
+class AssistantTurn:
     """Where one assistant turn stands in its row.
 
     Args:
@@ -81,7 +81,7 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Row:
+class EncodedRow:
     """One encoded conversation; all sequences have the same length.
 
     Args:
@@ -95,7 +95,7 @@ class Row:
     input_ids: list[int]
     supervised: list[bool]
     segments: tuple[Segment, ...]
-    turns: tuple[Turn, ...]
+    turns: tuple[AssistantTurn, ...]
     line: int = 0
 
     @property
@@ -148,8 +148,8 @@ class ChatFormat:
         self._plain = plain_text_tokenizer(tokenizer)
         self._tool_block = functools.lru_cache(maxsize=1024)(self._render_tool_block)
 
-    def encode(self, conversation: Conversation) -> Row:
-        """Turn a conversation into ids and what is supervised.
+    def encode(self, conversation: Conversation) -> EncodedRow:
+        """AssistantTurn a conversation into ids and what is supervised.
 
         Args:
             conversation: a validated conversation.
@@ -185,7 +185,9 @@ class ChatFormat:
             blocks.insert(0, _Block("system", text, None))
         return blocks
 
-    def _assemble(self, blocks: list[_Block], trained: frozenset[int], line: int, append_stop: bool = True) -> Row:
+    def _assemble(
+        self, blocks: list[_Block], trained: frozenset[int], line: int, append_stop: bool = True
+    ) -> EncodedRow:
         input_ids, supervised = list(self.prefix_ids), [False] * len(self.prefix_ids)
         segments, turns = [Segment("", "prefix", None, 0, len(input_ids), False)], []
 
@@ -201,11 +203,11 @@ class ChatFormat:
             append([self.header_ids[block.role]], block.role, "header", block.message, ends_trained_turn)
             append(body, block.role, "body", block.message, is_trained)
             if block.role == "assistant" and block.message is not None:
-                turns.append(Turn(block.message, len(input_ids) - len(body), len(input_ids), is_trained))
+                turns.append(AssistantTurn(block.message, len(input_ids) - len(body), len(input_ids), is_trained))
             ends_trained_turn = is_trained
         if append_stop and blocks and blocks[-1].role == "assistant":
             append([self._final_stop_id(blocks[-1])], "", "terminator", None, ends_trained_turn)
-        return Row(input_ids, supervised, tuple(segments), tuple(turns), line)
+        return EncodedRow(input_ids, supervised, tuple(segments), tuple(turns), line)
 
     def _encode_bodies(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._plain.encode_batch(texts)]
@@ -274,6 +276,19 @@ class ChatFormat:
                 found=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
                 fix="check the chat template, and whether the tools are of the form that it expects",
             ) from error
+
+
+def common_prefix_length(left: Sequence[int], right: Sequence[int]) -> int:
+    """Number of ids that two rows share from the start.
+
+    Args:
+        left: Token ids.
+        right: Token ids.
+    Returns:
+        The position of the first difference; the length of the shorter row where it begins the other.
+    """
+    pairs = enumerate(zip(left, right, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(left), len(right)))
 
 
 def control_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

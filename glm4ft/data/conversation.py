@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from glm4ft.data.sources import Draft, Role, Turn, read_record, strict_json
+from glm4ft.data.sources import Draft, Role, SourceMessage, read_record, strict_json
 from glm4ft.errors import DataError, Location, show
 
 __all__ = ["Conversation", "Message", "Role", "from_messages", "parse_conversation", "read_conversations"]
@@ -157,7 +157,7 @@ def read_conversations(path: str | os.PathLike[str]) -> Iterator[Conversation]:
         raise Location(name).wrong("a file holds no conversation", "no line that is not blank", "one record per line")
 
 
-def _message(turn: Turn) -> Message:
+def _message(turn: SourceMessage) -> Message:
     loss = turn.role != "assistant" or not (turn.prompt or turn.loss is False)
     return Message(turn.role, turn.content, turn.metadata, loss)
 
@@ -185,7 +185,7 @@ def _declared_tools(draft: Draft, place: Location) -> tuple[dict[str, Any], ...]
     return declared[0] if declared else ()
 
 
-def _check_order(turns: Sequence[Turn], tools: Sequence[dict[str, Any]]) -> None:
+def _check_order(turns: Sequence[SourceMessage], tools: Sequence[dict[str, Any]]) -> None:
     roles = [turn.role for turn in turns]
     if "assistant" not in roles:
         fix = "add the answer to learn, or remove the record"

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import glm4ft
 from glm4ft.data.batching import Item, RowSet
-from glm4ft.data.chat_format import IGNORED, ChatFormat, Row
+from glm4ft.data.chat_format import IGNORED, ChatFormat, EncodedRow
 from glm4ft.data.conversation import Conversation, Message, read_conversations
 from glm4ft.errors import ConfigError, DataError
 
@@ -133,7 +133,7 @@ def data_path(data: str) -> Path:
     return DEMO_DATA if data == "demo" else Path(data)
 
 
-def fit_row(conversation: Conversation, chat_format: ChatFormat, max_length: int) -> tuple[Row | None, str]:
+def fit_row(conversation: Conversation, chat_format: ChatFormat, max_length: int) -> tuple[EncodedRow | None, str]:
     """Encode a conversation, dropping its oldest exchanges as far as needed to fit.
 
     Prefix, tools, system messages and the last assistant turn with its question stay; nothing is cut on the right, so

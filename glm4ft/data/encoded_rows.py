@@ -37,7 +37,7 @@ class TrainedRow:
 
 
 @dataclass(frozen=True)
-class Place:
+class TokenOrigin:
     """Whose token it is.
 
     Args:
@@ -51,7 +51,7 @@ class Place:
     turn: int | None
 
 
-def places(input_ids: Sequence[int], control_ids: Mapping[str, int]) -> list[Place]:
+def token_origins(input_ids: Sequence[int], control_ids: Mapping[str, int]) -> list[TokenOrigin]:
     """Tell whose token each token of a row is.
 
     Args:
@@ -67,17 +67,17 @@ def places(input_ids: Sequence[int], control_ids: Mapping[str, int]) -> list[Pla
     for token in input_ids:
         is_boundary = token in headers or token == end_of_text
         if is_boundary and role == "assistant":
-            found.append(Place("assistant", "terminator", turn))
+            found.append(TokenOrigin("assistant", "terminator", turn))
             role, num_turns = headers.get(token, ""), num_turns + (headers.get(token) == "assistant")
             turn = num_turns - 1
         elif token in headers:
             role, num_turns = headers[token], num_turns + (headers[token] == "assistant")
             turn = num_turns - 1
-            found.append(Place(role, "header", turn if role == "assistant" else None))
+            found.append(TokenOrigin(role, "header", turn if role == "assistant" else None))
         elif token in outside or not role:
-            found.append(Place("", "prefix", None))
+            found.append(TokenOrigin("", "prefix", None))
         else:
-            found.append(Place(role, "body", turn if role == "assistant" else None))
+            found.append(TokenOrigin(role, "body", turn if role == "assistant" else None))
     return found
 
 

@@ -34,7 +34,7 @@ SHAPES_IN_WORDS = (
 
 
 @dataclass(frozen=True)
-class Turn:
+class SourceMessage:
     """One message as its record states it, before the rules that hold between messages are checked."""
 
     role: Role
@@ -50,7 +50,7 @@ class Turn:
 class Draft:
     """A record as turns, with the tools at its top level and the keys that no reader of its shape reads."""
 
-    turns: tuple[Turn, ...]
+    turns: tuple[SourceMessage, ...]
     tools: tuple[tuple[dict[str, Any], ...], ...]
     unread: tuple[str, ...]
 
@@ -122,32 +122,32 @@ def _shape_of(record: Record, place: Location) -> tuple[str, ...]:
     raise place.wrong("a record has the keys of no known shape", list(record), SHAPES_IN_WORDS, "convert the record")
 
 
-def _from_sharegpt(record: Record, place: Location) -> Iterator[Turn]:
+def _from_sharegpt(record: Record, place: Location) -> Iterator[SourceMessage]:
     turns = list(_message_list(record.get("conversations"), place.key("conversations"), sharegpt=True))
     system, at = record.get("system"), place.key("system")
     if system is not None and system != "":
         if turns[0].role == "system":
             raise at.wrong("a record has two system prompts", system, "one", f"remove it or {turns[0].place.field}")
-        yield Turn("system", _content(system, at), at)
+        yield SourceMessage("system", _content(system, at), at)
     yield from turns
 
 
-def _from_prompt_completion(record: Record, place: Location) -> Iterator[Turn]:
+def _from_prompt_completion(record: Record, place: Location) -> Iterator[SourceMessage]:
     sides: tuple[tuple[str, Role], ...] = (("prompt", "user"), ("completion", "assistant"))
     for key, role in sides:
         value, at = record.get(key), place.key(key)
-        turns = _message_list(value, at) if is_array(value) else [Turn(role, _content(value, at), at)]
+        turns = _message_list(value, at) if is_array(value) else [SourceMessage(role, _content(value, at), at)]
         yield from (replace(turn, prompt=key == "prompt") for turn in turns)
 
 
-READERS: dict[tuple[str, ...], Callable[[Record, Location], Iterable[Turn]]] = {
+READERS: dict[tuple[str, ...], Callable[[Record, Location], Iterable[SourceMessage]]] = {
     ("messages",): lambda record, place: _message_list(record.get("messages"), place.key("messages")),
     ("conversations",): _from_sharegpt,
     ("prompt", "completion"): _from_prompt_completion,
 }
 
 
-def _message_list(messages: Any, place: Location, *, sharegpt: bool = False) -> Iterator[Turn]:
+def _message_list(messages: Any, place: Location, *, sharegpt: bool = False) -> Iterator[SourceMessage]:
     if not is_array(messages) or not messages:
         state = "missing" if messages is None else "empty" if is_array(messages) else "not a list"
         raise place.wrong(f"{place.field} is {state}", messages, "a list of at least one message")
@@ -155,7 +155,7 @@ def _message_list(messages: Any, place: Location, *, sharegpt: bool = False) -> 
         yield from _message(message, place.item(index), sharegpt=sharegpt)
 
 
-def _message(message: Any, place: Location, *, sharegpt: bool) -> Iterator[Turn]:
+def _message(message: Any, place: Location, *, sharegpt: bool) -> Iterator[SourceMessage]:
     """One message as one turn, or as several if it holds tool calls."""
     if not isinstance(message, Mapping):
         raise place.wrong("a message is not an object", message, "an object with role and content")
@@ -172,7 +172,7 @@ def _message(message: Any, place: Location, *, sharegpt: bool) -> Iterator[Turn]
         raise place.key("metadata").wrong("a message names its tool twice", metadata, "metadata or calls, not both")
     text = _content(content, at, may_be_empty=bool(calls or tools))
     if text or not calls:
-        yield Turn(role, text, place, metadata, loss, tools)
+        yield SourceMessage(role, text, place, metadata, loss, tools)
     yield from (replace(call, loss=loss) for call in calls)
 
 
@@ -260,7 +260,7 @@ def _name(value: Any, place: Location) -> str:
     raise place.wrong("this cannot be a tool's name", value, "a string of one line that is not blank")
 
 
-def _calls(message: Record, role: Role, place: Location) -> Iterator[Turn]:
+def _calls(message: Record, role: Role, place: Location) -> Iterator[SourceMessage]:
     """The calls of an OpenAI message, as ``tool_calls`` or as the older ``function_call``."""
     entries, call = message.get("tool_calls"), message.get("function_call")
     at = place.key("function_call" if entries in (None, []) else "tool_calls")
@@ -279,7 +279,7 @@ def _calls(message: Record, role: Role, place: Location) -> Iterator[Turn]:
         yield from (_tool_call(entry, at.item(index)) for index, entry in enumerate(entries))
 
 
-def _tool_call(entry: Any, place: Location) -> Turn:
+def _tool_call(entry: Any, place: Location) -> SourceMessage:
     if not isinstance(entry, Mapping) or entry.get("function") is None:
         return _call(entry, place)
     if entry.get("type") not in (None, "function"):
@@ -287,16 +287,18 @@ def _tool_call(entry: Any, place: Location) -> Turn:
     return replace(_call(entry["function"], place.key("function")), place=place)
 
 
-def _call(call: Any, place: Location) -> Turn:
+def _call(call: Any, place: Location) -> SourceMessage:
     if not isinstance(call, Mapping):
         raise place.wrong("a call is not an object", call, "an object with name and arguments")
     arguments, at = call.get("arguments"), place.key("arguments")
     if arguments is not None and not isinstance(arguments, str):
         arguments = _dumped(arguments, at)
-    return Turn("assistant", _content(arguments, at), place, metadata=_name(call.get("name"), place.key("name")))
+    return SourceMessage(
+        "assistant", _content(arguments, at), place, metadata=_name(call.get("name"), place.key("name"))
+    )
 
 
-def _json_calls(value: Any, place: Location) -> list[Turn]:
+def _json_calls(value: Any, place: Location) -> list[SourceMessage]:
     """The calls in the text of a ShareGPT ``function_call`` message: one object, or a list of them."""
     decoded = _decoded(_content(value, place), place)
     if not is_array(decoded):

@@ -17,37 +17,40 @@ FLAT_STEPS = 5
 
 def adapters_missing(evidence: Evidence) -> Finding | None:
     """There is no adapter, or not on all that was asked for."""
-    wiring = evidence.wiring
-    if wiring is None or (wiring.num_adapters and not wiring.wanted_but_missing):
+    adapters = evidence.adapters
+    if adapters is None or (adapters.num_adapters and not adapters.wanted_but_missing):
         return None
-    missing = ", ".join(wiring.wanted_but_missing) or "all"
-    has = ", ".join(f"{number} on {name}" for name, number in wiring.targets.items()) or "none"
+    missing = ", ".join(adapters.wanted_but_missing) or "all"
+    has = ", ".join(f"{number} on {name}" for name, number in adapters.targets.items()) or "none"
     return Finding(
         "adapters-missing",
         "model",
         f"Targets that were asked for have no adapter: {missing}.",
         (f"adapters there are: {has}",),
         "name modules that the base has: GLM-4 has q_proj, k_proj, v_proj, o_proj, gate_up_proj (fused) and down_proj",
-        0.4 if wiring.num_adapters else 1.0,
+        0.4 if adapters.num_adapters else 1.0,
     )
 
 
 def adapters_dead(evidence: Evidence) -> Finding | None:
     """Adapters add nothing: no update has ever reached them."""
-    wiring = evidence.wiring
-    if wiring is None or not wiring.num_adapters:
+    adapters = evidence.adapters
+    if adapters is None or not adapters.num_adapters:
         return None
-    num_dead = len(wiring.dead)
+    num_dead = len(adapters.dead)
     if not num_dead:
         return None
-    is_all = num_dead == wiring.num_adapters
-    frozen = " No parameter is trainable." if wiring.num_trainable == 0 else ""
+    is_all = num_dead == adapters.num_adapters
+    frozen = " No parameter is trainable." if adapters.num_trainable == 0 else ""
     return Finding(
         "adapters-dead",
         "model",
-        f"{'All' if is_all else num_dead} of {wiring.num_adapters} adapters are exactly as they began and add nothing: "
-        f"no update has reached them.{frozen}",
-        (f"first: {wiring.dead[0]}", f"the trained model's loss is {evidence.loss:.4f}, the base's {_base(evidence)}"),
+        f"{'All' if is_all else num_dead} of {adapters.num_adapters} adapters are exactly as they began and add "
+        f"nothing: no update has reached them.{frozen}",
+        (
+            f"first: {adapters.dead[0]}",
+            f"the trained model's loss is {evidence.loss:.4f}, the base's {_base(evidence)}",
+        ),
         "make the optimiser from the parameters that require a gradient, after the adapters are attached; load an "
         "adapter that is to be trained with is_trainable=True",
         1.0 if is_all else 0.6,

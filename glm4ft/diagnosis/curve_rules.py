@@ -35,9 +35,9 @@ NEVER = 10  # times the steps already made: a forecast of more is a rate that is
 def numerics(evidence: Evidence) -> Finding | None:
     """A number is not finite."""
     bad = evidence.gradients.non_finite_steps if evidence.gradients else ()
-    broken = evidence.wiring.non_finite if evidence.wiring else ()
+    broken = evidence.adapters.non_finite if evidence.adapters else ()
     is_lost = any(math.isnan(row.loss) for row in evidence.rows if any(t.supervised for t in row.tokens))
-    is_lost = is_lost and evidence.wiring is not None
+    is_lost = is_lost and evidence.adapters is not None
     if not (bad or broken or is_lost):
         return None
     facts = [f"first step that is not finite: {bad[0]}"] if bad else []
@@ -89,7 +89,7 @@ def reload_differs(evidence: Evidence) -> Finding | None:
     """What was saved, put on the base, does not do what the run logged."""
     losses = _losses(evidence.curve)
     measured = [token.loss for token in evidence.supervised if not math.isnan(token.loss)]
-    if evidence.wiring is None or not losses or not measured:
+    if evidence.adapters is None or not losses or not measured:
         return None
     now, logged = statistics.fmean(measured), statistics.median(losses[-max(1, len(losses) // LAST_SHARE) :])
     if not now > DIFFERENT_LOSS or not logged < LOGGED_SHARE * now:

@@ -136,7 +136,7 @@ class GradientHealth:
 
 
 @dataclass(frozen=True)
-class AdapterWiring:
+class AdapterAudit:
     """Which adapters there are, and whether they do anything.
 
     Args:
@@ -180,7 +180,7 @@ class Evidence:
         rows: token by token, for as many rows as were measured.
         first_loss: where the run began.
         gradients: None without logged norms.
-        wiring: None without an adapter.
+        adapters: None without an adapter.
         round_trips: one per assistant turn tried; ``exact`` says whether it came back.
         floor: of the data as they were trained; None if it could not be computed.
         target_loss: that the run was to reach, or None.
@@ -195,7 +195,7 @@ class Evidence:
     rows: tuple[RowEvidence, ...]
     first_loss: FirstLoss
     gradients: GradientHealth | None = None
-    wiring: AdapterWiring | None = None
+    adapters: AdapterAudit | None = None
     round_trips: tuple[TurnRoundTrip, ...] = ()
     floor: Floor | None = None
     target_loss: float | None = None

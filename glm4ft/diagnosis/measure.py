@@ -12,10 +12,10 @@ import torch
 from peft.tuners.lora import LoraLayer
 from tqdm import tqdm
 
-from glm4ft.data.chat_format import IGNORED
-from glm4ft.data.encoded_rows import Place, TrainedRow, places
+from glm4ft.data.chat_format import IGNORED, common_prefix_length
+from glm4ft.data.encoded_rows import TokenOrigin, TrainedRow, token_origins
 from glm4ft.diagnosis.evidence import (
-    AdapterWiring,
+    AdapterAudit,
     CurvePoint,
     Evidence,
     FirstLoss,
@@ -80,7 +80,7 @@ def gather_evidence(
         rows=evidence_rows,
         first_loss=_first_loss(curve, evidence_rows, tokenizer, model),
         gradients=gradient_health(curve),
-        wiring=wiring_of(model, options.get("target_modules") or ()) if model is not None else None,
+        adapters=audit_adapters(model, options.get("target_modules") or ()) if model is not None else None,
         round_trips=tuple(round_trips),
         floor=floor,
         target_loss=target_loss,
@@ -120,7 +120,7 @@ def gradient_health(curve: Sequence[CurvePoint]) -> GradientHealth | None:
     return GradientHealth(norms[0], norms[-1], median, largest, largest_step, ratios[spike], spike_step, bad)
 
 
-def wiring_of(model: Any, wanted: Sequence[str] | str) -> AdapterWiring:
+def audit_adapters(model: Any, wanted: Sequence[str] | str) -> AdapterAudit:
     """Which adapters a model has, and which of them do nothing.
 
     Args:
@@ -141,7 +141,7 @@ def wiring_of(model: Any, wanted: Sequence[str] | str) -> AdapterWiring:
     asked = [] if isinstance(wanted, str) else list(wanted)
     missing = tuple(target for target in asked if not any(f".{name}".endswith(f".{target}") for name in adapters))
     num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return AdapterWiring(len(adapters), targets, tuple(dead), tuple(broken), num_trainable, missing)
+    return AdapterAudit(len(adapters), targets, tuple(dead), tuple(broken), num_trainable, missing)
 
 
 def _number(entry: Mapping[str, Any], *names: str) -> float | None:
@@ -185,7 +185,7 @@ def _differences(
         own, other = list(row.input_ids), by_line.get(row.line)
         if other is None or own == other:
             continue
-        at = next(i for i in range(len(own) + 1) if own[i : i + 1] != other[i : i + 1])
+        at = common_prefix_length(own, other)
         trained, expected = (
             "".join(token_text(decoder, token) for token in ids[at : at + _SHOWN_TOKENS]) for ids in (own, other)
         )
@@ -197,7 +197,7 @@ def _rows(rows: Sequence[TrainedRow], losses: Sequence[Any], tokenizer: Any, flo
     floors = iter(floor.per_target.tolist() if floor else [])
     found = []
     for row, (own, likeliest, base) in zip(rows, losses, strict=True):
-        where = places(row.input_ids, controls)
+        where = token_origins(row.input_ids, controls)
         tokens = []
         for at in range(1, len(row.input_ids)):
             is_target = row.labels[at] != IGNORED
@@ -211,7 +211,7 @@ def _rows(rows: Sequence[TrainedRow], losses: Sequence[Any], tokenizer: Any, flo
 def _token(
     row: TrainedRow,
     at: int,
-    place: Place,
+    place: TokenOrigin,
     loss: float,
     likeliest: int,
     base_loss: float,

@@ -11,11 +11,10 @@ import torch
 import yaml
 from peft import PeftModel
 
-from glm4ft.data.chat_format import IGNORED, ChatFormat, Turn
-from glm4ft.data.chat_format import Row as EncodedRow
+from glm4ft.data.chat_format import IGNORED, AssistantTurn, ChatFormat, EncodedRow
 from glm4ft.data.conversation import read_conversations
 from glm4ft.data.dataset import data_path, fit_row
-from glm4ft.data.encoded_rows import KEPT_TOKENS, ROWS_FILE, TrainedRow, places, read_rows
+from glm4ft.data.encoded_rows import KEPT_TOKENS, ROWS_FILE, TrainedRow, read_rows, token_origins
 from glm4ft.diagnosis.measure import MEASURED_ROWS, gather_evidence
 from glm4ft.diagnosis.rules import Diagnosis, diagnose
 from glm4ft.errors import ConfigError, ModelError
@@ -254,7 +253,7 @@ def _say_back(model: Any, chat_format: ChatFormat, rows: Sequence[TrainedRow]) -
     """Have the model say the first assistant turns."""
     encoded, num_turns = [], 0
     for row in rows:
-        turns = turns_of(row, chat_format)
+        turns = assistant_turns(row, chat_format)
         if turns and num_turns < TRIED_TURNS:
             kept = turns[: TRIED_TURNS - num_turns]
             num_turns += len(kept)
@@ -264,7 +263,7 @@ def _say_back(model: Any, chat_format: ChatFormat, rows: Sequence[TrainedRow]) -
         return round_trip(model, chat_format, encoded)
 
 
-def turns_of(row: TrainedRow, chat_format: ChatFormat) -> list[Turn]:
+def assistant_turns(row: TrainedRow, chat_format: ChatFormat) -> list[AssistantTurn]:
     """The assistant turns of a row that have a body and an end.
 
     Args:
@@ -273,7 +272,7 @@ def turns_of(row: TrainedRow, chat_format: ChatFormat) -> list[Turn]:
     Returns:
         Turns, ``message`` counting the headers before them; a turn is supervised if one of its words is.
     """
-    where = places(row.input_ids, chat_format.control_ids)
+    where = token_origins(row.input_ids, chat_format.control_ids)
     turns, num_messages, start = [], -1, None
     for at, place in enumerate(where):
         if place.part == "header":
@@ -281,7 +280,7 @@ def turns_of(row: TrainedRow, chat_format: ChatFormat) -> list[Turn]:
             start = at + 1 if place.role == "assistant" else None
         elif place.part == "terminator" and start is not None:
             is_supervised = any(label != IGNORED for label in row.labels[start:at])
-            turns.append(Turn(num_messages, start, at, is_supervised))
+            turns.append(AssistantTurn(num_messages, start, at, is_supervised))
             is_header = row.input_ids[at] in chat_format.header_ids.values()
             num_messages, start = num_messages + is_header, None
     return turns

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from glm4ft.data.encoded_rows import TrainedRow, places
+from glm4ft.data.encoded_rows import TrainedRow, token_origins
 from glm4ft.errors import DataError
 from glm4ft.floors.bounds import Bound, Target, bound_targets
 from glm4ft.floors.head import Head
@@ -217,7 +217,7 @@ def _part_floors(
         targets.row_N.tolist(), targets.position_N.tolist(), per_target.tolist(), strict=True
     ):
         if row not in row_places:
-            row_places = {row: places(rows[row].input_ids, control_ids)}
+            row_places = {row: token_origins(rows[row].input_ids, control_ids)}
         place = row_places[row][position]
         sums.setdefault(f"{place.role} {place.part}".strip(), []).append(floor)
     return {name: sum(floors) / len(floors) for name, floors in sums.items()}

@@ -16,7 +16,15 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, Glm4ForCausalLM, GlmForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from glm4ft.data.chat_format import END_OF_TEXT, STOPS, ChatFormat, FormatName, control_ids, detect_format
+from glm4ft.data.chat_format import (
+    END_OF_TEXT,
+    STOPS,
+    ChatFormat,
+    FormatName,
+    common_prefix_length,
+    control_ids,
+    detect_format,
+)
 from glm4ft.data.conversation import Message
 from glm4ft.errors import ConfigError, ModelError
 from glm4ft.model.checkpoint import TINY, find_checkpoint, listed, one_line, read_json, require_whole_file, weight_files
@@ -288,7 +296,7 @@ def _template_warnings(tokenizer: PreTrainedTokenizerBase, format_name: FormatNa
         return [f"{source}: its chat template fails on a plain conversation: {one_line(error)}"]
     if theirs == ours:
         return []
-    first = next(i for i in range(len(ours) + 1) if ours[i : i + 1] != theirs[i : i + 1])
+    first = common_prefix_length(ours, theirs)
     token, other = (
         repr(tokenizer.decode(ids[first : first + 1])) if ids[first:] else "nothing" for ids in (ours, theirs)
     )

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel
 
-from glm4ft.data.chat_format import ChatFormat, Row, Turn
+from glm4ft.data.chat_format import AssistantTurn, ChatFormat, EncodedRow, common_prefix_length
 from glm4ft.text.safe_text import visible
 
 # A turn that does not stop is given this many tokens to show how it goes on.
@@ -59,7 +59,9 @@ class TurnRoundTrip:
         )
 
 
-def round_trip(model: PreTrainedModel | PeftModel, chat_format: ChatFormat, rows: Iterable[Row]) -> list[TurnRoundTrip]:
+def round_trip(
+    model: PreTrainedModel | PeftModel, chat_format: ChatFormat, rows: Iterable[EncodedRow]
+) -> list[TurnRoundTrip]:
     """Generate every assistant turn from its inference prompt and compare.
 
     Args:
@@ -105,13 +107,14 @@ def greedy(
     return list(output[0, len(prompt) :].tolist())
 
 
-def _try_turn(model: PreTrainedModel | PeftModel, chat_format: ChatFormat, row: Row, turn: Turn) -> TurnRoundTrip:
+def _try_turn(
+    model: PreTrainedModel | PeftModel, chat_format: ChatFormat, row: EncodedRow, turn: AssistantTurn
+) -> TurnRoundTrip:
     expected = row.input_ids[turn.start : turn.end + 1]
     # a terminator that is no stop token (a second <|assistant|>, where that was asked for) must end the turn here too
     stops = list(dict.fromkeys([*chat_format.stop_ids, expected[-1]]))
     generated = greedy(model, row.input_ids[: turn.start], stops, len(expected) + OVERRUN)
-    same = [a == b for a, b in zip(expected, generated, strict=False)]
-    first = None if generated == expected else (same.index(False) if False in same else len(same))
+    first = None if generated == expected else common_prefix_length(expected, generated)
     tokenizer = chat_format.tokenizer
     return TurnRoundTrip(
         line=row.line,

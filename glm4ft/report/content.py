@@ -10,7 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from glm4ft.files import finite
+
 Tone = Literal["good", "bad", "unsure"]
+# Statuses of a check in order of weight: the first that a stage has among its checks decides how the stage is shown.
+STATUSES = ("error", "failed", "expected-failure", "passed", "skipped")
 
 
 @dataclass(frozen=True)
@@ -69,10 +73,10 @@ class Curves:
         """
         return cls(
             steps=tuple(int(row.get("step", number)) for number, row in enumerate(rows, 1)),
-            loss=tuple(_finite(row.get("loss")) for row in rows),
-            grad_norm=tuple(_finite(row.get("grad_norm")) for row in rows),
-            rate=tuple(_finite(row.get("lr", row.get("learning_rate"))) for row in rows),
-            evaluations=tuple((int(row["step"]), _finite(row["eval_loss"])) for row in evaluations),
+            loss=tuple(finite(row.get("loss")) for row in rows),
+            grad_norm=tuple(finite(row.get("grad_norm")) for row in rows),
+            rate=tuple(finite(row.get("lr", row.get("learning_rate"))) for row in rows),
+            evaluations=tuple((int(row["step"]), finite(row["eval_loss"])) for row in evaluations),
             **lines,
         )
 
@@ -145,7 +149,7 @@ class ShownCheck:
 
 
 @dataclass(frozen=True)
-class Option:
+class ShownOption:
     """An option, its value, and where the value came from."""
 
     name: str
@@ -185,9 +189,5 @@ class Content:
     turns: tuple[ShownTurn, ...] = ()
     checks: tuple[ShownCheck, ...] = ()
     facts: tuple[tuple[str, str], ...] = ()
-    options: tuple[Option, ...] = ()
+    options: tuple[ShownOption, ...] = ()
     command: str = ""
-
-
-def _finite(value: Any) -> float | None:
-    return float(value) if value is not None and math.isfinite(value) else None

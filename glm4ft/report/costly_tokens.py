@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from glm4ft.data.chat_format import HEADERS
-from glm4ft.data.encoded_rows import Place, places
+from glm4ft.data.encoded_rows import TokenOrigin, token_origins
 from glm4ft.report.content import ShownRow
 from glm4ft.text.safe_text import visible
 from glm4ft.text.token_text import TokenDecoder
@@ -57,10 +57,10 @@ def token_parts(input_ids: Sequence[int], tokenizer: Any) -> list[str]:
     control_ids = tokenizer.get_added_vocab()
     if HEADERS["assistant"] not in control_ids:
         return ["token"] * len(input_ids)
-    return [_part_name(place) for place in places(input_ids, control_ids)]
+    return [_part_name(place) for place in token_origins(input_ids, control_ids)]
 
 
-def _part_name(place: Place) -> str:
+def _part_name(place: TokenOrigin) -> str:
     if place.part == "header":
         return "assistant header" if place.role == "assistant" else "header"
     return place.role if place.part == "body" else place.part

@@ -47,7 +47,7 @@ def show_diagnosis(diagnosis: Diagnosis, *, json_file: str | None = None) -> Non
 
 def facts(evidence: Evidence) -> Iterator[str]:
     """Figures that every diagnosis is read beside, a line each."""
-    first, gradients, wiring, floor = evidence.first_loss, evidence.gradients, evidence.wiring, evidence.floor
+    first, gradients, adapters, floor = evidence.first_loss, evidence.gradients, evidence.adapters, evidence.floor
     began = "not logged" if first.logged is None else f"{first.logged:.4f}"
     base = "not measured" if first.base is None else f"{first.base:.4f}"
     yield f"loss: {evidence.loss:.4f} now; first {began}, the base's own {base}, ln V {first.uniform:.2f}"
@@ -59,9 +59,9 @@ def facts(evidence: Evidence) -> Iterator[str]:
             f"largest {gradients.largest:.3g} at step {gradients.largest_step}, largest jump "
             f"{gradients.spike_ratio:.1f}-fold, {len(gradients.non_finite_steps)} steps not finite"
         )
-    if wiring:
-        targets = ", ".join(f"{number} {name}" for name, number in wiring.targets.items())
-        yield f"adapters: {wiring.num_adapters} ({targets}), {len(wiring.dead)} of them without effect"
+    if adapters:
+        targets = ", ".join(f"{number} {name}" for name, number in adapters.targets.items())
+        yield f"adapters: {adapters.num_adapters} ({targets}), {len(adapters.dead)} of them without effect"
     if evidence.round_trips:
         exact = sum(turn.exact for turn in evidence.round_trips)
         stopped = sum(turn.stop is not None for turn in evidence.round_trips)

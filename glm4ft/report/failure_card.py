@@ -135,7 +135,7 @@ def explain_difference(turn: ShownTurn) -> Iterator[str]:
 
 
 def _facts(content: Content) -> Iterator[str]:
-    yield from _labelled("wiring", [value for name, value in content.facts if name == "adapter"])
+    yield from _labelled("adapter", [value for name, value in content.facts if name == "adapter"])
 
 
 def _command(content: Content) -> Iterator[str]:

@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 import glm4ft
 from glm4ft.report.chart import Chart, Line
-from glm4ft.report.content import Content, Curves, ShownCheck, ShownRow, ShownTurn
+from glm4ft.report.content import STATUSES, Content, Curves, ShownCheck, ShownRow, ShownTurn
 from glm4ft.report.costly_tokens import PART_NAMES, costly_tokens
 from glm4ft.report.heat_map import LEVEL_NAMES, LEVELS, listed_tokens, stretches
 from glm4ft.text.safe_text import visible
@@ -23,7 +23,6 @@ from glm4ft.text.safe_text import visible
 OPEN_TOKENS = 2000  # conversations stand open until this many tokens are on the page
 TONE_NAMES = {"good": "Right", "bad": "Wrong", "unsure": "Unsure"}
 # In order of weight: the first that a stage has among its checks is its verdict.
-STATUSES = ("error", "failed", "expected-failure", "passed", "skipped")
 
 
 def render_page(content: Content) -> str:

@@ -15,7 +15,7 @@ from glm4ft.report.sparkline import sparkline
 from glm4ft.text.safe_text import visible
 
 TONES = {"good": "✅", "bad": "❌", "unsure": "⚠️"}
-STATUSES = {"passed": "✅", "failed": "❌", "error": "❌", "skipped": "➖", "expected-failure": "⚠️"}
+MARKS = {"passed": "✅", "failed": "❌", "error": "❌", "skipped": "➖", "expected-failure": "⚠️"}
 # What Markdown or HTML could act on; a full stop or a colon only where it could be part of an address.
 _ACTIVE = re.compile(r"[!\"#$&*+;<=>?@\[\\\]^_`{|}~-]|[.:](?=[^\s\d])")
 
@@ -97,7 +97,7 @@ def _checks(content: Content) -> Iterator[str]:
 
 def _check(check: ShownCheck) -> str:
     first = next((line for line in check.message.split("\n") if line.strip()), "")
-    return f"\n- {STATUSES[check.status]} **{prose(check.claim)}** ({prose(check.stage)}): {prose(first)}"
+    return f"\n- {MARKS[check.status]} **{prose(check.claim)}** ({prose(check.stage)}): {prose(first)}"
 
 
 def _turns(content: Content) -> Iterator[str]:

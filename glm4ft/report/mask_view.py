@@ -1,9 +1,9 @@
 """Shows which tokens of a row are supervised: as text with cues, as tables around each turn, as totals, as JSON.
 
-The cues come from ``Row.supervised``, what the loss is given; segments only say whose tokens they are. A supervised
-run is green *and* in ``⟦…⟧``, and a line that begins inside one has a heavier rule at its left, so it can be read
-without colour. All text of a conversation goes through ``safe_text``: what looks like a cue, a fold or a control
-token is one.
+The cues come from ``EncodedRow.supervised``, what the loss is given; segments only say whose tokens they are. A
+supervised run is green *and* in ``⟦…⟧``, and a line that begins inside one has a heavier rule at its left, so it can
+be read without colour. All text of a conversation goes through ``safe_text``: what looks like a cue, a fold or a
+control token is one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from glm4ft.text.safe_text import Ruled, visible
 from glm4ft.text.token_text import TokenDecoder, Unit
 
 if TYPE_CHECKING:
-    from glm4ft.data.chat_format import ChatFormat, Row, Segment
+    from glm4ft.data.chat_format import ChatFormat, EncodedRow, Segment
 
 SCHEMA = 1
 OPEN, CLOSE = "⟦", "⟧"
@@ -52,7 +52,7 @@ class _Run:
     units: tuple[Unit, ...]
 
 
-def mask_record(index: int, row: Row | None, *, line: int, dropped: str | None) -> dict[str, Any]:
+def mask_record(index: int, row: EncodedRow | None, *, line: int, dropped: str | None) -> dict[str, Any]:
     """One conversation as ``glm4ft inspect --json`` writes it.
 
     Args:
@@ -83,7 +83,7 @@ def render_legend() -> Text:
     )  # fmt: skip
 
 
-def render_row(row: Row, chat_format: ChatFormat, *, boundaries: bool = False) -> RenderableType:
+def render_row(row: EncodedRow, chat_format: ChatFormat, *, boundaries: bool = False) -> RenderableType:
     """A row for the terminal or a log, at any width, with or without colour.
 
     Args:
@@ -99,7 +99,7 @@ def render_row(row: Row, chat_format: ChatFormat, *, boundaries: bool = False) -
     return Group(_summary(row), text, *tables)
 
 
-def mask_text(row: Row, chat_format: ChatFormat, *, context_tokens: int = CONTEXT_TOKENS) -> Text:
+def mask_text(row: EncodedRow, chat_format: ChatFormat, *, context_tokens: int = CONTEXT_TOKENS) -> Text:
     """The row's text with its cues, not yet broken into lines of the terminal.
 
     Args:
@@ -170,7 +170,9 @@ class Totals:
     dropped: dict[str, Lines] = field(default_factory=dict)
     warnings: dict[str, Lines] = field(default_factory=dict)
 
-    def add(self, row: Row | None, *, line: int, dropped: str | None = None, warnings: Iterable[str] = ()) -> None:
+    def add(
+        self, row: EncodedRow | None, *, line: int, dropped: str | None = None, warnings: Iterable[str] = ()
+    ) -> None:
         """Count one conversation.
 
         Args:
@@ -259,7 +261,7 @@ def _decoder(chat_format: ChatFormat) -> TokenDecoder:
     return TokenDecoder(chat_format.tokenizer, cues=(OPEN, CLOSE, FOLD_OPEN))
 
 
-def _runs(row: Row, decoder: TokenDecoder) -> Iterator[_Run]:
+def _runs(row: EncodedRow, decoder: TokenDecoder) -> Iterator[_Run]:
     for segment in row.segments:
         span = range(segment.start, segment.end)
         for supervised, group in itertools.groupby(span, key=row.supervised.__getitem__):
@@ -289,7 +291,7 @@ def _append_units(text: Text, units: tuple[Unit, ...], supervised: bool, decoder
             text.append(shown, SUPERVISED if supervised else IGNORED)
 
 
-def _summary(row: Row) -> Text:
+def _summary(row: EncodedRow) -> Text:
     num_tokens, num_supervised = len(row.input_ids), sum(row.supervised)
     num_trained = sum(turn.supervised for turn in row.turns)
     where = f"line {row.line}" if row.line else "row"
@@ -301,7 +303,7 @@ def _summary(row: Row) -> Text:
     )
 
 
-def _boundary_tables(row: Row, decoder: TokenDecoder) -> Iterator[Table]:
+def _boundary_tables(row: EncodedRow, decoder: TokenDecoder) -> Iterator[Table]:
     """A table for each assistant turn: the tokens around its start and its end."""
     units = [unit for run in _runs(row, decoder) for unit in run.units for _ in _span(unit)]
     segments = [segment for segment in row.segments for _ in _span(segment)]
@@ -319,7 +321,7 @@ def _boundary_tables(row: Row, decoder: TokenDecoder) -> Iterator[Table]:
         yield table
 
 
-def _token_cells(row: Row, position: int, unit: Unit, segment: Segment, decoder: TokenDecoder) -> Iterator[Text]:
+def _token_cells(row: EncodedRow, position: int, unit: Unit, segment: Segment, decoder: TokenDecoder) -> Iterator[Text]:
     token_id, supervised = row.input_ids[position], row.supervised[position]
     style = SUPERVISED if supervised else IGNORED
     yield Text(str(position))

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from glm4ft.data.chat_format import ChatFormat, Row
+from glm4ft.data.chat_format import ChatFormat, EncodedRow
 from glm4ft.data.conversation import read_conversations
 from glm4ft.data.dataset import DataReport, data_path, fit_row
 from glm4ft.data.encoded_rows import TrainedRow
@@ -23,7 +23,7 @@ from glm4ft.diagnosis.rules import Diagnosis, diagnose
 from glm4ft.errors import RunError
 from glm4ft.floors.floor import Floor
 from glm4ft.model.generation import TurnRoundTrip
-from glm4ft.report.content import Content, Curves, Headline, Option, ShownRow, ShownTurn
+from glm4ft.report.content import Content, Curves, Headline, ShownOption, ShownRow, ShownTurn
 from glm4ft.report.costly_tokens import part_counts
 from glm4ft.report.files import write_report
 from glm4ft.report.wording import diagnosed_run, failed_run, finished_run, supervised_sentence
@@ -112,7 +112,7 @@ class RunReport:
         )
 
     def _diagnose(
-        self, encoded: Sequence[Row], trajectory: Trajectory, model: Any, round_trips: Sequence[TurnRoundTrip]
+        self, encoded: Sequence[EncodedRow], trajectory: Trajectory, model: Any, round_trips: Sequence[TurnRoundTrip]
     ) -> Diagnosis:
         return diagnose(
             gather_evidence(
@@ -135,7 +135,7 @@ class RunReport:
         account = finished_run(trajectory.steps, self.config.target, diagnosis.evidence.round_trips, supervised)
         return diagnosed_run(diagnosis, account)
 
-    def _encoded(self) -> Iterator[Row]:
+    def _encoded(self) -> Iterator[EncodedRow]:
         for conversation in read_conversations(data_path(str(self.config.data))):
             row, _ = fit_row(conversation, self.chat_format, self.config.max_length)
             if row:
@@ -165,7 +165,7 @@ class RunReport:
         yield "digest of the rows", str(header.get("rows_sha256", ""))
 
 
-def shown_row(row: Row, measured: RowEvidence | None = None) -> ShownRow:
+def shown_row(row: EncodedRow, measured: RowEvidence | None = None) -> ShownRow:
     """A row of our own encoder; what should be supervised is what its segments say.
 
     Args:
@@ -191,7 +191,7 @@ def shown_turn(turn: TurnRoundTrip) -> ShownTurn:
     return ShownTurn(title, turn.expected, turn.generated, turn.exact, turn.supervised, turn.stop)
 
 
-def _options(config: TrainConfig, sources: Mapping[str, str]) -> Iterator[Option]:
+def _options(config: TrainConfig, sources: Mapping[str, str]) -> Iterator[ShownOption]:
     values, default = asdict(config), asdict(TrainConfig())
     values["learning_rate"] = config.peak_learning_rate
     for name, value in values.items():
@@ -199,10 +199,10 @@ def _options(config: TrainConfig, sources: Mapping[str, str]) -> Iterator[Option
             for key, inner in value.items():
                 is_default = inner == default[name][key]
                 source = sources.get(f"{name}.{key}", sources.get(name, "default" if is_default else "given"))
-                yield Option(f"{name}.{key}", _show(inner), source)
+                yield ShownOption(f"{name}.{key}", _show(inner), source)
         else:
             is_default = getattr(config, name) == default[name]
-            yield Option(name, _show(value), sources.get(name, "default" if is_default else "given"))
+            yield ShownOption(name, _show(value), sources.get(name, "default" if is_default else "given"))
 
 
 def _show(value: Any) -> str:

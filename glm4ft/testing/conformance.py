@@ -29,7 +29,7 @@ from glm4ft.testing.session.records import attach_check
 from glm4ft.testing.subject import load_subject
 from glm4ft.testing.trial.registry import Check
 from glm4ft.testing.trial.report import explain_trial, supervised_by
-from glm4ft.testing.trial.runner import Result, known_failures, require_known, run_check
+from glm4ft.testing.trial.runner import Result, known_failures, require_known_checks, run_check
 from glm4ft.testing.trial.stages import STAGES
 from glm4ft.testing.trial.trial import Trial
 from glm4ft.testing.trial.wording import WRONG
@@ -41,7 +41,7 @@ class SubjectBrokeDown(Exception):
 
 
 @dataclass
-class Bench:
+class Trials:
     """Where trials are held: one per subject and dtype, made when the first check asks for it.
 
     Args:
@@ -97,13 +97,13 @@ class BoundCheck:
     expected_failures: Mapping[str, str]
     dtype: str
 
-    def run(self, node: pytest.Item, bench: Bench) -> None:
+    def run(self, node: pytest.Item, trials: Trials) -> None:
         """Run the check and give pytest the outcome; the result is attached to the report of the test."""
         __tracebackhide__ = True
-        spec = self.subject or bench.default_subject
-        result = bench.run(self.check, spec, self.dtype, self.expected_failures)
+        spec = self.subject or trials.default_subject
+        result = trials.run(self.check, spec, self.dtype, self.expected_failures)
         if result.status in WRONG:
-            trial = bench.trial(spec, self.dtype)
+            trial = trials.trial(spec, self.dtype)
             attach_check(node, spec, result, self.dtype, supervised=supervised_by(trial))
             _show_card(node, spec, result, trial)
         else:
@@ -142,7 +142,7 @@ def parametrize_with_checks(
         ConfigError: if an expected failure names no check.
     """
     suite, expected = all_checks(), expected_failures or {}
-    require_known(expected, suite)
+    require_known_checks(expected, suite)
     checks = [check for check in suite if check.stage in stages]
     bound = [BoundCheck(check, subject, expected, dtype) for dtype in dtypes for check in checks]
     params = [pytest.param(one, id=one.id if len(dtypes) == 1 else f"{one.id}-{one.dtype}") for one in bound]

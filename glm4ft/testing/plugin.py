@@ -19,7 +19,7 @@ from glm4ft.testing.session.options import DEVICE, GPU, MODEL, REPORT, SUBJECT, 
 from glm4ft.testing.session.records import GPU_RAN, Collected, attach_run, summary_lines
 
 if TYPE_CHECKING:
-    from glm4ft.testing.conformance import Bench, BoundCheck
+    from glm4ft.testing.conformance import BoundCheck, Trials
     from glm4ft.testing.session.gpu_lane import Bases
 
 MARKERS = (
@@ -229,16 +229,16 @@ def glm4ft_record_run(request: pytest.FixtureRequest) -> Callable[..., None]:
 
 
 @pytest.fixture(scope="session")
-def glm4ft_bench(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory, glm4ft_bases: Bases) -> Bench:
+def glm4ft_trials(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory, glm4ft_bases: Bases) -> Trials:
     """Makes the trial of each subject, once in a session; a check of ``parametrize_with_checks`` needs it."""
-    from glm4ft.testing.conformance import Bench
+    from glm4ft.testing.conformance import Trials
 
     folder = tmp_path_factory.mktemp("glm4ft-checks")
-    return Bench(glm4ft_bases, folder, default_subject=SUBJECT.value(pytestconfig))
+    return Trials(glm4ft_bases, folder, default_subject=SUBJECT.value(pytestconfig))
 
 
 @pytest.fixture
-def glm4ft_check(request: pytest.FixtureRequest, glm4ft_bench: Bench) -> Callable[[], None]:
+def glm4ft_check(request: pytest.FixtureRequest, glm4ft_trials: Trials) -> Callable[[], None]:
     """A check of the conformance suite, ready to be called; the parameter comes from ``parametrize_with_checks``."""
     bound: BoundCheck = request.param
-    return lambda: bound.run(request.node, glm4ft_bench)
+    return lambda: bound.run(request.node, glm4ft_trials)

@@ -13,7 +13,7 @@ from hypothesis import given
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
-from glm4ft.data.chat_format import ChatFormat, Row, control_ids, detect_format, plain_text_tokenizer
+from glm4ft.data.chat_format import ChatFormat, EncodedRow, control_ids, detect_format, plain_text_tokenizer
 from glm4ft.data.conversation import Conversation, Message
 from glm4ft.errors import DataError, ModelError
 from glm4ft.model.tiny import CONTROL_TOKENS, tiny_tokenizer
@@ -31,7 +31,7 @@ CALL = Conversation(
 )
 
 
-def notation(tokenizer: Any, row: Row) -> str:
+def notation(tokenizer: Any, row: EncodedRow) -> str:
     """The row as glm4_format.md writes it: supervised tokens in brackets, newlines escaped."""
     texts = [tokenizer.decode([token]).replace("\n", "\\n") for token in row.input_ids]
     return " ".join(f"[{text}]" if keep else text for text, keep in zip(texts, row.supervised, strict=True))

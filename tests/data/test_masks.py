@@ -17,7 +17,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from glm4ft.data.chat_format import IGNORED, ChatFormat, Row
+from glm4ft.data.chat_format import IGNORED, ChatFormat, EncodedRow
 from glm4ft.data.conversation import Conversation, Message
 from glm4ft.errors import DataError
 from glm4ft.testing.strategies import MARKERS, conversations, marker_free_contents
@@ -123,7 +123,7 @@ def explain_difference(tokenizer: Any, ids: list[int], got: Sequence[Any], expec
 
 
 def assert_row(
-    *, row: Row, ids: list[int] | None = None, supervised: list[bool] | None = None, by: ChatFormat, rule: str
+    *, row: EncodedRow, ids: list[int] | None = None, supervised: list[bool] | None = None, by: ChatFormat, rule: str
 ) -> None:
     """Compare ids, the mask, or both, and show the first difference."""
     __tracebackhide__ = True

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from glm4ft.data.chat_format import IGNORED
 from glm4ft.diagnosis.evidence import (
-    AdapterWiring,
+    AdapterAudit,
     CurvePoint,
     Evidence,
     FirstLoss,
@@ -41,7 +41,7 @@ ROW = [
     ("assistant", "terminator", 0),
 ]
 RIGHT = (0, 0, 0, 1, 1, 1)
-WIRING = AdapterWiring(12, {"q_proj": 12}, (), ())
+ADAPTERS = AdapterAudit(12, {"q_proj": 12}, (), ())
 
 
 def row(
@@ -80,7 +80,7 @@ def says_the_token_after(found: RowEvidence) -> RowEvidence:
 def evidence(*rows: RowEvidence, losses: Sequence[float] = (8.0, 4.0, 1.0), **more: Any) -> Evidence:
     rates = more.pop("rates", [1e-3] * len(losses))
     curve = tuple(CurvePoint(i, x, 1.0, lr) for i, (x, lr) in enumerate(zip(losses, rates, strict=True), start=1))
-    known = {"first_loss": FirstLoss(losses[0], 8.0, 6.3), "wiring": WIRING, "gradients": gradient_health(curve)}
+    known = {"first_loss": FirstLoss(losses[0], 8.0, 6.3), "adapters": ADAPTERS, "gradients": gradient_health(curve)}
     return Evidence(curve=curve, rows=rows or (row(),), **{**known, **more})
 
 
@@ -99,8 +99,8 @@ CASES = {
     ),
     "not-as-served": evidence(row(), differences=(RenderingDifference(1, 0, "[gMASK][gMASK]", "[gMASK]<sop>"),)),
     "numerics": evidence(row(loss=math.nan), losses=[8.0, math.nan, math.nan]),
-    "adapters-missing": evidence(row(loss=8.0), losses=[8.0] * 3, wiring=replace(WIRING, num_adapters=0)),
-    "adapters-dead": evidence(row(loss=8.0), losses=[8.0, 8.1] * 5, wiring=replace(WIRING, dead=("q",) * 12)),
+    "adapters-missing": evidence(row(loss=8.0), losses=[8.0] * 3, adapters=replace(ADAPTERS, num_adapters=0)),
+    "adapters-dead": evidence(row(loss=8.0), losses=[8.0, 8.1] * 5, adapters=replace(ADAPTERS, dead=("q",) * 12)),
     "training-stopped": evidence(row(loss=4.0), losses=[8.0, 6.0, 5.0, *[4.0] * 10]),
     "samples-not-learnt": evidence(row(), row(loss=6.0, line=2), losses=[8.0, 7.0, 6.0]),
     "wrong-start": evidence(row(loss=4.0), losses=[30.0, 20.0, 4.0]),
@@ -186,7 +186,7 @@ def test_record_keeps_the_contract_in_strict_json(verdict: str) -> None:
 
 def test_curve_without_a_model_is_judged_by_what_was_logged() -> None:
     """All that is left of a run that broke before it saved anything."""
-    logged = evidence(row(loss=math.nan), losses=DECAY[:20], wiring=None)
+    logged = evidence(row(loss=math.nan), losses=DECAY[:20], adapters=None)
     assert diagnose(logged).verdict == "still-falling"
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from glm4ft.data.chat_format import ChatFormat, Row
+from glm4ft.data.chat_format import ChatFormat, EncodedRow
 from glm4ft.data.conversation import Conversation, Message, read_conversations
 from glm4ft.data.dataset import DEMO_DATA
 from glm4ft.model.tiny import tiny_tokenizer
-from glm4ft.report.content import Content, Curves, Headline, Option, ShownCheck, ShownRow, ShownTurn
+from glm4ft.report.content import Content, Curves, Headline, ShownCheck, ShownOption, ShownRow, ShownTurn
 from glm4ft.report.costly_tokens import part_counts, token_parts
 from glm4ft.report.run_report import shown_row
 from glm4ft.testing.subjects.founding_bug import FoundingBugFormat
@@ -25,13 +25,13 @@ HOSTILE = (
 HOSTILE_LINES = f"::add-mask::x\n{HOSTILE}\n  ::error::y\n# heading\n- item\n"
 
 
-def row_of(*texts: str, chat_format: ChatFormat = FORMAT) -> Row:
+def row_of(*texts: str, chat_format: ChatFormat = FORMAT) -> EncodedRow:
     """A conversation of user and assistant in turn, encoded."""
     messages = [Message("assistant" if i % 2 else "user", text) for i, text in enumerate(texts)]
     return chat_format.encode(Conversation(tuple(messages), line=7))
 
 
-def with_losses(row: Row, *, header: float = 0.0, terminator: float = 0.002, body: float = 0.002) -> ShownRow:
+def with_losses(row: EncodedRow, *, header: float = 0.0, terminator: float = 0.002, body: float = 0.002) -> ShownRow:
     """The row as a report shows it, each target with the loss of its part."""
     by_part = {"assistant header": header, "terminator": terminator}
     parts = token_parts(row.input_ids, TOKENIZER)
@@ -77,7 +77,7 @@ def founding_bug() -> Content:
             ("adapter", "12 adapters on 6 targets, 30,720 trained of 469,120 parameters (6.55 %)"),
             ("device", "cpu"),
         ),
-        options=(Option("schedule", "constant", "command line"), Option("seed", "0", "default")),
+        options=(ShownOption("schedule", "constant", "command line"), ShownOption("seed", "0", "default")),
         command="glm4ft train --config bug/config.yaml --output NEW_FOLDER",
     )
 
@@ -100,6 +100,6 @@ def hostile() -> Content:
             ShownCheck("rows", HOSTILE_LINES, "passed"),
         ),
         facts=((HOSTILE_LINES, HOSTILE_LINES), ("adapter", HOSTILE_LINES)),
-        options=(Option(HOSTILE_LINES, HOSTILE_LINES, HOSTILE_LINES),),
+        options=(ShownOption(HOSTILE_LINES, HOSTILE_LINES, HOSTILE_LINES),),
         command=HOSTILE_LINES,
     )

@@ -33,7 +33,7 @@ round trip │ 1 of 2 turns came back exactly
    trained │ … through Paris. 塞纳河穿过巴黎。<|user|>
       said │ … through Paris. 塞纳河穿过巴黎。 cit fu
            │                                  ^
-wiring     │ 12 adapters on 6 targets, 30,720 trained of 469,120 parameters (6.55 %)
+adapter    │ 12 adapters on 6 targets, 30,720 trained of 469,120 parameters (6.55 %)
 reproduce  │ glm4ft train --config bug/config.yaml --output NEW_FOLDER"""
 
 

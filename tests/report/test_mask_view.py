@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from rich.console import Console, RenderableType
 
 import glm4ft
-from glm4ft.data.chat_format import ChatFormat, Row
+from glm4ft.data.chat_format import ChatFormat, EncodedRow
 from glm4ft.data.conversation import Conversation, Message, read_conversations
 from glm4ft.model.tiny import tiny_tokenizer
 from glm4ft.report.mask_view import Totals, mask_record, mask_text, render_legend, render_row, render_totals
@@ -43,13 +43,13 @@ rows = st.lists(st.tuples(contents, contents), min_size=1, max_size=3).map(lambd
 quick = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-def row_of(*texts: str, line: int = 0) -> Row:
+def row_of(*texts: str, line: int = 0) -> EncodedRow:
     """A conversation of user and assistant in turn, encoded."""
     messages = [Message("assistant" if i % 2 else "user", text or "a") for i, text in enumerate(texts)]
     return FORMAT.encode(Conversation(tuple(messages), line=line))
 
 
-def with_supervised(row: Row, *positions: int) -> Row:
+def with_supervised(row: EncodedRow, *positions: int) -> EncodedRow:
     return dataclasses.replace(row, supervised=[i in positions for i in range(len(row.input_ids))])
 
 
@@ -59,7 +59,7 @@ def printed(renderable: RenderableType, width: int = 100, **options: Any) -> str
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
 
 
-def text_of(row: Row, width: int) -> str:
+def text_of(row: EncodedRow, width: int) -> str:
     """What ``render_row`` prints, with the rules and the breaks between terminal lines undone."""
     file = io.StringIO()
     Console(file=file, width=width, color_system=None).print(render_row(row, FORMAT))
@@ -79,7 +79,7 @@ def original(shown: str) -> str:
     return re.sub(r"\\(x[0-9a-f]{2}|u[0-9a-f]{4}|U00(?:0[0-9a-f]|10)[0-9a-f]{4})", meant, shown)
 
 
-def supervised_text(row: Row) -> str:
+def supervised_text(row: EncodedRow) -> str:
     return str(TOKENIZER.decode([i for i, keep in zip(row.input_ids, row.supervised, strict=True) if keep]))
 
 
@@ -144,7 +144,7 @@ def test_boundaries_that_overlap_are_shown_once() -> None:
 @example(row_of(HOSTILE, HOSTILE), 20)
 @example(row_of("a", "two  spaces  at  each  break   of a line  "), 13)
 @example(row_of("a", "❤\ufe0f" * 30), 9)
-def test_the_text_between_the_cues_is_what_is_supervised(row: Row, width: int) -> None:
+def test_the_text_between_the_cues_is_what_is_supervised(row: EncodedRow, width: int) -> None:
     """Read back from the printed lines, at any width: nothing more, nothing less, not a space lost."""
     between = re.findall("⟦([^⟦⟧]*)⟧", text_of(row, width))
     assert original("".join(between)) == supervised_text(row)
@@ -153,7 +153,7 @@ def test_the_text_between_the_cues_is_what_is_supervised(row: Row, width: int) -
 
 @quick
 @given(rows, st.data())
-def test_any_mask_is_shown_as_it_is(row: Row, data: st.DataObject) -> None:
+def test_any_mask_is_shown_as_it_is(row: EncodedRow, data: st.DataObject) -> None:
     """The cues follow ``supervised`` and not the segments: a wrong mask must not look right."""
     chosen = data.draw(st.lists(st.sampled_from(row.segments), unique=True))
     row = with_supervised(row, *(i for segment in chosen for i in range(segment.start, segment.end)))
@@ -163,7 +163,7 @@ def test_any_mask_is_shown_as_it_is(row: Row, data: st.DataObject) -> None:
 
 @quick
 @given(rows)
-def test_an_unfolded_row_is_shown_whole(row: Row) -> None:
+def test_an_unfolded_row_is_shown_whole(row: EncodedRow) -> None:
     shown = mask_text(row, FORMAT, context_tokens=len(row.input_ids)).plain
     assert original(re.sub("[⟦⟧]", "", shown)) == TOKENIZER.decode(row.input_ids)
 
@@ -172,7 +172,7 @@ def test_an_unfolded_row_is_shown_whole(row: Row) -> None:
 @given(rows, st.integers(24, 120))
 @example(row_of(HOSTILE, HOSTILE), 24)
 @example(row_of("a", "x" * 22 + "::error::x"), 24)
-def test_no_conversation_controls_a_terminal_or_a_runner(row: Row, width: int) -> None:
+def test_no_conversation_controls_a_terminal_or_a_runner(row: EncodedRow, width: int) -> None:
     """Wherever a line breaks: every line but our own summaries and titles starts with a rule or a border."""
     totals = Totals()
     totals.add(None, line=1, dropped=HOSTILE, warnings=[HOSTILE, "::error::" * 9])
@@ -267,7 +267,7 @@ def test_a_record_keeps_the_contract() -> None:
 
 
 @pytest.mark.parametrize(("row", "dropped"), [(None, None), (ROWS[0], "why")])
-def test_a_conversation_is_either_a_row_or_dropped(row: Row | None, dropped: str | None) -> None:
+def test_a_conversation_is_either_a_row_or_dropped(row: EncodedRow | None, dropped: str | None) -> None:
     with pytest.raises(ValueError, match="exactly one of row and dropped"):
         mask_record(0, row, line=1, dropped=dropped)
     with pytest.raises(ValueError, match="exactly one of row and dropped"):
@@ -317,7 +317,7 @@ def test_totals_give_the_founding_bug_away() -> None:
 
 @quick
 @given(st.lists(rows, max_size=4))
-def test_totals_add_up(some: list[Row]) -> None:
+def test_totals_add_up(some: list[EncodedRow]) -> None:
     totals = Totals()
     for row in some:
         totals.add(row, line=row.line)

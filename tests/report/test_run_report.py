@@ -85,7 +85,7 @@ def test_a_missed_target_shows_the_card_and_a_wrong_page(
     assert run(argv) == 1
     told = capsys.readouterr().out
     card = told[told.index("FAILED") :]
-    for label in ("loss", "grad norm", "targets", "tokens", "round trip", "trained", "said", "wiring", "reproduce"):
+    for label in ("loss", "grad norm", "targets", "tokens", "round trip", "trained", "said", "adapter", "reproduce"):
         assert re.search(rf"^ *{label} +│ ", card, re.M), label
     assert "\x1b" not in card
     page = page_of(output)

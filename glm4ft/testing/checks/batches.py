@@ -15,7 +15,7 @@ from glm4ft.testing.specification.mask_oracle import IGNORED
 from glm4ft.testing.subject import make_plan
 from glm4ft.testing.trial.processes import require_ranks_stage
 from glm4ft.testing.trial.registry import check
-from glm4ft.testing.trial.runs import Run
+from glm4ft.testing.trial.runs import RecordedRun
 from glm4ft.testing.trial.stages import CheckFailed, NotApplicable
 from glm4ft.testing.trial.trial import Trial
 
@@ -111,7 +111,7 @@ def check_evaluation_keeps_rows_apart(trial: Trial) -> None:
         raise NotApplicable("asked to evaluate, the trainer did not")
 
 
-def _require_judged_model(run: Run) -> None:
+def _require_judged_model(run: RecordedRun) -> None:
     """Another base or adapter is off in every row, alone or not: that is for the checks of the model to say."""
     departure = run.verdict.departure
     if departure and departure.stage not in ("rows", "batches"):
@@ -143,7 +143,7 @@ def check_processes_share_out_the_rows(trial: Trial) -> None:
     _require_all_seen(require_ranks_stage(trial, "batches"))
 
 
-def _require_all_seen(run: Run) -> None:
+def _require_all_seen(run: RecordedRun) -> None:
     counts = Counter(ids for rows in run.order for ids in rows)
     unseen = [ids for ids, _ in run.rows if not counts[ids]]
     total = sum(counts.values())
@@ -153,7 +153,7 @@ def _require_all_seen(run: Run) -> None:
         raise CheckFailed(f"{len(unseen)} of {len(run.rows)} rows were not seen in {len(run.order)} steps of packs")
 
 
-def _epochs(run: Run) -> list[list[frozenset[tuple[int, ...]]]]:
+def _epochs(run: RecordedRun) -> list[list[frozenset[tuple[int, ...]]]]:
     """The steps of each whole epoch, each as the set of its rows."""
     epochs, steps, seen = [], list[frozenset[tuple[int, ...]]](), 0
     for rows in run.order:

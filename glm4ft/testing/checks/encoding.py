@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NoReturn
 
-from glm4ft.testing.specification.mask_oracle import IGNORED, Turn, Undecidable, control_ids, find_turns, show_tokens
+from glm4ft.testing.specification.mask_oracle import (
+    IGNORED,
+    TurnSpan,
+    Undecidable,
+    control_ids,
+    find_turns,
+    show_tokens,
+)
 from glm4ft.testing.trial.bank import BANK, MARKERS_TALK, Talk
 from glm4ft.testing.trial.stages import CheckFailed, NotApplicable
 from glm4ft.testing.trial.trial import Trial
@@ -17,7 +24,7 @@ DENSE_FORMATS = ("glm-4-9b-chat", "glm-4-0414")
 
 
 @dataclass(frozen=True)
-class Row:
+class BankRow:
     """What the subject made of a conversation; ids and labels have one length."""
 
     talk: Talk
@@ -58,12 +65,12 @@ def conversation_of(talk: Talk) -> dict[str, Any]:
     return copy.deepcopy({"messages": list(talk.messages), "tools": list(talk.tools) if talk.tools else None})
 
 
-def row_of(trial: Trial, talk: Talk) -> Row:
+def row_of(trial: Trial, talk: Talk) -> BankRow:
     """What the subject makes of a conversation."""
     ((ids, labels),) = trial.rows([conversation_of(talk)])
     if len(ids) != len(labels):
         raise NotApplicable("not judged: ids and labels differ in length")
-    return Row(talk, ids, labels)
+    return BankRow(talk, ids, labels)
 
 
 def is_glm(trial: Trial) -> bool:
@@ -82,7 +89,7 @@ def controls_of(trial: Trial) -> dict[str, int]:
         raise CheckFailed(str(error)) from error
 
 
-def turns_of(trial: Trial, row: Row, controls: Mapping[str, int]) -> list[Turn]:
+def turns_of(trial: Trial, row: BankRow, controls: Mapping[str, int]) -> list[TurnSpan]:
     """The assistant turns of a row."""
     try:
         return find_turns(row.ids, row.talk.messages, controls)
@@ -90,7 +97,7 @@ def turns_of(trial: Trial, row: Row, controls: Mapping[str, int]) -> list[Turn]:
         raise CheckFailed(f"conversation {name_of(row.talk)}: {error}") from error
 
 
-def judged(trial: Trial) -> Iterator[tuple[Row, list[Turn]]]:
+def judged(trial: Trial) -> Iterator[tuple[BankRow, list[TurnSpan]]]:
     """The rows of the bank with their turns."""
     controls = controls_of(trial)
     for talk in bank_of(trial):
@@ -98,7 +105,7 @@ def judged(trial: Trial) -> Iterator[tuple[Row, list[Turn]]]:
         yield row, turns_of(trial, row, controls)
 
 
-def answer_starts(trial: Trial, row: Row) -> list[int]:
+def answer_starts(trial: Trial, row: BankRow) -> list[int]:
     """Where each answer begins: behind its header in a GLM-4 format, else where a supervised run does."""
     if is_glm(trial):
         return [turn.header + 1 for turn in turns_of(trial, row, controls_of(trial))]
@@ -110,7 +117,7 @@ def name_of(talk: Talk) -> str:
     return f"{BANK.index(talk) + 1} ({talk.id})" if talk in BANK else f"({talk.id})"
 
 
-def fail(trial: Trial, row: Row, problem: str, position: int) -> NoReturn:
+def fail(trial: Trial, row: BankRow, problem: str, position: int) -> NoReturn:
     """Fail with the tokens around a position."""
     shown = show_tokens(trial.subject.tokenizer, row.ids, position)
     raise CheckFailed(f"conversation {name_of(row.talk)}, {problem}\n  {shown}")
@@ -119,9 +126,3 @@ def fail(trial: Trial, row: Row, problem: str, position: int) -> NoReturn:
 def value_at(values: Sequence[int], position: int) -> str:
     """A value, or that there is none."""
     return str(values[position]) if position < len(values) else "missing"
-
-
-def first_difference(left: Sequence[int], right: Sequence[int]) -> int:
-    """Where two sequences part; the length of the shorter if one begins the other."""
-    pairs = enumerate(zip(left, right, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(left), len(right)))

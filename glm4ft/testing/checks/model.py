@@ -13,7 +13,7 @@ from glm4ft.testing.recording.trace import Tensors
 from glm4ft.testing.replay.first_module import describe_first_other_module
 from glm4ft.testing.replay.step import LIMITS, relative
 from glm4ft.testing.replay.tolerances import within
-from glm4ft.testing.specification.lora_spec import Adapter, adapted_modules, base_name
+from glm4ft.testing.specification.lora_spec import LoraSpec, adapted_modules, base_name
 from glm4ft.testing.specification.reference import Reference
 from glm4ft.testing.trial.registry import check
 from glm4ft.testing.trial.stages import CheckFailed, NotApplicable
@@ -96,7 +96,7 @@ def _plain_base(trial: Trial) -> Reference:
     try:
         return trial.reference
     except NotApplicable:
-        return Reference(trial.base_dir, Adapter(rank=1, alpha=1))
+        return Reference(trial.base_dir, LoraSpec(rank=1, alpha=1))
 
 
 @check(
@@ -104,7 +104,7 @@ def _plain_base(trial: Trial) -> Reference:
 )
 def check_adapters_are_those_asked_for(trial: Trial) -> None:
     """On exactly the requested modules, each at its rank."""
-    asked, model = trial.adapter, _built(trial)
+    asked, model = trial.lora_spec, _built(trial)
     parameters = dict(model.named_parameters())
     found = adapted_modules(list(parameters))
     wanted = asked.modules_of(trial.reference.model)
@@ -144,9 +144,8 @@ def check_adapters_act_at_their_scale(trial: Trial) -> None:
         expected_TV = base.logits(base.hidden(ids, trained), trained)
         size = float((got_TV - expected_TV).norm() / expected_TV.norm())
         if not within("model: logits with adapters at random", size, LIMITS[trial.dtype]):
-            scale = (
-                f" instead of {base.adapter.scale_of(module):.4g}: {_scale_words(trial, module, pair, trained, got_TV)}"
-            )
+            asked, found = base.lora_spec.scale_of(module), _scale_words(trial, module, pair, trained, got_TV)
+            scale = f" instead of {asked:.4g}: {found}"
             raise CheckFailed(f"with random A and B the adapter of {module} is {size:.1e} off{scale if pair else ''}")
 
 
@@ -233,7 +232,7 @@ def _logits(model: Any, ids: tuple[int, ...]) -> torch.Tensor:
 
 def _scale_words(trial: Trial, module: str, pair: dict[str, str], trained: Tensors, got_TV: torch.Tensor) -> str:
     """Which scale of one module's adapter explains the logits."""
-    base, asked = trial.reference, trial.adapter
+    base, asked = trial.reference, trial.lora_spec
     rank, alpha = asked.rank_of(module), asked.alpha_of(module)
     candidates = {"1, so none": 1.0, "0, so it does not act": 0.0, "alpha / sqrt(r)": alpha / rank**0.5, "alpha / r":
                   alpha / rank, "alpha": alpha, "that of another alpha": asked.alpha / rank,

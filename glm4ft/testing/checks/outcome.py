@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from glm4ft.data.chat_format import common_prefix_length
 from glm4ft.data.encoded_rows import TrainedRow
 from glm4ft.floors.floor import find_floor
 from glm4ft.floors.head import frozen_head
@@ -18,7 +19,7 @@ from glm4ft.testing.checks.another_mean import explain_mean
 from glm4ft.testing.recording.trace import Tensors, record
 from glm4ft.testing.replay.tolerances import within
 from glm4ft.testing.specification.mask_oracle import IGNORED
-from glm4ft.testing.specification.reference import Row
+from glm4ft.testing.specification.reference import LabelledIds
 from glm4ft.testing.stability import assert_few_steps_clipped, assert_grad_norms_decay, assert_grad_norms_stable
 from glm4ft.testing.trial.conversations import Conversations
 from glm4ft.testing.trial.registry import check
@@ -180,7 +181,7 @@ def check_evaluation_prompts_as_serving_does(trial: Trial) -> None:
         raise NotApplicable("evaluate generates nothing")
     for ids in sent:
         if ids not in prompts:
-            _require_prompt(trial, ids, max(prompts, key=lambda prompt: _shared(prompt, ids)))
+            _require_prompt(trial, ids, max(prompts, key=lambda prompt: common_prefix_length(prompt, ids)))
 
 
 @check(stage="outcome", needs=NEEDS, incident="zai-org/GLM-4 342: a norm of 32.75 beside 0.01")
@@ -205,7 +206,7 @@ def _require_reachable(trial: Trial) -> None:
         raise CheckFailed(f"before training: {describe_unreachable(floor, LOSS_LIMIT, blocking)}")
 
 
-def _nll(trial: Trial, row: Row, trained: Tensors | None = None) -> list[float]:
+def _nll(trial: Trial, row: LabelledIds, trained: Tensors | None = None) -> list[float]:
     """Loss of each token of a row given what is before it; 0 for the first."""
     with torch.no_grad():
         return [0.0, *trial.reference.nll(row[0], trial.overfit.trained if trained is None else trained).tolist()]
@@ -249,14 +250,9 @@ def _continued(passes: Sequence[torch.Tensor]) -> Iterator[list[int]]:
         is_going_on = goes_on
 
 
-def _shared(left: list[int], right: list[int]) -> int:
-    same = [a == b for a, b in zip(left, right, strict=False)]
-    return same.index(False) if False in same else len(same)
-
-
 def _require_prompt(trial: Trial, sent: list[int], expected: list[int]) -> None:
     if sent != expected:
-        at = _shared(sent, expected)
+        at = common_prefix_length(sent, expected)
         decode = trial.subject.tokenizer.decode
         what = f"the prompt of inference has {len(sent)} ids, the trained one {len(expected)}"
         if at == len(expected):
@@ -279,7 +275,7 @@ def _figures(result: Any) -> dict[str, float]:
     return {name: float(value) for name, value in figures.items()}
 
 
-def _require_loss(trial: Trial, got: float, rows: Sequence[Row], trained: Tensors, words: str) -> None:
+def _require_loss(trial: Trial, got: float, rows: Sequence[LabelledIds], trained: Tensors, words: str) -> None:
     with torch.no_grad():
         losses = [trial.reference.nll(ids, trained)[torch.tensor(labels[1:]) != IGNORED] for ids, labels in rows]
     sums, counts = [float(nll.sum()) for nll in losses], [len(nll) for nll in losses]

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from glm4ft.testing.checks.served_folder import require_trained_tokenizer, stop_ids
 from glm4ft.testing.replay.tolerances import within
-from glm4ft.testing.specification.lora_spec import Adapter, adapted_modules
+from glm4ft.testing.specification.lora_spec import LoraSpec, adapted_modules
 from glm4ft.testing.trial.registry import check
-from glm4ft.testing.trial.same_run import first_difference
+from glm4ft.testing.trial.same_run import describe_divergence
 from glm4ft.testing.trial.stages import CheckFailed, NotApplicable
 from glm4ft.testing.trial.trial import Trial
 
@@ -58,7 +58,7 @@ def check_saved_configuration_gives_the_same_scale(trial: Trial) -> None:
     file = _saved(trial) / "adapter_config.json"
     if not file.exists():
         raise NotApplicable(f"save wrote no {file.name}")
-    stored, asked = Adapter.of(json.loads(file.read_text("utf-8"))), trial.adapter
+    stored, asked = LoraSpec.of(json.loads(file.read_text("utf-8"))), trial.lora_spec
     for module in asked.modules_of(trial.reference.model):
         got = (stored.rank_of(module), stored.scale_of(module))
         expected = (asked.rank_of(module), asked.scale_of(module))
@@ -138,7 +138,7 @@ def check_resumed_run_is_the_whole_run(trial: Trial) -> None:
         checkpoint = Path(whole.plan["output_dir"]) / f"checkpoint-{number}"
         if not checkpoint.exists():
             raise NotApplicable(f"asked to save at every step, the trainer left no {checkpoint.name} in output_dir")
-        found = first_difference(whole, trial.run_anew(**plan, resume_from=str(checkpoint)), number)
+        found = describe_divergence(whole, trial.run_anew(**plan, resume_from=str(checkpoint)), number)
         if found:
             raise CheckFailed(f"resumed after step {number}: {found}")
 

@@ -7,12 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from glm4ft.data.chat_format import common_prefix_length
 from glm4ft.testing.checks.encoding import (
     bank_of,
     controls_of,
     conversation_of,
     fail,
-    first_difference,
     is_glm,
     name_of,
     row_of,
@@ -89,7 +89,7 @@ def check_encoding_has_no_memory(trial: Trial) -> None:
         if conversation != given:
             raise CheckFailed(f"conversation {name_of(talk)} was changed by encoding it")
         if (ids, labels) != (before.ids, before.labels):
-            where = first_difference(ids, before.ids)
+            where = common_prefix_length(ids, before.ids)
             fail(trial, before, f"encoded again after others the row differs, at position {where}", where)
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import copy
 
+from glm4ft.data.chat_format import common_prefix_length
 from glm4ft.testing.checks.encoding import (
-    Row,
+    BankRow,
     answer_starts,
     bank_of,
     controls_of,
     fail,
-    first_difference,
     is_glm,
     judged,
     name_of,
@@ -47,7 +47,7 @@ def check_lists_have_one_length_and_labels_equal_ids_where_supervised(trial: Tri
             )
         if len(ids) != len(labels):
             raise CheckFailed(f"conversation {name_of(talk)}: {len(ids)} input_ids but {len(labels)} labels")
-        encoded = Row(talk, tuple(ids), tuple(labels))
+        encoded = BankRow(talk, tuple(ids), tuple(labels))
         for position, (token, label) in enumerate(zip(ids, labels, strict=True)):
             if label not in (token, IGNORED):
                 text = f"{token} {show_token(trial.subject.tokenizer, ids, position)}"
@@ -122,7 +122,7 @@ def check_content_never_becomes_a_control_token(trial: Trial) -> None:
             messages[index] = {**message, "content": text}
             row = row_of(trial, Talk(f"{talk.id} with marker text", tuple(messages), talk.tools))
             found = [i for i, token in enumerate(row.ids) if token in ids]
-            where = first_difference([row.ids[i] for i in found], plain)
+            where = common_prefix_length([row.ids[i] for i in found], plain)
             if len(found) > len(plain):
                 position, role = found[where], message["role"]
                 token = show_token(tokenizer, row.ids, position)
@@ -179,7 +179,7 @@ def check_prompt_of_serving_begins_the_row(trial: Trial) -> None:
         for number, (start, index) in enumerate(zip(starts, answers, strict=True), 1):
             history, tools = copy.deepcopy((list(talk.messages[:index]), list(talk.tools) if talk.tools else None))
             prompt = [int(token) for token in trial.subject.prompt(history, tools)]
-            where = first_difference(prompt, row.ids[:start])
+            where = common_prefix_length(prompt, row.ids[:start])
             if where < max(len(prompt), start):
                 problem = f"turn {number} (message {index}): serving sends {len(prompt)} ids, the row has {start}"
                 sent = show_token(trial.subject.tokenizer, prompt, where) if where < len(prompt) else "nothing"
@@ -196,7 +196,7 @@ def check_earlier_turns_do_not_change(trial: Trial) -> None:
             part = row_of(trial, Talk(f"{talk.id}, to turn {number}", talk.messages[:end], talk.tools))
             kept = max((run.stop for run in part.runs), default=1) - 1  # the stop token may differ at the end
             for name, before, after in (("ids", part.ids, whole.ids), ("labels", part.labels, whole.labels)):
-                where = first_difference(before[:kept], after)
+                where = common_prefix_length(before[:kept], after)
                 if where < kept:
                     problem = f"the {name} of the conversation to turn {number} change when more follows"
                     was = f"{before[where]} for {show_token(trial.subject.tokenizer, part.ids, where)}"
@@ -214,7 +214,7 @@ def check_loss_flag_is_honoured(trial: Trial) -> None:
         messages = [{**m, "loss": False} if i == index else m for i, m in enumerate(plain.talk.messages)]
         row = row_of(trial, Talk(f"several turns, loss of message {index} false", tuple(messages)))
         if row.ids != plain.ids:
-            where = first_difference(row.ids, plain.ids)
+            where = common_prefix_length(row.ids, plain.ids)
             fail(trial, row, f"the flag changes the ids at position {where}", where)
         for position, (label, before) in enumerate(zip(row.labels, plain.labels, strict=True)):
             should = before != IGNORED and position not in own
@@ -230,7 +230,7 @@ def check_conversation_without_targets_is_not_trained(trial: Trial) -> None:
     """No target where every loss is false, and none in messages that no answer follows; refusing them is fine."""
     row = row_of(trial, TRAILING)
     first = row_of(trial, Talk("without the trailing message", TRAILING.messages[:-1]))
-    shared = first_difference(row.ids, first.ids)
+    shared = common_prefix_length(row.ids, first.ids)
     late = [i for run in row.runs for i in run if i > shared]  # at ``shared`` itself stands the last turn's stop token
     if late:
         text = show_token(trial.subject.tokenizer, row.ids, late[0])

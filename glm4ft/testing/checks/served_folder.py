@@ -11,7 +11,8 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
-from glm4ft.testing.checks.encoding import answer_starts, bank_of, controls_of, first_difference, name_of, row_of
+from glm4ft.data.chat_format import common_prefix_length
+from glm4ft.testing.checks.encoding import answer_starts, bank_of, controls_of, name_of, row_of
 from glm4ft.testing.specification.mask_oracle import show_token
 from glm4ft.testing.trial.bank import MARKERS_TALK, Talk
 from glm4ft.testing.trial.stages import CheckFailed
@@ -59,7 +60,7 @@ def _require_trained_prompts(trial: Trial, saved: Any, talk: Talk, where: str) -
                 raise CheckFailed(f"the chat template saved {where} does not tell the model of its tools ({lost[0]})")
             # how they are told of is worded by each checkpoint, and by pipelines that are made for one of them
             sent, expected = (_from_first(controls_of(trial)["<|user|>"], ids) for ids in (sent, expected))
-        at = first_difference(sent, expected)
+        at = common_prefix_length(sent, expected)
         if at < max(len(sent), len(expected)):
             shown = [show_token(saved, ids, at) if at < len(ids) else "nothing" for ids in (sent, expected)]
             raise CheckFailed(

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from glm4ft.testing.recording.trace import record
 from glm4ft.testing.specification.lora_spec import base_name
 from glm4ft.testing.trial.registry import check
-from glm4ft.testing.trial.same_run import first_difference, left_otherwise
+from glm4ft.testing.trial.same_run import describe_divergence, left_otherwise
 from glm4ft.testing.trial.stages import CheckFailed, NotApplicable
 from glm4ft.testing.trial.trial import Trial
 
@@ -70,11 +70,11 @@ def check_watching_a_run_does_not_change_it(trial: Trial) -> None:
     """With a log, evaluations and checkpoints every few steps, the parameters are those of a bare run, bit by bit."""
     noise = trial.noise
     bare = trial.run(**noise)
-    if not noise and first_difference(bare, trial.again):
+    if not noise and describe_divergence(bare, trial.again):
         raise NotApplicable("not judged: two equal runs differ, so there is nothing to compare with")
     everything: dict[str, Any] = {name: value for changes in WATCHING.values() for name, value in changes.items()}
     watched = trial.run(**everything, **noise)
-    together = first_difference(bare, watched)
+    together = describe_divergence(bare, watched)
     if not together:
         if watched.model is not None and left_otherwise(watched):
             raise CheckFailed(
@@ -82,7 +82,7 @@ def check_watching_a_run_does_not_change_it(trial: Trial) -> None:
             )
         return
     for name, changes in WATCHING.items():
-        found = first_difference(bare, trial.run(**changes, **noise))
+        found = describe_divergence(bare, trial.run(**changes, **noise))
         if found:
             raise CheckFailed(f"{name} every {next(iter(changes.values()))} steps changes the run: {found}")
     raise CheckFailed(f"logging, evaluating and saving together change the run: {together}")

@@ -9,7 +9,7 @@ import torch
 
 from glm4ft.testing.faults.registry import faults_at
 from glm4ft.testing.subjects.plain_loop import Subject
-from glm4ft.testing.subjects.plain_loop_data import Batch, Row
+from glm4ft.testing.subjects.plain_loop_data import Batch, Features
 
 ESCAPES = (
     "An order that is seeded and complete but poorly mixed, and a loss of isolation that only another attention kernel "
@@ -37,7 +37,7 @@ class PadIdZeroIsFalsy(Subject):
 class PadInLoss(Subject):
     """Labels are padded with the pad id."""
 
-    def collate(self, rows: Sequence[Row]) -> Batch:
+    def collate(self, rows: Sequence[Features]) -> Batch:
         return {**super().collate(rows), "labels": self.pad([row["labels"] for row in rows], self.pad_id)}
 
 
@@ -49,7 +49,7 @@ class PadInLoss(Subject):
 class LeftPadAttended(Subject):
     """Rows are padded on the left and the mask is all ones."""
 
-    def collate(self, rows: Sequence[Row]) -> Batch:
+    def collate(self, rows: Sequence[Features]) -> Batch:
         batch = super().collate(rows)
         lengths = batch["attention_mask"].sum(1).tolist()
         for name in ("input_ids", "labels"):
@@ -65,7 +65,7 @@ class AttentionMaskFromPadEquality(Subject):
         super().__init__(base_dir)
         self.tokenizer.pad_token = "<|user|>"
 
-    def collate(self, rows: Sequence[Row]) -> Batch:
+    def collate(self, rows: Sequence[Features]) -> Batch:
         batch = super().collate(rows)
         return {**batch, "attention_mask": (batch["input_ids"] != self.pad_id).long()}
 
@@ -79,7 +79,7 @@ class AttentionMaskFromPadEquality(Subject):
 class PositionIdsPaddedBadly(Subject):
     """Positions are padded with zeros on another side than the ids."""
 
-    def collate(self, rows: Sequence[Row]) -> Batch:
+    def collate(self, rows: Sequence[Features]) -> Batch:
         batch = super().collate(rows)
         lengths = batch["attention_mask"].sum(1, keepdim=True)
         places = torch.arange(batch["input_ids"].shape[1]) - (batch["input_ids"].shape[1] - lengths)
@@ -90,7 +90,7 @@ class PositionIdsPaddedBadly(Subject):
 class PackingNoIsolation(Subject):
     """Packed rows are one text to the model: later ones attend to earlier ones."""
 
-    def collate_packed(self, rows: Sequence[Row]) -> Batch:
+    def collate_packed(self, rows: Sequence[Features]) -> Batch:
         batch = super().collate_packed(rows)
         del batch["position_ids"]
         return batch
@@ -104,7 +104,7 @@ class PackingNoIsolation(Subject):
 class IsolationLostTo2dMask(Subject):
     """A mask of ones beside restarting positions switches off the isolation that is inferred from them."""
 
-    def collate_packed(self, rows: Sequence[Row]) -> Batch:
+    def collate_packed(self, rows: Sequence[Features]) -> Batch:
         batch = super().collate_packed(rows)
         return {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
 
@@ -127,7 +127,7 @@ class IsolationLostToCache(Subject):
 class PackingPositionsNotReset(Subject):
     """Positions run on over packed rows."""
 
-    def positions(self, rows: Sequence[Row]) -> torch.Tensor:
+    def positions(self, rows: Sequence[Features]) -> torch.Tensor:
         return torch.arange(sum(len(row["input_ids"]) for row in rows))[None]
 
 
@@ -137,7 +137,7 @@ class PackingDropsTail(Subject):
 
     pack_length = 2
 
-    def pack(self, rows: Sequence[Row]) -> list[list[Row]]:
+    def pack(self, rows: Sequence[Features]) -> list[list[Features]]:
         packs = super().pack(rows)
         return [packs[0], *(pack[1:] for pack in packs[1:] if pack[1:])]
 
@@ -146,7 +146,7 @@ class PackingDropsTail(Subject):
 class SegmentIdsAsMask(Subject):
     """A mask that numbers the packed rows is summed up to positions as if it were of ones."""
 
-    def positions(self, rows: Sequence[Row]) -> torch.Tensor:
+    def positions(self, rows: Sequence[Features]) -> torch.Tensor:
         numbers = [torch.full((len(row["input_ids"]),), i) for i, row in enumerate(rows, start=1)]
         return torch.cat(numbers).cumsum(0)[None] - 1
 

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from glm4ft.data.chat_format import IGNORED
 from glm4ft.data.conversation import Message
 from glm4ft.testing.recording.trace import backbone_of
-from glm4ft.testing.subjects.plain_loop import Conversations, Run, Subject, trained, world_size
-from glm4ft.testing.subjects.plain_loop_data import Batch, Row
+from glm4ft.testing.subjects.plain_loop import Conversations, LoopState, Subject, trained, world_size
+from glm4ft.testing.subjects.plain_loop_data import Batch, Features
 
 VARIATIONS: dict[str, Variation] = {}
 Kind = TypeVar("Kind", bound=type[Subject])
@@ -64,7 +64,7 @@ class Healthy(Subject):
 class RunningPositionsWithBlockMask(Subject):
     """Positions run on over packed rows, which an explicit block mask keeps apart."""
 
-    def collate_packed(self, rows: Sequence[Row]) -> Batch:
+    def collate_packed(self, rows: Sequence[Features]) -> Batch:
         numbers = torch.cat([torch.full((len(row["input_ids"]),), i) for i, row in enumerate(rows)])
         mask = (numbers[:, None] == numbers) & torch.ones(len(numbers), len(numbers), dtype=torch.bool).tril()
         batch = super().collate_packed(rows)
@@ -126,7 +126,7 @@ class TwoThreads(Subject):
 class PaddingToMultiple(Subject):
     """Batches are padded to a multiple of eight."""
 
-    def collate(self, rows: Sequence[Row]) -> Batch:
+    def collate(self, rows: Sequence[Features]) -> Batch:
         batch = super().collate(rows)
         missing = -batch["input_ids"].shape[1] % 8
         fill = {"input_ids": self.pad_id, "labels": IGNORED, "attention_mask": 0}
@@ -137,7 +137,7 @@ class PaddingToMultiple(Subject):
 class LeftPadding(Subject):
     """Batches are padded on the left, with mask and positions that say so."""
 
-    def collate(self, rows: Sequence[Row]) -> Batch:
+    def collate(self, rows: Sequence[Features]) -> Batch:
         batch = super().collate(rows)
         lengths = batch["attention_mask"].sum(1).tolist()
         width = batch["input_ids"].shape[1]
@@ -198,7 +198,7 @@ class SupervisedRowsOnly(Subject):
 class ClippingByHand(Subject):
     """The gradient is clipped without torch's help."""
 
-    def clip(self, run: Run) -> float:
+    def clip(self, run: LoopState) -> float:
         parameters, limit = trained(run.model), run.plan["max_grad_norm"]
         norm = float(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]).norm())
         for parameter in parameters:
@@ -239,7 +239,7 @@ class LossScaling(Subject):
     def backward(self, loss: torch.Tensor) -> None:
         super().backward(loss * self.factor)
 
-    def clip(self, run: Run) -> float:
+    def clip(self, run: LoopState) -> float:
         for parameter in trained(run.model):
             if parameter.grad is not None:
                 parameter.grad /= self.factor
@@ -286,7 +286,7 @@ class EndOfText(Subject):
 class LargeEvaluationBatches(Subject):
     """Evaluation takes all rows at once, in the order of their length."""
 
-    def eval_batches(self, rows: Sequence[Row]) -> Iterator[Batch]:
+    def eval_batches(self, rows: Sequence[Features]) -> Iterator[Batch]:
         yield self.collate(sorted(rows, key=lambda row: len(row["input_ids"])))
 
 
@@ -294,6 +294,6 @@ class LargeEvaluationBatches(Subject):
 class ScaledByTokenMean(Subject):
     """Each micro-batch is averaged over its tokens and then weighted by its share of them."""
 
-    def scale(self, batch: Batch, num_targets: int, num_micro_batches: int) -> float:
+    def loss_factor(self, batch: Batch, num_targets: int, num_micro_batches: int) -> float:
         own = int((batch["labels"][:, 1:] != IGNORED).sum())
         return 1 / max(own, 1) * (own / num_targets) * world_size()

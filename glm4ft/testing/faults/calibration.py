@@ -22,7 +22,7 @@ from glm4ft.testing.faults.pages import table
 from glm4ft.testing.faults.reach import reaching
 from glm4ft.testing.faults.registry import all_faults
 from glm4ft.testing.faults.results import Caught
-from glm4ft.testing.faults.runner import require_known, run_one
+from glm4ft.testing.faults.runner import require_known_ids, run_one
 from glm4ft.testing.faults.warm import in_parallel, warm_base
 from glm4ft.testing.replay.tolerances import Observation, observing
 from glm4ft.testing.trial.runner import run_check
@@ -94,7 +94,7 @@ def show_calibration(ids: Sequence[str], page: str, *, num_seeds: int, num_worke
     Returns:
         True if a healthy pipeline raised an alarm, or a threshold has too little room.
     """
-    require_known(ids)
+    require_known_ids(ids)
     faults = [id for id in all_faults() if id in ids] or list(all_faults())
     variations = [id for id in all_variations() if id in ids] or list(all_variations())
     tasks = [(id, seed) for seed in range(num_seeds) for id in variations]

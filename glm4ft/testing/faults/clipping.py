@@ -7,7 +7,7 @@ import math
 import torch
 
 from glm4ft.testing.faults.registry import faults_at
-from glm4ft.testing.subjects.plain_loop import Run, Subject, trained
+from glm4ft.testing.subjects.plain_loop import LoopState, Subject, trained
 
 ESCAPES = (
     "A norm that is wrong only for sharded parameters (FSDP, DeepSpeed) needs those frameworks and is not seen with "
@@ -19,12 +19,12 @@ LOSS_SCALE = 2.0**16
 fault = faults_at("clipping")
 
 
-def norm_of(run: Run) -> float:
+def norm_of(run: LoopState) -> float:
     """Global norm of the gradient."""
     return math.sqrt(sum(float(p.grad.pow(2).sum()) for p in trained(run.model) if p.grad is not None))
 
 
-def multiply(run: Run, factor: float) -> None:
+def multiply(run: LoopState, factor: float) -> None:
     """Scale the gradient."""
     for parameter in trained(run.model):
         if parameter.grad is not None:
@@ -35,7 +35,7 @@ def multiply(run: Run, factor: float) -> None:
 class ClipCoefficientInverted(Subject):
     """The factor is at least 1 in place of at most 1: large gradients pass, small ones grow."""
 
-    def clip(self, run: Run) -> float:
+    def clip(self, run: LoopState) -> float:
         norm = norm_of(run)
         if run.plan["max_grad_norm"]:
             multiply(run, max(1.0, run.plan["max_grad_norm"] / (norm + 1e-6)))
@@ -46,7 +46,7 @@ class ClipCoefficientInverted(Subject):
 class ClipHasNoEffect(Subject):
     """The norm is computed and nothing is done with it."""
 
-    def clip(self, run: Run) -> float:
+    def clip(self, run: LoopState) -> float:
         return norm_of(run)
 
 
@@ -57,7 +57,7 @@ class ClipBeforeUnscale(Subject):
     def backward(self, loss: torch.Tensor) -> None:
         super().backward(loss * LOSS_SCALE)
 
-    def clip(self, run: Run) -> float:
+    def clip(self, run: LoopState) -> float:
         norm = super().clip(run)
         multiply(run, 1 / LOSS_SCALE)
         return norm / LOSS_SCALE
@@ -67,7 +67,7 @@ class ClipBeforeUnscale(Subject):
 class ClipLocalNorm(Subject):
     """Each parameter is clipped to its own norm, not all to the global one."""
 
-    def clip(self, run: Run) -> float:
+    def clip(self, run: LoopState) -> float:
         norm = norm_of(run)
         for parameter in trained(run.model):
             torch.nn.utils.clip_grad_norm_([parameter], run.plan["max_grad_norm"] or math.inf)
@@ -78,7 +78,7 @@ class ClipLocalNorm(Subject):
 class ClipByValue(Subject):
     """Every entry is cut off at the limit."""
 
-    def clip(self, run: Run) -> float:
+    def clip(self, run: LoopState) -> float:
         norm = norm_of(run)
         if run.plan["max_grad_norm"]:
             torch.nn.utils.clip_grad_value_(trained(run.model), run.plan["max_grad_norm"])
@@ -89,6 +89,6 @@ class ClipByValue(Subject):
 class NormLoggedAfterClip(Subject):
     """The norm that is logged is the one behind clipping, so it never shows a spike."""
 
-    def clip(self, run: Run) -> float:
+    def clip(self, run: LoopState) -> float:
         super().clip(run)
         return norm_of(run)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from glm4ft.testing.faults.model import set_scale
+from glm4ft.testing.faults.model import set_lora_scale
 from glm4ft.testing.faults.registry import faults_at
 from glm4ft.testing.subjects.plain_loop import Subject
 
@@ -22,7 +22,7 @@ class MergeWithoutScale(Subject):
     """The delta is merged without alpha over r."""
 
     def merged(self, model: Any) -> Any:
-        set_scale(model, 1.0)
+        set_lora_scale(model, 1.0)
         return super().merged(model)
 
 

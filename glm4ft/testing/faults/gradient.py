@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from glm4ft.data.chat_format import IGNORED
 from glm4ft.testing.faults.registry import faults_at
-from glm4ft.testing.subjects.plain_loop import Run, Subject, world_size
+from glm4ft.testing.subjects.plain_loop import LoopState, Subject, world_size
 from glm4ft.testing.subjects.plain_loop_data import Batch
 
 ESCAPES = (
@@ -106,7 +106,7 @@ class GradientCountedTwice(Subject):
 class MeanOfMicroMeans(Subject):
     """Each micro-batch is averaged over its own tokens, then the micro-batches are: short answers weigh more."""
 
-    def scale(self, batch: Batch, num_targets: int, num_micro_batches: int) -> float:
+    def loss_factor(self, batch: Batch, num_targets: int, num_micro_batches: int) -> float:
         return 1 / max(1, self.count_targets([batch])) / num_micro_batches
 
 
@@ -116,15 +116,15 @@ class MeanOfMicroMeans(Subject):
 class DividedTwice(Subject):
     """The mean over all tokens is divided by the number of micro-batches once more."""
 
-    def scale(self, batch: Batch, num_targets: int, num_micro_batches: int) -> float:
-        return super().scale(batch, num_targets, num_micro_batches) / num_micro_batches
+    def loss_factor(self, batch: Batch, num_targets: int, num_micro_batches: int) -> float:
+        return super().loss_factor(batch, num_targets, num_micro_batches) / num_micro_batches
 
 
 @fault("zero-grad-missing", evidence="stackoverflow 60335387", cause=r"not cleared")
 class ZeroGradMissing(Subject):
     """Gradients pile up over the steps."""
 
-    def zero_grad(self, run: Run) -> None:
+    def zero_grad(self, run: LoopState) -> None:
         pass
 
 
@@ -132,7 +132,7 @@ class ZeroGradMissing(Subject):
 class ZeroGradEveryMicro(Subject):
     """The gradient is cleared before every micro-batch, so that only the last one counts."""
 
-    def train_micro_batch(self, run: Run, batch: Batch, num_targets: int, num_micro_batches: int) -> torch.Tensor:
+    def train_micro_batch(self, run: LoopState, batch: Batch, num_targets: int, num_micro_batches: int) -> torch.Tensor:
         self.zero_grad(run)
         return super().train_micro_batch(run, batch, num_targets, num_micro_batches)
 
@@ -141,11 +141,11 @@ class ZeroGradEveryMicro(Subject):
 class MicroBatchLost(Subject):
     """From the second step on, the second micro-batch overwrites the first in place of being added."""
 
-    def train_step(self, run: Run, batches: list[Batch]) -> dict[str, Any]:
+    def train_step(self, run: LoopState, batches: list[Batch]) -> dict[str, Any]:
         self.done = 0
         return super().train_step(run, batches)
 
-    def train_micro_batch(self, run: Run, batch: Batch, num_targets: int, num_micro_batches: int) -> torch.Tensor:
+    def train_micro_batch(self, run: LoopState, batch: Batch, num_targets: int, num_micro_batches: int) -> torch.Tensor:
         self.done += 1
         if run.step > 0 and self.done == 2:
             run.optimizer.zero_grad()
@@ -156,8 +156,8 @@ class MicroBatchLost(Subject):
 class LogScaledBackwardNot(Subject):
     """The loss that is logged is divided by the number of micro-batches, the one that is differentiated is not."""
 
-    def scale(self, batch: Batch, num_targets: int, num_micro_batches: int) -> float:
-        return super().scale(batch, num_targets, num_micro_batches) * num_micro_batches
+    def loss_factor(self, batch: Batch, num_targets: int, num_micro_batches: int) -> float:
+        return super().loss_factor(batch, num_targets, num_micro_batches) * num_micro_batches
 
 
 @fault(
@@ -196,5 +196,5 @@ class HooksLostAfterMove(Subject):
 class WorldSizeFactorLost(Subject):
     """The loss is divided by the tokens of all processes, and the wrapper averages over them again."""
 
-    def scale(self, batch: Batch, num_targets: int, num_micro_batches: int) -> float:
-        return super().scale(batch, num_targets, num_micro_batches) / world_size()
+    def loss_factor(self, batch: Batch, num_targets: int, num_micro_batches: int) -> float:
+        return super().loss_factor(batch, num_targets, num_micro_batches) / world_size()

@@ -21,7 +21,7 @@ from glm4ft.testing.faults.pages import matrix_page
 from glm4ft.testing.faults.practices import try_practices
 from glm4ft.testing.faults.registry import all_faults
 from glm4ft.testing.faults.results import Caught, Matrix, Silence
-from glm4ft.testing.faults.runner import require_known, run_one
+from glm4ft.testing.faults.runner import require_known_ids, run_one
 from glm4ft.testing.faults.warm import in_parallel
 from glm4ft.text.safe_text import visible
 
@@ -39,7 +39,7 @@ def try_all(ids: Sequence[str] = (), *, practices: bool = False, num_workers: in
     Raises:
         ConfigError: if an id is unknown.
     """
-    require_known(ids)
+    require_known_ids(ids)
     began_s, chosen = time.perf_counter(), list(ids) or [*all_faults(), *all_variations()]
     results = {r.id: r for r in _with_bar(in_parallel(run_one, chosen, num_workers), len(chosen), "fault")}
     faults = [id for id in all_faults() if id in chosen]
@@ -80,7 +80,7 @@ def show_faults(
     # a log file has no width of its own, and 80 columns would cut the ids that one looks for
     width = None if sys.stdout.isatty() else LOG_WIDTH
     _print(Console(highlight=False, quiet=json_file == "-", width=width), matrix)
-    text = json.dumps(summary(matrix), ensure_ascii=False, indent=1) + "\n"
+    text = json.dumps(matrix_record(matrix), ensure_ascii=False, indent=1) + "\n"
     if json_file == "-":
         sys.stdout.write(text)
     elif json_file:
@@ -90,7 +90,7 @@ def show_faults(
     return bool(matrix.failures)
 
 
-def summary(matrix: Matrix) -> dict[str, Any]:
+def matrix_record(matrix: Matrix) -> dict[str, Any]:
     """The results as ``glm4ft faults --json`` writes them."""
     faults = [
         {

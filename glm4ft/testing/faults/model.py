@@ -83,7 +83,7 @@ class SquareWeightTransposed(Subject):
         return base
 
 
-def set_scale(model: Any, scale: float) -> None:
+def set_lora_scale(model: Any, scale: float) -> None:
     """Give every adapter a scale."""
     for module in model.modules():
         if isinstance(getattr(module, "scaling", None), dict):
@@ -96,7 +96,7 @@ class LoraScaleMissing(Subject):
 
     def attach(self, base: Any, seed: int) -> Any:
         model = super().attach(base, seed)
-        set_scale(model, 1.0)
+        set_lora_scale(model, 1.0)
         return model
 
 
@@ -106,7 +106,7 @@ class RsloraScaleMixed(Subject):
 
     def attach(self, base: Any, seed: int) -> Any:
         model = super().attach(base, seed)
-        set_scale(model, self.lora["lora_alpha"] / self.lora["r"] ** 0.5)
+        set_lora_scale(model, self.lora["lora_alpha"] / self.lora["r"] ** 0.5)
         return model
 
 

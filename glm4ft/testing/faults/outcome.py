@@ -9,8 +9,8 @@ import torch
 
 from glm4ft.data.chat_format import IGNORED, PREFIX
 from glm4ft.testing.faults.registry import faults_at
-from glm4ft.testing.subjects.plain_loop import Run, Subject
-from glm4ft.testing.subjects.plain_loop_data import Batch, Row
+from glm4ft.testing.subjects.plain_loop import LoopState, Subject
+from glm4ft.testing.subjects.plain_loop_data import Batch, Features
 
 ESCAPES = (
     "Metrics other than loss, token accuracy and exact answers (BLEU, a judge's score), and sampling other than greedy "
@@ -48,7 +48,7 @@ class EvalPromptCutsQuestion(Subject):
 class EvalLossDividedByAccumulation(Subject):
     """The loss of an evaluation is divided by the number of micro-batches, as if it were trained on."""
 
-    def evaluate_in_training(self, run: Run) -> dict[str, float]:
+    def evaluate_in_training(self, run: LoopState) -> dict[str, float]:
         figures = super().evaluate_in_training(run)
         return {**figures, "loss": figures["loss"] / run.plan["accumulation"]}
 
@@ -57,7 +57,7 @@ class EvalLossDividedByAccumulation(Subject):
 class EvalTailDuplicates(Subject):
     """The last batch of an evaluation is filled up with its first rows, which then count twice."""
 
-    def eval_batches(self, rows: Sequence[Row]) -> Iterator[Batch]:
+    def eval_batches(self, rows: Sequence[Features]) -> Iterator[Batch]:
         missing = -len(rows) % self.eval_batch_size
         return super().eval_batches([*rows, *rows[:missing]])
 

@@ -14,7 +14,7 @@ from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from glm4ft.testing.faults.registry import faults_at
-from glm4ft.testing.subjects.plain_loop import Run, Subject, rank, trained, world_size
+from glm4ft.testing.subjects.plain_loop import LoopState, Subject, process_rank, trained, world_size
 
 ESCAPES = (
     "Checkpoints of sharded training, and a resume with another number of processes or another batch size, are not "
@@ -86,7 +86,7 @@ class SavedTemplateIsAnother(Subject):
 class ResumeOptimizerLost(Subject):
     """The optimiser's moments are not restored."""
 
-    def load_optimizer(self, run: Run, folder: Path) -> None:
+    def load_optimizer(self, run: LoopState, folder: Path) -> None:
         pass
 
 
@@ -94,7 +94,7 @@ class ResumeOptimizerLost(Subject):
 class ResumeDataRestarts(Subject):
     """The data start again at the beginning."""
 
-    def behind_what_was_seen(self, stream: Iterator[int], num_items: int, run: Run) -> Iterator[int]:
+    def behind_what_was_seen(self, stream: Iterator[int], num_items: int, run: LoopState) -> Iterator[int]:
         return stream
 
 
@@ -102,19 +102,19 @@ class ResumeDataRestarts(Subject):
 class ResumeSkipEveryEpoch(Subject):
     """What was seen before the resume is skipped in every later epoch too."""
 
-    def behind_what_was_seen(self, stream: Iterator[int], num_items: int, run: Run) -> Iterator[int]:
+    def behind_what_was_seen(self, stream: Iterator[int], num_items: int, run: LoopState) -> Iterator[int]:
         done = run.step * run.plan["accumulation"] * run.plan["micro_batch_size"] * world_size()
         first, skipped = divmod(done, num_items)
         for epoch in count(first):
-            order = self.epoch_order(num_items, epoch, run.plan["seed"], rank())
-            yield from order[skipped + rank() :: world_size()]
+            order = self.epoch_order(num_items, epoch, run.plan["seed"], process_rank())
+            yield from order[skipped + process_rank() :: world_size()]
 
 
 @fault("resume-epoch-off-by-one", evidence="torchtune 2911", cause=r"steps|epoch|order|rows")
 class ResumeEpochOffByOne(Subject):
     """At the end of an epoch the one after next is saved as the next, so a resumed run leaves one out."""
 
-    def resume(self, run: Run, folder: Path) -> None:
+    def resume(self, run: LoopState, folder: Path) -> None:
         super().resume(run, folder)
         if run.step % steps_per_epoch(self, run) == 0:
             run.step += steps_per_epoch(self, run)
@@ -124,7 +124,7 @@ class ResumeEpochOffByOne(Subject):
 class ResumeRandomStateLost(Subject):
     """A run that goes on at the end of an epoch draws the random numbers of its first epoch again."""
 
-    def resume(self, run: Run, folder: Path) -> None:
+    def resume(self, run: LoopState, folder: Path) -> None:
         fresh = torch.get_rng_state()
         super().resume(run, folder)
         if run.step % steps_per_epoch(self, run) == 0:
@@ -135,7 +135,7 @@ class ResumeRandomStateLost(Subject):
 class ResumeMasterWeightsStale(Subject):
     """The optimiser's own copies of the weights are older than the checkpoint, and its first step writes them back."""
 
-    def resume(self, run: Run, folder: Path) -> None:
+    def resume(self, run: LoopState, folder: Path) -> None:
         masters = [parameter.detach().clone() for parameter in trained(run.model)]
         super().resume(run, folder)
 
@@ -148,7 +148,7 @@ class ResumeMasterWeightsStale(Subject):
         hook = run.optimizer.register_step_pre_hook(write_back)
 
 
-def steps_per_epoch(subject: Subject, run: Run) -> int:
+def steps_per_epoch(subject: Subject, run: LoopState) -> int:
     """After how many steps every row has been seen once."""
     size = int(run.plan["accumulation"] * run.plan["micro_batch_size"]) * world_size()
     return max(1, len(subject.items(run.rows, run.plan["packing"])) // size)

@@ -20,7 +20,7 @@ from glm4ft.model.tiny import write_tiny_base
 from glm4ft.testing.checks import all_checks
 from glm4ft.testing.subjects.plain_loop import Subject
 from glm4ft.testing.trial.registry import Check
-from glm4ft.testing.trial.runs import Run
+from glm4ft.testing.trial.runs import RecordedRun
 from glm4ft.testing.trial.stages import STAGES, NotApplicable
 from glm4ft.testing.trial.trial import Trial
 
@@ -64,9 +64,9 @@ def known_reach() -> dict[str, list[str]]:
 class WatchedTrial(Trial):
     """A trial of one check, whose runs are shared with the trials of the others, with what was used to make them."""
 
-    made: ClassVar[dict[str, tuple[Run, set[str]]]] = {}
+    made: ClassVar[dict[str, tuple[RecordedRun, set[str]]]] = {}
 
-    def run(self, of: str = "short", **changes: Any) -> Run:
+    def run(self, of: str = "short", **changes: Any) -> RecordedRun:
         """The run; what it took counts as used, whoever had it made."""
         key = json.dumps([of, changes], sort_keys=True)
         if key not in self.made:
@@ -80,7 +80,7 @@ class WatchedTrial(Trial):
 
 
 def measure_reach() -> dict[str, list[str]]:
-    """Run every check on its own on the healthy loop and note what it uses."""
+    """RecordedRun every check on its own on the healthy loop and note what it uses."""
     with tempfile.TemporaryDirectory(prefix="glm4ft-reach-") as name:
         base_dir = write_tiny_base(Path(name) / "base")
         checks = [check for check in all_checks() if "distributed" not in check.needs]

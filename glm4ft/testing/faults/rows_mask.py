@@ -11,7 +11,7 @@ from glm4ft.data.chat_format import IGNORED
 from glm4ft.data.conversation import Conversation, Message
 from glm4ft.testing.faults.registry import ServedRight, faults_at
 from glm4ft.testing.subjects.plain_loop import Subject
-from glm4ft.testing.subjects.plain_loop_data import Batch, Row, Segment
+from glm4ft.testing.subjects.plain_loop_data import Batch, Features, TextSegment
 
 ESCAPES = (
     "A mask that is wrong only for a layout of messages which no conversation of the bank has, and that generated "
@@ -26,7 +26,7 @@ fault = faults_at("rows")
 class ControlTokenFromContent(Subject):
     """Marker text in a message is encoded as a control token."""
 
-    def tokenise(self, segment: Segment) -> list[int]:
+    def tokenise(self, segment: TextSegment) -> list[int]:
         return list(self.tokenizer.encode(segment.text, add_special_tokens=False))
 
 
@@ -38,7 +38,7 @@ class ControlTokenFromContent(Subject):
 class PromptLengthFromSeparateTokenisation(Subject):
     """An answer is counted by tokenising it apart from the newline it merges with, so the mask starts too early."""
 
-    def label(self, segments: Sequence[Segment]) -> Row:
+    def label(self, segments: Sequence[TextSegment]) -> Features:
         row = super().label(segments)
         end = 0
         for segment in segments:
@@ -64,7 +64,7 @@ class WrongStopId(Subject):
 class DefaultMaxLength(Subject):
     """The configured length does not reach the encoder, whose default cuts the end of long rows."""
 
-    def fit(self, row: Row) -> Row:
+    def fit(self, row: Features) -> Features:
         return {name: values[:DEFAULT_LENGTH] for name, values in row.items()}
 
 
@@ -74,7 +74,7 @@ class DefaultMaxLength(Subject):
 class PromptTokensTrained(Subject):
     """Labels are a copy of the ids."""
 
-    def label(self, segments: Sequence[Segment]) -> Row:
+    def label(self, segments: Sequence[TextSegment]) -> Features:
         ids = super().label(segments)["input_ids"]
         return {"input_ids": ids, "labels": [IGNORED, *ids[1:]]}
 
@@ -83,7 +83,7 @@ class PromptTokensTrained(Subject):
 class AssistantHeaderTrained(Subject):
     """The assistant's header is a target, though inference gives it."""
 
-    def render(self, conversation: Conversation) -> list[Segment]:
+    def render(self, conversation: Conversation) -> list[TextSegment]:
         segments = super().render(conversation)
         return [replace(s, supervised=s.supervised or s.text == "<|assistant|>") for s in segments]
 
@@ -100,7 +100,7 @@ class StopTokenMaskedAsPad(Subject):
         super().__init__(base_dir)
         self.tokenizer.pad_token = "<|user|>"
 
-    def collate(self, rows: Sequence[Row]) -> Batch:
+    def collate(self, rows: Sequence[Features]) -> Batch:
         batch = super().collate(rows)
         return {**batch, "labels": batch["labels"].masked_fill(batch["input_ids"] == self.pad_id, IGNORED)}
 
@@ -109,7 +109,7 @@ class StopTokenMaskedAsPad(Subject):
 class StopTokenNotAppended(ServedRight):
     """Nothing ends the last answer."""
 
-    def render(self, conversation: Conversation) -> list[Segment]:
+    def render(self, conversation: Conversation) -> list[TextSegment]:
         segments = super().render(conversation)
         return segments[:-1] if conversation.messages[-1].role == "assistant" else segments
 
@@ -122,7 +122,7 @@ class StopTokenNotAppended(ServedRight):
 class LastAnswerTokenMasked(Subject):
     """The mask is shifted by one: the header is trained and the stop token is not."""
 
-    def label(self, segments: Sequence[Segment]) -> Row:
+    def label(self, segments: Sequence[TextSegment]) -> Features:
         row = super().label(segments)
         supervised = [label != IGNORED for label in row["labels"]]
         shifted = zip(row["input_ids"], [*supervised[1:], False], strict=True)
@@ -135,7 +135,7 @@ class LastAnswerTokenMasked(Subject):
 class OnlyLastTurnTrained(Subject):
     """Only what follows the last assistant header is a target."""
 
-    def label(self, segments: Sequence[Segment]) -> Row:
+    def label(self, segments: Sequence[TextSegment]) -> Features:
         row = super().label(segments)
         header = self.control_ids["<|assistant|>"]
         last = max((i for i, token in enumerate(row["input_ids"]) if token == header), default=0)
@@ -146,7 +146,7 @@ class OnlyLastTurnTrained(Subject):
 class LaterUserTurnsTrained(Subject):
     """The user's marker is recognised only the first time, so later questions count as answers."""
 
-    def render(self, conversation: Conversation) -> list[Segment]:
+    def render(self, conversation: Conversation) -> list[TextSegment]:
         is_answer, segments = False, []
         for segment in super().render(conversation):
             is_answer = is_answer or segment.supervised
@@ -158,7 +158,7 @@ class LaterUserTurnsTrained(Subject):
 class TruncateAfterPadding(Subject):
     """Rows are cut to their last tokens after padding on the right, so short ones lose their text and keep padding."""
 
-    def collate(self, rows: Sequence[Row]) -> Batch:
+    def collate(self, rows: Sequence[Features]) -> Batch:
         batch = super().collate(rows)
         kept = batch["input_ids"].shape[1] * 3 // 4
         return {name: tensor[:, -kept:] for name, tensor in batch.items()}
@@ -168,10 +168,10 @@ class TruncateAfterPadding(Subject):
 class TruncateSomeFields(Subject):
     """Ids are cut to the limit, labels are not, and padding hides it."""
 
-    def fit(self, row: Row) -> Row:
+    def fit(self, row: Features) -> Features:
         return {**row, "input_ids": row["input_ids"][:DEFAULT_LENGTH]}
 
-    def collate(self, rows: Sequence[Row]) -> Batch:
+    def collate(self, rows: Sequence[Features]) -> Batch:
         batch = super().collate(rows)
         missing = batch["labels"].shape[1] - batch["input_ids"].shape[1]
         fill = {"input_ids": self.pad_id, "attention_mask": 0}

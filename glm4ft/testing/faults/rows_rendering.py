@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from glm4ft.data.conversation import Conversation, Message
 from glm4ft.testing.faults.registry import ServedRight, faults_at
 from glm4ft.testing.subjects.plain_loop import Conversations, Subject
-from glm4ft.testing.subjects.plain_loop_data import Row, Segment
+from glm4ft.testing.subjects.plain_loop_data import Features, TextSegment
 
 ESCAPES = (
     "A rendering that is wrong in training and serving alike, and whose texts still stand in the row, escapes where no "
@@ -92,9 +92,9 @@ class MergedTurnsLoseFlags(Subject):
 class StaleTokenCache(Subject):
     """The cache of encoded rows does not know which tokenizer made them."""
 
-    cache: ClassVar[dict[str, Row]] = {}
+    cache: ClassVar[dict[str, Features]] = {}
 
-    def encode(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> Row:
+    def encode(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> Features:
         key = repr((messages, tools))
         if key not in self.cache:
             self.cache[key] = super().encode(messages, tools)
@@ -105,7 +105,7 @@ class StaleTokenCache(Subject):
 class StopTokenOwnedByNextTurn(Subject):
     """The role token that ends an answer belongs to the message after it, so it is never a target."""
 
-    def render(self, conversation: Conversation) -> list[Segment]:
+    def render(self, conversation: Conversation) -> list[TextSegment]:
         return [replace(s, supervised=s.supervised and not s.is_control) for s in super().render(conversation)]
 
 
@@ -117,7 +117,7 @@ class StopTokenOwnedByNextTurn(Subject):
 class DoublePrefix(Subject):
     """The template renders the prefix and the tokenizer adds it again."""
 
-    def render(self, conversation: Conversation) -> list[Segment]:
+    def render(self, conversation: Conversation) -> list[TextSegment]:
         segments = super().render(conversation)
         return segments[:2] + segments
 
@@ -126,7 +126,7 @@ class DoublePrefix(Subject):
 class PerMessageSliceEatsHeader(Subject):
     """Messages are encoded one by one and two leading ids cut off, as if the prefix still stood there."""
 
-    def label(self, segments: Sequence[Segment]) -> Row:
+    def label(self, segments: Sequence[TextSegment]) -> Features:
         row = super().label(segments[:2])
         for start in range(2, len(segments), 2):
             message = super().label(segments[start : start + 2])
@@ -166,5 +166,5 @@ class ReasoningTagSplitWrong(Subject):
 class GenerationPromptInTrainingText(ServedRight):
     """The header of a further answer is rendered behind the last one."""
 
-    def render(self, conversation: Conversation) -> list[Segment]:
-        return [*super().render(conversation), Segment("<|assistant|>", True, False)]
+    def render(self, conversation: Conversation) -> list[TextSegment]:
+        return [*super().render(conversation), TextSegment("<|assistant|>", True, False)]

@@ -33,11 +33,11 @@ def run_faults(ids: Sequence[str], num_workers: int | None = None) -> Iterator[C
     Raises:
         ConfigError: if an id is unknown.
     """
-    require_known(ids)
+    require_known_ids(ids)
     yield from in_parallel(run_one, ids, num_workers)
 
 
-def require_known(ids: Sequence[str]) -> None:
+def require_known_ids(ids: Sequence[str]) -> None:
     """Refuse an id that is neither a fault's nor a variation's.
 
     Raises:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from glm4ft.testing.faults.registry import faults_at
-from glm4ft.testing.subjects.plain_loop import Run, Subject
+from glm4ft.testing.subjects.plain_loop import LoopState, Subject
 
 ESCAPES = "What a tracker, a callback or a second evaluation set changes is not seen: the suite runs with none."
 
@@ -45,7 +45,7 @@ class EvalInTrainMode(Subject):
 class EvaluationSpendsRandomNumbers(Subject):
     """An evaluation draws from the generator that training's dropout draws from."""
 
-    def evaluate_in_training(self, run: Run) -> dict[str, float]:
+    def evaluate_in_training(self, run: LoopState) -> dict[str, float]:
         torch.empty((), dtype=torch.int64).random_()
         return super().evaluate_in_training(run)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from glm4ft.testing.faults.registry import faults_at
-from glm4ft.testing.subjects.plain_loop import Run, Subject, trained
+from glm4ft.testing.subjects.plain_loop import LoopState, Subject, trained
 
 ESCAPES = (
     "Optimisers other than AdamW and the settings that a plan does not carry (LoRA+ ratios, schedules of the decay) "
@@ -26,7 +26,7 @@ fault = faults_at("update")
 class Bf16ParamsLoseUpdates(Subject):
     """What is trained is kept in bf16, where small steps vanish."""
 
-    def update(self, run: Run) -> None:
+    def update(self, run: LoopState) -> None:
         super().update(run)
         for parameter in trained(run.model):
             parameter.data = parameter.data.bfloat16().float()
@@ -59,7 +59,7 @@ class LrGroupEmpty(Subject):
         found = [p for p in trained(model) if "lora_B" in type(p).__name__]  # the type of the parameter, not its name
         return [*super().parameter_groups(model, plan), {"params": found, "weight_decay": plan["weight_decay"]}]
 
-    def set_rate(self, run: Run) -> None:
+    def set_rate(self, run: LoopState) -> None:
         super().set_rate(run)
         run.optimizer.param_groups[-1]["lr"] *= self.ratio
 

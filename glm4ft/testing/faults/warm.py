@@ -11,13 +11,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TypeVar
 
-Result = TypeVar("Result")
+Output = TypeVar("Output")
 Task = TypeVar("Task")
 
 
 def in_parallel(
-    work: Callable[[Task], Result], tasks: Sequence[Task], num_workers: int | None = None
-) -> Iterator[Result]:
+    work: Callable[[Task], Output], tasks: Sequence[Task], num_workers: int | None = None
+) -> Iterator[Output]:
     """Results as they come, from one warm process per core.
 
     Args:

@@ -131,7 +131,7 @@ def backbone_of(model: nn.Module) -> nn.Module:
     return found[0]
 
 
-def head_of(model: nn.Module) -> nn.Linear:
+def output_head_of(model: nn.Module) -> nn.Linear:
     """The output head.
 
     Raises:
@@ -151,7 +151,7 @@ class _Recorder:
         self.max_steps, self.pending, self.raw = max_steps, list[Forward](), Tensors()
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.names = {id(p): name for name, p in self.parameters.items()}
-        self.trace = Trace(dtype=head_of(model).weight.dtype, trained=tuple(self.parameters))
+        self.trace = Trace(dtype=output_head_of(model).weight.dtype, trained=tuple(self.parameters))
         self.inputs: dict[str, torch.Tensor | None] = {}
         self.stack = ExitStack()
         hooks: list[RemovableHandle] = [

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from glm4ft.data.chat_format import IGNORED
+from glm4ft.data.chat_format import IGNORED, common_prefix_length
 from glm4ft.testing.recording.trace import Forward
-from glm4ft.testing.replay.matching import Place, is_part_of
+from glm4ft.testing.replay.matching import RowSpan, is_part_of
 from glm4ft.testing.replay.step import Departure, Departures, ReplayedStep, SeenRow
 
 # A target this sure may leave no gradient in the dtype of the run; a surer one says nothing about the mask.
@@ -32,17 +32,12 @@ def _unknown_row(step: ReplayedStep, ids: tuple[int, ...]) -> Departure:
         is_packed = bool(step.history.plan["packing"])
         stage, cause = ("batches", "packing cuts rows") if is_packed else ("rows", "truncation")
         return step.depart(stage, f"a row was cut to {len(ids)} of its {len(whole)} tokens", cause)
-    nearest = max(known, key=lambda row: _shared(row, ids))
-    at = _shared(nearest, ids)
+    nearest = max(known, key=lambda row: common_prefix_length(row, ids))
+    at = common_prefix_length(nearest, ids)
     found, expected = (step.reference.show(row[at : at + SHOWN]) for row in (ids, nearest))
     text = f"a row is no conversation's: at position {at} stands {found}, not {expected}"
     cause = "truncation" if at >= len(nearest) // 2 and at == len(ids) else ""
     return step.depart("rows", text, cause)
-
-
-def _shared(left: tuple[int, ...], right: tuple[int, ...]) -> int:
-    same = [a == b for a, b in zip(left, right, strict=False)]
-    return same.index(False) if False in same else len(same)
 
 
 def _wrong_targets(step: ReplayedStep, row: SeenRow) -> Departures:
@@ -117,7 +112,7 @@ def _trained_padding(step: ReplayedStep) -> Departures:
             yield step.depart("batches", text, cause)
 
 
-def _wrong_surroundings(forward: Forward, place: Place) -> str:
+def _wrong_surroundings(forward: Forward, place: RowSpan) -> str:
     """What mask or positions say wrongly about a row; "" if nothing."""
     mask, positions = forward.attention_mask, forward.positions_BT
     if mask is not None and mask.dim() == 2:

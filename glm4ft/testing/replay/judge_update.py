@@ -30,8 +30,8 @@ def judge_gradient(step: ReplayedStep) -> Departures:
     yield from _wrong_weights(step)
     expected = step.reference.gradient(step.rows(), step.step.before)
     size = relative(step.raw, expected)
-    cause = "" if size <= step.history.limit else _gradient_cause(step, expected)
-    yield step.depart("gradient", f"the gradient is {size:.1e} off the token mean", cause, size)
+    cause, factor = ("", None) if size <= step.history.limit else _gradient_cause(step, expected)
+    yield step.depart("gradient", f"the gradient is {size:.1e} off the token mean", cause, size, factor)
 
 
 def _wrong_loss(step: ReplayedStep, row: SeenRow) -> Departures:
@@ -85,11 +85,15 @@ def _factor_words(step: ReplayedStep, factor: float) -> str:
     return ""
 
 
-def _gradient_cause(step: ReplayedStep, expected: Tensors) -> str:
-    """Explain a wrong gradient as a sum of the micro-batches' gradients and the one left over from the step before."""
+def _gradient_cause(step: ReplayedStep, expected: Tensors) -> tuple[str, float | None]:
+    """Explain a wrong gradient as a sum of the micro-batches' gradients and the one left over from the step before.
+
+    Returns:
+        The cause, and the factor on the whole gradient if that is the cause.
+    """
     raw, previous = step.raw, step.history.previous
     if raw.keys() != expected.keys():
-        return f"no gradient was accumulated in {sorted(expected.keys() - raw.keys())[:1]}"
+        return f"no gradient was accumulated in {sorted(expected.keys() - raw.keys())[:1]}", None
     parts = _parts(step)
     if previous:
         parts.append(previous.clipped)
@@ -97,9 +101,9 @@ def _gradient_cause(step: ReplayedStep, expected: Tensors) -> str:
     factors = torch.linalg.lstsq(gram, torch.tensor([dot(a, raw) for a in parts], dtype=torch.float64)).solution
     explained = {n: sum(float(f) * part[n].double() for f, part in zip(factors, parts, strict=True)) for n in raw}
     if relative(raw, explained) > EXPLAINED:  # type: ignore[arg-type]
-        return _gradient_of_some(raw, expected)
+        return _gradient_of_some(raw, expected), None
     if previous and abs(factors[-1]) > 0.1:
-        return "the gradient of the step before was not cleared"
+        return "the gradient of the step before was not cleared", None
     return _counts(factors[: len(_forwards(step))].tolist())
 
 
@@ -130,15 +134,15 @@ def _parts(step: ReplayedStep) -> list[Tensors]:
     return parts
 
 
-def _counts(factors: list[float]) -> str:
-    """In words, how often each micro-batch counts."""
+def _counts(factors: list[float]) -> tuple[str, float | None]:
+    """How often each micro-batch counts, in words; and the factor, if all count alike."""
     mean = sum(factors) / len(factors)
     if max(abs(f - mean) for f in factors) <= 10 * EXPLAINED * abs(mean):
-        return f"it is {mean:.4g} times the token mean"
+        return f"it is {mean:.4g} times the token mean", mean
     lost = [str(i) for i, f in enumerate(factors, start=1) if abs(f) < 0.1]
     if lost:
-        return f"micro-batch {', '.join(lost)} of {len(factors)} is lost"
-    return "micro-batches count " + ", ".join(f"{f:.3g}" for f in factors) + " times"
+        return f"micro-batch {', '.join(lost)} of {len(factors)} is lost", None
+    return "micro-batches count " + ", ".join(f"{f:.3g}" for f in factors) + " times", None
 
 
 def judge_clipping(step: ReplayedStep) -> Departures:

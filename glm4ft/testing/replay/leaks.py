@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from glm4ft.testing.recording.trace import Forward, backbone_of
-from glm4ft.testing.replay.matching import KnownRows, Place
+from glm4ft.testing.replay.matching import KnownRows, RowSpan
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Leak:
         neighbours: number of rows in the same sequence, itself included.
     """
 
-    place: Place
+    place: RowSpan
     position: int
     size: float
     training: bool
@@ -82,7 +82,7 @@ class _Watcher:
             self.leaks.append(self._leak(place, gradient, sum(p.b == place.b for p in places)))
         torch.set_grad_enabled(self.was_enabled)
 
-    def _leak(self, place: Place, gradient_BTD: torch.Tensor, neighbours: int) -> Leak:
+    def _leak(self, place: RowSpan, gradient_BTD: torch.Tensor, neighbours: int) -> Leak:
         size_BT = gradient_BTD.detach().float().norm(dim=-1).cpu()
         own = float(size_BT[place.b, place.places].max())
         size_BT[place.b, place.places] = 0

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 
 from glm4ft.testing.recording.trace import Forward
-from glm4ft.testing.specification.reference import Row, split_rows
+from glm4ft.testing.specification.reference import LabelledIds, split_rows
 
 
 @dataclass(frozen=True)
-class Place:
+class RowSpan:
     """Where a row stands in a forward pass.
 
     Args:
@@ -42,7 +42,7 @@ class Sighting:
         padding_BT: True where a position belongs to no row.
     """
 
-    rows: tuple[Place, ...]
+    rows: tuple[RowSpan, ...]
     unknown: tuple[tuple[int, ...], ...]
     padding_BT: torch.Tensor
 
@@ -54,7 +54,7 @@ class KnownRows:
         rows: as encoded; no two with the same ids.
     """
 
-    def __init__(self, rows: Iterable[Row]) -> None:
+    def __init__(self, rows: Iterable[LabelledIds]) -> None:
         self.labels = dict(rows)
         self.by_first: dict[int, list[tuple[int, ...]]] = defaultdict(list)
         for ids in sorted(self.labels, key=len, reverse=True):  # one row may begin another
@@ -62,7 +62,7 @@ class KnownRows:
 
     def sight(self, forward: Forward) -> Sighting:
         """Find them in a forward pass."""
-        places: list[Place] = []
+        places: list[RowSpan] = []
         padding = torch.ones(forward.input_ids_BT.shape, dtype=torch.bool)
         for b, ids_T in enumerate(forward.input_ids_BT.tolist()):
             places += self._in_sequence(b, tuple(ids_T))
@@ -70,12 +70,12 @@ class KnownRows:
             padding[place.b, place.places] = False
         return Sighting(tuple(places), tuple(self._unknown(forward, padding)), padding)
 
-    def _in_sequence(self, b: int, ids: tuple[int, ...]) -> Iterable[Place]:
+    def _in_sequence(self, b: int, ids: tuple[int, ...]) -> Iterable[RowSpan]:
         t = 0
         while t < len(ids):
             found = next((row for row in self.by_first.get(ids[t], ()) if ids[t : t + len(row)] == row), None)
             if found:
-                yield Place(found, b, t)
+                yield RowSpan(found, b, t)
             t += len(found) if found else 1
 
     def _unknown(self, forward: Forward, padding: torch.Tensor) -> Iterable[tuple[int, ...]]:

@@ -16,7 +16,7 @@ from glm4ft.testing.replay.judge_update import judge_clipping, judge_gradient, j
 from glm4ft.testing.replay.matching import KnownRows
 from glm4ft.testing.replay.step import Departure, Departures, History, ReplayedStep
 from glm4ft.testing.replay.tolerances import within
-from glm4ft.testing.specification.reference import Reference, Row
+from glm4ft.testing.specification.reference import LabelledIds, Reference
 
 JUDGES: Mapping[str, Callable[[ReplayedStep], Departures]] = {
     "rows": judge_rows,
@@ -48,7 +48,7 @@ class Verdict:
     seen: list[list[tuple[int, ...]]] = field(default_factory=list)
 
 
-def replay(trace: Trace, reference: Reference, rows: Sequence[Row], plan: Mapping[str, Any]) -> Verdict:
+def replay(trace: Trace, reference: Reference, rows: Sequence[LabelledIds], plan: Mapping[str, Any]) -> Verdict:
     """Compare a recorded run with the specification.
 
     Args:
@@ -100,7 +100,8 @@ def _hidden_by_zero_b(departure: Departure, trace: Trace, history: History) -> D
         return None
     for later in judge_model(ReplayedStep(2, trace.steps[1], history)):
         if not later.size <= history.limit:
-            scale = departure.cause.removeprefix("it is ").removesuffix(" times the token mean")
-            cause = f"the adapter's scale: before B moved, its gradient was {scale} times what it should be"
-            return replace(later, cause=cause if scale != departure.cause else later.cause)
+            if departure.factor is None:
+                return later
+            told = f"before B moved, its gradient was {departure.factor:.4g} times what it should be"
+            return replace(later, cause=f"the adapter's scale: {told}")
     return None

@@ -13,8 +13,8 @@ import torch
 
 from glm4ft.data.chat_format import IGNORED
 from glm4ft.testing.recording.trace import Step, Tensors
-from glm4ft.testing.replay.matching import KnownRows, Place, Sighting
-from glm4ft.testing.specification.reference import AdamW, Reference, Row, Targets, recover_targets
+from glm4ft.testing.replay.matching import KnownRows, RowSpan, Sighting
+from glm4ft.testing.specification.reference import AdamW, LabelledIds, Reference, Targets, recover_targets
 
 # Largest relative departure that is rounding, by the dtype of the base. In fp32 240 clean runs of 10 steps (20 seeds,
 # padded and packed, 1, 2 and 4 micro-batches, clipping on and off; x86-64 CPU, 2026-11-25) stayed below 8.3e-7 for
@@ -36,7 +36,8 @@ class Departure:
         step: optimiser step, from 1.
         text: what was found and what was expected.
         cause: the likely one, if the numbers give it away.
-        size: relative; nan where a number says nothing.
+        size: The relative size of the departure; NaN where a number says nothing.
+        factor: What the whole gradient was multiplied by, if that explains the departure; None otherwise.
     """
 
     stage: str
@@ -44,6 +45,7 @@ class Departure:
     text: str
     cause: str = ""
     size: float = math.nan
+    factor: float | None = None
 
     def __str__(self) -> str:
         cause = f"; likely cause: {self.cause}" if self.cause else ""
@@ -93,7 +95,7 @@ class SeenRow:
         targets: what the gradient there says.
     """
 
-    place: Place
+    place: RowSpan
     forward: int
     hidden_TD: torch.Tensor
     targets: Targets
@@ -116,9 +118,11 @@ class ReplayedStep:
     def __init__(self, number: int, step: Step, history: History) -> None:
         self.number, self.step, self.history, self.reference = number, step, history, history.reference
 
-    def depart(self, stage: str, text: str, cause: str = "", size: float = math.nan) -> Departure:
+    def depart(
+        self, stage: str, text: str, cause: str = "", size: float = math.nan, factor: float | None = None
+    ) -> Departure:
         """A departure of this step."""
-        return Departure(stage, self.number, text, cause, size)
+        return Departure(stage, self.number, text, cause, size, factor)
 
     @cached_property
     def sightings(self) -> list[Sighting]:
@@ -155,7 +159,7 @@ class ReplayedStep:
         """As encoded, but for the first token, which nothing predicts."""
         return (IGNORED, *self.history.known.labels[ids][1:])
 
-    def rows(self, forward: int | None = None) -> list[Row]:
+    def rows(self, forward: int | None = None) -> list[LabelledIds]:
         """The rows of the step, or of one of its forward passes."""
         return [(row.ids, self.labels_of(row.ids)) for row in self.seen if forward in (None, row.forward)]
 
@@ -192,7 +196,7 @@ class ReplayedStep:
         return {name: tensor / self.loss_scale for name, tensor in self.step.raw.items()}
 
 
-def count_targets(rows: Sequence[Row]) -> int:
+def count_targets(rows: Sequence[LabelledIds]) -> int:
     """Supervised tokens; a first token is none."""
     return sum(label != IGNORED for _, labels in rows for label in labels[1:])
 

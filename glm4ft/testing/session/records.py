@@ -7,12 +7,13 @@ as a property, and cannot bring down a worker as a tensor or a NumPy number woul
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
+from glm4ft.files import finite
 
 if TYPE_CHECKING:
     from glm4ft.testing.trial.runner import Result
@@ -45,16 +46,12 @@ def attach_run(node: pytest.Item, name: str, steps: Iterable[Mapping[str, Any]])
         steps: a mapping per optimiser step with ``loss`` and ``grad_norm``, numbers of any kind; others are left out.
     """
     rows = [step for step in steps if "loss" in step]
-    curves = {key: [_finite(row.get(key)) for row in rows] for key in ("loss", "grad_norm")}
+    curves = {key: [finite(row.get(key)) for row in rows] for key in ("loss", "grad_norm")}
     _attach(node, RUN, {"name": name, **curves})
 
 
 def _attach(node: pytest.Item, key: str, content: dict[str, Any]) -> None:
     node.user_properties.append((key, json.dumps(content, ensure_ascii=False, allow_nan=False)))
-
-
-def _finite(value: Any) -> float | None:
-    return float(value) if value is not None and math.isfinite(value) else None
 
 
 @dataclass(eq=False)  # older versions of pytest hash their plugins

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from glm4ft.report.content import Content, Curves, Headline, Option, ShownCheck
+from glm4ft.report.content import Content, Curves, Headline, ShownCheck, ShownOption
 from glm4ft.report.files import write_report
 from glm4ft.testing.session.options import OPTIONS
 from glm4ft.testing.session.records import CHECK
@@ -65,7 +65,7 @@ def session_content(
         runs=tuple((_run_name(run), _curves(run)) for run in runs),
         checks=(*_claims(checks, judged, len(subjects)), *map(_failed_test, failed)),
         facts=tuple(_facts(stats)),
-        options=tuple(Option(o.flag, o.value(config) or "none", o.source(config)) for o in OPTIONS),
+        options=tuple(ShownOption(o.flag, o.value(config) or "none", o.source(config)) for o in OPTIONS),
         command="pytest " + " ".join(map(str, config.invocation_params.args)),
     )
 

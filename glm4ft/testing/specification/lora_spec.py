@@ -14,7 +14,7 @@ _LAYER = re.compile(r"\.(?:layers|h|blocks?)\.(\d+)\.")
 
 
 @dataclass(frozen=True)
-class Adapter:
+class LoraSpec:
     """LoRA as peft's options describe it.
 
     Args:
@@ -37,7 +37,7 @@ class Adapter:
     layers: tuple[int, ...] | None = None
 
     @classmethod
-    def of(cls, asked: Mapping[str, Any]) -> Adapter:
+    def of(cls, asked: Mapping[str, Any]) -> LoraSpec:
         """The one that options by peft's names ask for.
 
         Raises:

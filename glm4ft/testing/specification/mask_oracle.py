@@ -35,7 +35,7 @@ class Undecidable(Exception):
 
 
 @dataclass(frozen=True)
-class Turn:
+class TurnSpan:
     """Where an assistant turn stands in a row.
 
     Args:
@@ -80,7 +80,9 @@ def control_ids(tokenizer: Any) -> dict[str, int]:
     return {token: added[token] for token in needed}
 
 
-def find_turns(ids: Sequence[int], messages: Sequence[Mapping[str, Any]], controls: Mapping[str, int]) -> list[Turn]:
+def find_turns(
+    ids: Sequence[int], messages: Sequence[Mapping[str, Any]], controls: Mapping[str, int]
+) -> list[TurnSpan]:
     """Walk over a row's control tokens.
 
     Args:
@@ -101,11 +103,11 @@ def find_turns(ids: Sequence[int], messages: Sequence[Mapping[str, Any]], contro
     answers = [(index, m.get("loss") is not False) for index, m in enumerate(messages) if m["role"] == "assistant"]
     if len(bounds) != len(answers):
         raise Undecidable(f"{len(bounds)} {HEADERS['assistant']} for {len(answers)} assistant turns")
-    return [Turn(index, *bound, loss) for bound, (index, loss) in zip(bounds, answers, strict=True)]
+    return [TurnSpan(index, *bound, loss) for bound, (index, loss) in zip(bounds, answers, strict=True)]
 
 
 def find_mistakes(
-    ids: Sequence[int], labels: Sequence[int], turns: Sequence[Turn], controls: Mapping[str, int]
+    ids: Sequence[int], labels: Sequence[int], turns: Sequence[TurnSpan], controls: Mapping[str, int]
 ) -> Iterator[Mistake]:
     """Compare a row's labels with what the model must sample, position by position.
 
@@ -125,7 +127,7 @@ def find_mistakes(
         yield Mistake("terminator", len(ids), False)
 
 
-def _kind(position: int, token: int, turn: Turn | None, controls: Mapping[str, int]) -> str:
+def _kind(position: int, token: int, turn: TurnSpan | None, controls: Mapping[str, int]) -> str:
     if turn is not None and turn.supervised:
         return "terminator" if position == turn.end else "answer"
     if token == controls[HEADERS["assistant"]]:
@@ -171,7 +173,7 @@ def show_token(tokenizer: Any, ids: Sequence[int], position: int) -> str:
     return repr(tokenizer.decode([ids[position]])) if position < len(ids) else "end of the row"
 
 
-def explain_mistakes(tokenizer: Any, ids: Sequence[int], turns: Sequence[Turn], mistakes: Sequence[Mistake]) -> str:
+def explain_mistakes(tokenizer: Any, ids: Sequence[int], turns: Sequence[TurnSpan], mistakes: Sequence[Mistake]) -> str:
     """The first mistake of each kind, with the tokens around it and how many there are like it.
 
     Args:
@@ -188,7 +190,7 @@ def explain_mistakes(tokenizer: Any, ids: Sequence[int], turns: Sequence[Turn], 
     return "\n".join(lines)
 
 
-def _explain_mistake(tokenizer: Any, ids: Sequence[int], turns: Sequence[Turn], mistake: Mistake) -> str:
+def _explain_mistake(tokenizer: Any, ids: Sequence[int], turns: Sequence[TurnSpan], mistake: Mistake) -> str:
     position = mistake.position
     if position == len(ids):
         return f"turn {len(turns)} (message {turns[-1].message}): no terminator; the row ends at position {position}"

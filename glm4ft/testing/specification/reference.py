@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from glm4ft.data.chat_format import IGNORED
 from glm4ft.testing.recording.trace import Forward, Tensors, backbone_of
-from glm4ft.testing.specification.lora_spec import Adapter, adapted_modules, base_name
+from glm4ft.testing.specification.lora_spec import LoraSpec, adapted_modules, base_name
 
-Row = tuple[tuple[int, ...], tuple[int, ...]]  # input ids and unshifted labels
+LabelledIds = tuple[tuple[int, ...], tuple[int, ...]]  # input ids and unshifted labels
 
 CPU = torch.device("cpu")
 # A gradient this much smaller than the largest of its forward pass is rounding: bf16 keeps 8 bits of mantissa.
@@ -57,14 +57,14 @@ class Reference:
 
     Args:
         base_dir: Hugging Face model folder.
-        adapter: how the trained matrices act on it.
+        lora_spec: how the trained matrices act on it.
         device: of the base; one of the true size takes a GPU.
     """
 
-    def __init__(self, base_dir: str | Path, adapter: Adapter, device: torch.device = CPU) -> None:
+    def __init__(self, base_dir: str | Path, lora_spec: LoraSpec, device: torch.device = CPU) -> None:
         self.model: Any = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32).eval()
         torch.nn.Module.to(self.model.requires_grad_(False), device)
-        self.base_dir, self.adapter, self.device = base_dir, adapter, device
+        self.base_dir, self.lora_spec, self.device = base_dir, lora_spec, device
         self.backbone = backbone_of(self.model)
         self.weights: Tensors = dict(self.model.named_parameters())
         self.modules = dict(self.model.named_modules())
@@ -118,7 +118,7 @@ class Reference:
         logits = self.logits(self.hidden(input_ids, trained)[:-1], trained)
         return F.cross_entropy(logits, torch.tensor(list(input_ids))[1:], reduction="none")
 
-    def loss(self, rows: Sequence[Row], trained: Tensors) -> torch.Tensor:
+    def loss(self, rows: Sequence[LabelledIds], trained: Tensors) -> torch.Tensor:
         """Token mean over all rows of an optimiser step.
 
         Args:
@@ -133,7 +133,7 @@ class Reference:
             count += int((targets != IGNORED).sum())
         return total / count
 
-    def gradient(self, rows: Sequence[Row], trained: Tensors) -> Tensors:
+    def gradient(self, rows: Sequence[LabelledIds], trained: Tensors) -> Tensors:
         """Gradient of ``loss`` with respect to each trained parameter."""
         leaves = {name: tensor.detach().float().clone().requires_grad_(True) for name, tensor in trained.items()}
         gradients = torch.autograd.grad(self.loss(rows, leaves), list(leaves.values()))
@@ -155,7 +155,7 @@ class Reference:
             if name == "lm_head":
                 continue
             a, b = (trained[pair[matrix]].float().to(self.device) for matrix in "AB")
-            hooks.append(self.modules[name].register_forward_hook(_added(a, b, self.adapter.scale_of(name))))
+            hooks.append(self.modules[name].register_forward_hook(_added(a, b, self.lora_spec.scale_of(name))))
         try:
             yield
         finally:
@@ -164,7 +164,7 @@ class Reference:
 
     def _scaled(self, pair: Mapping[str, str], trained: Tensors, module: str) -> torch.Tensor:
         a, b = (trained[pair[matrix]].float().to(self.device) for matrix in "AB")
-        return self.adapter.scale_of(module) * (b @ a)
+        return self.lora_spec.scale_of(module) * (b @ a)
 
 
 def _added(a: torch.Tensor, b: torch.Tensor, scale: float) -> Any:

@@ -1,6 +1,6 @@
 """What adapters of trainers have in common. A subject needs none of it; an adapter gets shorter with it.
 
-``class Subject(PeftAdapter)`` has ``build_model``, ``save``, ``load`` and ``merge``; ``EncodedHere`` adds ``encode``
+``class Subject(PeftSubject)`` has ``build_model``, ``save``, ``load`` and ``merge``; ``EncodedHere`` adds ``encode``
 and ``prompt``, ``Generates`` ``generate``; ``training_arguments`` translates a plan, ``json_chat`` and
 ``sharegpt_chat`` a conversation.
 """
@@ -20,7 +20,7 @@ from glm4ft.data.chat_format import ChatFormat
 from glm4ft.data.conversation import from_messages
 
 
-class PeftAdapter:
+class PeftSubject:
     """A subject's model and its way to the disk and back, in plain peft and transformers."""
 
     tokenizer: Any

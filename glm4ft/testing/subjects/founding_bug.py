@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from glm4ft.data.chat_format import ChatFormat, Row
+from glm4ft.data.chat_format import ChatFormat, EncodedRow
 from glm4ft.data.conversation import Conversation
 from glm4ft.testing.subjects import own
 
@@ -17,7 +17,7 @@ class FoundingBugFormat(ChatFormat):
     Source: the label rule of ``finetune_demo/finetune_vision.py`` at commit b5683f2 of THUDM/GLM-4.
     """
 
-    def encode(self, conversation: Conversation) -> Row:
+    def encode(self, conversation: Conversation) -> EncodedRow:
         """Encode with the wrong labels; the ids are right."""
         row = super().encode(conversation)
         supervised = [False] * len(row.input_ids)

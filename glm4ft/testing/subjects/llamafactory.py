@@ -14,7 +14,7 @@ from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
 from llamafactory.train.tuner import export_model
 
 from glm4ft.testing.subject import make_plan
-from glm4ft.testing.subjects.building_blocks import PeftAdapter, json_chat, sharegpt_chat, training_arguments
+from glm4ft.testing.subjects.building_blocks import PeftSubject, json_chat, sharegpt_chat, training_arguments
 from glm4ft.testing.subjects.known_failures import LLAMA_FACTORY, reasons
 
 INFO = {"formatting": "sharegpt", "columns": {"messages": "conversations", "tools": "tools"}, "file_name": "chats.json"}
@@ -22,7 +22,7 @@ INFO = {"formatting": "sharegpt", "columns": {"messages": "conversations", "tool
 LORA = {"stage": "sft", "finetuning_type": "lora", "lora_target": "all", "lora_rank": 8, "use_reentrant_gc": False}
 
 
-class Subject(PeftAdapter):
+class Subject(PeftSubject):
     """``llamafactory-cli train`` with ``stage: sft``, part by part.
 
     Args:

@@ -13,11 +13,11 @@ from swift.pipelines.train.sft import SwiftSft
 from swift.trainers import TrainerFactory
 
 from glm4ft.testing.subject import make_plan
-from glm4ft.testing.subjects.building_blocks import PeftAdapter, json_chat, training_arguments
+from glm4ft.testing.subjects.building_blocks import PeftSubject, json_chat, training_arguments
 from glm4ft.testing.subjects.known_failures import MS_SWIFT, reasons
 
 
-class Subject(PeftAdapter):
+class Subject(PeftSubject):
     """``swift sft``, part by part.
 
     Args:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 
 from glm4ft.data.chat_format import IGNORED
-from glm4ft.testing.subjects.plain_loop_data import Batch, Row
+from glm4ft.testing.subjects.plain_loop_data import Batch, Features
 from glm4ft.testing.subjects.plain_loop_evaluation import Evaluation
 from glm4ft.testing.subjects.plain_loop_model import Model
 
@@ -29,7 +29,7 @@ Conversations = Sequence[Mapping[str, Any]]
 
 
 @dataclass
-class Run:
+class LoopState:
     """What a run carries from step to step.
 
     Args:
@@ -46,7 +46,7 @@ class Run:
     wrapped: Any
     optimizer: torch.optim.Optimizer
     plan: Mapping[str, Any]
-    rows: list[Row]
+    rows: list[Features]
     step: int = 0
     log: list[dict[str, Any]] = field(default_factory=list)
 
@@ -74,11 +74,11 @@ class Subject(Evaluation, Model):
                 entry["eval_loss"] = self.evaluate_in_training(run)["loss"]
             if run.step % plan["log_every"] == 0:
                 run.log.append(entry)
-            if plan["save_every"] and run.step % plan["save_every"] == 0 and rank() == 0:
+            if plan["save_every"] and run.step % plan["save_every"] == 0 and process_rank() == 0:
                 self.save_checkpoint(run, Path(plan["output_dir"]) / f"checkpoint-{run.step}")
         return run.log
 
-    def begin(self, model: Any, conversations: Conversations, plan: Mapping[str, Any]) -> Run:
+    def begin(self, model: Any, conversations: Conversations, plan: Mapping[str, Any]) -> LoopState:
         """Everything that a run has before its first step."""
         join_processes()
         torch.manual_seed(plan["seed"])
@@ -86,7 +86,7 @@ class Subject(Evaluation, Model):
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
         rows = [self.encode(c["messages"], c.get("tools")) for c in conversations]
-        run = Run(model, self.wrap(model), self.make_optimizer(model, plan), plan, rows)
+        run = LoopState(model, self.wrap(model), self.make_optimizer(model, plan), plan, rows)
         if plan["resume_from"]:
             self.resume(run, Path(plan["resume_from"]))
         return run
@@ -95,11 +95,11 @@ class Subject(Evaluation, Model):
         """What averages the gradients over processes, where there are several."""
         return DistributedDataParallel(model) if world_size() > 1 else model
 
-    def last_step(self, run: Run) -> int:
+    def last_step(self, run: LoopState) -> int:
         """The step after which the run ends."""
         return int(run.plan["steps"])
 
-    def batches(self, run: Run) -> Iterator[Batch]:
+    def batches(self, run: LoopState) -> Iterator[Batch]:
         """This process's micro-batches, epoch after epoch, from where the run stands."""
         size, packing = run.plan["micro_batch_size"], run.plan["packing"]
         items = self.items(run.rows, packing)
@@ -109,23 +109,23 @@ class Subject(Evaluation, Model):
         while True:
             yield self.batch((items[i] for i in islice(stream, size)), packing)
 
-    def stream(self, num_items: int, run: Run) -> Iterator[int]:
+    def stream(self, num_items: int, run: LoopState) -> Iterator[int]:
         """Indices of this process's items; the processes take turns, so together they see each once per epoch."""
-        order = (i for epoch in count() for i in self.epoch_order(num_items, epoch, run.plan["seed"], rank()))
-        return islice(order, rank(), None, world_size())
+        order = (i for epoch in count() for i in self.epoch_order(num_items, epoch, run.plan["seed"], process_rank()))
+        return islice(order, process_rank(), None, world_size())
 
-    def behind_what_was_seen(self, stream: Iterator[int], num_items: int, run: Run) -> Iterator[int]:
+    def behind_what_was_seen(self, stream: Iterator[int], num_items: int, run: LoopState) -> Iterator[int]:
         """The stream of a resumed run."""
         return islice(stream, run.step * run.plan["accumulation"] * run.plan["micro_batch_size"], None)
 
-    def evaluate_in_training(self, run: Run) -> dict[str, float]:
+    def evaluate_in_training(self, run: LoopState) -> dict[str, float]:
         """Loss and accuracy on the training rows."""
         with self.evaluating(run.model):
             return self.score(run.model, run.rows)
 
     # --- one step ---
 
-    def train_step(self, run: Run, batches: list[Batch]) -> dict[str, Any]:
+    def train_step(self, run: LoopState, batches: list[Batch]) -> dict[str, Any]:
         """One optimiser step over several micro-batches; returns the entry for the log."""
         self.zero_grad(run)
         num_targets = self.count_targets(batches)
@@ -136,7 +136,7 @@ class Subject(Evaluation, Model):
         loss = float(sum_over_processes(torch.stack(losses).sum()))
         return self.log_entry(run, loss, grad_norm)
 
-    def zero_grad(self, run: Run) -> None:
+    def zero_grad(self, run: LoopState) -> None:
         """Forget the last step's gradient."""
         run.optimizer.zero_grad()
 
@@ -145,13 +145,13 @@ class Subject(Evaluation, Model):
         own = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches)
         return int(sum_over_processes(torch.tensor(own)))
 
-    def train_micro_batch(self, run: Run, batch: Batch, num_targets: int, num_micro_batches: int) -> torch.Tensor:
+    def train_micro_batch(self, run: LoopState, batch: Batch, num_targets: int, num_micro_batches: int) -> torch.Tensor:
         """Forward and backward; returns this micro-batch's part of the step's loss."""
         loss = self.loss_sum(self.forward(run.wrapped, batch), batch["labels"])
-        self.backward(loss * self.scale(batch, num_targets, num_micro_batches))
+        self.backward(loss * self.loss_factor(batch, num_targets, num_micro_batches))
         return loss.detach() / num_targets
 
-    def scale(self, batch: Batch, num_targets: int, num_micro_batches: int) -> float:
+    def loss_factor(self, batch: Batch, num_targets: int, num_micro_batches: int) -> float:
         """What makes the summed loss a mean over the step's tokens; the wrapper averages over processes."""
         return world_size() / num_targets
 
@@ -159,16 +159,16 @@ class Subject(Evaluation, Model):
         """Add to the gradient."""
         loss.backward()
 
-    def clip(self, run: Run) -> float:
+    def clip(self, run: LoopState) -> float:
         """Scale the gradient down to the limit; returns its norm before."""
         norm = torch.nn.utils.clip_grad_norm_(trained(run.model), run.plan["max_grad_norm"] or math.inf)
         return float(norm)
 
-    def update(self, run: Run) -> None:
+    def update(self, run: LoopState) -> None:
         """Move the parameters."""
         run.optimizer.step()
 
-    def log_entry(self, run: Run, loss: float, grad_norm: float) -> dict[str, Any]:
+    def log_entry(self, run: LoopState, loss: float, grad_norm: float) -> dict[str, Any]:
         """What is told of a step."""
         rate = run.optimizer.param_groups[0]["lr"]
         return {"step": run.step + 1, "loss": loss, "grad_norm": grad_norm, "learning_rate": rate}
@@ -184,7 +184,7 @@ class Subject(Evaluation, Model):
         """Parameters and their decay; LoRA matrices are all of one kind."""
         return [{"params": trained(model), "weight_decay": plan["weight_decay"]}]
 
-    def set_rate(self, run: Run) -> None:
+    def set_rate(self, run: LoopState) -> None:
         """Give the optimiser the rate of the step that it is about to take."""
         for group in run.optimizer.param_groups:
             group["lr"] = run.plan["learning_rate"] * self.rate_factor(run.step, run.plan)
@@ -204,14 +204,14 @@ class Subject(Evaluation, Model):
 
     # --- checkpoints: safetensors and JSON, so that reading one cannot run code ---
 
-    def save_checkpoint(self, run: Run, folder: Path) -> None:
+    def save_checkpoint(self, run: LoopState, folder: Path) -> None:
         """Write what a run needs to go on as if nothing had happened."""
         self.save(run.model, str(folder))
         save_file(self.optimizer_state(run), folder / "optimizer.safetensors")
         save_file({"torch": torch.get_rng_state()}, folder / "rng.safetensors")
         (folder / "state.json").write_text(json.dumps({"step": run.step}), "utf-8")
 
-    def resume(self, run: Run, folder: Path) -> None:
+    def resume(self, run: LoopState, folder: Path) -> None:
         """Go on where a checkpoint was written."""
         self.load_weights(run.model, folder)
         self.load_optimizer(run, folder)
@@ -222,12 +222,12 @@ class Subject(Evaluation, Model):
         """Adapters from a checkpoint into a model that is already built."""
         model.load_adapter(str(folder), "default", is_trainable=True)
 
-    def optimizer_state(self, run: Run) -> dict[str, torch.Tensor]:
+    def optimizer_state(self, run: LoopState) -> dict[str, torch.Tensor]:
         """AdamW's moments and step counts, by parameter."""
         states = [(name, run.optimizer.state[p]) for name, p in run.model.named_parameters() if p.requires_grad]
         return {f"{name}/{key}": value for name, state in states for key, value in state.items()}
 
-    def load_optimizer(self, run: Run, folder: Path) -> None:
+    def load_optimizer(self, run: LoopState, folder: Path) -> None:
         """The same, back into the optimiser."""
         parameters = dict(run.model.named_parameters())
         for key, value in load_file(folder / "optimizer.safetensors").items():
@@ -246,7 +246,7 @@ def join_processes() -> None:
         dist.init_process_group("gloo")
 
 
-def rank() -> int:
+def process_rank() -> int:
     """This process's number."""
     return dist.get_rank() if dist.is_initialized() else 0
 

@@ -16,12 +16,12 @@ from transformers import AutoTokenizer
 from glm4ft.data.chat_format import IGNORED, PREFIX, STOPS, plain_text_tokenizer
 from glm4ft.data.conversation import Conversation, Message, from_messages
 
-Row = dict[str, list[int]]  # input_ids and labels
+Features = dict[str, list[int]]  # input_ids and labels
 Batch = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Segment:
+class TextSegment:
     """A piece of a rendered conversation.
 
     Args:
@@ -54,7 +54,7 @@ class Data:
 
     # --- conversation to row ---
 
-    def encode(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> Row:
+    def encode(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> Features:
         """Ids and labels of one conversation."""
         return self.fit(self.label(self.render(self.read(messages, tools))))
 
@@ -68,20 +68,23 @@ class Data:
         """Validated messages."""
         return from_messages(messages, tools)
 
-    def render(self, conversation: Conversation) -> list[Segment]:
+    def render(self, conversation: Conversation) -> list[TextSegment]:
         """Prefix, then header and body of each message; what follows an answer is the token that ends it."""
         messages = self.ordered(conversation.messages)
         self.require_stops(messages)
-        segments = [Segment(token, True, False) for token in PREFIX]
+        segments = [TextSegment(token, True, False) for token in PREFIX]
         if conversation.tools:
-            segments += [Segment("<|system|>", True, False), Segment(self.tool_text(conversation.tools), False, False)]
+            segments += [
+                TextSegment("<|system|>", True, False),
+                TextSegment(self.tool_text(conversation.tools), False, False),
+            ]
         before: Message | None = None
         for message in messages:
-            segments.append(Segment(f"<|{message.role}|>", True, self.is_trained(before)))
-            segments.append(Segment(self.body(message), False, self.is_trained(message)))
+            segments.append(TextSegment(f"<|{message.role}|>", True, self.is_trained(before)))
+            segments.append(TextSegment(self.body(message), False, self.is_trained(message)))
             before = message
         if before and before.role == "assistant":
-            segments.append(Segment(self.final_stop(before), True, self.is_trained(before)))
+            segments.append(TextSegment(self.final_stop(before), True, self.is_trained(before)))
         return segments
 
     def ordered(self, messages: Sequence[Message]) -> list[Message]:
@@ -112,22 +115,22 @@ class Data:
         """The token that ends a conversation's last answer: a call waits for the tool, a reply for the user."""
         return "<|observation|>" if message.is_call else "<|user|>"
 
-    def label(self, segments: Sequence[Segment]) -> Row:
+    def label(self, segments: Sequence[TextSegment]) -> Features:
         """Tokenise the segments; a token is labelled if its segment is supervised."""
-        row: Row = {"input_ids": [], "labels": []}
+        row: Features = {"input_ids": [], "labels": []}
         for segment in segments:
             ids = self.tokenise(segment)
             row["input_ids"] += ids
             row["labels"] += ids if segment.supervised else [IGNORED] * len(ids)
         return row
 
-    def tokenise(self, segment: Segment) -> list[int]:
+    def tokenise(self, segment: TextSegment) -> list[int]:
         """Ids of one segment; a body is encoded by a tokenizer that knows no control tokens."""
         if segment.is_control:
             return [self.control_ids[segment.text]]
         return list(self._plain.encode(segment.text, add_special_tokens=False).ids)
 
-    def fit(self, row: Row) -> Row:
+    def fit(self, row: Features) -> Features:
         """A row as it may be trained."""
         if len(row["input_ids"]) > self.max_length:
             raise NotImplementedError(f"a conversation of {len(row['input_ids'])} tokens is refused, not cut")
@@ -140,14 +143,14 @@ class Data:
         """What fills the slots behind shorter rows."""
         return int(self.tokenizer.pad_token_id)
 
-    def items(self, rows: Sequence[Row], packing: bool) -> list[list[Row]]:
+    def items(self, rows: Sequence[Features], packing: bool) -> list[list[Features]]:
         """What is shuffled: packs of rows, or single rows."""
         return self.pack(rows) if packing else [[row] for row in rows]
 
-    def pack(self, rows: Sequence[Row]) -> list[list[Row]]:
+    def pack(self, rows: Sequence[Features]) -> list[list[Features]]:
         """Whole rows in packs of bounded length, in the order in which they come."""
         capacity = self.pack_length * max(len(row["input_ids"]) for row in rows)
-        packs: list[list[Row]] = [[]]
+        packs: list[list[Features]] = [[]]
         for row in rows:
             if sum(len(r["input_ids"]) for r in (*packs[-1], row)) > capacity:
                 packs.append([])
@@ -159,12 +162,12 @@ class Data:
         generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
         return torch.randperm(num_items, generator=generator).tolist()
 
-    def batch(self, items: Iterable[Sequence[Row]], packing: bool) -> Batch:
+    def batch(self, items: Iterable[Sequence[Features]], packing: bool) -> Batch:
         """A micro-batch."""
         rows = list(chain.from_iterable(items))
         return self.collate_packed(rows) if packing else self.collate(rows)
 
-    def collate(self, rows: Sequence[Row]) -> Batch:
+    def collate(self, rows: Sequence[Features]) -> Batch:
         """Pad on the right. The mask comes from lengths: the pad token may be a target elsewhere."""
         lengths = torch.tensor([len(row["input_ids"]) for row in rows])
         return {
@@ -177,11 +180,11 @@ class Data:
         """(B, T) from lists of unlike length."""
         return torch.nn.utils.rnn.pad_sequence([torch.tensor(x) for x in lists], True, float(value))
 
-    def collate_packed(self, rows: Sequence[Row]) -> Batch:
+    def collate_packed(self, rows: Sequence[Features]) -> Batch:
         """One row of rows. The model keeps them apart by their positions, if it is given no attention mask."""
         batch = {name: torch.tensor([list(chain.from_iterable(row[name] for row in rows))]) for name in rows[0]}
         return {**batch, "position_ids": self.positions(rows)}
 
-    def positions(self, rows: Sequence[Row]) -> torch.Tensor:
+    def positions(self, rows: Sequence[Features]) -> torch.Tensor:
         """(1, T), starting anew at each row."""
         return torch.cat([torch.arange(len(row["input_ids"])) for row in rows])[None]

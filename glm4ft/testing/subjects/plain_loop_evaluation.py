@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from glm4ft.data.chat_format import IGNORED
 from glm4ft.model.generation import greedy
-from glm4ft.testing.subjects.plain_loop_data import Batch, Data, Row
+from glm4ft.testing.subjects.plain_loop_data import Batch, Data, Features
 
 
 class Evaluation(Data):
@@ -56,7 +56,7 @@ class Evaluation(Data):
         finally:
             model.train(was_training)
 
-    def score(self, model: Any, rows: Sequence[Row]) -> dict[str, float]:
+    def score(self, model: Any, rows: Sequence[Features]) -> dict[str, float]:
         """Loss and accuracy, each a sum over tokens divided at the end, so that batches do not matter."""
         loss, hits, num_targets = 0.0, 0, 0
         for batch in self.eval_batches(rows):
@@ -66,7 +66,7 @@ class Evaluation(Data):
             num_targets += int((batch["labels"][:, 1:] != IGNORED).sum())
         return {"loss": loss / num_targets, "accuracy": hits / num_targets}
 
-    def eval_batches(self, rows: Sequence[Row]) -> Iterator[Batch]:
+    def eval_batches(self, rows: Sequence[Features]) -> Iterator[Batch]:
         """The rows in order."""
         for start in range(0, len(rows), self.eval_batch_size):
             yield self.collate(rows[start : start + self.eval_batch_size])

@@ -17,11 +17,11 @@ from transformers import (
 from glm4ft.data.chat_format import IGNORED, ChatFormat
 from glm4ft.model.lora import GLM4_TARGETS
 from glm4ft.testing.subject import make_plan
-from glm4ft.testing.subjects.building_blocks import EncodedHere, Generates, PeftAdapter, training_arguments
+from glm4ft.testing.subjects.building_blocks import EncodedHere, Generates, PeftSubject, training_arguments
 from glm4ft.testing.subjects.known_failures import TRANSFORMERS, reasons
 
 
-class Subject(EncodedHere, PeftAdapter, Generates):
+class Subject(EncodedHere, PeftSubject, Generates):
     """transformers.Trainer on a base folder; the rows are encoded by glm4ft, since Trainer has no opinion on them.
 
     Args:

@@ -17,13 +17,13 @@ from trl import SFTConfig, SFTTrainer
 
 from glm4ft.model.lora import GLM4_TARGETS
 from glm4ft.testing.subject import make_plan
-from glm4ft.testing.subjects.building_blocks import Generates, PeftAdapter, training_arguments
+from glm4ft.testing.subjects.building_blocks import Generates, PeftSubject, training_arguments
 from glm4ft.testing.subjects.known_failures import TRL, reasons
 
 MAX_LENGTH = 32_768  # the context of GLM-4-0414; TRL's default of 1,024 cuts without a word
 
 
-class Subject(PeftAdapter, Generates):
+class Subject(PeftSubject, Generates):
     """``trl.SFTTrainer`` on a base folder; rows are those of its own dataset preparation.
 
     Args:

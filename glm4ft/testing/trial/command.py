@@ -20,7 +20,7 @@ from glm4ft.files import write_atomically
 from glm4ft.report.files import write_report
 from glm4ft.testing.trial.registry import Check
 from glm4ft.testing.trial.report import explain_trial, trial_content
-from glm4ft.testing.trial.runner import Result, run_checks, summary, trial_of
+from glm4ft.testing.trial.runner import Result, results_record, run_checks, trial_of
 from glm4ft.testing.trial.stages import STAGES
 from glm4ft.testing.trial.verdicts import stage_verdicts
 from glm4ft.text.safe_text import Ruled, visible
@@ -67,7 +67,9 @@ def show_checks(
         console.print(Text(f"\n{card}\n"), soft_wrap=True)
     if report and content:
         console.print(Text(f"report: {visible(str(write_report(report, content)), newlines=False)}"), soft_wrap=True)
-    text = json.dumps(summary(spec, results, round(time.perf_counter() - began_s, 3)), ensure_ascii=False, indent=1)
+    text = json.dumps(
+        results_record(spec, results, round(time.perf_counter() - began_s, 3)), ensure_ascii=False, indent=1
+    )
     if json_file == "-":
         sys.stdout.write(text + "\n")
     elif json_file:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from glm4ft.testing.recording.ranks import Job, merge_ranks, run_ranks, unlike
 from glm4ft.testing.recording.trace import Trace
 from glm4ft.testing.subject import make_plan
-from glm4ft.testing.trial.runs import Run
+from glm4ft.testing.trial.runs import RecordedRun
 from glm4ft.testing.trial.stages import CheckFailed
 from glm4ft.testing.trial.trial import Trial, require_no_departure
 
@@ -13,7 +13,7 @@ NUM_PROCESSES = 2
 CHANGES = {"schedule": "linear", "micro_batch_size": 1, "accumulation": 4, "steps": 3, "max_grad_norm": 0.5}
 
 
-def run_of_ranks(trial: Trial) -> tuple[Run, list[Trace]]:
+def run_of_ranks(trial: Trial) -> tuple[RecordedRun, list[Trace]]:
     """The run as one process would have recorded it, and the traces of each; recorded once."""
     if "ranks" not in trial.shared:
         folder = str(trial.new_folder("ranks"))
@@ -22,12 +22,12 @@ def run_of_ranks(trial: Trial) -> tuple[Run, list[Trace]]:
         traces = run_ranks(job, NUM_PROCESSES)
         rows = trial.rows(trial.conversations)
         plan["processes"] = NUM_PROCESSES
-        trial.shared["ranks"] = Run(plan, rows, merge_ranks(traces), [], None, trial.reference), traces
-    found: tuple[Run, list[Trace]] = trial.shared["ranks"]
+        trial.shared["ranks"] = RecordedRun(plan, rows, merge_ranks(traces), [], None, trial.reference), traces
+    found: tuple[RecordedRun, list[Trace]] = trial.shared["ranks"]
     return found
 
 
-def require_ranks_stage(trial: Trial, stage: str) -> Run:
+def require_ranks_stage(trial: Trial, stage: str) -> RecordedRun:
     """Fail if the run departs at a stage."""
     run, _ = run_of_ranks(trial)
     require_no_departure(run.verdict, stage, {"processes": NUM_PROCESSES, **CHANGES})

@@ -15,7 +15,7 @@ import torch
 from glm4ft.data.encoded_rows import TrainedRow
 from glm4ft.diagnosis.measure import gather_evidence
 from glm4ft.diagnosis.rules import Diagnosis, diagnose
-from glm4ft.model.generation import greedy
+from glm4ft.model.generation import OVERRUN, greedy
 from glm4ft.report.content import Content, Curves, ShownRow, ShownTurn
 from glm4ft.report.costly_tokens import part_counts
 from glm4ft.report.failure_card import explain_failure
@@ -24,12 +24,11 @@ from glm4ft.testing.specification.mask_oracle import IGNORED, Undecidable, contr
 from glm4ft.testing.specification.reference import clip_factor
 from glm4ft.testing.trial.registry import Check
 from glm4ft.testing.trial.runner import Result
-from glm4ft.testing.trial.runs import Run
+from glm4ft.testing.trial.runs import RecordedRun
 from glm4ft.testing.trial.trial import LOSS_LIMIT, Trial
 from glm4ft.testing.trial.wording import has_failed, headline, shown_check
 
 LOSSES = 20  # steps of a run without a log whose loss is computed
-OVERRUN = 16  # tokens that a turn which does not stop is given to show how it goes on
 
 
 def trial_content(spec: str, results: Sequence[Result], trial: Trial, checks: Sequence[Check] = ()) -> Content:
@@ -73,7 +72,7 @@ def explain_trial(spec: str, results: Sequence[Result], trial: Trial) -> str:
     return explain_failure(replace(trial_content(spec, results, trial), facts=()))
 
 
-def _rows(trial: Trial, run: Run | None) -> Iterator[ShownRow]:
+def _rows(trial: Trial, run: RecordedRun | None) -> Iterator[ShownRow]:
     """The bundled conversations as the subject encodes them; none if it cannot."""
     try:
         encoded = trial.rows(trial.demo)
@@ -99,7 +98,7 @@ def _expected(trial: Trial, conversation: dict[str, Any], ids: Sequence[int], la
     return [(label != IGNORED) != (at in wrong) for at, label in enumerate(labels)]
 
 
-def _measure(trial: Trial, run: Run, ids: Sequence[int]) -> tuple[list[float | None], list[int | None]]:
+def _measure(trial: Trial, run: RecordedRun, ids: Sequence[int]) -> tuple[list[float | None], list[int | None]]:
     with torch.no_grad():
         hidden_TD = trial.reference.hidden(ids, run.trained)
         logits_TV = trial.reference.logits(hidden_TD[:-1], run.trained)
@@ -107,7 +106,7 @@ def _measure(trial: Trial, run: Run, ids: Sequence[int]) -> tuple[list[float | N
     return [None, *nll_T.tolist()], [None, *logits_TV.argmax(-1).tolist()]
 
 
-def _diagnose(trial: Trial, run: Run) -> Diagnosis | None:
+def _diagnose(trial: Trial, run: RecordedRun) -> Diagnosis | None:
     """What the figures of the run say by themselves; None for a model that cannot be measured as others are."""
     rows = [TrainedRow(number, ids, labels) for number, (ids, labels) in enumerate(run.rows, start=1)]
     try:
@@ -118,11 +117,11 @@ def _diagnose(trial: Trial, run: Run) -> Diagnosis | None:
         return None
 
 
-def _curves(run: Run, floor: float | None) -> Curves:
+def _curves(run: RecordedRun, floor: float | None) -> Curves:
     return Curves.of(_figures(run), target=LOSS_LIMIT, floor=floor, clip=run.plan["max_grad_norm"] or None)
 
 
-def _figures(run: Run) -> list[dict[str, Any]]:
+def _figures(run: RecordedRun) -> list[dict[str, Any]]:
     """Loss as logged, or of the parameters before some of the steps; norms and rates as the hooks saw them."""
     logged = {int(e.get("step", i)): e["loss"] for i, e in enumerate(run.log, start=1) if e.get("loss") is not None}
     stride = math.ceil(len(run.trace.steps) / LOSSES)
@@ -137,7 +136,7 @@ def _figures(run: Run) -> list[dict[str, Any]]:
     ]
 
 
-def _turns(trial: Trial, run: Run) -> Iterator[ShownTurn]:
+def _turns(trial: Trial, run: RecordedRun) -> Iterator[ShownTurn]:
     """Each assistant turn of the bundled conversations, said by the subject's model."""
     tokenizer, model = trial.subject.tokenizer, run.model.eval()
     with contextlib.suppress(Undecidable):

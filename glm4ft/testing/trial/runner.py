@@ -64,13 +64,13 @@ def run_checks(
         ConfigError: If an expected failure names no check.
     """
     expected = {**known_failures(trial.subject), **(expected_failures or {})}
-    require_known(expected, checks)
+    require_known_checks(expected, checks)
     for check in checks:
         if check.stage in stages:
             yield run_check(check, trial, expected.get(check.name, ""))
 
 
-def require_known(expected_failures: Mapping[str, str], checks: Sequence[Check]) -> None:
+def require_known_checks(expected_failures: Mapping[str, str], checks: Sequence[Check]) -> None:
     """Refuse entries that name no check: they would stay when the check is renamed.
 
     Args:
@@ -167,7 +167,7 @@ def _expect(status: Status, message: str, reason: str) -> tuple[Status, str]:
     return status, message
 
 
-def summary(spec: str, results: Sequence[Result], seconds: float) -> dict[str, Any]:
+def results_record(spec: str, results: Sequence[Result], seconds: float) -> dict[str, Any]:
     """The results as ``glm4ft check --json`` writes them."""
     names = ("check", "stage", "status", "message")
     return {

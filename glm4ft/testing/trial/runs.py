@@ -11,14 +11,14 @@ from glm4ft.testing.recording.trace import Forward, Tensors, Trace
 from glm4ft.testing.replay.matching import KnownRows
 from glm4ft.testing.replay.replay import Verdict, replay
 from glm4ft.testing.replay.step import History, ReplayedStep
-from glm4ft.testing.specification.reference import Reference, Row, clip_factor
+from glm4ft.testing.specification.reference import LabelledIds, Reference, clip_factor
 from glm4ft.testing.trial.stages import NotApplicable
 
 Order = list[list[tuple[int, ...]]]
 
 
 @dataclass
-class Run:
+class RecordedRun:
     """A recorded run.
 
     Args:
@@ -31,7 +31,7 @@ class Run:
     """
 
     plan: Mapping[str, Any]
-    rows: list[Row]
+    rows: list[LabelledIds]
     trace: Trace
     log: list[Mapping[str, Any]]
     model: Any

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from glm4ft.testing.recording.trace import Step, Tensors
-from glm4ft.testing.trial.runs import Run
+from glm4ft.testing.trial.runs import RecordedRun
 
 
-def first_difference(whole: Run, other: Run, done: int = 0) -> str:
+def describe_divergence(whole: RecordedRun, other: RecordedRun, done: int = 0) -> str:
     """What a run does otherwise than another one from some step on.
 
     Args:
@@ -37,7 +37,7 @@ def first_difference(whole: Run, other: Run, done: int = 0) -> str:
     return ""
 
 
-def left_otherwise(run: Run) -> bool:
+def left_otherwise(run: RecordedRun) -> bool:
     """Whether the model that a run leaves has other trained parameters than its last step made."""
     left = dict(run.model.named_parameters())
     return _unlike({name: left[name].detach().cpu() for name in run.trained if name in left}, run.trained)

@@ -16,12 +16,12 @@ from transformers import AutoTokenizer
 
 from glm4ft.testing.recording.trace import record
 from glm4ft.testing.replay.replay import Verdict
-from glm4ft.testing.specification.lora_spec import Adapter
-from glm4ft.testing.specification.reference import Reference, Row
+from glm4ft.testing.specification.lora_spec import LoraSpec
+from glm4ft.testing.specification.reference import LabelledIds, Reference
 from glm4ft.testing.subject import load_subject, make_plan
 from glm4ft.testing.trial.conversations import Conversations, all_conversations
-from glm4ft.testing.trial.runs import Run
-from glm4ft.testing.trial.same_run import first_difference
+from glm4ft.testing.trial.runs import RecordedRun
+from glm4ft.testing.trial.same_run import describe_divergence
 from glm4ft.testing.trial.stages import STAGES, CheckFailed, NotApplicable
 
 LOSS_LIMIT = 0.01  # of two conversations learnt by heart, nats per supervised token
@@ -54,7 +54,7 @@ class Trial:
     overfit_steps: int = 60  # the built-in base needs 36
     keeps_models: bool = True
     shared: dict[str, Any] = field(default_factory=dict)
-    _runs: dict[str, Run] = field(default_factory=dict)
+    _runs: dict[str, RecordedRun] = field(default_factory=dict)
 
     @functools.cached_property
     def data(self) -> dict[str, Conversations]:
@@ -72,7 +72,7 @@ class Trial:
         return self.data["short"]
 
     @functools.cached_property
-    def adapter(self) -> Adapter:
+    def lora_spec(self) -> LoraSpec:
         """What the user asked for: the subject says so, or else its model's configuration.
 
         Raises:
@@ -85,7 +85,7 @@ class Trial:
         if asked is None:
             raise NotApplicable("the subject has no lora, and its model no configuration of peft")
         try:
-            return Adapter.of(asked)
+            return LoraSpec.of(asked)
         except ValueError as error:
             raise NotApplicable(str(error)) from error
 
@@ -104,19 +104,19 @@ class Trial:
     def reference(self) -> Reference:
         """The specification on this base, on the device where the subject trains."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return Reference(self.base_dir, self.adapter, device)
+        return Reference(self.base_dir, self.lora_spec, device)
 
     @property
-    def overfit(self) -> Run:
+    def overfit(self) -> RecordedRun:
         """A run on the two bundled conversations, long enough to learn them by heart."""
         return self.run("demo", steps=self.overfit_steps)
 
     @property
-    def trained(self) -> Run:
+    def trained(self) -> RecordedRun:
         """A run whose model is at hand, for claims about what any training leaves."""
         return self.run() if self.keeps_models else self.overfit
 
-    def recorded(self, of: str) -> Run | None:
+    def recorded(self, of: str) -> RecordedRun | None:
         """The longest run on some data that a check has asked for so far, by the standard plan; None if none has."""
         keys = [(key, *json.loads(key)) for key in self._runs]
         runs = [self._runs[key] for key, data, changes in keys if data == of and set(changes) <= {"steps"}]
@@ -131,7 +131,7 @@ class Trial:
         folder.mkdir(parents=True)
         return folder
 
-    def rows(self, conversations: Conversations) -> list[Row]:
+    def rows(self, conversations: Conversations) -> list[LabelledIds]:
         """What the subject makes of conversations."""
         encoded = [self.subject.encode(c["messages"], c.get("tools")) for c in conversations]
         return [(tuple(row["input_ids"]), tuple(row["labels"])) for row in encoded]
@@ -179,7 +179,7 @@ class Trial:
             raise NotApplicable("the subject cannot be imported by a name")
         return self.spec or f"{kind.__module__}:{kind.__qualname__}"
 
-    def run(self, of: str = "short", **changes: Any) -> Run:
+    def run(self, of: str = "short", **changes: Any) -> RecordedRun:
         """Record a whole run, once for each data and plan.
 
         Args:
@@ -192,7 +192,7 @@ class Trial:
         return self._runs[key]
 
     @functools.cached_property
-    def again(self) -> Run:
+    def again(self) -> RecordedRun:
         """The standard run, a second time."""
         return self.run_anew()
 
@@ -202,9 +202,9 @@ class Trial:
 
         A run that is never the same twice says nothing of another one, so it is empty for a subject of that kind.
         """
-        return {} if first_difference(self.run(**DROPOUT), self.run_anew(**DROPOUT)) else DROPOUT
+        return {} if describe_divergence(self.run(**DROPOUT), self.run_anew(**DROPOUT)) else DROPOUT
 
-    def run_anew(self, of: str = "short", *, dropout: float = 0.0, **changes: Any) -> Run:
+    def run_anew(self, of: str = "short", *, dropout: float = 0.0, **changes: Any) -> RecordedRun:
         """Record a whole run, whether or not there is one like it.
 
         Args:
@@ -219,7 +219,7 @@ class Trial:
         # a check may ask for the run where it has switched gradients off
         with torch.enable_grad(), record(model, plan["steps"]) as trace, _dropping(model, dropout):
             log = self.subject.train(model, self.data[of], plan)
-        return Run(plan, rows, trace, list(log or []), model, self.reference)
+        return RecordedRun(plan, rows, trace, list(log or []), model, self.reference)
 
     def release_models(self) -> None:
         """Give back the models that are not kept."""
@@ -235,7 +235,7 @@ class Trial:
         """
         return self.run(**changes).verdict
 
-    def require_stage(self, stage: str, of: str = "short", **changes: Any) -> Run:
+    def require_stage(self, stage: str, of: str = "short", **changes: Any) -> RecordedRun:
         """Fail if the replay of a run departs at a stage.
 
         Returns:

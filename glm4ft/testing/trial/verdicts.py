@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from glm4ft.report.content import STATUSES
 from glm4ft.testing.trial.stages import STAGES
 
-# In order of weight: the first that a stage has among its checks is its verdict.
 _WORDS = {
     "error": "failed",
     "failed": "failed",
@@ -28,7 +28,7 @@ def stage_verdicts(results: Iterable[tuple[str, str]]) -> dict[str, str]:
     for stage, status in results:
         found.setdefault(stage, set()).add(status)
     return {
-        stage: next(word for status, word in _WORDS.items() if status in found[stage])
+        stage: next(_WORDS[status] for status in STATUSES if status in found[stage])
         for stage in STAGES
         if stage in found
     }

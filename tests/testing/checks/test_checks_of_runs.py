@@ -1,6 +1,6 @@
 """Every claim about a recorded run fails, with its reason, for a recording in which it does not hold.
 
-Run: pytest tests/testing/checks/test_checks_of_runs.py
+RecordedRun: pytest tests/testing/checks/test_checks_of_runs.py
 Healthy runs of the plain loop are recorded once and then tampered with, so that each case costs a replay at most.
 """
 
@@ -20,12 +20,12 @@ import torch
 from glm4ft.testing.checks import all_checks
 from glm4ft.testing.recording.trace import Step, Tensors
 from glm4ft.testing.trial.processes import run_of_ranks
-from glm4ft.testing.trial.runs import Run
+from glm4ft.testing.trial.runs import RecordedRun
 from glm4ft.testing.trial.stages import CheckFailed
 from glm4ft.testing.trial.trial import Trial
 
 CHECKS = {check.name: check for check in all_checks()}
-Tamper = Callable[[Run], None]
+Tamper = Callable[[RecordedRun], None]
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Tampered(Trial):
     tamper: Tamper = lambda run: None
     only: dict[str, Any] = field(default_factory=dict)
 
-    def run_anew(self, of: str = "short", **changes: Any) -> Run:
+    def run_anew(self, of: str = "short", **changes: Any) -> RecordedRun:
         """A healthy run, tampered with if its plan is one of those meant."""
         assert self.healthy is not None
         healthy = self.healthy.run(of, **{k: v for k, v in changes.items() if k != "resume_from"})
@@ -49,7 +49,7 @@ class Tampered(Trial):
         return run
 
 
-def _rest(run: Run, done: int) -> Run:
+def _rest(run: RecordedRun, done: int) -> RecordedRun:
     """What a resumed run would have recorded."""
     return replace(run, trace=replace(run.trace, steps=run.trace.steps[done:]))
 
@@ -58,7 +58,7 @@ def _rest(run: Run, done: int) -> Run:
 
 
 def every_step(change: Callable[[Step], None]) -> Tamper:
-    def tamper(run: Run) -> None:
+    def tamper(run: RecordedRun) -> None:
         for step in run.trace.steps:
             change(step)
 
@@ -77,24 +77,24 @@ def first_name(tensors: Tensors) -> str:
     return next(name for name in tensors if ".lora_A." in name)
 
 
-def repeat_first_step(run: Run) -> None:
+def repeat_first_step(run: RecordedRun) -> None:
     run.trace.steps[1] = run.trace.steps[0]
 
 
-def same_epochs(run: Run) -> None:
+def same_epochs(run: RecordedRun) -> None:
     run.trace.steps = run.trace.steps[:4] * 2
 
 
-def reversed_steps(run: Run) -> None:
+def reversed_steps(run: RecordedRun) -> None:
     run.trace.steps.reverse()
 
 
-def lose_last_pack(run: Run) -> None:
+def lose_last_pack(run: RecordedRun) -> None:
     whole = run.rows_in(run.trace.steps[0].forwards)
     run.trace.steps = [step for step in run.trace.steps if run.rows_in(step.forwards) != whole][:2]
 
 
-def noise_in_evaluation(run: Run) -> None:
+def noise_in_evaluation(run: RecordedRun) -> None:
     for _, forward in run.trace.evaluations:
         forward.hidden_BTD += 1e-3
 
@@ -129,13 +129,13 @@ def coarse_moments(step: Step) -> None:
     step.state_dtypes = dict.fromkeys(step.state_dtypes, torch.bfloat16)
 
 
-def unmoved(run: Run) -> None:
+def unmoved(run: RecordedRun) -> None:
     name = first_name(run.trace.steps[0].before)
     run.trace.steps[-1].after[name] = run.trace.steps[0].before[name]
 
 
 def logged(name: str, change: Callable[[float], float]) -> Tamper:
-    def tamper(run: Run) -> None:
+    def tamper(run: RecordedRun) -> None:
         for entry in run.log:
             entry[name] = change(entry[name])  # type: ignore[index]
 
@@ -147,7 +147,7 @@ def clipped_by(change: Callable[[str, torch.Tensor], torch.Tensor]) -> Callable[
 
 
 def rate(change: Callable[[int, float], float]) -> Tamper:
-    def tamper(run: Run) -> None:
+    def tamper(run: RecordedRun) -> None:
         for number, step in enumerate(run.trace.steps):
             for group in step.groups:
                 group.settings["lr"] = change(number, group.settings["lr"])
@@ -155,12 +155,12 @@ def rate(change: Callable[[int, float], float]) -> Tamper:
     return tamper
 
 
-def without_first_in_groups(run: Run) -> None:
+def without_first_in_groups(run: RecordedRun) -> None:
     for step in run.trace.steps:
         step.groups = [replace(g, names=g.names[1:]) for g in step.groups]
 
 
-def in_two_groups(run: Run) -> None:
+def in_two_groups(run: RecordedRun) -> None:
     for step in run.trace.steps:
         step.groups = [*step.groups, *step.groups]
 
@@ -169,7 +169,7 @@ def empty_group(step: Step) -> None:
     step.groups = [*step.groups, replace(step.groups[0], names=(), size=0, settings={"lr": 1.0})]
 
 
-def changed_base(run: Run) -> None:
+def changed_base(run: RecordedRun) -> None:
     run.model = copy.deepcopy(run.model)
     next(p for n, p in run.model.named_parameters() if "base_layer.weight" in n).data += 1e-7
 
@@ -193,7 +193,7 @@ def in_eval_mode_and_elsewhere(step: Step) -> None:
     other_dropout(step)
 
 
-def evaluated_in_training_mode(run: Run) -> None:
+def evaluated_in_training_mode(run: RecordedRun) -> None:
     for _, forward in run.trace.evaluations:
         forward.training = True
 
@@ -203,21 +203,21 @@ def in_eval_mode(step: Step) -> None:
         forward.training = False
 
 
-def one_step_more(run: Run) -> None:
+def one_step_more(run: RecordedRun) -> None:
     run.trace.steps = [*run.trace.steps, run.trace.steps[-1]]
 
 
-def untrained(run: Run) -> None:
+def untrained(run: RecordedRun) -> None:
     run.trace.steps[-1].after = dict(run.trace.steps[0].before)
 
 
-def always_large(run: Run) -> None:
+def always_large(run: RecordedRun) -> None:
     for step in run.trace.steps:
         norm = sum(float(t.pow(2).sum()) for t in step.raw.values()) ** 0.5
         step.raw = {n: 2 * t / norm for n, t in step.raw.items()}
 
 
-def halved_evaluation(run: Run) -> None:
+def halved_evaluation(run: RecordedRun) -> None:
     for entry in run.log:
         if "eval_loss" in entry:
             entry["eval_loss"] /= 2  # type: ignore[index]
@@ -355,7 +355,7 @@ RESUMED = (
 @pytest.mark.parametrize(("tamper", "says"), RESUMED, ids=lambda value: value if isinstance(value, str) else "")
 def test_resumed_run_that_goes_another_way_is_named(tamper: Tamper, says: str, healthy: Trial, tmp_path: Path) -> None:
     class Resumed(Tampered):
-        def run_anew(self, of: str = "short", **changes: Any) -> Run:
+        def run_anew(self, of: str = "short", **changes: Any) -> RecordedRun:
             self.tamper = tamper if changes.get("resume_from") else lambda run: None
             return super().run_anew(of, **changes)
 
@@ -371,7 +371,7 @@ def test_dropout_that_equal_runs_do_not_share_is_not_held_against_a_resumed_one(
     number = itertools.count()
 
     class Unlike(Tampered):
-        def run_anew(self, of: str = "short", **changes: Any) -> Run:
+        def run_anew(self, of: str = "short", **changes: Any) -> RecordedRun:
             if changes.get("dropout"):
                 self.tamper = at_step(1, scaled("after", 1 + 1e-6 * next(number)))
             else:
@@ -397,20 +397,20 @@ def test_processes_that_drift_or_overlap_are_named(healthy: Trial, tmp_path: Pat
     ):
         CHECKS[name].run(healthy)
 
-    def tampered(tamper: Callable[[Run, Any], None]) -> Trial:
+    def tampered(tamper: Callable[[RecordedRun, Any], None]) -> Trial:
         changed = replace(run, trace=copy.deepcopy(run.trace)), copy.deepcopy(traces)
         tamper(*changed)
         return Trial(healthy.subject, healthy.base_dir, tmp_path, shared={"ranks": changed})
 
-    def drift(run: Run, traces: Any) -> None:
+    def drift(run: RecordedRun, traces: Any) -> None:
         scaled("after", 1.001)(traces[1].steps[0])
 
-    def averaged_twice(run: Run, traces: Any) -> None:
+    def averaged_twice(run: RecordedRun, traces: Any) -> None:
         for step in run.trace.steps:
             scaled("raw", 0.5)(step)
             step.forwards = [replace(f, gradient_BTD=f.gradient_BTD / 2) for f in step.forwards]
 
-    def overlap(run: Run, traces: Any) -> None:
+    def overlap(run: RecordedRun, traces: Any) -> None:
         for step in run.trace.steps:
             step.forwards = step.forwards[:2] * 2
 

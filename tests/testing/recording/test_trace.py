@@ -1,6 +1,6 @@
 """What a recording shows is the truth, on trainers that know nothing of it.
 
-Run: pytest tests/testing/recording/test_trace.py
+RecordedRun: pytest tests/testing/recording/test_trace.py
 Labels and weights are read off the gradient at the final norm and compared with those that were encoded.
 """
 
@@ -20,7 +20,7 @@ from glm4ft.model.tiny import write_tiny_base
 from glm4ft.testing.recording.trace_file import read_trace, write_trace
 from glm4ft.testing.replay.step import WEIGHT_LIMITS, History, ReplayedStep
 from glm4ft.testing.subjects import own, plain_loop, transformers_trainer
-from glm4ft.testing.trial.runs import Run
+from glm4ft.testing.trial.runs import RecordedRun
 from glm4ft.testing.trial.trial import Trial
 
 CHECKPOINTING = {"gradient_checkpointing": True}
@@ -66,7 +66,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[torch.dtype, Path]:
     }
 
 
-def replayed_steps(run: Run) -> list[ReplayedStep]:
+def replayed_steps(run: RecordedRun) -> list[ReplayedStep]:
     history = History(run.reference, run.known, run.plan, run.trace.dtype)
     return [ReplayedStep(number, step, history) for number, step in enumerate(run.trace.steps, start=1)]
 

@@ -1,6 +1,6 @@
 """The GPU lane: all checks in bf16 and fp32 on the base that is given, a reduced set on one of the true size.
 
-Run: pytest tests/testing/session/test_gpu_lane.py -m gpu --glm4ft-model=PATH
+RecordedRun: pytest tests/testing/session/test_gpu_lane.py -m gpu --glm4ft-model=PATH
 On a CPU it is rehearsed with --glm4ft-device=cpu.
 """
 
@@ -15,9 +15,9 @@ import pytest
 
 from glm4ft.testing.bases.geometry import GEOMETRIES
 from glm4ft.testing.checks import all_checks
-from glm4ft.testing.conformance import Bench, parametrize_with_checks
+from glm4ft.testing.conformance import Trials, parametrize_with_checks
 from glm4ft.testing.session.gpu_lane import LARGE_OVERFIT_STEPS, REDUCED, Bases, describe_lane, is_large, left_out
-from glm4ft.testing.trial.runs import Run
+from glm4ft.testing.trial.runs import RecordedRun
 
 
 @pytest.mark.gpu
@@ -61,12 +61,12 @@ def test_on_a_large_base_rate_and_steps_are_others_and_models_are_given_back(
 ) -> None:
     """One model at a time fits beside the specification; the one that is learnt by heart is used to the end."""
     monkeypatch.setattr("glm4ft.testing.session.gpu_lane.LARGE", 0)
-    bench = Bench(Bases("tiny", tmp_path / "bases"), tmp_path, "glm4ft.testing.subjects.own:Subject")
+    trials = Trials(Bases("tiny", tmp_path / "bases"), tmp_path, "glm4ft.testing.subjects.own:Subject")
     check = next(check for check in all_checks() if check.name == "prefix_stands_once")
-    trial = bench.trial(bench.default_subject, "")
+    trial = trials.trial(trials.default_subject, "")
     assert trial.standard["learning_rate"] < 5e-3
     trace = SimpleNamespace(steps=[])
     for key in (["short", {}], ["demo", {"steps": LARGE_OVERFIT_STEPS}]):
-        trial._runs[json.dumps(key)] = Run({}, [], trace, [], "a model", None)  # type: ignore[arg-type]
-    assert bench.run(check, bench.default_subject, "", {}).status == "passed"
+        trial._runs[json.dumps(key)] = RecordedRun({}, [], trace, [], "a model", None)  # type: ignore[arg-type]
+    assert trials.run(check, trials.default_subject, "", {}).status == "passed"
     assert [run.model for run in trial._runs.values()] == [None, "a model"]

@@ -103,7 +103,7 @@ def test_a_subject_that_breaks_down_shows_where(pytester: pytest.Pytester) -> No
 
 
 def test_what_does_not_apply_is_skipped_with_the_reason(pytester: pytest.Pytester) -> None:
-    result = run(pytester, "'bad_pipeline:subject'", "-rs", "-k", "adapter_survives_the_disk")
+    result = run(pytester, "'bad_pipeline:subject'", "-rs", "-k", "adapter_is_unchanged_by_saving_and_loading")
     result.stdout.fnmatch_lines(["SKIPPED*the subject has no load, save"])
 
 

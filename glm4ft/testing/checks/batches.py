@@ -31,7 +31,7 @@ def check_every_row_is_seen_once_per_epoch(trial: Trial) -> None:
 
 
 @check(stage="batches", needs=NEEDS, incident="ms-swift 9902: the epoch never reached the sampler")
-def check_order_is_shuffled_by_seed_and_epoch(trial: Trial) -> None:
+def check_row_order_is_shuffled_by_seed_and_epoch(trial: Trial) -> None:
     """Another order in each epoch, the same in each run with the same seed."""
     run = trial.run()
     epochs = _epochs(run)
@@ -121,7 +121,7 @@ def _require_judged_model(run: RecordedRun) -> None:
 @check(
     stage="batches", needs=("collate",), incident="TRL 1625 and 3398, axolotl 3401: padding, cut rows, unlike lengths"
 )
-def check_collated_rows_keep_ids_labels_and_mask(trial: Trial) -> None:
+def check_collation_keeps_ids_labels_and_mask(trial: Trial) -> None:
     """Each row comes out whole under a mask of its length; behind it labels are -100; all fields have one shape."""
     _require_collated(trial, trial.subject, trial.subject.tokenizer.pad_token_id)
 
@@ -138,7 +138,7 @@ def check_pad_id_may_be_zero_or_a_real_token(trial: Trial) -> None:
 
 
 @check(stage="batches", needs=(*NEEDS, "distributed"), incident="accelerate 2694, 696 and 2434: shards overlapped")
-def check_processes_share_out_the_rows(trial: Trial) -> None:
+def check_processes_see_each_row_once_per_epoch(trial: Trial) -> None:
     """Over two processes each row is seen once per epoch."""
     _require_all_seen(require_ranks_stage(trial, "batches"))
 

@@ -23,7 +23,7 @@ def check_gradient_is_clipped_to_its_global_norm(trial: Trial) -> None:
 @check(
     stage="clipping", needs=NEEDS, incident="miles 2132: the logged norm was the clipped one, which hides every spike"
 )
-def check_logged_norm_is_the_one_before_clipping(trial: Trial) -> None:
+def check_logged_gradient_norm_is_the_one_before_clipping(trial: Trial) -> None:
     """The log's gradient norm is the global norm of the accumulated gradient."""
     run = trial.require_stage("clipping", max_grad_norm=SMALL, steps=4)
     logged = run.logged("grad_norm")

@@ -106,7 +106,7 @@ def check_logged_loss_is_the_loss(trial: Trial) -> None:
     needs=(*NEEDS, "distributed"),
     incident="pytorch 104336: no reduction; torchtune 2172: averaged twice",
 )
-def check_processes_train_as_one(trial: Trial) -> None:
+def check_processes_train_as_one_process_would(trial: Trial) -> None:
     """Two processes make the step that one would make of all rows, and hold the same parameters after each."""
     require_ranks_stage(trial, "gradient")
     require_ranks_agree(trial)

@@ -44,7 +44,7 @@ def check_trained_parameters_and_moments_are_fp32(trial: Trial) -> None:
 
 
 @check(stage="model", needs=("build_model",), incident="torchtune 997 and 409: another rope base, another norm epsilon")
-def check_configuration_is_the_bases(trial: Trial) -> None:
+def check_configuration_equals_that_of_the_base(trial: Trial) -> None:
     """Every field that decides what the model computes is that of the folder."""
     stored = json.loads((trial.base_dir / "config.json").read_text("utf-8"))
     config = _built(trial).config.to_dict()
@@ -55,7 +55,7 @@ def check_configuration_is_the_bases(trial: Trial) -> None:
 
 
 @check(stage="model", needs=("build_model",), incident="unsloth-zoo 913: a square weight was transposed on load")
-def check_weights_are_the_bases(trial: Trial) -> None:
+def check_weights_equal_those_of_the_base(trial: Trial) -> None:
     """Every tensor of the folder stands in the model, bit by bit; what is to be trained later has not moved yet."""
     weights = {base_name(name): tensor for name, tensor in _built(trial).state_dict().items() if "lora_" not in name}
     for shard in sorted(trial.base_dir.glob("*.safetensors")):
@@ -75,7 +75,7 @@ def _is_transposed(got: torch.Tensor, stored: torch.Tensor) -> bool:
 @check(
     stage="model", needs=("build_model",), incident="axolotl 1886, unsloth-zoo 913: another norm, a weight transposed"
 )
-def check_first_loss_is_the_bases_own(trial: Trial) -> None:
+def check_first_loss_equals_that_of_the_base(trial: Trial) -> None:
     """Before training the model gives the plain base's logits, and so its loss."""
     model, base = _built(trial).eval(), _plain_base(trial)
     ids, labels = trial.rows(trial.conversations)[0]
@@ -102,7 +102,7 @@ def _plain_base(trial: Trial) -> Reference:
 @check(
     stage="model", needs=("build_model",), incident="axolotl's GLM-4 example names gate_proj; PEFT 3318, 2195 and 3315"
 )
-def check_adapters_are_those_asked_for(trial: Trial) -> None:
+def check_adapters_are_on_the_requested_modules(trial: Trial) -> None:
     """On exactly the requested modules, each at its rank."""
     asked, model = trial.lora_spec, _built(trial)
     parameters = dict(model.named_parameters())
@@ -126,7 +126,7 @@ def check_adapters_are_those_asked_for(trial: Trial) -> None:
     stage="model", needs=("build_model",), incident="PEFT 2489, 2775 and 1930: no scale, or alpha over the root of r"
 )
 @torch.no_grad()
-def check_adapters_act_at_their_scale(trial: Trial) -> None:
+def check_adapters_act_at_the_requested_scale(trial: Trial) -> None:
     """With random A and B each adapter adds alpha / r times ``B A x``, alone and all together."""
     model, base = _built(trial).eval(), trial.reference
     parameters = dict(model.named_parameters())
@@ -144,13 +144,13 @@ def check_adapters_act_at_their_scale(trial: Trial) -> None:
         expected_TV = base.logits(base.hidden(ids, trained), trained)
         size = float((got_TV - expected_TV).norm() / expected_TV.norm())
         if not within("model: logits with adapters at random", size, LIMITS[trial.dtype]):
-            asked, found = base.lora_spec.scale_of(module), _scale_words(trial, module, pair, trained, got_TV)
-            scale = f" instead of {asked:.4g}: {found}"
+            asked, explained = base.lora_spec.scale_of(module), _scale_words(trial, module, pair, trained, got_TV)
+            scale = f" instead of {asked:.4g}: {explained}"
             raise CheckFailed(f"with random A and B the adapter of {module} is {size:.1e} off{scale if pair else ''}")
 
 
 @check(stage="model", needs=("build_model",), incident="PEFT 282, TRL 4081, transformers 24463: everything was frozen")
-def check_trained_parameters_are_the_adapters(trial: Trial) -> None:
+def check_only_what_was_asked_for_is_trained(trial: Trial) -> None:
     """What requires a gradient is every LoRA matrix, whatever else was asked to be trained, and nothing more."""
     trained = {name for name, p in _built(trial).named_parameters() if p.requires_grad}
     all_matrices = {
@@ -193,7 +193,7 @@ def check_no_adapter_is_dead(trial: Trial) -> None:
 @check(
     stage="model", needs=("build_model",), incident="axolotl 787, qlora 190d22a: new tokens, neither trained nor saved"
 )
-def check_every_id_has_a_row_of_the_base(trial: Trial) -> None:
+def check_every_id_is_in_the_vocabulary_of_the_base(trial: Trial) -> None:
     """Ids in the data lie within the base's vocabulary, or their rows are trained."""
     rows = trial.rows(trial.conversations) + trial.rows(trial.demo)
     largest, model = max(max(ids) for ids, _ in rows), _built(trial)
@@ -206,7 +206,7 @@ def check_every_id_has_a_row_of_the_base(trial: Trial) -> None:
 
 
 @check(stage="model", needs=NEEDS, incident="mlx-lm 1698: all of each head rotated; PEFT 2489: scale left out")
-def check_model_is_the_base_with_adapters_at_rest(trial: Trial) -> None:
+def check_adapters_change_nothing_before_training(trial: Trial) -> None:
     """The adapters start as the identity, at the stated scale, on the base as it lies on the disk.
 
     The last of its stage: the others say more closely what is wrong.

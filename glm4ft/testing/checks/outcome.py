@@ -52,7 +52,7 @@ def check_two_conversations_reach_a_loss_below_a_hundredth(trial: Trial) -> None
 
 
 @check(stage="outcome", needs=NEEDS, incident="zai-org/GLM-4 342: the terminator is not trained; TRL 6044")
-def check_every_turn_has_learnt_to_stop(trial: Trial) -> None:
+def check_every_turn_has_learned_to_stop(trial: Trial) -> None:
     """The token that ends each assistant turn is all but certain."""
     nll = [(row, at, _nll(trial, row)[at]) for row in trial.rows(trial.demo) for _, at in _turns(trial, row[0])]
     row, at, worst = max(nll, key=lambda found: found[2])
@@ -62,7 +62,7 @@ def check_every_turn_has_learnt_to_stop(trial: Trial) -> None:
 
 
 @check(stage="outcome", needs=NEEDS, incident="zai-org/GLM-4 342: <|assistant|> as a target")
-def check_header_is_not_learnt(trial: Trial) -> None:
+def check_header_is_not_learned(trial: Trial) -> None:
     """The header is given at inference, so its mean loss does not fall."""
     falls = list[float]()
     for row in trial.rows(trial.demo):
@@ -78,7 +78,7 @@ def check_header_is_not_learnt(trial: Trial) -> None:
 
 
 @check(stage="outcome", needs=NEEDS, incident="TRL 6044, axolotl 3754: loss near zero, generation never stops")
-def check_every_turn_comes_back_and_stops(trial: Trial) -> None:
+def check_every_turn_is_reproduced_and_stops(trial: Trial) -> None:
     """Prompted as serving prompts, greedy decoding says each answer and then its stop token."""
     model = trial.overfit.model.eval()
     for row in trial.rows(trial.demo):
@@ -94,7 +94,7 @@ def check_every_turn_comes_back_and_stops(trial: Trial) -> None:
     needs=(*NEEDS, "generate"),
     incident="axolotl 2019: no header in the prompt; open-r1 462: two prefixes",
 )
-def check_own_inference_says_every_turn(trial: Trial) -> None:
+def check_own_inference_reproduces_every_turn(trial: Trial) -> None:
     """The subject's own inference path sends the prompt that was trained, and says each answer and its stop token."""
     for conversation, row in zip(trial.demo, trial.rows(trial.demo), strict=True):
         answers = [i for i, message in enumerate(conversation["messages"]) if message["role"] == "assistant"]
@@ -110,7 +110,7 @@ def check_own_inference_says_every_turn(trial: Trial) -> None:
     needs=(*NEEDS, "generate"),
     incident="transformers 23723: the limit counted the prompt; GLM-4 finetune.py",
 )
-def check_own_inference_keeps_prompt_and_limit(trial: Trial) -> None:
+def check_own_inference_keeps_the_prompt_and_the_length_limit(trial: Trial) -> None:
     """Short or long, the prompt reaches the model whole, is continued greedily, and by no more than was asked for."""
     model = trial.overfit.model.eval()
     for words in ("hi", "why is it so? " * 60 + "now"):
@@ -132,7 +132,7 @@ def check_own_inference_keeps_prompt_and_limit(trial: Trial) -> None:
 @check(
     stage="outcome", needs=(*NEEDS, "evaluate"), incident="LLaMA-Factory 6465: divided by accumulation; accelerate 578"
 )
-def check_evaluation_says_the_loss(trial: Trial) -> None:
+def check_evaluation_reports_the_loss(trial: Trial) -> None:
     """The mean over all supervised tokens, whatever the batches, the tail and the accumulation of the run before it."""
     run, data = trial.run(accumulation=2, schedule="linear", steps=4), trial.conversations[:7]
     got, again = (_figures(trial.subject.evaluate(run.model, data))["loss"] for _ in range(2))
@@ -142,7 +142,7 @@ def check_evaluation_says_the_loss(trial: Trial) -> None:
 
 
 @check(stage="outcome", needs=NEEDS, incident="LLaMA-Factory 6465: the evaluation of a run was divided by accumulation")
-def check_logged_evaluation_is_the_loss(trial: Trial) -> None:
+def check_logged_evaluation_loss_is_the_loss(trial: Trial) -> None:
     """What the log says of an evaluation is the mean loss of the parameters at that step."""
     run = trial.run(accumulation=2, schedule="linear", steps=4, eval_every=2)
     for number, got in run.logged("eval_loss").items():
@@ -152,7 +152,7 @@ def check_logged_evaluation_is_the_loss(trial: Trial) -> None:
 @check(
     stage="outcome", needs=(*NEEDS, "evaluate"), incident="TRL 5620 and 3821: accuracy of unshifted or masked tokens"
 )
-def check_accuracy_is_that_of_supervised_tokens(trial: Trial) -> None:
+def check_accuracy_is_that_of_the_supervised_tokens(trial: Trial) -> None:
     """All of them on what was learnt by heart, and the specification's share on what was not."""
     for conversations in (trial.demo, trial.conversations):
         figures = _figures(trial.subject.evaluate(trial.overfit.model, conversations))
@@ -168,7 +168,7 @@ def check_accuracy_is_that_of_supervised_tokens(trial: Trial) -> None:
     needs=(*NEEDS, "evaluate"),
     incident="GLM-4 finetune.py: the answer in the prompt, the question cut",
 )
-def check_evaluation_prompts_as_serving_does(trial: Trial) -> None:
+def check_evaluation_generates_from_the_serving_prompt(trial: Trial) -> None:
     """Where evaluation generates, it is from the trained prompt: without the answer, and with the whole question."""
     words = "why is it so? " * 60 + "now"
     long = {"messages": [{"role": "user", "content": words}, {"role": "assistant", "content": "sentinel"}]}

@@ -68,7 +68,7 @@ def check_saved_configuration_gives_the_same_scale(trial: Trial) -> None:
 
 
 @check(stage="persistence", needs=(*NEEDS, "save", "load"), incident="PEFT 2118: keys renamed, nothing loaded")
-def check_adapter_survives_the_disk(trial: Trial) -> None:
+def check_adapter_is_unchanged_by_saving_and_loading(trial: Trial) -> None:
     """Saved and loaded onto a fresh base, the adapter gives the same logits."""
     _require_same_logits(
         trial, trial.subject.load(str(trial.base_dir), str(_saved(trial))), "loaded", LOGITS_LIMIT[trial.dtype]
@@ -80,13 +80,13 @@ def check_adapter_survives_the_disk(trial: Trial) -> None:
     needs=(*NEEDS, "save"),
     incident="functionary 289, axolotl 3112: the adapter without its tokenizer",
 )
-def check_tokenizer_lies_beside_the_adapter(trial: Trial) -> None:
+def check_tokenizer_is_saved_with_the_adapter(trial: Trial) -> None:
     """What is saved encodes as the subject does, and its chat template renders the prompts that were trained."""
     require_trained_tokenizer(trial, _saved(trial), "beside the adapter")
 
 
 @check(stage="persistence", needs=(*NEEDS, "save", "merge"), incident="PEFT 2489: no scale; ms-swift 9830: no merge")
-def check_merged_model_is_the_adapted_one(trial: Trial) -> None:
+def check_merged_model_equals_the_adapted_model(trial: Trial) -> None:
     """The merged checkpoint, in plain transformers, gives the adapted model's logits, as its dtype can hold them."""
     from transformers import AutoModelForCausalLM
 
@@ -101,7 +101,7 @@ def check_merged_model_is_the_adapted_one(trial: Trial) -> None:
     needs=(*NEEDS, "save", "merge"),
     incident="PEFT 2306: still wrapped; alpaca-lora 6ced8d9: prefix",
 )
-def check_merged_checkpoint_has_the_bases_keys(trial: Trial) -> None:
+def check_merged_checkpoint_has_the_keys_of_the_base(trial: Trial) -> None:
     """Name by name what the base has, and no adapter left."""
     base, merged = _keys(trial.base_dir), _keys(_merged(trial))
     left = sorted(name for name in merged if "lora_" in name)
@@ -117,7 +117,7 @@ def check_merged_checkpoint_has_the_bases_keys(trial: Trial) -> None:
     needs=(*NEEDS, "save", "merge"),
     incident="zai-org/GLM-4 297: merged and served, it never stops; LLaMA-Factory 5986: another chat template",
 )
-def check_merged_checkpoint_is_served_as_trained(trial: Trial) -> None:
+def check_merged_checkpoint_is_served_as_it_was_trained(trial: Trial) -> None:
     """It states all stop ids of the base, and has tokenizer and chat template of the training."""
     merged = _merged(trial)
     lost = sorted(stop_ids(trial.base_dir) - stop_ids(merged))
@@ -130,7 +130,7 @@ def check_merged_checkpoint_is_served_as_trained(trial: Trial) -> None:
 @check(
     stage="persistence", needs=NEEDS, incident="FastChat 1280: moments lost; accelerate 4071 and 1466: rows; miles 2572"
 )
-def check_resumed_run_is_the_whole_run(trial: Trial) -> None:
+def check_resumed_run_equals_the_uninterrupted_run(trial: Trial) -> None:
     """Resumed within an epoch and at its end: the same rows, rates, random numbers and parameters from there on."""
     plan: dict[str, Any] = {"save_every": 1, "schedule": "linear", **trial.noise}
     whole = trial.run(**plan)

@@ -74,7 +74,7 @@ def check_every_message_has_its_header(trial: Trial) -> None:
 
 
 @check(stage="rows", incident="axolotl 1265, LMFlow 394: ids of another conversation came out of a cache")
-def check_encoding_has_no_memory(trial: Trial) -> None:
+def check_encoding_depends_on_the_conversation_alone(trial: Trial) -> None:
     """A conversation gives a row of its own, whatever was encoded before it, and is not changed by being encoded."""
     talks = bank_of(trial)
     first = [row_of(trial, talk) for talk in talks]
@@ -94,7 +94,7 @@ def check_encoding_has_no_memory(trial: Trial) -> None:
 
 
 @check(stage="rows", incident="GLM-4 finetune.py process_message: tools of other rows left null keys behind")
-def check_tools_of_other_conversations_leave_no_trace(trial: Trial) -> None:
+def check_tools_of_other_conversations_are_not_rendered(trial: Trial) -> None:
     """A row shows its own tools' arguments and no one else's, nor a null."""
     if not any(talk.tools for talk in bank_of(trial)):
         raise NotApplicable("the subject takes no tools")
@@ -124,7 +124,7 @@ def check_long_conversations_are_not_cut(trial: Trial) -> None:
 
 
 @check(stage="rows", incident="ms-swift 9266: turns were joined, and the flags of one taken for both")
-def check_adjacent_answers_keep_their_flags(trial: Trial) -> None:
+def check_adjacent_answers_keep_their_loss_flags(trial: Trial) -> None:
     """Two assistant messages in a row are refused, or each is trained as its own flag says."""
     for flags in ((False, True), (True, False)):
         messages = (user("hi"), answer("first", loss=flags[0]), answer("second", loss=flags[1]))
@@ -144,7 +144,7 @@ def check_adjacent_answers_keep_their_flags(trial: Trial) -> None:
 
 
 @check(stage="rows", incident="TRL 6363, LLaMA-Factory 9219: reasoning was cut out at one tag of two")
-def check_reasoning_tags_are_text(trial: Trial) -> None:
+def check_reasoning_tags_are_encoded_as_text(trial: Trial) -> None:
     """Formats without reasoning leave ``<think>`` as it is: both tags, one or the other."""
     if not is_glm(trial):
         raise NotApplicable("the claim is about GLM-4 formats, which have no reasoning of their own")

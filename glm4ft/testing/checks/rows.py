@@ -68,7 +68,7 @@ def check_mask_is_what_the_model_must_sample(trial: Trial) -> None:
 
 
 @check(stage="rows", incident="unsloth-zoo 959, TRL 1509, open-r1 462: the template's prefix and the tokenizer's")
-def check_prefix_stands_once(trial: Trial) -> None:
+def check_prefix_occurs_once(trial: Trial) -> None:
     """``[gMASK]<sop>`` begins every row and does not come again."""
     controls = controls_of(trial)
     prefix = [controls[token] for token in PREFIX]
@@ -153,7 +153,7 @@ def check_supervised_text_is_the_answer(trial: Trial) -> None:
 
 
 @check(stage="rows", incident="LLaMA-Factory e734222: a system message vanished in some layouts")
-def check_every_message_stands_in_the_row(trial: Trial) -> None:
+def check_every_message_is_in_the_row(trial: Trial) -> None:
     """The row decodes to all texts in order; verbatim in a GLM-4 format, where others may strip them."""
     for talk in bank_of(trial):
         row, found = row_of(trial, talk), 0
@@ -168,7 +168,7 @@ def check_every_message_stands_in_the_row(trial: Trial) -> None:
 
 
 @check(stage="rows", needs=("prompt",), incident="ChatGLM3 4568c63: training and serving rendered tools differently")
-def check_prompt_of_serving_begins_the_row(trial: Trial) -> None:
+def check_row_begins_with_the_serving_prompt(trial: Trial) -> None:
     """What serving sends for a turn is the row up to that turn, id by id, and the turn's targets begin right there."""
     for talk in bank_of(trial):
         row = row_of(trial, talk)

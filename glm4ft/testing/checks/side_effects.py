@@ -24,7 +24,7 @@ WATCHING: dict[str, dict[str, Any]] = {
 
 
 @check(stage="side-effects", needs=NEEDS, incident="OpenRLHF 1253: frozen weights decay; ms-swift 9452")
-def check_base_is_untouched(trial: Trial) -> None:
+def check_base_is_unchanged_by_training(trial: Trial) -> None:
     """Training leaves the base with the bits it had on the disk, and what is trained as its last update made it."""
     state = trial.trained.model.state_dict().items()
     weights = {base_name(name): tensor for name, tensor in state if "lora_" not in name}
@@ -66,7 +66,7 @@ def check_evaluation_runs_in_eval_mode(trial: Trial) -> None:
     needs=NEEDS,
     incident="ms-swift 9452: no training after the first save; seq2seq 38: no train()",
 )
-def check_watching_a_run_does_not_change_it(trial: Trial) -> None:
+def check_logging_and_saving_do_not_change_the_run(trial: Trial) -> None:
     """With a log, evaluations and checkpoints every few steps, the parameters are those of a bare run, bit by bit."""
     noise = trial.noise
     bare = trial.run(**noise)
@@ -89,7 +89,7 @@ def check_watching_a_run_does_not_change_it(trial: Trial) -> None:
 
 
 @check(stage="side-effects", needs=NEEDS, incident="ms-swift 9452: a save switched requires_grad off; seq2seq 38")
-def check_subjects_parts_leave_the_model_alone(trial: Trial) -> None:
+def check_evaluating_and_saving_leave_the_model_unchanged(trial: Trial) -> None:
     """Evaluating, saving and generating change no parameter, no mode and no ``requires_grad``."""
     model = trial.trained.model.train()
     for name, use in _parts_that_look(trial, model):

@@ -12,7 +12,7 @@ NEEDS = ("build_model", "train")
 @check(
     stage="update", needs=NEEDS, incident="accelerate 2665, open-rl 80: parameters not in the optimiser; OpenRLHF 1253"
 )
-def check_update_is_that_of_adamw(trial: Trial) -> None:
+def check_update_follows_adamw(trial: Trial) -> None:
     """Betas, epsilon and decoupled weight decay are those of the plan, on every trained matrix."""
     trial.require_stage("update")
     trial.require_stage("update", weight_decay=0.1, betas=[0.8, 0.99], eps=1e-6, steps=4)
@@ -25,7 +25,7 @@ def check_small_updates_are_not_lost(trial: Trial) -> None:
 
 
 @check(stage="update", needs=NEEDS, incident="adapters 260, accelerate 3256: built before the adapters were attached")
-def check_optimiser_holds_what_is_trained(trial: Trial) -> None:
+def check_optimizer_holds_every_trained_parameter(trial: Trial) -> None:
     """Each trained parameter stands in exactly one group."""
     trace = trial.run().trace
     names = [name for group in trace.steps[0].groups for name in group.names] if trace.steps else []

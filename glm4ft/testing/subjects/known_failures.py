@@ -70,14 +70,14 @@ INJECTION = KnownFailure(
 # Measured with transformers 5.23, and 1.16 of TRL, whose trainer is a subclass.
 TRAINER_EVALUATES = (
     KnownFailure(
-        check="watching_a_run_does_not_change_it",
+        check="logging_and_saving_do_not_change_the_run",
         kind="fault",
         what="the loader of an evaluation draws a seed from torch's global generator",
         consequence="with dropout, a run that evaluates is another run than one that does not",
         remedy="compare runs that evaluate at the same steps",
     ),
     KnownFailure(
-        check="subjects_parts_leave_the_model_alone",
+        check="evaluating_and_saving_leave_the_model_unchanged",
         kind="alternative",
         what="`evaluate` leaves the model in eval mode; the next training step puts it back",
         consequence="only who trains on by a loop of their own is without dropout",
@@ -103,13 +103,13 @@ LLAMA_FACTORY = (
     ),
     INJECTION,
     KnownFailure(
-        check="every_turn_has_learnt_to_stop",
+        check="every_turn_has_learned_to_stop",
         kind="alternative",
         what="the token that stands at the end of a turn is not the one that is trained there: see above",
         consequence="as above",
     ),
     KnownFailure(
-        check="every_turn_comes_back_and_stops",
+        check="every_turn_is_reproduced_and_stops",
         kind="alternative",
         what="stops with `<|endoftext|>` where the row has `<|user|>`: see above",
         consequence="as above",
@@ -137,14 +137,14 @@ MS_SWIFT = (
         messages=TWO_TURNS[:2],
     ),
     KnownFailure(
-        check="every_turn_comes_back_and_stops",
+        check="every_turn_is_reproduced_and_stops",
         kind="fault",
         what="the untrained first token leads astray",
         consequence="greedy decoding from the serving prompt does not say the answer that was learnt",
     ),
     INJECTION,
     KnownFailure(
-        check="every_message_stands_in_the_row",
+        check="every_message_is_in_the_row",
         kind="fault",
         what="writes the arguments of a tool call as a Python dictionary, not as JSON",
         consequence="the model learns calls such as `{'city': 'Paris', 'now': True}`, which no JSON parser reads",
@@ -163,7 +163,7 @@ MS_SWIFT = (
             messages=(*CALL, {"role": "observation", "content": "31"}, {"role": "assistant", "content": "warm"}),
             tools=(WEATHER_TOOL,),
         )
-        for check in ("tokenizer_lies_beside_the_adapter", "merged_checkpoint_is_served_as_trained")
+        for check in ("tokenizer_is_saved_with_the_adapter", "merged_checkpoint_is_served_as_it_was_trained")
     ),
     KnownFailure(
         check="loss_flag_is_honoured",
@@ -188,18 +188,18 @@ MS_SWIFT = (
             consequence="none",
             messages=TWO_TURNS[:3],
         )
-        for check in ("prompt_of_serving_begins_the_row", "every_message_has_its_header")
+        for check in ("row_begins_with_the_serving_prompt", "every_message_has_its_header")
     ),
     NO_TARGETS,
     KnownFailure(
-        check="logged_rate_is_the_one_applied",
+        check="logged_learning_rate_is_the_one_applied",
         kind="fault",
         what="logs the rate of the next step: 0.0025 for an update at 0, in the first step of a warm-up",
         consequence="curves of the rate are one step ahead of the run",
     ),
     # Measured with ms-swift 4.6.0: passes with either remedy.
     KnownFailure(
-        check="resumed_run_is_the_whole_run",
+        check="resumed_run_equals_the_uninterrupted_run",
         kind="fault",
         what="resumed within an epoch, a run makes its loader anew for the next one, which draws a seed from torch's "
         "global generator; the loader of the whole run lives on (`dataloader_persistent_workers`, on by default) and "
@@ -274,7 +274,7 @@ OFFICIAL_SCRIPT_COMBINED = (
         messages=TWO_TURNS,
     ),
     KnownFailure(
-        check="every_turn_has_learnt_to_stop",
+        check="every_turn_has_learned_to_stop",
         kind="alternative",
         what="turns before the last are not trained",
         consequence="as the mode says",
@@ -287,7 +287,7 @@ OFFICIAL_SCRIPT_COMBINED = (
             consequence="greedy decoding from the serving prompt does not say the answer that was learnt",
             remedy="`combine: false`",
         )
-        for check in ("every_turn_comes_back_and_stops", "own_inference_says_every_turn")
+        for check in ("every_turn_is_reproduced_and_stops", "own_inference_reproduces_every_turn")
     ),
 )
 # Measured with trl 1.16.0 on the built-in base: after 60 steps the loss is 0.0007 and the stop token's is 11.2 nats.
@@ -315,9 +315,9 @@ TRL = (
             "mask_is_what_the_model_must_sample",
             "every_turn_ends_in_one_stop",
             "supervised_text_is_the_answer",
-            "every_turn_has_learnt_to_stop",
-            "every_turn_comes_back_and_stops",
-            "own_inference_says_every_turn",
+            "every_turn_has_learned_to_stop",
+            "every_turn_is_reproduced_and_stops",
+            "own_inference_reproduces_every_turn",
         )
     ),
     *TRAINER_EVALUATES,

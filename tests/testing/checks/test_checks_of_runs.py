@@ -243,10 +243,10 @@ CASES = (
     Case("mask_reaches_the_loss", at_step(2, other_rows), "rows, step 2: no row of the data went through the model"),
     Case("gradient_is_that_of_the_token_mean", at_step(2, not_a_number), "step 2: .* is not finite"),
     Case("every_row_is_seen_once_per_epoch", repeat_first_step, "seen 2 times, another 0"),
-    Case("order_is_shuffled_by_seed_and_epoch", same_epochs, "same order in the first and in the second epoch"),
+    Case("row_order_is_shuffled_by_seed_and_epoch", same_epochs, "same order in the first and in the second epoch"),
     Case("packed_rows_are_isolated_and_whole", lose_last_pack, "were not seen", PACKED),
     Case("evaluation_keeps_rows_apart", noise_in_evaluation, "evaluated after step 2, a row of", PACKED),
-    Case("model_is_the_base_with_adapters_at_rest", at_step(1, moved_b), "1 matrices B are not zero at the start"),
+    Case("adapters_change_nothing_before_training", at_step(1, moved_b), "1 matrices B are not zero at the start"),
     Case(
         "trained_parameters_and_moments_are_fp32",
         every_step(coarse),
@@ -287,38 +287,53 @@ CASES = (
         "each parameter or group is clipped by its own norm",
         {"max_grad_norm": 0.05},
     ),
-    Case("logged_norm_is_the_one_before_clipping", logged("grad_norm", lambda x: 0.05), "it is the one after clipping"),
-    Case("rate_follows_the_schedule", rate(lambda i, r: 5e-3), "there is no warm-up", {"schedule": "constant"}),
     Case(
-        "rate_follows_the_schedule", rate(lambda i, r: min(i, 2) / 2 * 5e-3), "does not change", {"schedule": "cosine"}
+        "logged_gradient_norm_is_the_one_before_clipping",
+        logged("grad_norm", lambda x: 0.05),
+        "it is the one after clipping",
     ),
-    Case("horizon_counts_updates", rate(lambda i, r: 5e-3 * (1 - i / 8)), "stretched over 8 steps, not 4"),
-    Case("logged_rate_is_the_one_applied", logged("learning_rate", lambda x: x + 1e-3), "the update used"),
-    Case("update_is_that_of_adamw", every_step(empty_group), "a group with a rate of its own"),
-    Case("small_updates_are_not_lost", every_step(lambda step: setattr(step, "after", step.before)), "off AdamW's"),
-    Case("optimiser_holds_what_is_trained", without_first_in_groups, "1 of 24 trained parameters are in no group"),
-    Case("optimiser_holds_what_is_trained", in_two_groups, "24 parameters are in more than one group"),
-    Case("base_is_untouched", changed_base, "of the base has changed"),
     Case(
-        "watching_a_run_does_not_change_it",
+        "learning_rate_follows_the_schedule", rate(lambda i, r: 5e-3), "there is no warm-up", {"schedule": "constant"}
+    ),
+    Case(
+        "learning_rate_follows_the_schedule",
+        rate(lambda i, r: min(i, 2) / 2 * 5e-3),
+        "does not change",
+        {"schedule": "cosine"},
+    ),
+    Case(
+        "schedule_horizon_counts_optimizer_steps",
+        rate(lambda i, r: 5e-3 * (1 - i / 8)),
+        "stretched over 8 steps, not 4",
+    ),
+    Case("logged_learning_rate_is_the_one_applied", logged("learning_rate", lambda x: x + 1e-3), "the update used"),
+    Case("update_follows_adamw", every_step(empty_group), "a group with a rate of its own"),
+    Case("small_updates_are_not_lost", every_step(lambda step: setattr(step, "after", step.before)), "off AdamW's"),
+    Case(
+        "optimizer_holds_every_trained_parameter", without_first_in_groups, "1 of 24 trained parameters are in no group"
+    ),
+    Case("optimizer_holds_every_trained_parameter", in_two_groups, "24 parameters are in more than one group"),
+    Case("base_is_unchanged_by_training", changed_base, "of the base has changed"),
+    Case(
+        "logging_and_saving_do_not_change_the_run",
         at_step(3, moved_after),
         "saving every 2 steps .* after step 3",
         {"save_every": 2},
     ),
     Case(
-        "watching_a_run_does_not_change_it",
+        "logging_and_saving_do_not_change_the_run",
         at_step(3, other_dropout),
         "evaluating .*dropout drew other random numbers",
         {"eval_every": 2},
     ),
     Case(
-        "watching_a_run_does_not_change_it",
+        "logging_and_saving_do_not_change_the_run",
         at_step(3, without_gradient),
         "saving .*: 24 of them have no gradient",
         {"save_every": 2},
     ),
     Case(
-        "watching_a_run_does_not_change_it",
+        "logging_and_saving_do_not_change_the_run",
         at_step(3, in_eval_mode_and_elsewhere),
         "evaluating .*: it ran in eval mode",
         {"eval_every": 2},
@@ -326,8 +341,8 @@ CASES = (
     Case("evaluation_runs_in_eval_mode", evaluated_in_training_mode, "ran in training mode"),
     Case("evaluation_runs_in_eval_mode", at_step(3, in_eval_mode), "step 3 ran in eval mode"),
     Case("two_conversations_reach_a_loss_below_a_hundredth", untrained, "the loss is 8", OVERFIT),
-    Case("every_turn_has_learnt_to_stop", untrained, r"the stop token <\|user\|>", OVERFIT),
-    Case("logged_evaluation_is_the_loss", halved_evaluation, "0.5 times as much", {"eval_every": 2}),
+    Case("every_turn_has_learned_to_stop", untrained, r"the stop token <\|user\|>", OVERFIT),
+    Case("logged_evaluation_loss_is_the_loss", halved_evaluation, "0.5 times as much", {"eval_every": 2}),
     Case("gradient_norms_are_stable", at_step(60, scaled("raw", 3000)), "norm at step 60", OVERFIT),
     Case("gradient_norms_are_stable", at_step(60, scaled("raw", float("nan"))), "not finite", OVERFIT),
     Case("gradient_norms_are_stable", always_large, "it falls to 0.2 of the first", OVERFIT),
@@ -361,7 +376,7 @@ def test_resumed_run_that_goes_another_way_is_named(tamper: Tamper, says: str, h
 
     trial = Resumed(healthy.subject, healthy.base_dir, tmp_path, healthy=healthy)
     with pytest.raises(CheckFailed, match=re.escape(says)):
-        CHECKS["resumed_run_is_the_whole_run"].run(trial)
+        CHECKS["resumed_run_equals_the_uninterrupted_run"].run(trial)
 
 
 @pytest.mark.parametrize("has_moments", [True, False])
@@ -381,19 +396,19 @@ def test_dropout_that_equal_runs_do_not_share_is_not_held_against_a_resumed_one(
 
     trial = Unlike(healthy.subject, healthy.base_dir, tmp_path, healthy=healthy)
     if has_moments:
-        CHECKS["resumed_run_is_the_whole_run"].run(trial)
+        CHECKS["resumed_run_equals_the_uninterrupted_run"].run(trial)
     else:
         with pytest.raises(CheckFailed, match="moments"):
-            CHECKS["resumed_run_is_the_whole_run"].run(trial)
+            CHECKS["resumed_run_equals_the_uninterrupted_run"].run(trial)
 
 
 def test_processes_that_drift_or_overlap_are_named(healthy: Trial, tmp_path: Path) -> None:
     """One run in two processes, healthy, then tampered with: not reduced, averaged twice, the same shard twice."""
     run, traces = run_of_ranks(healthy)
     for name in (
-        "processes_share_out_the_rows",
-        "processes_train_as_one",
-        "schedule_does_not_run_faster_on_more_processes",
+        "processes_see_each_row_once_per_epoch",
+        "processes_train_as_one_process_would",
+        "schedule_is_the_same_on_several_processes",
     ):
         CHECKS[name].run(healthy)
 
@@ -415,12 +430,10 @@ def test_processes_that_drift_or_overlap_are_named(healthy: Trial, tmp_path: Pat
             step.forwards = step.forwards[:2] * 2
 
     with pytest.raises(CheckFailed, match="after step 1 the 2 processes hold different parameters"):
-        CHECKS["processes_train_as_one"].run(tampered(drift))
+        CHECKS["processes_train_as_one_process_would"].run(tampered(drift))
     with pytest.raises(CheckFailed, match="divided by the number of processes twice"):
-        CHECKS["processes_train_as_one"].run(tampered(averaged_twice))
+        CHECKS["processes_train_as_one_process_would"].run(tampered(averaged_twice))
     with pytest.raises(CheckFailed, match="seen 2 times, another 0 times"):
-        CHECKS["processes_share_out_the_rows"].run(tampered(overlap))
+        CHECKS["processes_see_each_row_once_per_epoch"].run(tampered(overlap))
     with pytest.raises(CheckFailed, match="the rate is"):
-        CHECKS["schedule_does_not_run_faster_on_more_processes"].run(
-            tampered(lambda run, _: rate(lambda i, r: r / 2)(run))
-        )
+        CHECKS["schedule_is_the_same_on_several_processes"].run(tampered(lambda run, _: rate(lambda i, r: r / 2)(run)))

@@ -70,7 +70,7 @@ def test_reach_names_checks_and_members_that_exist() -> None:
 
 def test_only_checks_that_use_what_a_fault_changes_are_run_on_it() -> None:
     names = {check.name for check in reaching(all_faults()["merge-without-scale"].subject)}
-    assert "merged_model_is_the_adapted_one" in names
+    assert "merged_model_equals_the_adapted_model" in names
     assert "mask_is_what_the_model_must_sample" not in names
     assert not {check.name for check in reaching(Subject)} & known_reach().keys()
 
@@ -96,7 +96,7 @@ def a_matrix(*faults: Caught, alarms: tuple[str, ...] = ()) -> Matrix:
     return Matrix(faults, (Silence("healthy", alarms, 1.0),), noticed, 2.0)
 
 
-CAUGHT = Caught("double-prefix", "rows", ("prefix_stands_once",), "rows", "a second | prefix", True, 0.1)
+CAUGHT = Caught("double-prefix", "rows", ("prefix_occurs_once",), "rows", "a second | prefix", True, 0.1)
 MISSED = Caught("pad-in-loss", "batches", (), "", "", False, 0.1)
 ELSEWHERE = Caught("clip-by-value", "clipping", ("some_check",), "update", "", False, 0.1)
 

@@ -38,7 +38,7 @@ def test_a_base_of_the_true_size_gets_the_reduced_set(spec: str) -> None:
     """One whose size is unknown too: a suite that takes hours helps nobody."""
     assert is_large(spec)
     assert left_out(spec, "mask_reaches_the_loss", "bf16") == ""
-    assert "reduced set" in left_out(spec, "processes_train_as_one", "bf16")
+    assert "reduced set" in left_out(spec, "processes_train_as_one_process_would", "bf16")
     assert f"reduced set of {len(REDUCED)} checks" in describe_lane(spec)
 
 
@@ -62,7 +62,7 @@ def test_on_a_large_base_rate_and_steps_are_others_and_models_are_given_back(
     """One model at a time fits beside the specification; the one that is learnt by heart is used to the end."""
     monkeypatch.setattr("glm4ft.testing.session.gpu_lane.LARGE", 0)
     trials = Trials(Bases("tiny", tmp_path / "bases"), tmp_path, "glm4ft.testing.subjects.own:Subject")
-    check = next(check for check in all_checks() if check.name == "prefix_stands_once")
+    check = next(check for check in all_checks() if check.name == "prefix_occurs_once")
     trial = trials.trial(trials.default_subject, "")
     assert trial.standard["learning_rate"] < 5e-3
     trace = SimpleNamespace(steps=[])

@@ -88,7 +88,7 @@ class Choosy:
 
 @pytest.mark.parametrize(("only", "status"), [("without system", "passed"), ("none", "skipped")])
 def test_refused_conversation_is_left_out_but_refusing_all_proves_nothing(only: str, status: str) -> None:
-    checks = [check for check in all_checks() if check.name == "every_message_stands_in_the_row"]
+    checks = [check for check in all_checks() if check.name == "every_message_is_in_the_row"]
     (result,) = run_checks(Trial(Choosy(only), Path(), Path()), checks)
     assert result.status == status, result.message
 
@@ -127,8 +127,8 @@ def test_own_trainer_passes_every_check_and_the_results_keep_the_contract(
     assert [check["check"] for check in report["checks"]] == [check.name for check in all_checks()]
     others = [(check["check"], check["message"]) for check in report["checks"] if check["status"] != "passed"]
     assert others == [
-        ("accuracy_is_that_of_supervised_tokens", "evaluate gives no accuracy"),
-        ("evaluation_prompts_as_serving_does", "evaluate generates nothing"),
+        ("accuracy_is_that_of_the_supervised_tokens", "evaluate gives no accuracy"),
+        ("evaluation_generates_from_the_serving_prompt", "evaluate generates nothing"),
     ]
 
 
@@ -141,10 +141,10 @@ def test_founding_bug_fails_at_the_rows_and_still_at_the_outcome() -> None:
     assert "the terminator" in text
     assert {r.check for r in failed["outcome"]} == {
         "two_conversations_reach_a_loss_below_a_hundredth",
-        "every_turn_has_learnt_to_stop",
-        "header_is_not_learnt",
-        "every_turn_comes_back_and_stops",
-        "own_inference_says_every_turn",
+        "every_turn_has_learned_to_stop",
+        "header_is_not_learned",
+        "every_turn_is_reproduced_and_stops",
+        "own_inference_reproduces_every_turn",
     }
     loss = next(r.message for r in failed["outcome"] if r.check.startswith("two_conversations"))
     assert re.match(r"before training: .* floor of these targets is 0\.18.*, kept up by <\|assistant\|>", loss)

@@ -20,8 +20,8 @@ from glm4ft.testing.trial.wording import headline
 FOUNDING_BUG = "glm4ft.testing.subjects.founding_bug:Subject"
 RESULTS = [
     Result("mask_is_what_the_model_must_sample", "rows", "failed", "position 11\n  more", 0.1),
-    Result("update_is_that_of_adamw", "update", "skipped", "the subject has no train", 0.0),
-    Result("every_turn_comes_back_and_stops", "outcome", "failed", "it says ::error::x", 0.2),
+    Result("update_follows_adamw", "update", "skipped", "the subject has no train", 0.0),
+    Result("every_turn_is_reproduced_and_stops", "outcome", "failed", "it says ::error::x", 0.2),
 ]
 
 

@@ -67,7 +67,7 @@ def main() -> None:
     axes.axhline(0.01, color="#64748b", linestyle="--", linewidth=1)
     axes.annotate("0.01, the gate of the overfit test", (75, 0.0105), color="#64748b", ha="center", va="bottom")
     axes.set(
-        yscale="log", xlabel="optimiser step", ylabel="loss, nats per supervised token", xlim=(1, 162), ylim=(3e-4, 12)
+        yscale="log", xlabel="optimizer step", ylabel="loss, nats per supervised token", xlim=(1, 162), ylim=(3e-4, 12)
     )
     axes.grid(alpha=0.25, which="both")
     axes.legend(frameon=False, loc="upper right")

@@ -51,7 +51,7 @@ def adapters_dead(evidence: Evidence) -> Finding | None:
             f"first: {adapters.dead[0]}",
             f"the trained model's loss is {evidence.loss:.4f}, the base's {_base(evidence)}",
         ),
-        "make the optimiser from the parameters that require a gradient, after the adapters are attached; load an "
+        "make the optimizer from the parameters that require a gradient, after the adapters are attached; load an "
         "adapter that is to be trained with is_trainable=True",
         1.0 if is_all else 0.6,
     )
@@ -89,7 +89,7 @@ def samples_not_learnt(evidence: Evidence) -> Finding | None:
         f"{len(unknown)} of {len(evidence.rows)} rows were not learnt at all while others are known by heart: their "
         "gradient never reached an update.",
         (f"not learnt: {lines}", f"learnt: {len(known)} rows, mean loss {statistics.fmean(r.loss for r in known):.4f}"),
-        "clear gradients once per optimiser step, not per micro-batch, and see that every row is fed",
+        "clear gradients once per optimizer step, not per micro-batch, and see that every row is fed",
         0.8,
     )
 

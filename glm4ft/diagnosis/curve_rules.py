@@ -170,7 +170,7 @@ def schedule_ended_early(evidence: Evidence) -> Finding | None:
         f"The learning rate had ended by step {ended[0].step} of {points[-1].step}, while the loss was still "
         f"{ended[0].loss:.4f}: the remaining steps changed nothing.",
         (f"peak rate {peak:.2g}, last rate {points[-1].lr:.2g}", f"loss now {evidence.loss:.4f}"),
-        "give the schedule the number of optimiser steps that are really made, or use schedule: constant",
+        "give the schedule the number of optimizer steps that are really made, or use schedule: constant",
         0.9,
     )
 

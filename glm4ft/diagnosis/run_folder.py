@@ -38,7 +38,7 @@ class RunFiles:
     Args:
         log: a mapping per logged step.
         adapter: folder with the adapter; None if none was saved.
-        rows_per_step: that one optimiser step saw, at least; None if it is not known.
+        rows_per_step: that one optimizer step saw, at least; None if it is not known.
         config: options of one of our runs; empty for another trainer's.
         rows: file of the rows as trained; None if there is none.
         num_rows: that were trained, of which the file may hold the first only; 0 if it is not known.

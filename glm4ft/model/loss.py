@@ -32,7 +32,7 @@ def install_supervised_loss(model: PreTrainedModel) -> None:
 
     Args:
         model: a causal language model with a backbone ``model`` and a head ``lm_head``; changed in place. Its forward
-            then takes ``num_items_in_batch``, the number of supervised tokens of the whole optimiser step (those of
+            then takes ``num_items_in_batch``, the number of supervised tokens of the whole optimizer step (those of
             this call when it is missing), and ``per_row``: return the summed loss of each row, shape B.
     """
     full_forward = model.forward

@@ -1,4 +1,4 @@
-"""Curves as inline SVG: one line per series over the optimiser steps, on a logarithmic or a linear scale.
+"""Curves as inline SVG: one line per series over the optimizer steps, on a logarithmic or a linear scale.
 
 Colours and strokes are classes of the page's style sheet, so a chart follows light, dark and print.
 """

@@ -38,7 +38,7 @@ class Headline:
 
 @dataclass(frozen=True)
 class Curves:
-    """One entry per optimiser step; None where a value was not finite or is not known.
+    """One entry per optimizer step; None where a value was not finite or is not known.
 
     Args:
         steps: numbers of the steps.

@@ -21,7 +21,7 @@ Optional
     ``train(model, conversations, plan)``: trains in place. A conversation is ``{"messages": [...], "tools": [...]}``.
     ``plan["seed"]`` seeds all its random numbers: checks of what a save, an evaluation or a resume changes put dropout
     on the embeddings from outside, and give it up where two such runs are not the same.
-    It may return its log: a mapping per optimiser step with any of ``step``, ``loss``, ``grad_norm`` (before clipping),
+    It may return its log: a mapping per optimizer step with any of ``step``, ``loss``, ``grad_norm`` (before clipping),
     ``learning_rate``, and ``eval_loss`` where it evaluated. Logged figures are not judged without it.
     ``distributed``: True if ``train`` can run as one of several processes in the environment that torchrun sets
     (``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR``, ...), where it joins the process group by itself, on a CPU with gloo.
@@ -61,9 +61,9 @@ OPTIONAL = (
 )  # fmt: skip
 
 PLAN: Mapping[str, Any] = {
-    "steps": 10,  # optimiser steps
+    "steps": 10,  # optimizer steps
     "micro_batch_size": 2,  # rows in one forward pass
-    "accumulation": 1,  # forward passes per optimiser step
+    "accumulation": 1,  # forward passes per optimizer step
     "learning_rate": 5e-3,
     "schedule": "constant",  # or "linear", "cosine"
     "warmup_steps": 0,

@@ -37,9 +37,9 @@ class TrainConfig:
         weight_decay: decoupled, on the adapter matrices.
         max_grad_norm: the gradient is scaled down to this global L2 norm; 0 switches clipping off.
         epochs: passes over the data, unless max_steps is given.
-        max_steps: optimiser steps in all.
+        max_steps: optimizer steps in all.
         micro_batch_size: rows (packs, when packing) in one forward pass on one device.
-        accumulation: forward passes per optimiser step; the loss is the mean over all their supervised tokens.
+        accumulation: forward passes per optimizer step; the loss is the mean over all their supervised tokens.
         gradient_checkpointing: recompute activations in the backward pass, for memory.
         target_loss: stop as soon as a step's loss is below it; the run fails if it never is. ``floor+0.01`` is that
             much above what the data and the frozen head let it reach.

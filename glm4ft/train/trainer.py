@@ -34,7 +34,7 @@ _TRAINING_ARGS_PICKLE = "training_args.bin"
 
 @dataclass
 class StepContents:
-    """What goes into one optimiser step.
+    """What goes into one optimizer step.
 
     Args:
         lines: of the conversations on this process, in their file.
@@ -210,7 +210,7 @@ class _StepGuard(TrainerCallback):
 
 
 class ProgressBar(TrainerCallback):
-    """One bar over the optimiser steps, with loss, gradient norm and rate; silent where stderr is no terminal."""
+    """One bar over the optimizer steps, with loss, gradient norm and rate; silent where stderr is no terminal."""
 
     bar: tqdm[Any] | None = None  # there is none when a trainer is only asked to evaluate
 
@@ -245,7 +245,7 @@ def checkpoints(output: Path) -> list[Path]:
 
 
 def checkpoint_step(checkpoint: Path) -> int:
-    """The optimiser step after which a checkpoint was written."""
+    """The optimizer step after which a checkpoint was written."""
     return int(checkpoint.name.rpartition("-")[2])
 
 

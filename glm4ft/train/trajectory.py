@@ -1,4 +1,4 @@
-"""The trajectory of a run: ``trajectory.jsonl``, a header and then one strict-JSON row per optimiser step."""
+"""The trajectory of a run: ``trajectory.jsonl``, a header and then one strict-JSON row per optimizer step."""
 
 from __future__ import annotations
 

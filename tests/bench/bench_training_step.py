@@ -1,4 +1,4 @@
-"""One optimiser step of ours against plain ``transformers.Trainer``, with GLM-4's vocabulary of 151,552.
+"""One optimizer step of ours against plain ``transformers.Trainer``, with GLM-4's vocabulary of 151,552.
 
 Run: pytest tests/bench/bench_training_step.py -o python_files=bench_*.py
 Each round times both trainers in one process, one right after the other, so that the ratio holds on a noisy machine.
@@ -59,7 +59,7 @@ class Data(torch.utils.data.Dataset):
 
 
 def steps(trainer: Trainer) -> Callable[[], float]:
-    """A function that runs one optimiser step and returns its loss."""
+    """A function that runs one optimizer step and returns its loss."""
     model = trainer.model
     trainer.create_optimizer()
     batches = iter(trainer.get_train_dataloader())

@@ -285,7 +285,7 @@ def test_plain_peft_loads_the_adapter_and_says_the_same(learnt: RunResult) -> No
 
 
 def test_no_pickle_is_written(tmp_path: Path) -> None:
-    """Weights are safetensors; optimiser, schedule and generator states keep transformers' own .pt and .pth files."""
+    """Weights are safetensors; optimizer, schedule and generator states keep transformers' own .pt and .pth files."""
     result = train(replace(SHORT, max_steps=2, save_every=2), tmp_path / "run")
     suffixes = {path.suffix for path in result.output.rglob("*") if path.is_file()}
     assert ".bin" not in suffixes

@@ -1,4 +1,4 @@
-"""Claims about the optimiser: AdamW with the plan's settings, on every trained matrix, without loss."""
+"""Claims about the optimizer: AdamW with the plan's settings, on every trained matrix, without loss."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ NEEDS = ("build_model", "train")
 
 
 @check(
-    stage="update", needs=NEEDS, incident="accelerate 2665, open-rl 80: parameters not in the optimiser; OpenRLHF 1253"
+    stage="update", needs=NEEDS, incident="accelerate 2665, open-rl 80: parameters not in the optimizer; OpenRLHF 1253"
 )
 def check_update_follows_adamw(trial: Trial) -> None:
     """Betas, epsilon and decoupled weight decay are those of the plan, on every trained matrix."""
@@ -30,7 +30,7 @@ def check_optimizer_holds_every_trained_parameter(trial: Trial) -> None:
     trace = trial.run().trace
     names = [name for group in trace.steps[0].groups for name in group.names] if trace.steps else []
     if not names:
-        raise CheckFailed("no optimiser step touched a trained parameter: the optimiser holds others, or none")
+        raise CheckFailed("no optimizer step touched a trained parameter: the optimizer holds others, or none")
     missing, twice = sorted(set(trace.trained) - set(names)), sorted({n for n in names if names.count(n) > 1})
     if missing:
         raise CheckFailed(f"{len(missing)} of {len(trace.trained)} trained parameters are in no group, as {missing[0]}")

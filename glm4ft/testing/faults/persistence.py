@@ -84,7 +84,7 @@ class SavedTemplateIsAnother(Subject):
 
 @fault("resume-optimizer-lost", evidence="FastChat 1280; ACE-Step 742; entrenar 293", cause=r"moment|optimi[sz]er")
 class ResumeOptimizerLost(Subject):
-    """The optimiser's moments are not restored."""
+    """The optimizer's moments are not restored."""
 
     def load_optimizer(self, run: LoopState, folder: Path) -> None:
         pass
@@ -133,7 +133,7 @@ class ResumeRandomStateLost(Subject):
 
 @fault("resume-master-weights-stale", evidence="miles 2572", cause=r"parameters?|weights?|loaded|first step")
 class ResumeMasterWeightsStale(Subject):
-    """The optimiser's own copies of the weights are older than the checkpoint, and its first step writes them back."""
+    """The optimizer's own copies of the weights are older than the checkpoint, and its first step writes them back."""
 
     def resume(self, run: LoopState, folder: Path) -> None:
         masters = [parameter.detach().clone() for parameter in trained(run.model)]

@@ -1,4 +1,4 @@
-"""Faults of the optimiser: what it holds, with which settings, and what its step does."""
+"""Faults of the optimizer: what it holds, with which settings, and what its step does."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from glm4ft.testing.faults.registry import faults_at
 from glm4ft.testing.subjects.plain_loop import LoopState, Subject, trained
 
 ESCAPES = (
-    "Optimisers other than AdamW and the settings that a plan does not carry (LoRA+ ratios, schedules of the decay) "
+    "Optimizers other than AdamW and the settings that a plan does not carry (LoRA+ ratios, schedules of the decay) "
     "have no reference to be compared with."
 )
 
@@ -34,7 +34,7 @@ class Bf16ParamsLoseUpdates(Subject):
 
 @fault("params-not-in-optimizer", evidence="adapters 260; accelerate 2665, 3256", cause=r"optimi[sz]er")
 class ParamsNotInOptimizer(Subject):
-    """The optimiser was made before the adapters, so it holds the frozen base."""
+    """The optimizer was made before the adapters, so it holds the frozen base."""
 
     def parameter_groups(self, model: Any, plan: Mapping[str, Any]) -> list[dict[str, Any]]:
         return [{"params": [p for p in model.parameters() if not p.requires_grad]}]
@@ -42,7 +42,7 @@ class ParamsNotInOptimizer(Subject):
 
 @fault("optimizer-misses-some", evidence="open-rl 80; PEFT 3503; unsloth 9331", cause=r"not in the optimi[sz]er")
 class OptimizerMissesSome(Subject):
-    """None of the matrices A is in the optimiser."""
+    """None of the matrices A is in the optimizer."""
 
     def parameter_groups(self, model: Any, plan: Mapping[str, Any]) -> list[dict[str, Any]]:
         found = [p for name, p in model.named_parameters() if p.requires_grad and ".lora_A." not in name]
@@ -76,7 +76,7 @@ class WeightDecayGrouping(Subject):
         ]
 
 
-@fault("l2-in-place-of-decoupled", evidence="DeepCrime operator OCH; Humbatova 2020", cause=r"optimiser is Adam\b")
+@fault("l2-in-place-of-decoupled", evidence="DeepCrime operator OCH; Humbatova 2020", cause=r"optimizer is Adam\b")
 class L2InPlaceOfDecoupled(Subject):
     """Adam adds the decay to the gradient, where AdamW was meant."""
 

@@ -1,7 +1,7 @@
-"""Records what reaches the loss and the optimiser, from outside, on a trainer that knows nothing of it.
+"""Records what reaches the loss and the optimizer, from outside, on a trainer that knows nothing of it.
 
 Hooked is what every trainer must pass through: the input of the token embedding, the output of the final norm and the
-gradient that comes back into it, the gradient that accumulates in each trained parameter, and the optimiser's step. A
+gradient that comes back into it, the gradient that accumulates in each trained parameter, and the optimizer's step. A
 forward pre-hook on the whole model would be passed by a trainer that calls backbone and head itself.
 
 Shapes: B rows of a forward pass, T positions, D hidden.
@@ -45,7 +45,7 @@ class Forward:
 
 @dataclass
 class ParameterGroup:
-    """The optimiser's settings for the parameters of one group.
+    """The optimizer's settings for the parameters of one group.
 
     Args:
         names: of the trained parameters in it.
@@ -60,16 +60,16 @@ class ParameterGroup:
 
 @dataclass
 class Step:
-    """One optimiser step.
+    """One optimizer step.
 
     Args:
         forwards: the passes whose gradients it applied, in order.
         raw: gradient of each trained parameter as it stood after the last backward pass.
-        clipped: the same as the optimiser received it.
+        clipped: the same as the optimizer received it.
         before: trained parameters before the update.
         after: and behind it.
-        state_dtypes: of the optimiser's moments, by parameter.
-        groups: the optimiser's groups, with rate, betas, eps and weight decay.
+        state_dtypes: of the optimizer's moments, by parameter.
+        groups: the optimizer's groups, with rate, betas, eps and weight decay.
         optimizer: name of its class.
     """
 
@@ -85,13 +85,13 @@ class Step:
 
 @dataclass
 class Trace:
-    """The first optimiser steps of a run.
+    """The first optimizer steps of a run.
 
     Args:
         steps: complete ones, in order.
         dtype: of the base's weights.
         trained: names of the parameters that require a gradient when the recording begins.
-        optimized: those that the optimiser holds.
+        optimized: those that the optimizer holds.
         evaluations: forward passes without gradient, each with the number of steps taken before it.
     """
 
@@ -104,7 +104,7 @@ class Trace:
 
 @contextmanager
 def record(model: nn.Module, max_steps: int) -> Iterator[Trace]:
-    """Record the optimiser steps taken while the context is open.
+    """Record the optimizer steps taken while the context is open.
 
     Args:
         model: with its adapters attached; wrapped, moved and trained by whoever comes next.
@@ -214,7 +214,7 @@ class _Recorder:
             for group in optimizer.param_groups
         ]
         if not any(group.names for group in groups):
-            return  # another optimiser's step
+            return  # another optimizer's step
         self.trace.optimized = tuple(name for group in groups for name in group.names)
         self.trace.steps.append(
             Step(
@@ -243,7 +243,7 @@ def _mode(model: nn.Module) -> bool | None:
 
 
 def _moments(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> torch.dtype | None:
-    """Dtype of what the optimiser remembers of a parameter, apart from its count of steps."""
+    """Dtype of what the optimizer remembers of a parameter, apart from its count of steps."""
     state = optimizer.state.get(parameter, {}).values()
     return next((v.dtype for v in state if isinstance(v, torch.Tensor) and v.shape == parameter.shape), None)
 

@@ -232,7 +232,7 @@ def judge_update(step: ReplayedStep) -> Departures:
             yield step.depart("update", text, cause)
     unused = sorted(set(recorded.before) - {name for group in recorded.groups for name in group.names})
     if unused:
-        yield step.depart("update", f"{len(unused)} trained parameters are not in the optimiser, as {unused[0]}")
+        yield step.depart("update", f"{len(unused)} trained parameters are not in the optimizer, as {unused[0]}")
     rates = {float(group.settings["lr"]) for group in recorded.groups if group.size}
     empty = [group for group in recorded.groups if not group.size and float(group.settings["lr"]) not in rates]
     if empty:
@@ -257,7 +257,7 @@ def _update_size(step: ReplayedStep, rate: float) -> float:
 
 def _update_cause(step: ReplayedStep) -> str:
     if step.step.optimizer != "AdamW":
-        return f"the optimiser is {step.step.optimizer}"
+        return f"the optimizer is {step.step.optimizer}"
     for name in ("weight_decay", "betas", "eps"):
         asked = step.history.plan[name]
         for group in step.step.groups:

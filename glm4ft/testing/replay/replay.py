@@ -36,7 +36,7 @@ class Verdict:
     Args:
         departure: the first, or None.
         largest: stage to the largest relative departure seen in it, for stages judged by a number.
-        steps: optimiser steps compared.
+        steps: optimizer steps compared.
         packed: whether a row stood behind another in the same row of a batch.
         seen: ids of the rows of each step, in order.
     """
@@ -61,7 +61,7 @@ def replay(trace: Trace, reference: Reference, rows: Sequence[LabelledIds], plan
     """
     verdict, history = Verdict(), History(reference, KnownRows(rows), plan, trace.dtype)
     if not trace.steps:
-        verdict.departure = Departure("update", 1, "no optimiser step changed a trained parameter")
+        verdict.departure = Departure("update", 1, "no optimizer step changed a trained parameter")
     for number, step in enumerate(trace.steps, start=1):
         replayed = ReplayedStep(number, step, history)
         verdict.seen.append([row.ids for row in replayed.seen])

@@ -33,7 +33,7 @@ class Departure:
 
     Args:
         stage: slug of the stage.
-        step: optimiser step, from 1.
+        step: optimizer step, from 1.
         text: what was found and what was expected.
         cause: the likely one, if the numbers give it away.
         size: The relative size of the departure; NaN where a number says nothing.

@@ -20,5 +20,5 @@ def pytest_glm4ft_collected(
             ``status``, ``message`` and ``seconds`` as ``glm4ft check`` has them, ``dtype`` where the suite runs in
             several, else "", and ``test``, the node id; with one that failed ``supervised``, what the subject trains.
         runs: recorded by ``glm4ft_record_run``: ``test``, ``name``, and the equally long lists ``loss`` and
-            ``grad_norm`` with an entry per optimiser step, None where a value was not finite.
+            ``grad_norm`` with an entry per optimizer step, None where a value was not finite.
     """

@@ -43,7 +43,7 @@ def attach_run(node: pytest.Item, name: str, steps: Iterable[Mapping[str, Any]])
     Args:
         node: the test.
         name: of the run, if the test has several; else "".
-        steps: a mapping per optimiser step with ``loss`` and ``grad_norm``, numbers of any kind; others are left out.
+        steps: a mapping per optimizer step with ``loss`` and ``grad_norm``, numbers of any kind; others are left out.
     """
     rows = [step for step in steps if "loss" in step]
     curves = {key: [finite(row.get(key)) for row in rows] for key in ("loss", "grad_norm")}

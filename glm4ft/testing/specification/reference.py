@@ -119,7 +119,7 @@ class Reference:
         return F.cross_entropy(logits, torch.tensor(list(input_ids))[1:], reduction="none")
 
     def loss(self, rows: Sequence[LabelledIds], trained: Tensors) -> torch.Tensor:
-        """Token mean over all rows of an optimiser step.
+        """Token mean over all rows of an optimizer step.
 
         Args:
             rows: (input_ids, labels), labels unshifted.

@@ -38,7 +38,7 @@ class LoopState:
         optimizer: of the trained parameters.
         plan: as ``train`` got it.
         rows: to train on, and to evaluate on.
-        step: optimiser steps done.
+        step: optimizer steps done.
         log: an entry per step that is logged.
     """
 
@@ -126,7 +126,7 @@ class Subject(Evaluation, Model):
     # --- one step ---
 
     def train_step(self, run: LoopState, batches: list[Batch]) -> dict[str, Any]:
-        """One optimiser step over several micro-batches; returns the entry for the log."""
+        """One optimizer step over several micro-batches; returns the entry for the log."""
         self.zero_grad(run)
         num_targets = self.count_targets(batches)
         losses = [self.train_micro_batch(run, batch, num_targets, len(batches)) for batch in batches]
@@ -173,7 +173,7 @@ class Subject(Evaluation, Model):
         rate = run.optimizer.param_groups[0]["lr"]
         return {"step": run.step + 1, "loss": loss, "grad_norm": grad_norm, "learning_rate": rate}
 
-    # --- optimiser and schedule ---
+    # --- optimizer and schedule ---
 
     def make_optimizer(self, model: Any, plan: Mapping[str, Any]) -> torch.optim.Optimizer:
         """AdamW on what is trained."""
@@ -185,7 +185,7 @@ class Subject(Evaluation, Model):
         return [{"params": trained(model), "weight_decay": plan["weight_decay"]}]
 
     def set_rate(self, run: LoopState) -> None:
-        """Give the optimiser the rate of the step that it is about to take."""
+        """Give the optimizer the rate of the step that it is about to take."""
         for group in run.optimizer.param_groups:
             group["lr"] = run.plan["learning_rate"] * self.rate_factor(run.step, run.plan)
 
@@ -228,7 +228,7 @@ class Subject(Evaluation, Model):
         return {f"{name}/{key}": value for name, state in states for key, value in state.items()}
 
     def load_optimizer(self, run: LoopState, folder: Path) -> None:
-        """The same, back into the optimiser."""
+        """The same, back into the optimizer."""
         parameters = dict(run.model.named_parameters())
         for key, value in load_file(folder / "optimizer.safetensors").items():
             name, entry = key.rsplit("/", 1)

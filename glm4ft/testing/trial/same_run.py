@@ -51,7 +51,7 @@ def _cause(expected: Step, got: Step, same_order: bool) -> str:
     if lost:
         return f": {lost} of them have no gradient there"
     if not _unlike(expected.clipped, got.clipped):
-        return " though its gradient is the same: the optimiser's moments or copies of the weights are other ones"
+        return " though its gradient is the same: the optimizer's moments or copies of the weights are other ones"
     if _unlike(expected.raw, got.raw) and same_order:
         return ", and so does its gradient on the same rows: dropout drew other random numbers"
     return ""

@@ -34,7 +34,7 @@ LOOK_AT = {
     "gradient": "the loss: what it is divided by, over micro-batches and processes",
     "clipping": "the clipping of the gradient: which norm, and when",
     "schedule": "the schedule of the rate: warm-up, horizon, and how often it steps",
-    "update": "the optimiser: its parameters, betas, epsilon and weight decay",
+    "update": "the optimizer: its parameters, betas, epsilon and weight decay",
     "side-effects": "what logging, evaluating and saving leave behind",
     "persistence": "saving, loading, merging and resuming",
     "outcome": "the stages before; if all of them hold, what is left is the data or the budget of steps",

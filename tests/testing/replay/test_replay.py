@@ -176,8 +176,8 @@ FAULTS = [
     Fault("no-warm-up", "schedule", "", {"warmup_steps": 2}, trainer=set_argument("warmup_steps", 0)),
     Fault("weight-decay", "update", "weight_decay is 0.01", trainer=set_argument("weight_decay", 0.01)),
     Fault("other-betas", "update", "betas", trainer=set_argument("adam_beta2", 0.95)),
-    Fault("optimiser-misses-A", "update", "", trainer=optimizer_without("lora_A")),
-    Fault("other-optimiser", "update", "Adamax", trainer=other_optimizer),
+    Fault("optimizer-misses-A", "update", "", trainer=optimizer_without("lora_A")),
+    Fault("other-optimizer", "update", "Adamax", trainer=other_optimizer),
 ]
 
 

@@ -39,7 +39,7 @@ def _nothing_given(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_curves_of_a_run_are_drawn_at_the_end(pytester: pytest.Pytester) -> None:
-    """On a logarithmic scale; a step that was not finite is a cross. What is no optimiser step is left out."""
+    """On a logarithmic scale; a step that was not finite is a cross. What is no optimizer step is left out."""
     pytester.makepyfile(RECORDS)
     result = pytester.runpytest_inprocess()
     result.stdout.fnmatch_lines(

@@ -455,7 +455,9 @@ CASES = (
     Case(Transposed, "weights_equal_those_of_the_base", "o_proj.weight is not the base's: it is transposed"),
     Case(Transposed, "first_loss_equals_that_of_the_base", r"first module to differ is .*0.self_attn.o_proj, \d"),
     Case(
-        OtherAttentionScale, "first_loss_equals_that_of_the_base", r"in what model.layers.0.self_attn.o_proj is given, \d"
+        OtherAttentionScale,
+        "first_loss_equals_that_of_the_base",
+        r"in what model.layers.0.self_attn.o_proj is given, \d",
     ),
     Case(NoSuchTarget, "adapters_are_on_the_requested_modules", "gate_proj was asked for, but no module"),
     Case(FewerTargets, "adapters_are_on_the_requested_modules", "has no adapter"),
@@ -487,7 +489,9 @@ CASES = (
     Case(NoHeaderAtInference, "own_inference_reproduces_every_turn", "the prompt of inference has"),
     Case(CutsTheQuestion, "own_inference_keeps_the_prompt_and_the_length_limit", "from position 199 on"),
     Case(
-        PenalisesRepetition, "own_inference_keeps_the_prompt_and_the_length_limit", "likeliest tokens are .*: it is not greedy"
+        PenalisesRepetition,
+        "own_inference_keeps_the_prompt_and_the_length_limit",
+        "likeliest tokens are .*: it is not greedy",
     ),
     Case(LeavesFirstParameters, "base_is_unchanged_by_training", "are not those of its last update", TRAINS),
     Case(CountsThePrompt, "own_inference_keeps_the_prompt_and_the_length_limit", "where at most 8 were asked for"),

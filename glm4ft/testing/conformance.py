@@ -24,7 +24,7 @@ import pytest
 
 from glm4ft.model.checkpoint import find_checkpoint
 from glm4ft.testing.checks import all_checks
-from glm4ft.testing.session.gpu_lane import LARGE_OVERFIT_STEPS, LARGE_PLAN, Bases, is_large, left_out
+from glm4ft.testing.session.gpu_lane import LARGE_OVERFIT_STEPS, LARGE_PLAN, Bases, is_large, why_left_out
 from glm4ft.testing.session.records import attach_check
 from glm4ft.testing.subject import load_subject
 from glm4ft.testing.trial.registry import Check
@@ -71,7 +71,7 @@ class Trials:
 
     def run(self, check: Check, spec: str, dtype: str, expected_failures: Mapping[str, str]) -> Result:
         """Run a check on a subject, unless the base is one on which it is left out."""
-        reason = left_out(self.bases.spec, check.name, dtype)
+        reason = why_left_out(self.bases.spec, check.name, dtype)
         if reason:
             return Result(check.name, check.stage, "skipped", reason, 0.0)
         trial = self.trial(spec, dtype)

@@ -92,7 +92,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     config = session.config
     if GPU.value(config) != "require" or _is_worker(config) or config.getoption("collectonly"):
         return
-    found = what_stands_in_for_cuda()
+    found = why_cuda_is_missing()
     if found:
         reason = f"{GPU.flag}=require (from {GPU.source(config)}): needs a CUDA GPU; found {found}"
         pytest.exit(reason, returncode=pytest.ExitCode.TESTS_FAILED)
@@ -113,11 +113,11 @@ def _why_no_gpu_test(config: pytest.Config) -> str:
         return f"{GPU.flag}=never (from {GPU.source(config)})"
     if DEVICE.value(config) == "cpu":  # a rehearsal of the lane
         return ""
-    found = what_stands_in_for_cuda()
+    found = why_cuda_is_missing()
     return f"needs a CUDA GPU; found {found}" if found else ""
 
 
-def what_stands_in_for_cuda() -> str:
+def why_cuda_is_missing() -> str:
     """Why tests cannot run on CUDA, or "" if they can."""
     try:
         import torch

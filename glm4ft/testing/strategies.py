@@ -171,7 +171,7 @@ def conversations(
     declared = draw(_optional(_declared(contents), tools))
     may_speak_first = draw(st.sampled_from([False] * 9 + [True]))
     steps = draw(_steps(contents, loss, calls=bool(declared)))
-    messages = rules.put_right([_resolved(message, declared) for message in steps], may_speak_first)
+    messages = rules.legalised([_resolved(message, declared) for message in steps], may_speak_first)
     if system and (not messages or messages[0].role != "system"):
         messages.insert(0, Message("system", draw(contents)))
     while _num_turns(messages) < min_turns:
@@ -229,7 +229,7 @@ class _Rules:
     nonstop: bool
     may_open: bool  # with a system message
 
-    def put_right(self, steps: list[Message], may_speak_first: bool) -> list[Message]:
+    def legalised(self, steps: list[Message], may_speak_first: bool) -> list[Message]:
         """The same texts in the same order, with another role where theirs may not stand; no call that may not."""
         messages: list[Message] = []
         for step in steps:

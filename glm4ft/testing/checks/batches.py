@@ -97,14 +97,14 @@ def check_evaluation_keeps_rows_apart(trial: Trial) -> None:
     _require_judged_model(run)
     num_rows = 0
     for num_steps, forward in run.trace.evaluations:
-        for place in run.known.sight(forward).rows:
+        for span in run.known.find_in(forward).rows:
             with torch.no_grad():
-                alone = run.reference.hidden(place.ids, run.at(num_steps))
-            size = float((forward.hidden_BTD[place.b][place.places] - alone).norm() / alone.norm())
+                alone = run.reference.hidden(span.ids, run.at(num_steps))
+            size = float((forward.hidden_BTD[span.b][span.positions] - alone).norm() / alone.norm())
             num_rows += 1
             if not within("batches: rows of an evaluation", size, LIMITS[run.trace.dtype]):
                 raise CheckFailed(
-                    f"evaluated after step {num_steps}, a row of {len(place.ids)} tokens at position {place.start} is "
+                    f"evaluated after step {num_steps}, a row of {len(span.ids)} tokens at position {span.start} is "
                     f"{size:.1e} off what it is alone: it sees neighbours or padding"
                 )
     if not num_rows:
@@ -134,7 +134,7 @@ def check_pad_id_may_be_zero_or_a_real_token(trial: Trial) -> None:
     stop = trial.rows(trial.conversations)[0][0][-1]
     for pad_id in (0, stop):
         base = _with_pad_token(trial, pad_id)
-        _require_collated(trial, trial.another(base), pad_id)
+        _require_collated(trial, trial.subject_on(base), pad_id)
 
 
 @check(stage="batches", needs=(*NEEDS, "distributed"), incident="accelerate 2694, 696 and 2434: shards overlapped")
@@ -167,9 +167,9 @@ def _epochs(run: RecordedRun) -> list[list[frozenset[tuple[int, ...]]]]:
 
 def _explain_leak(leak: Leak) -> str:
     mode = "training" if leak.training else "evaluation"
-    relation = "behind" if leak.position >= leak.place.start + len(leak.place.ids) else "before"
+    relation = "behind" if leak.position >= leak.span.start + len(leak.span.ids) else "before"
     return (
-        f"in {mode}, a row at positions {leak.place.start} to {leak.place.start + len(leak.place.ids) - 1} depends on "
+        f"in {mode}, a row at positions {leak.span.start} to {leak.span.start + len(leak.span.ids) - 1} depends on "
         f"position {leak.position} {relation} it ({leak.size:.1e} of its largest gradient); {leak.neighbours} row(s) "
         "stand in the same sequence"
     )

@@ -42,7 +42,7 @@ class BankRow:
 def bank_of(trial: Trial) -> list[Talk]:
     """The bank without what the subject has no words for, or refuses; tools need a base whose template knows them."""
     knows_tools = is_glm(trial) and "tools" in str(trial.base_tokenizer.chat_template or "")
-    talks = [talk for talk in BANK if (knows_tools or not talk.tools) and trial.takes(conversation_of(talk))]
+    talks = [talk for talk in BANK if (knows_tools or not talk.tools) and trial.accepts(conversation_of(talk))]
     if not talks:
         raise NotApplicable("not judged: the subject refuses every conversation of the bank")
     return [talk for talk in talks if talk is not MARKERS_TALK or _keeps_markers(trial)]

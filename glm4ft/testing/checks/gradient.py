@@ -43,9 +43,9 @@ def check_masked_positions_get_no_gradient(trial: Trial) -> None:
     for number, step in enumerate(run.trace.steps, start=1):
         for forward in step.forwards:
             supervised = torch.zeros(forward.input_ids_BT.shape, dtype=torch.bool)
-            for place in run.known.sight(forward).rows:
-                labels = torch.tensor(run.known.labels[place.ids])
-                supervised[place.b, place.places[:-1]] = labels[1:] != IGNORED
+            for span in run.known.find_in(forward).rows:
+                labels = torch.tensor(run.known.labels[span.ids])
+                supervised[span.b, span.positions[:-1]] = labels[1:] != IGNORED
             assert forward.gradient_BTD is not None
             size_BT = forward.gradient_BTD.abs().amax(-1)
             wrong = (size_BT > 0) & ~supervised

@@ -159,7 +159,7 @@ def check_reasoning_tags_are_encoded_as_text(trial: Trial) -> None:
 def check_no_stale_ids_are_used(trial: Trial) -> None:
     """After a change of the tokenizer, or of the conversations, in the same folder, the new rows are trained."""
     base = _with_other_ids(trial)
-    other = trial.another(base)
+    other = trial.subject_on(base)
     talk = {"messages": [dict(message) for message in SEVERAL], "tools": None}
     ((before, _),), row = trial.rows([talk]), other.encode([dict(message) for message in SEVERAL], None)
     if tuple(row["input_ids"]) == before:
@@ -186,8 +186,8 @@ def _require_fresh(trial: Trial, subject: Any, base: Path, conversations: Any, f
 def _trains_its_rows(trace: Any, subject: Any, conversations: Any) -> bool:
     encoded = [subject.encode(c["messages"], c.get("tools")) for c in conversations]
     known = KnownRows([(tuple(row["input_ids"]), tuple(row["labels"])) for row in encoded])
-    seen = [known.sight(forward) for step in trace.steps for forward in step.forwards]
-    return all(sighting.rows and not sighting.unknown for sighting in seen)
+    seen = [known.find_in(forward) for step in trace.steps for forward in step.forwards]
+    return all(matches.rows and not matches.unknown for matches in seen)
 
 
 def _train(trial: Trial, subject: Any, base: Path, conversations: Any, folder: Path) -> Any:

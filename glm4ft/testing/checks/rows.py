@@ -257,5 +257,5 @@ def check_conversation_without_targets_is_not_trained(trial: Trial) -> None:
 def check_mask_reaches_the_loss(trial: Trial) -> None:
     """Ids and labels that the gradient shows are those that ``encode`` gave, for rows of every kind in one data set."""
     trial.require_stage("rows")
-    kinds = [c for c in trial.data["mixed"] if trial.takes(c)]
+    kinds = [c for c in trial.data["mixed"] if trial.accepts(c)]
     trial.require_stage("rows", of="mixed" if len(kinds) == len(trial.data["mixed"]) else "short", steps=2)

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from glm4ft.testing.recording.trace import record
 from glm4ft.testing.specification.lora_spec import base_name
 from glm4ft.testing.trial.registry import check
-from glm4ft.testing.trial.same_run import describe_divergence, left_otherwise
+from glm4ft.testing.trial.same_run import changed_after_last_step, describe_divergence
 from glm4ft.testing.trial.stages import CheckFailed, NotApplicable
 from glm4ft.testing.trial.trial import Trial
 
@@ -37,7 +37,7 @@ def check_base_is_unchanged_by_training(trial: Trial) -> None:
                 stored = file.get_tensor(name).to(weights[name].dtype)
                 if name not in trained and not torch.equal(weights[name].cpu(), stored):
                     raise CheckFailed(f"{name} of the base has changed")
-    if left_otherwise(trial.trained):
+    if changed_after_last_step(trial.trained):
         raise CheckFailed("the parameters that training leaves are not those of its last update")
 
 
@@ -76,7 +76,7 @@ def check_logging_and_saving_do_not_change_the_run(trial: Trial) -> None:
     watched = trial.run(**everything, **noise)
     together = describe_divergence(bare, watched)
     if not together:
-        if watched.model is not None and left_otherwise(watched):
+        if watched.model is not None and changed_after_last_step(watched):
             raise CheckFailed(
                 "with evaluations and checkpoints, training leaves other parameters than its last update's"
             )

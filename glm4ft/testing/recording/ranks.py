@@ -116,7 +116,7 @@ def _merge_step(steps: Sequence[Step]) -> Step:
     return replace(steps[0], forwards=forwards, raw=raw)
 
 
-def unlike(traces: Sequence[Trace]) -> tuple[int, str]:
+def first_difference(traces: Sequence[Trace]) -> tuple[int, str]:
     """The first step after which the processes' parameters differ, and one that does; (0, "") if none does."""
     for number, steps in enumerate(zip(*(trace.steps for trace in traces), strict=False), start=1):
         first: Tensors = steps[0].after

@@ -16,8 +16,8 @@ SHOWN = 3  # tokens of a row that a message quotes
 
 def judge_rows(step: ReplayedStep) -> Departures:
     """Ids and labels are those that the data should have become."""
-    for sighting in step.sightings:
-        for ids in sighting.unknown:
+    for matches in step.row_matches:
+        for ids in matches.unknown:
             yield _unknown_row(step, ids)
     if not step.seen:
         yield step.depart("rows", "no row of the data went through the model")
@@ -63,8 +63,8 @@ def _wrong_targets(step: ReplayedStep, row: SeenRow) -> Departures:
 
 def _masked_by_id(step: ReplayedStep, missing: set[int]) -> str:
     """A cause, if all tokens that are not trained have the id that batches are padded with; else ""."""
-    pairs = zip(step.step.forwards, step.sightings, strict=True)
-    padding = {id for forward, sighting in pairs for id in forward.input_ids_BT[sighting.padding_BT].tolist()}
+    pairs = zip(step.step.forwards, step.row_matches, strict=True)
+    padding = {id for forward, matches in pairs for id in forward.input_ids_BT[matches.padding_BT].tolist()}
     if missing != padding:
         return ""
     return f"{step.reference.show(sorted(padding))} pads the batches too, and labels are taken out wherever it stands"
@@ -88,50 +88,50 @@ def judge_batches(step: ReplayedStep) -> Departures:
         text = f"a row ({len(again)} tokens) was seen {max(counts)} times, another {min(counts)} times"
         yield step.depart("batches", text, "rows repeat within an epoch")
     for row, size in step.hidden_sizes:
-        cause = _wrong_surroundings(step.step.forwards[row.forward], row.place)
-        if cause or (row.place.start > 0 and _rows_in_front_agree(step)):
-            where = "that follows another or padding" if row.place.start else "of a batch"
+        cause = _wrong_surroundings(step.step.forwards[row.forward], row.span)
+        if cause or (row.span.start > 0 and _rows_in_front_agree(step)):
+            where = "that follows another or padding" if row.span.start else "of a batch"
             text = f"a row {where} is {size:.1e} off what it is alone"
             yield step.depart("batches", text, cause or "packed rows or padding are attended to", size)
 
 
 def _trained_padding(step: ReplayedStep) -> Departures:
     """Targets behind a row: padding, or what a packed row's last token is taught about its neighbour."""
-    for forward, sighting, targets in zip(step.step.forwards, step.sightings, step.targets, strict=True):
-        outside = sighting.padding_BT.clone()
-        for place in sighting.rows:
-            outside[place.b, place.start] = True
+    for forward, matches, targets in zip(step.step.forwards, step.row_matches, step.targets, strict=True):
+        outside = matches.padding_BT.clone()
+        for span in matches.rows:
+            outside[span.b, span.start] = True
         labels_BT = torch.stack([row.labels_T for row in targets])
         # another id than the one that stands there is the loss's arithmetic
         wrong = outside & (labels_BT != IGNORED) & (labels_BT == forward.input_ids_BT)
         if wrong.any():
             b, t = wrong.nonzero()[0].tolist()
-            is_padding = bool(sighting.padding_BT[b, t])
+            is_padding = bool(matches.padding_BT[b, t])
             text = f"{int(wrong.sum())} targets outside of rows, as id {int(labels_BT[b, t])} at position {t}"
             cause = "padding is supervised" if is_padding else "a packed row's end learns its neighbour's beginning"
             yield step.depart("batches", text, cause)
 
 
-def _wrong_surroundings(forward: Forward, place: RowSpan) -> str:
+def _wrong_surroundings(forward: Forward, span: RowSpan) -> str:
     """What mask or positions say wrongly about a row; "" if nothing."""
     mask, positions = forward.attention_mask, forward.positions_BT
     if mask is not None and mask.dim() == 2:
-        own = mask[place.b][place.places] != 0
+        own = mask[span.b][span.positions] != 0
         if not own.all():
             return f"the mask hides {int((~own).sum())} of the row's own tokens"
     if positions is not None and positions.dim() == 2:
-        own = positions[min(place.b, len(positions) - 1)][place.places]
+        own = positions[min(span.b, len(positions) - 1)][span.positions]
         if not torch.equal(own - own[0], torch.arange(len(own))):
             return "its positions do not count its tokens"
-        if place.start and int(own[0]):
+        if span.start and int(own[0]):
             return "its positions do not restart"
-    if mask is not None and mask.dim() == 2 and place.start and (mask[place.b][: place.start] != 0).any():
+    if mask is not None and mask.dim() == 2 and span.start and (mask[span.b][: span.start] != 0).any():
         return "the mask lets it see what stands before it"
     return ""
 
 
 def _rows_in_front_agree(step: ReplayedStep) -> bool:
-    in_front = [size for row, size in step.hidden_sizes if not row.place.start]
+    in_front = [size for row, size in step.hidden_sizes if not row.span.start]
     return bool(in_front) and all(size <= step.history.limit for size in in_front)
 
 

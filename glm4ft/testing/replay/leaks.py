@@ -26,7 +26,7 @@ class Leak:
         neighbours: number of rows in the same sequence, itself included.
     """
 
-    place: RowSpan
+    span: RowSpan
     position: int
     size: float
     training: bool
@@ -74,19 +74,19 @@ class _Watcher:
     def hidden_ready(self, module: nn.Module, args: Any, hidden: torch.Tensor) -> None:
         positions, mask = (self.inputs.get(name) for name in ("position_ids", "attention_mask"))
         forward = Forward(self.input_ids.cpu(), positions, mask, hidden, None, module.training)
-        places = self.known.sight(forward).rows
+        spans = self.known.find_in(forward).rows
         direction_D = torch.linspace(-1, 1, hidden.shape[-1], device=hidden.device, dtype=hidden.dtype)
-        for place in places:
-            target = (hidden[place.b, place.places.to(hidden.device)] * direction_D).sum()
+        for span in spans:
+            target = (hidden[span.b, span.positions.to(hidden.device)] * direction_D).sum()
             (gradient,) = torch.autograd.grad(target, self.probe, retain_graph=True)
-            self.leaks.append(self._leak(place, gradient, sum(p.b == place.b for p in places)))
+            self.leaks.append(self._leak(span, gradient, sum(other.b == span.b for other in spans)))
         torch.set_grad_enabled(self.was_enabled)
 
-    def _leak(self, place: RowSpan, gradient_BTD: torch.Tensor, neighbours: int) -> Leak:
+    def _leak(self, span: RowSpan, gradient_BTD: torch.Tensor, neighbours: int) -> Leak:
         size_BT = gradient_BTD.detach().float().norm(dim=-1).cpu()
-        own = float(size_BT[place.b, place.places].max())
-        size_BT[place.b, place.places] = 0
+        own = float(size_BT[span.b, span.positions].max())
+        size_BT[span.b, span.positions] = 0
         worst = int(size_BT.argmax())
         share = float(size_BT.max()) / max(own, 1e-30)
         position = worst % size_BT.shape[1] if share > 0 else -1
-        return Leak(place, position, share, self.model.training, neighbours)
+        return Leak(span, position, share, self.model.training, neighbours)

@@ -27,13 +27,13 @@ class RowSpan:
     start: int
 
     @property
-    def places(self) -> torch.Tensor:
+    def positions(self) -> torch.Tensor:
         """Its positions."""
         return torch.arange(self.start, self.start + len(self.ids))
 
 
 @dataclass(frozen=True)
-class Sighting:
+class RowMatches:
     """What was found in one forward pass.
 
     Args:
@@ -60,15 +60,15 @@ class KnownRows:
         for ids in sorted(self.labels, key=len, reverse=True):  # one row may begin another
             self.by_first[ids[0]].append(ids)
 
-    def sight(self, forward: Forward) -> Sighting:
+    def find_in(self, forward: Forward) -> RowMatches:
         """Find them in a forward pass."""
-        places: list[RowSpan] = []
+        spans: list[RowSpan] = []
         padding = torch.ones(forward.input_ids_BT.shape, dtype=torch.bool)
         for b, ids_T in enumerate(forward.input_ids_BT.tolist()):
-            places += self._in_sequence(b, tuple(ids_T))
-        for place in places:
-            padding[place.b, place.places] = False
-        return Sighting(tuple(places), tuple(self._unknown(forward, padding)), padding)
+            spans += self._in_sequence(b, tuple(ids_T))
+        for span in spans:
+            padding[span.b, span.positions] = False
+        return RowMatches(tuple(spans), tuple(self._unknown(forward, padding)), padding)
 
     def _in_sequence(self, b: int, ids: tuple[int, ...]) -> Iterable[RowSpan]:
         t = 0
@@ -83,8 +83,8 @@ class KnownRows:
         fill = Counter(forward.input_ids_BT[padding].tolist())
         if len(fill) < 2:
             return
-        for b, places in split_rows(forward):
-            ids, is_padding = forward.input_ids_BT[b][places], padding[b][places]
+        for b, positions in split_rows(forward):
+            ids, is_padding = forward.input_ids_BT[b][positions], padding[b][positions]
             if is_padding.any() and len(set(ids[is_padding].tolist())) > 1:
                 yield tuple(ids[is_padding].tolist())
 

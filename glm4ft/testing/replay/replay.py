@@ -87,8 +87,8 @@ def _judge(step: ReplayedStep, verdict: Verdict) -> Departure | None:
 
 
 def _is_packed(step: ReplayedStep) -> bool:
-    places = [(row.forward, row.place.b) for row in step.seen]
-    return len(set(places)) < len(places)
+    sequences = [(row.forward, row.span.b) for row in step.seen]
+    return len(set(sequences)) < len(sequences)
 
 
 def _hidden_by_zero_b(departure: Departure, trace: Trace, history: History) -> Departure | None:

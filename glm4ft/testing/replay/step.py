@@ -13,7 +13,7 @@ import torch
 
 from glm4ft.data.chat_format import IGNORED
 from glm4ft.testing.recording.trace import Step, Tensors
-from glm4ft.testing.replay.matching import KnownRows, RowSpan, Sighting
+from glm4ft.testing.replay.matching import KnownRows, RowMatches, RowSpan
 from glm4ft.testing.specification.reference import AdamW, LabelledIds, Reference, Targets, recover_targets
 
 # Largest relative departure that is rounding, by the dtype of the base. In fp32 240 clean runs of 10 steps (20 seeds,
@@ -95,7 +95,7 @@ class SeenRow:
         targets: what the gradient there says.
     """
 
-    place: RowSpan
+    span: RowSpan
     forward: int
     hidden_TD: torch.Tensor
     targets: Targets
@@ -103,7 +103,7 @@ class SeenRow:
     @property
     def ids(self) -> tuple[int, ...]:
         """Of the row."""
-        return self.place.ids
+        return self.span.ids
 
 
 class ReplayedStep:
@@ -125,9 +125,9 @@ class ReplayedStep:
         return Departure(stage, self.number, text, cause, size, factor)
 
     @cached_property
-    def sightings(self) -> list[Sighting]:
+    def row_matches(self) -> list[RowMatches]:
         """Of each forward pass."""
-        return [self.history.known.sight(forward) for forward in self.step.forwards]
+        return [self.history.known.find_in(forward) for forward in self.step.forwards]
 
     @cached_property
     def targets(self) -> list[list[Targets]]:
@@ -144,9 +144,9 @@ class ReplayedStep:
     def seen(self) -> list[SeenRow]:
         """The known rows in it, in order."""
         return [
-            SeenRow(p, i, forward.hidden_BTD[p.b][p.places], self.targets[i][p.b].at(p.places))
-            for i, (forward, sighting) in enumerate(zip(self.step.forwards, self.sightings, strict=True))
-            for p in sighting.rows
+            SeenRow(p, i, forward.hidden_BTD[p.b][p.positions], self.targets[i][p.b].at(p.positions))
+            for i, (forward, matches) in enumerate(zip(self.step.forwards, self.row_matches, strict=True))
+            for p in matches.rows
         ]
 
     @cached_property

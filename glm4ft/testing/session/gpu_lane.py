@@ -68,7 +68,7 @@ def is_large(spec: str) -> bool:
     return size_of(spec) >= LARGE
 
 
-def left_out(spec: str, check: str, dtype: str) -> str:
+def why_left_out(spec: str, check: str, dtype: str) -> str:
     """Why a check is left out on a base, or "" if it runs.
 
     Args:

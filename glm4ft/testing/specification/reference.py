@@ -45,9 +45,9 @@ class Targets:
     weights_T: torch.Tensor
     fit_T: torch.Tensor
 
-    def at(self, places: torch.Tensor) -> Targets:
+    def at(self, positions: torch.Tensor) -> Targets:
         """Those of some of the tokens."""
-        return Targets(self.labels_T[places], self.weights_T[places], self.fit_T[places])
+        return Targets(self.labels_T[positions], self.weights_T[positions], self.fit_T[positions])
 
 
 class Reference:

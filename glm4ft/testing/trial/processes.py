@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from glm4ft.testing.recording.ranks import Job, merge_ranks, run_ranks, unlike
+from glm4ft.testing.recording.ranks import Job, first_difference, merge_ranks, run_ranks
 from glm4ft.testing.recording.trace import Trace
 from glm4ft.testing.subject import make_plan
 from glm4ft.testing.trial.runs import RecordedRun
@@ -37,7 +37,7 @@ def require_ranks_stage(trial: Trial, stage: str) -> RecordedRun:
 def require_ranks_agree(trial: Trial) -> None:
     """Fail if the processes hold different parameters after a step."""
     _, traces = run_of_ranks(trial)
-    number, name = unlike(traces)
+    number, name = first_difference(traces)
     if number:
         raise CheckFailed(
             f"after step {number} the {NUM_PROCESSES} processes hold different parameters, as {name}: gradients are "

@@ -61,7 +61,7 @@ class RecordedRun:
 
     def rows_in(self, forwards: Sequence[Forward]) -> list[tuple[int, ...]]:
         """Ids of the rows in forward passes."""
-        return [place.ids for forward in forwards for place in self.known.sight(forward).rows]
+        return [span.ids for forward in forwards for span in self.known.find_in(forward).rows]
 
     @property
     def trained(self) -> Tensors:

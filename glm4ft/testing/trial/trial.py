@@ -136,7 +136,7 @@ class Trial:
         encoded = [self.subject.encode(c["messages"], c.get("tools")) for c in conversations]
         return [(tuple(row["input_ids"]), tuple(row["labels"])) for row in encoded]
 
-    def takes(self, conversation: dict[str, Any]) -> bool:
+    def accepts(self, conversation: dict[str, Any]) -> bool:
         """False if the subject says by ``NotImplementedError`` that it refuses or drops a conversation."""
         try:
             self.rows([conversation])
@@ -156,7 +156,7 @@ class Trial:
                 shutil.copy(file, folder / file.name)
         return folder
 
-    def another(self, base_dir: Path) -> Any:
+    def subject_on(self, base_dir: Path) -> Any:
         """A subject of the same kind on another base.
 
         Raises:

@@ -16,7 +16,7 @@ import pytest
 from glm4ft.testing.bases.geometry import GEOMETRIES
 from glm4ft.testing.checks import all_checks
 from glm4ft.testing.conformance import Trials, parametrize_with_checks
-from glm4ft.testing.session.gpu_lane import LARGE_OVERFIT_STEPS, REDUCED, Bases, describe_lane, is_large, left_out
+from glm4ft.testing.session.gpu_lane import LARGE_OVERFIT_STEPS, REDUCED, Bases, describe_lane, is_large, why_left_out
 from glm4ft.testing.trial.runs import RecordedRun
 
 
@@ -37,13 +37,13 @@ def test_the_reduced_set_names_checks_of_every_stage() -> None:
 def test_a_base_of_the_true_size_gets_the_reduced_set(spec: str) -> None:
     """One whose size is unknown too: a suite that takes hours helps nobody."""
     assert is_large(spec)
-    assert left_out(spec, "mask_reaches_the_loss", "bf16") == ""
-    assert "reduced set" in left_out(spec, "processes_train_as_one_process_would", "bf16")
+    assert why_left_out(spec, "mask_reaches_the_loss", "bf16") == ""
+    assert "reduced set" in why_left_out(spec, "processes_train_as_one_process_would", "bf16")
     assert f"reduced set of {len(REDUCED)} checks" in describe_lane(spec)
 
 
 def test_a_small_base_gets_every_check_in_both_dtypes() -> None:
-    reasons = {left_out("tiny", check.name, dtype) for check in all_checks() for dtype in ("bf16", "fp32")}
+    reasons = {why_left_out("tiny", check.name, dtype) for check in all_checks() for dtype in ("bf16", "fp32")}
     assert reasons == {""}
 
 
@@ -51,9 +51,9 @@ def test_a_checkpoint_is_judged_in_the_dtype_that_it_is_stored_in(tmp_path: Path
     config = {**GEOMETRIES["glm-4-9b"], "architectures": ["GlmForCausalLM"], "dtype": "bfloat16"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert is_large(str(tmp_path))
-    assert "stored in bf16" in left_out(str(tmp_path), "mask_reaches_the_loss", "fp32")
-    assert left_out(str(tmp_path), "mask_reaches_the_loss", "bf16") == ""
-    assert left_out(str(tmp_path), "mask_reaches_the_loss", "") == ""
+    assert "stored in bf16" in why_left_out(str(tmp_path), "mask_reaches_the_loss", "fp32")
+    assert why_left_out(str(tmp_path), "mask_reaches_the_loss", "bf16") == ""
+    assert why_left_out(str(tmp_path), "mask_reaches_the_loss", "") == ""
 
 
 def test_on_a_large_base_rate_and_steps_are_others_and_models_are_given_back(

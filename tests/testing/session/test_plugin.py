@@ -15,7 +15,7 @@ import pytest
 
 # pytester forgets what is imported while a test runs in process, and torch crashes when it is imported a second time.
 import glm4ft.model.tiny  # noqa: F401
-from glm4ft.testing.plugin import what_stands_in_for_cuda
+from glm4ft.testing.plugin import why_cuda_is_missing
 from glm4ft.testing.session.options import DEVICE, GPU, MODEL, OPTIONS, TOKENIZER
 
 pytest_plugins = ["pytester"]
@@ -78,12 +78,12 @@ def test_the_reason_tells_a_cpu_build_from_a_missing_device(
         __version__="9.9", version=SimpleNamespace(cuda=cuda), cuda=SimpleNamespace(is_available=lambda: False)
     )
     monkeypatch.setitem(sys.modules, "torch", fake)
-    assert what_stands_in_for_cuda() == reason
+    assert why_cuda_is_missing() == reason
 
 
 def test_a_missing_torch_is_a_reason_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
-    assert what_stands_in_for_cuda().startswith("no torch (")
+    assert why_cuda_is_missing().startswith("no torch (")
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from transformers import AutoTokenizer
 
 from glm4ft.testing.recording.trace import Tensors
-from glm4ft.testing.replay.first_module import describe_first_other_module
+from glm4ft.testing.replay.first_module import describe_first_differing_module
 from glm4ft.testing.replay.step import LIMITS, relative
 from glm4ft.testing.replay.tolerances import within
 from glm4ft.testing.specification.lora_spec import LoraSpec, adapted_modules, base_name
@@ -84,7 +84,7 @@ def check_first_loss_equals_that_of_the_base(trial: Trial) -> None:
     if not within("model: first logits", size, LIMITS[trial.dtype]):
         wanted = torch.tensor(labels[1:])
         first, own = (float(torch.nn.functional.cross_entropy(x[:-1], wanted)) for x in (got_TV, expected_TV))
-        where = describe_first_other_module(model, base.model, ids, LIMITS[trial.dtype])
+        where = describe_first_differing_module(model, base.model, ids, LIMITS[trial.dtype])
         raise CheckFailed(
             f"the first loss is {first:.6f}, the base's own {own:.6f}; the logits are {size:.1e} off"
             + (f"; {where}" if where else "")

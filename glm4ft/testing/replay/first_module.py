@@ -1,4 +1,4 @@
-"""The first module of a model that computes something else than it does in the base."""
+"""Finds the first module whose output differs between a model under test and its base."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from glm4ft.testing.specification.lora_spec import base_name
 InputAndOutput = tuple[torch.Tensor | None, torch.Tensor]
 
 
-def describe_first_other_module(model: Any, base: Any, ids: Sequence[int], limit: float) -> str:
-    """Where a forward pass of a model leaves that of its base.
+def describe_first_differing_module(model: Any, base: Any, ids: Sequence[int], limit: float) -> str:
+    """Name the first module whose output differs from that of the same module in the base.
 
-    Modules are compared in the order in which they end, so the first that differs has had only right modules before
-    it: if its input is the base's, it is at fault itself, and else what is computed between modules is (attention,
-    positions, activations).
+    Modules are compared in the order in which their forward passes end, so every module before the first that differs
+    is correct. If that module's input equals the base's, the module itself is wrong; otherwise the fault is in what is
+    computed between modules (attention, positions, activations).
 
     Args:
-        model: under test, adapters included; modules are matched by their names in the base.
-        base: the plain model.
-        ids: of one row.
-        limit: largest relative difference that is rounding.
+        model: The model under test, adapters included; its modules are matched by their names in the base.
+        base: The plain model.
+        ids: The token ids of one row.
+        limit: The largest relative difference that counts as rounding.
     Returns:
-        A clause for a message; "" if no module that both have differs.
+        A clause for a message; "" if no module that both models have differs.
     """
     got, expected = _run(model, ids), _run(base, ids)
     for name, (given, output) in expected.items():
@@ -38,15 +38,15 @@ def describe_first_other_module(model: Any, base: Any, ids: Sequence[int], limit
                 f"the first module to differ is {name}, {_size(got[name][1], output):.1e} off on the base's own input"
             )
         return (
-            f"the first difference is in what {name} is given, {_size(got[name][0], given):.1e} off, "
-            "where all modules before it give what they give in the base"
+            f"the first difference is in the input of {name}, {_size(got[name][0], given):.1e} off, "
+            "while the outputs of all modules before it equal the base's"
         )
     return ""
 
 
 @torch.no_grad()
 def _run(model: Any, ids: Sequence[int]) -> dict[str, InputAndOutput]:
-    """First input and first output of each module that has a name in the base, in the order in which they end."""
+    """The first input and output of each module, by its name in the base, in the order in which the modules end."""
     with _watched(model) as seen:
         model(input_ids=torch.tensor([list(ids)], device=next(model.parameters()).device))
     return seen
@@ -61,7 +61,7 @@ def _watched(model: Any) -> Iterator[dict[str, InputAndOutput]]:
             result = _first_tensor([output] if isinstance(output, torch.Tensor) else output)
             if result is not None:
                 given = _first_tensor([*args, *kwargs.values()])
-                seen[name] = given, result  # an adapted layer ends behind the layer of the base that it wraps
+                seen[name] = given, result  # an adapted layer ends after the base layer it wraps, and replaces it
 
         return hook
 
@@ -78,7 +78,7 @@ def _watched(model: Any) -> Iterator[dict[str, InputAndOutput]]:
 
 
 def _first_tensor(values: Any) -> torch.Tensor | None:
-    """The first of several values that is a tensor of numbers, on the CPU and in fp32."""
+    """The first floating-point tensor among several values, in fp32 on the CPU; None if there is none."""
     items = values.values() if hasattr(values, "values") else values
     found = (v for v in items if isinstance(v, torch.Tensor) and v.is_floating_point())
     tensor = next(found, None)

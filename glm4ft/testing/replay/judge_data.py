@@ -1,4 +1,4 @@
-"""Judges of what went into a step: its rows and their labels, how they were batched, the model they went through."""
+"""Judges the inputs of a recorded step: its rows and labels, its batches, and the model that they passed through."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from glm4ft.testing.recording.trace import Forward
 from glm4ft.testing.replay.matching import RowSpan, is_part_of
 from glm4ft.testing.replay.step import Departure, Departures, ReplayedStep, SeenRow
 
-# A target this sure may leave no gradient in the dtype of the run; a surer one says nothing about the mask.
+# A target that the model predicts with at least this probability may leave no gradient in the dtype of the run, so a
+# missing gradient there does not show that the target is masked.
 SURE = 0.999
-SHOWN = 3  # tokens of a row that a message quotes
+SHOWN = 3  # the number of tokens of a row that a message quotes
 
 
 def judge_rows(step: ReplayedStep) -> Departures:
-    """Ids and labels are those that the data should have become."""
+    """Report ids and trained labels that differ from the subject's encoding of the conversations."""
     for matches in step.row_matches:
         for ids in matches.unknown:
             yield _unknown_row(step, ids)
@@ -35,17 +36,17 @@ def _unknown_row(step: ReplayedStep, ids: tuple[int, ...]) -> Departure:
     nearest = max(known, key=lambda row: common_prefix_length(row, ids))
     at = common_prefix_length(nearest, ids)
     found, expected = (step.reference.show(row[at : at + SHOWN]) for row in (ids, nearest))
-    text = f"a row is no conversation's: at position {at} stands {found}, not {expected}"
+    text = f"a row matches no encoded conversation: position {at} has {found}, expected {expected}"
     cause = "truncation" if at >= len(nearest) // 2 and at == len(ids) else ""
     return step.depart("rows", text, cause)
 
 
 def _wrong_targets(step: ReplayedStep, row: SeenRow) -> Departures:
     ids, expected, got = torch.tensor(row.ids), torch.tensor(step.labels_of(row.ids)), row.targets.labels_T.clone()
-    got[0] = IGNORED  # predicted by what stands before the row: a matter of batching
+    got[0] = IGNORED  # predicted by the token before the row: judged with the batches
     trained = got != IGNORED
     if int((trained & (got != ids)).sum()) > int(trained.sum()) // 2:
-        return  # another token is trained than the one that stands there: judged as the loss's arithmetic
+        return  # the trained labels differ from the ids at their positions: judged with the gradient
     missing = (expected != IGNORED) & ~trained & _unsure(step, row, expected)
     extra = trained & (expected == IGNORED) & (got == ids)
     if missing.any() or extra.any():
@@ -55,23 +56,23 @@ def _wrong_targets(step: ReplayedStep, row: SeenRow) -> Departures:
         ]
         yield step.depart(
             "rows",
-            f"{int(extra.sum())} tokens are trained that should not be, "
-            f"{int(missing.sum())} are not that should: " + ", ".join(words),
+            f"{int(extra.sum())} tokens are trained that should be ignored, "
+            f"{int(missing.sum())} are not trained that should be: " + ", ".join(words),
             "" if extra.any() else _masked_by_id(step, set(ids[missing].tolist())),
         )
 
 
 def _masked_by_id(step: ReplayedStep, missing: set[int]) -> str:
-    """A cause, if all tokens that are not trained have the id that batches are padded with; else ""."""
+    """The likely cause if the untrained tokens are exactly those with the padding id; "" otherwise."""
     pairs = zip(step.step.forwards, step.row_matches, strict=True)
     padding = {id for forward, matches in pairs for id in forward.input_ids_BT[matches.padding_BT].tolist()}
     if missing != padding:
         return ""
-    return f"{step.reference.show(sorted(padding))} pads the batches too, and labels are taken out wherever it stands"
+    return f"{step.reference.show(sorted(padding))} also pads the batches, and labels are ignored wherever it occurs"
 
 
 def _unsure(step: ReplayedStep, row: SeenRow, expected: torch.Tensor) -> torch.Tensor:
-    """Where the model gives the expected target a probability that leaves a gradient to be seen."""
+    """True where the target's probability is low enough for its gradient to be measurable."""
     probability = torch.zeros(len(expected))
     logits = step.reference.logits(row.hidden_TD[:-1], step.step.before)
     probability[1:] = logits.softmax(1).gather(1, expected[1:].clamp_min(0)[:, None])[:, 0]
@@ -79,7 +80,7 @@ def _unsure(step: ReplayedStep, row: SeenRow, expected: torch.Tensor) -> torch.T
 
 
 def judge_batches(step: ReplayedStep) -> Departures:
-    """Each row once per epoch; neither padding nor a row's beginning is trained; no row sees another or padding."""
+    """Report rows repeated within an epoch, trained padding or row starts, and rows that see neighbours or padding."""
     yield from _trained_padding(step)
     step.history.seen.update(row.ids for row in step.seen)
     counts = [step.history.seen[ids] for ids in step.history.known.labels]
@@ -91,29 +92,29 @@ def judge_batches(step: ReplayedStep) -> Departures:
         cause = _wrong_surroundings(step.step.forwards[row.forward], row.span)
         if cause or (row.span.start > 0 and _rows_in_front_agree(step)):
             where = "that follows another or padding" if row.span.start else "of a batch"
-            text = f"a row {where} is {size:.1e} off what it is alone"
+            text = f"the hidden states of a row {where} are {size:.1e} off those of the row alone"
             yield step.depart("batches", text, cause or "packed rows or padding are attended to", size)
 
 
 def _trained_padding(step: ReplayedStep) -> Departures:
-    """Targets behind a row: padding, or what a packed row's last token is taught about its neighbour."""
+    """Report trained targets outside of rows: padding, and the first token of a packed row after another."""
     for forward, matches, targets in zip(step.step.forwards, step.row_matches, step.targets, strict=True):
         outside = matches.padding_BT.clone()
         for span in matches.rows:
             outside[span.b, span.start] = True
         labels_BT = torch.stack([row.labels_T for row in targets])
-        # another id than the one that stands there is the loss's arithmetic
+        # a label that differs from the id at its position is judged with the gradient
         wrong = outside & (labels_BT != IGNORED) & (labels_BT == forward.input_ids_BT)
         if wrong.any():
             b, t = wrong.nonzero()[0].tolist()
             is_padding = bool(matches.padding_BT[b, t])
-            text = f"{int(wrong.sum())} targets outside of rows, as id {int(labels_BT[b, t])} at position {t}"
+            text = f"{int(wrong.sum())} targets are outside of rows, e.g. id {int(labels_BT[b, t])} at position {t}"
             cause = "padding is supervised" if is_padding else "a packed row's end learns its neighbour's beginning"
             yield step.depart("batches", text, cause)
 
 
 def _wrong_surroundings(forward: Forward, span: RowSpan) -> str:
-    """What mask or positions say wrongly about a row; "" if nothing."""
+    """How the attention mask or the positions are wrong for a row; "" if they are right."""
     mask, positions = forward.attention_mask, forward.positions_BT
     if mask is not None and mask.dim() == 2:
         own = mask[span.b][span.positions] != 0
@@ -126,7 +127,7 @@ def _wrong_surroundings(forward: Forward, span: RowSpan) -> str:
         if span.start and int(own[0]):
             return "its positions do not restart"
     if mask is not None and mask.dim() == 2 and span.start and (mask[span.b][: span.start] != 0).any():
-        return "the mask lets it see what stands before it"
+        return "the mask lets it see the tokens before it"
     return ""
 
 
@@ -136,18 +137,18 @@ def _rows_in_front_agree(step: ReplayedStep) -> bool:
 
 
 def judge_model(step: ReplayedStep) -> Departures:
-    """The base as it lies on the disk, adapters at rest at first, and all of them in use."""
+    """Report a base that differs from its files, adapters that are not zero at the start, and unused parameters."""
     before = step.step.before
     if step.number == 1:
         touched = [name for name, t in before.items() if ".lora_B." in name and t.abs().max() > 0]
         if touched:
-            yield step.depart("model", f"{len(touched)} matrices B are not zero at the start, as {touched[0]}")
+            yield step.depart("model", f"{len(touched)} matrices B are not zero at the start, e.g. {touched[0]}")
     if not all(forward.training for forward in step.step.forwards):
         yield step.depart("model", "the model is not in training mode")
     for _, size in step.hidden_sizes:
-        cause = "another base, adapter scale or dtype than asked for"
+        cause = "another base, adapter scale or dtype than requested"
         yield step.depart("model", f"the final norm's output is {size:.1e} off the specification", cause, size)
     unused = sorted(before.keys() - step.step.raw.keys())
     if unused and step.step.raw:
-        text = f"no gradient reaches {len(unused)} of {len(before)} trained parameters, as {unused[0]}"
+        text = f"no gradient reaches {len(unused)} of {len(before)} trained parameters, e.g. {unused[0]}"
         yield step.depart("model", text, "their output does not enter the loss")

@@ -1,4 +1,4 @@
-"""Judges of what came out of a step: the gradient, its clipping, the rate, the update."""
+"""Judges the results of a recorded step: the gradient, its clipping, the learning rate and the update."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from glm4ft.testing.replay.step import WEIGHT_LIMITS, Departures, ReplayedStep, 
 from glm4ft.testing.replay.tolerances import within
 from glm4ft.testing.specification.reference import clip_factor, scheduled_rate
 
-# Cosine between a gradient at the final norm and that of cross entropy with the best label; below, it is another loss.
+# The smallest cosine between the gradient at the final norm and that of cross entropy with the best-fitting label; with
+# a smaller one, the loss is not cross entropy.
 FIT_LIMITS = {torch.float32: 0.999, torch.bfloat16: 0.98}
-# Half an ulp of bf16 is 2^-9 of a value; a mean over tokens is off by less.
+# The largest relative error that bf16 rounding explains: half an ulp is 2^-9 of a value, and a mean over tokens is off
+# by less.
 BF16_NOISE = 2.0**-8
-# Residual of a cause that explains a wrong gradient, relative to that gradient.
+# The largest residual, relative to a wrong gradient, with which a cause counts as its explanation.
 EXPLAINED = 1e-3
 
 
 def judge_gradient(step: ReplayedStep) -> Departures:
-    """Cross entropy of the next tokens, averaged over all supervised tokens of the step."""
+    """Report a gradient other than that of next-token cross entropy, averaged over the step's supervised tokens."""
     if not step.is_finite:
         yield step.depart("gradient", "the loss's gradient at the final norm is not finite")
     for row in step.seen:
@@ -37,7 +39,7 @@ def judge_gradient(step: ReplayedStep) -> Departures:
 def _wrong_loss(step: ReplayedStep, row: SeenRow) -> Departures:
     fit = float(row.targets.fit_T[1:].min())
     if not within("gradient: cosine to cross entropy, below 1", 1 - fit, 1 - FIT_LIMITS[step.history.dtype]):
-        text = f"the gradient at the final norm is no cross entropy of one label (cosine {fit:.4f})"
+        text = f"the gradient at the final norm is not that of cross entropy with one label (cosine {fit:.4f})"
         yield step.depart("gradient", text, "label smoothing, or another term in the loss")
     ids, expected, got = torch.tensor(row.ids), torch.tensor(step.labels_of(row.ids)), row.targets.labels_T
     trained = (got != IGNORED).nonzero()[:, 0].tolist()
@@ -58,12 +60,12 @@ def _wrong_loss(step: ReplayedStep, row: SeenRow) -> Departures:
 
 
 def _wrong_weights(step: ReplayedStep) -> Departures:
-    """Every token of a step counts the same: one over the number of supervised tokens."""
+    """Report tokens whose weight in the loss is not one over the number of the step's supervised tokens."""
     limit, ratios = WEIGHT_LIMITS[step.history.dtype], dict[int, list[float]]()
     for row in step.seen:
         heavy = row.targets.weights_T[row.targets.labels_T != IGNORED] * step.num_targets / step.loss_scale
         ratios.setdefault(row.forward, []).extend(heavy.tolist())
-    # a confident token's weight is a quotient of two small numbers: the median is not
+    # the weight of a confidently predicted token is a quotient of two small numbers and so imprecise; the median is not
     medians = {index: sorted(values)[len(values) // 2] for index, values in ratios.items() if values}
     low, high = min(medians.values(), default=1.0), max(medians.values(), default=1.0)
     if within("gradient: weight of a token", max(abs(low - 1), abs(high - 1)), limit):
@@ -86,10 +88,10 @@ def _factor_words(step: ReplayedStep, factor: float) -> str:
 
 
 def _gradient_cause(step: ReplayedStep, expected: Tensors) -> tuple[str, float | None]:
-    """Explain a wrong gradient as a sum of the micro-batches' gradients and the one left over from the step before.
+    """Explain a wrong gradient as a weighted sum of the micro-batches' gradients and that of the previous step.
 
     Returns:
-        The cause, and the factor on the whole gradient if that is the cause.
+        The cause, "" if none is found; and the factor on the whole gradient, None unless that is the cause.
     """
     raw, previous = step.raw, step.history.previous
     if raw.keys() != expected.keys():
@@ -103,29 +105,29 @@ def _gradient_cause(step: ReplayedStep, expected: Tensors) -> tuple[str, float |
     if relative(raw, explained) > EXPLAINED:  # type: ignore[arg-type]
         return _gradient_of_some(raw, expected), None
     if previous and abs(factors[-1]) > 0.1:
-        return "the gradient of the step before was not cleared", None
+        return "the gradient of the previous step was not cleared", None
     return _counts(factors[: len(_forwards(step))].tolist())
 
 
 def _gradient_of_some(raw: Tensors, expected: Tensors) -> str:
-    """Explain a gradient that is right but for a factor in some parameters, or but for coarse rounding."""
+    """Explain a gradient that is correct except for a factor on some parameters, or except for bf16 rounding."""
     own = {name: float((raw[name] * g).sum() / (g * g).sum()) for name, g in expected.items() if g.any()}
     scaled = {name: own.get(name, 1.0) * g for name, g in expected.items()}
     odd = [name for name, factor in own.items() if abs(factor - 1) > 0.1]
     if odd and relative(raw, scaled) <= EXPLAINED:
-        return f"{len(odd)} parameters have {own[odd[0]]:.4g} times their gradient, as {odd[0]}"
+        return f"{len(odd)} parameters have {own[odd[0]]:.4g} times their gradient, e.g. {odd[0]}"
     if not odd and relative(raw, expected) <= BF16_NOISE:
-        return "this is the size of rounding in bf16: the loss is computed in low precision"
+        return "the error has the size of bf16 rounding: the loss is computed in low precision"
     return ""
 
 
 def _forwards(step: ReplayedStep) -> list[int]:
-    """The forward passes that have targets."""
+    """The indices of the forward passes that contain targets."""
     return sorted({row.forward for row in step.seen if any(label >= 0 for label in step.labels_of(row.ids))})
 
 
 def _parts(step: ReplayedStep) -> list[Tensors]:
-    """What each micro-batch should contribute."""
+    """The gradient that each micro-batch with targets should contribute to the step's."""
     parts = []
     for forward in _forwards(step):
         rows = step.rows(forward)
@@ -135,7 +137,7 @@ def _parts(step: ReplayedStep) -> list[Tensors]:
 
 
 def _counts(factors: list[float]) -> tuple[str, float | None]:
-    """How often each micro-batch counts, in words; and the factor, if all count alike."""
+    """The weight of each micro-batch in words; and the common factor, None if the weights differ."""
     mean = sum(factors) / len(factors)
     if max(abs(f - mean) for f in factors) <= 10 * EXPLAINED * abs(mean):
         return f"it is {mean:.4g} times the token mean", mean
@@ -146,7 +148,7 @@ def _counts(factors: list[float]) -> tuple[str, float | None]:
 
 
 def judge_clipping(step: ReplayedStep) -> Departures:
-    """One factor for all parameters, from the global norm."""
+    """Report a gradient that is not scaled by the one factor that clipping to the global norm gives."""
     limit, raw, clipped = step.history.plan["max_grad_norm"], step.raw, step.step.clipped
     norm, factor = clip_factor(raw, limit)
     size = relative(clipped, {name: factor * tensor for name, tensor in raw.items()})
@@ -168,15 +170,15 @@ def _clipping_cause(step: ReplayedStep, norm: float, got: float) -> str:
             return "the coefficient is inverted: a small gradient is scaled up to the limit"
         scale = step.loss_scale
         if scale > 1 and abs(got * norm * scale / limit - 1) <= 1e-3:
-            return f"it was clipped before the loss scale of {scale:g} was taken out"
-        return "the factor comes from another norm than the global one"
+            return f"it was clipped before the loss scale of {scale:g} was divided out"
+        return "the factor is computed from a norm other than the global one"
     if _is_parallel(raw, clipped):
         return "each parameter or group is clipped by its own norm"
     return f"its direction changed (cosine {cosine:.4f}): clipped by value"
 
 
 def _is_parallel(raw: Tensors, clipped: Tensors) -> bool:
-    """Whether each parameter's gradient kept its own direction."""
+    """Whether clipping kept the direction of each parameter's gradient."""
     for name, gradient in raw.items():
         a, b = gradient.double().flatten(), clipped[name].double().flatten()
         lengths = float(a.norm() * b.norm())
@@ -186,7 +188,7 @@ def _is_parallel(raw: Tensors, clipped: Tensors) -> bool:
 
 
 def judge_schedule(step: ReplayedStep) -> Departures:
-    """The rate is the schedule's closed form, to the end of the run."""
+    """Report a learning rate that differs from the closed form of the requested schedule."""
     plan = step.history.plan
     expected = scheduled_rate(step.number, plan, plan["steps"])
     for group in step.step.groups:
@@ -194,7 +196,7 @@ def judge_schedule(step: ReplayedStep) -> Departures:
             got = float(group.settings["lr"])
             size = abs(got - expected) / plan["learning_rate"]
             cause = "" if size <= step.history.limit else _rate_cause(step, got)
-            yield step.depart("schedule", f"the rate is {got:.6g}, not {expected:.6g}", cause, size)
+            yield step.depart("schedule", f"the learning rate is {got:.6g}, not {expected:.6g}", cause, size)
 
 
 def _rate_cause(step: ReplayedStep, got: float) -> str:
@@ -207,11 +209,11 @@ def _rate_cause(step: ReplayedStep, got: float) -> str:
 
     for shape in ("linear", "cosine"):
         if shape != plan["schedule"] and step.number > plan["warmup_steps"] + 1 and fits(schedule=shape):
-            return f"the schedule has another shape than asked for: {shape}"
+            return f"the schedule has another shape than requested: {shape}"
     if plan["warmup_steps"] and fits(warmup_steps=0):
         return "there is no warm-up"
     if fits(number=step.number + 1):
-        return "it is a step ahead"
+        return "the schedule is one step ahead"
     for factor in (plan["accumulation"], 2, 3, 4, 8):
         if factor > 1 and fits(total=steps * factor):
             return f"the schedule is stretched over {steps * factor} steps, not {steps}"
@@ -221,23 +223,23 @@ def _rate_cause(step: ReplayedStep, got: float) -> str:
 
 
 def judge_update(step: ReplayedStep) -> Departures:
-    """AdamW's, on every trained parameter, from where the step before left them."""
+    """Report an update other than AdamW's, and parameters that are not optimized or change between two steps."""
     recorded, previous = step.step, step.history.previous
     if previous:
         moved = [name for name, after in previous.after.items() if not torch.equal(after, recorded.before[name])]
         if moved:
             is_bf16 = all(torch.equal(t, t.bfloat16().to(t.dtype)) for t in recorded.before.values())
             cause = "they are rounded to bfloat16, which loses small updates" if is_bf16 else ""
-            text = f"{len(moved)} parameters changed between two steps, as {moved[0]}"
+            text = f"{len(moved)} parameters changed between two steps, e.g. {moved[0]}"
             yield step.depart("update", text, cause)
     unused = sorted(set(recorded.before) - {name for group in recorded.groups for name in group.names})
     if unused:
-        yield step.depart("update", f"{len(unused)} trained parameters are not in the optimizer, as {unused[0]}")
+        yield step.depart("update", f"{len(unused)} trained parameters are not in the optimizer, e.g. {unused[0]}")
     rates = {float(group.settings["lr"]) for group in recorded.groups if group.size}
     empty = [group for group in recorded.groups if not group.size and float(group.settings["lr"]) not in rates]
     if empty:
-        text = f"a group with a rate of its own ({empty[0].settings['lr']:g}) holds no parameter"
-        yield step.depart("update", text, "the pattern that fills it matches nothing")
+        text = f"a parameter group with its own learning rate ({empty[0].settings['lr']:g}) holds no parameter"
+        yield step.depart("update", text, "the name pattern that selects its parameters matches none")
     size = _update_size(step, next(iter(rates)))
     cause = "" if size <= step.history.limit else _update_cause(step)
     yield step.depart("update", f"the update is {size:.1e} off AdamW's ({recorded.optimizer})", cause, size)

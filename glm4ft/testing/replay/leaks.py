@@ -1,4 +1,4 @@
-"""Which tokens a row's hidden states depend on, by the gradient at the embeddings of a run's own forward passes."""
+"""Measures which tokens a row's hidden states depend on: the gradient at the embeddings in a run's forward passes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from glm4ft.testing.replay.matching import KnownRows, RowSpan
 
 @dataclass(frozen=True)
 class Leak:
-    """How far a row depends on tokens that are not its own.
+    """How strongly a row depends on tokens outside of it.
 
     Args:
-        place: of the row.
-        position: of the foreign token that it depends on most; -1 if there is none.
-        size: gradient there over the largest on the row's own tokens.
-        training: whether the pass was one of training.
-        neighbours: number of rows in the same sequence, itself included.
+        span: The row's span in the forward pass.
+        position: The position of the outside token that the row depends on most; -1 if it depends on none.
+        size: The gradient's norm at that token over the largest at the row's own tokens.
+        training: Whether the model was in training mode.
+        neighbours: The number of rows in the same sequence, this one included.
     """
 
     span: RowSpan
@@ -35,13 +35,13 @@ class Leak:
 
 @contextmanager
 def watch_leaks(model: nn.Module, known: KnownRows) -> Iterator[list[Leak]]:
-    """Measure each row of each forward pass while the context is open, evaluation included.
+    """Measure every known row of every forward pass, evaluation included, while the context is open.
 
     Args:
-        model: trained or evaluated by whoever comes next.
-        known: rows to be found.
+        model: The model that is trained or evaluated in the context.
+        known: The rows to find.
     Yields:
-        A list that fills as the passes run.
+        A list to which each forward pass appends one leak per known row.
     """
     watcher = _Watcher(known, model)
     backbone: Any = backbone_of(model)
@@ -62,7 +62,7 @@ class _Watcher:
 
     def backbone_called(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self.inputs = kwargs
-        # evaluation runs without gradients; between here and the final norm they are needed
+        # evaluation runs without gradients, but the measurement needs them up to the final norm
         self.was_enabled = torch.is_grad_enabled()
         torch.set_grad_enabled(True)
 

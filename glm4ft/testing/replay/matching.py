@@ -1,4 +1,4 @@
-"""Which rows went through a forward pass, and where: found by their ids, whatever mask and positions say."""
+"""Finds the known rows in a forward pass by their ids, independently of attention mask and position ids."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from glm4ft.testing.specification.reference import LabelledIds, split_rows
 
 @dataclass(frozen=True)
 class RowSpan:
-    """Where a row stands in a forward pass.
+    """The location of a row in a forward pass.
 
     Args:
-        ids: of the row.
-        b: index in the batch.
-        start: first position.
+        ids: The token ids of the row.
+        b: The index of its sequence in the batch.
+        start: The position of its first token.
     """
 
     ids: tuple[int, ...]
@@ -28,18 +28,18 @@ class RowSpan:
 
     @property
     def positions(self) -> torch.Tensor:
-        """Its positions."""
+        """The positions of the row's tokens in its sequence."""
         return torch.arange(self.start, self.start + len(self.ids))
 
 
 @dataclass(frozen=True)
 class RowMatches:
-    """What was found in one forward pass.
+    """The known rows found in one forward pass, and what is left beside them.
 
     Args:
-        rows: known rows, in order.
-        unknown: ids of stretches that are no known row and no padding.
-        padding_BT: True where a position belongs to no row.
+        rows: The known rows, in order.
+        unknown: The ids of each stretch that is neither a known row nor padding.
+        padding_BT: True where a position belongs to no known row.
     """
 
     rows: tuple[RowSpan, ...]
@@ -48,20 +48,20 @@ class RowMatches:
 
 
 class KnownRows:
-    """The rows that the data should have become, to be found again.
+    """The rows that the data should be encoded as, searchable in forward passes.
 
     Args:
-        rows: as encoded; no two with the same ids.
+        rows: The encoded rows; no two have the same ids.
     """
 
     def __init__(self, rows: Iterable[LabelledIds]) -> None:
         self.labels = dict(rows)
         self.by_first: dict[int, list[tuple[int, ...]]] = defaultdict(list)
-        for ids in sorted(self.labels, key=len, reverse=True):  # one row may begin another
+        for ids in sorted(self.labels, key=len, reverse=True):  # longest first: a row may begin another
             self.by_first[ids[0]].append(ids)
 
     def find_in(self, forward: Forward) -> RowMatches:
-        """Find them in a forward pass."""
+        """Find the known rows in a forward pass."""
         spans: list[RowSpan] = []
         padding = torch.ones(forward.input_ids_BT.shape, dtype=torch.bool)
         for b, ids_T in enumerate(forward.input_ids_BT.tolist()):
@@ -79,7 +79,7 @@ class KnownRows:
             t += len(found) if found else 1
 
     def _unknown(self, forward: Forward, padding: torch.Tensor) -> Iterable[tuple[int, ...]]:
-        """What is neither a row nor filled with one id, in the pieces that mask and positions make of it."""
+        """Ids outside of known rows that are not padding of one id, split where mask and positions split rows."""
         fill = Counter(forward.input_ids_BT[padding].tolist())
         if len(fill) < 2:
             return
@@ -90,5 +90,5 @@ class KnownRows:
 
 
 def is_part_of(piece: tuple[int, ...], row: tuple[int, ...]) -> bool:
-    """Whether ids stand in a row one after the other."""
+    """Whether a row contains the ids as a contiguous piece."""
     return any(row[at : at + len(piece)] == piece for at in range(len(row) - len(piece) + 1))

@@ -1,6 +1,6 @@
-"""Trace against reference, stage by stage: the first that departs is where the pipeline is wrong.
+"""Compares a recorded run with the reference stage by stage: the first stage that departs is where the fault is.
 
-Each stage is judged from its own recorded input, so a fault shows where it is and not in all that follows from it.
+Each stage is judged from its own recorded input, so a fault shows at its own stage and not at all later ones.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ JUDGES: Mapping[str, Callable[[ReplayedStep], Departures]] = {
 
 @dataclass
 class Verdict:
-    """What a replay found.
+    """The result of a replay.
 
     Args:
-        departure: the first, or None.
-        largest: stage to the largest relative departure seen in it, for stages judged by a number.
-        steps: optimizer steps compared.
-        packed: whether a row stood behind another in the same row of a batch.
-        seen: ids of the rows of each step, in order.
+        departure: The first departure; None if the run agrees with the specification.
+        largest: The largest relative departure by stage, for the stages judged by a number.
+        steps: The number of optimizer steps that agree.
+        packed: Whether any sequence of a batch held more than one row.
+        seen: The ids of the rows of each step, in order.
     """
 
     departure: Departure | None = None
@@ -52,10 +52,10 @@ def replay(trace: Trace, reference: Reference, rows: Sequence[LabelledIds], plan
     """Compare a recorded run with the specification.
 
     Args:
-        trace: of the run's first steps.
-        reference: on the base that the run started from.
-        rows: what the data should have become; no two with the same ids.
-        plan: that the trainer was asked to follow.
+        trace: The recording of the run's first steps.
+        reference: The reference on the base that the run started from.
+        rows: The rows that the data should be encoded as; no two have the same ids.
+        plan: The plan that the trainer was given.
     Returns:
         The verdict. Within a step the stages are judged in order, and the first departure ends the replay.
     """
@@ -92,9 +92,9 @@ def _is_packed(step: ReplayedStep) -> bool:
 
 
 def _hidden_by_zero_b(departure: Departure, trace: Trace, history: History) -> Departure | None:
-    """The model's departure behind one of the first gradient.
+    """The model's departure in step 2 that explains a departure of the gradient in step 1; None if there is none.
 
-    While B is zero, an adapter with the wrong scale changes the gradient but not yet the output; one step on, it does.
+    While B is zero, an adapter with the wrong scale changes the gradient but not the output; after one step, both.
     """
     if departure.stage != "gradient" or departure.step != 1 or len(trace.steps) < 2:
         return None
@@ -102,6 +102,6 @@ def _hidden_by_zero_b(departure: Departure, trace: Trace, history: History) -> D
         if not later.size <= history.limit:
             if departure.factor is None:
                 return later
-            told = f"before B moved, its gradient was {departure.factor:.4g} times what it should be"
+            told = f"while B was zero, its gradient was {departure.factor:.4g} times what it should be"
             return replace(later, cause=f"the adapter's scale: {told}")
     return None

@@ -1,4 +1,4 @@
-"""One recorded step beside the specification: what every judge of it needs, computed once."""
+"""One recorded step together with the specification: everything that the judges of a step need, computed once."""
 
 from __future__ import annotations
 
@@ -16,28 +16,29 @@ from glm4ft.testing.recording.trace import Step, Tensors
 from glm4ft.testing.replay.matching import KnownRows, RowMatches, RowSpan
 from glm4ft.testing.specification.reference import AdamW, LabelledIds, Reference, Targets, recover_targets
 
-# Largest relative departure that is rounding, by the dtype of the base. In fp32 240 clean runs of 10 steps (20 seeds,
-# padded and packed, 1, 2 and 4 micro-batches, clipping on and off; x86-64 CPU, 2026-11-25) stayed below 8.3e-7 for
-# batches, 8.4e-7 for the model, 2.2e-6 for the gradient, 1.9e-7 for clipping, and below rounding for the update; see
-# tests/sweeps/clean_departures.py.
+# The largest relative departure that counts as rounding, by the dtype of the base. In fp32, 240 clean runs of 10 steps
+# (20 seeds, padded and packed, 1, 2 and 4 micro-batches, clipping on and off; x86-64 CPU, 2026-11-25) stayed below
+# 8.3e-7 for batches, 8.4e-7 for the model, 2.2e-6 for the gradient, 1.9e-7 for clipping, and below rounding for the
+# update; see tests/sweeps/clean_departures.py.
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
-# A token's weight is read off a gradient that shrinks as the model grows sure of it, so it is known less well.
+# The same for a token's weight in the loss. It is recovered from a gradient that shrinks as the model grows certain of
+# the token, so it is known less precisely.
 WEIGHT_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
-# Loss scaling, as fp16 training needs it, multiplies by a power of two that is at least this large.
+# The smallest factor that counts as loss scaling, which fp16 training needs: a power of two at least this large.
 MIN_LOSS_SCALE = 2.0**8
 
 
 @dataclass(frozen=True)
 class Departure:
-    """Where a run left the specification.
+    """A point at which a run differs from the specification.
 
     Args:
-        stage: slug of the stage.
-        step: optimizer step, from 1.
-        text: what was found and what was expected.
-        cause: the likely one, if the numbers give it away.
-        size: The relative size of the departure; NaN where a number says nothing.
-        factor: What the whole gradient was multiplied by, if that explains the departure; None otherwise.
+        stage: The slug of the stage.
+        step: The optimizer step, from 1.
+        text: What was found and what was expected.
+        cause: The likely cause, if the numbers show it; "" otherwise.
+        size: The relative size of the departure; NaN if it is not measured by a number.
+        factor: The factor on the whole gradient, if that explains the departure; None otherwise.
     """
 
     stage: str
@@ -57,15 +58,15 @@ Departures = Iterator[Departure]
 
 @dataclass
 class History:
-    """What a step is judged by: the specification, and what went before.
+    """The specification that a step is judged by, and what the earlier steps left.
 
     Args:
-        reference: on the base that the run started from.
-        known: rows that the data should have become.
-        plan: that the trainer was asked to follow.
-        dtype: of the base.
-        seen: how often each row has been seen.
-        previous: the step before.
+        reference: The reference on the base that the run started from.
+        known: The rows that the data should be encoded as.
+        plan: The plan that the trainer was given.
+        dtype: The dtype of the base.
+        seen: The number of times that each row has been seen, by its ids.
+        previous: The previous step; None before the first.
     """
 
     reference: Reference
@@ -80,19 +81,19 @@ class History:
 
     @property
     def limit(self) -> float:
-        """Largest relative departure that is rounding."""
+        """The largest relative departure that counts as rounding."""
         return LIMITS[self.dtype]
 
 
 @dataclass(frozen=True)
 class SeenRow:
-    """A row as it went through the model.
+    """A known row in a forward pass, with its hidden states and targets.
 
     Args:
-        place: where.
-        forward: index of the forward pass in its step.
-        hidden_TD: output of the final norm.
-        targets: what the gradient there says.
+        span: The row's span in the forward pass.
+        forward: The index of the forward pass in its step.
+        hidden_TD: The output of the final norm for the row.
+        targets: The row's targets, recovered from the gradient at the final norm.
     """
 
     span: RowSpan
@@ -102,17 +103,17 @@ class SeenRow:
 
     @property
     def ids(self) -> tuple[int, ...]:
-        """Of the row."""
+        """The token ids of the row."""
         return self.span.ids
 
 
 class ReplayedStep:
-    """A recorded step and what the specification says about it.
+    """A recorded step and what the specification states about it.
 
     Args:
-        number: from 1.
-        step: as recorded.
-        history: what it is judged by.
+        number: The number of the step, from 1.
+        step: The recorded step.
+        history: The specification and the results of the earlier steps.
     """
 
     def __init__(self, number: int, step: Step, history: History) -> None:
@@ -121,17 +122,17 @@ class ReplayedStep:
     def depart(
         self, stage: str, text: str, cause: str = "", size: float = math.nan, factor: float | None = None
     ) -> Departure:
-        """A departure of this step."""
+        """Make a departure of this step."""
         return Departure(stage, self.number, text, cause, size, factor)
 
     @cached_property
     def row_matches(self) -> list[RowMatches]:
-        """Of each forward pass."""
+        """The known rows found in each forward pass."""
         return [self.history.known.find_in(forward) for forward in self.step.forwards]
 
     @cached_property
     def targets(self) -> list[list[Targets]]:
-        """Of each forward pass and each row of its batch."""
+        """The recovered targets of each sequence of each forward pass."""
         weight_VD = self.reference.head_weight(self.step.before)
         found = []
         for forward in self.step.forwards:
@@ -142,7 +143,7 @@ class ReplayedStep:
 
     @cached_property
     def seen(self) -> list[SeenRow]:
-        """The known rows in it, in order."""
+        """The known rows of the step, in order."""
         return [
             SeenRow(p, i, forward.hidden_BTD[p.b][p.positions], self.targets[i][p.b].at(p.positions))
             for i, (forward, matches) in enumerate(zip(self.step.forwards, self.row_matches, strict=True))
@@ -151,37 +152,37 @@ class ReplayedStep:
 
     @cached_property
     def is_finite(self) -> bool:
-        """Whether the loss's gradient is a number everywhere."""
+        """Whether the loss's gradient at the final norm is finite everywhere."""
         gradients = [forward.gradient_BTD for forward in self.step.forwards]
         return all(bool(torch.isfinite(gradient).all()) for gradient in gradients if gradient is not None)
 
     def labels_of(self, ids: tuple[int, ...]) -> tuple[int, ...]:
-        """As encoded, but for the first token, which nothing predicts."""
+        """The encoded labels of a known row, with the first token ignored, since nothing predicts it."""
         return (IGNORED, *self.history.known.labels[ids][1:])
 
     def rows(self, forward: int | None = None) -> list[LabelledIds]:
-        """The rows of the step, or of one of its forward passes."""
+        """The ids and labels of the known rows of the step, or of one of its forward passes."""
         return [(row.ids, self.labels_of(row.ids)) for row in self.seen if forward in (None, row.forward)]
 
     @cached_property
     def num_targets(self) -> int:
-        """Supervised tokens of the whole step."""
+        """The number of supervised tokens in the whole step."""
         return count_targets(self.rows())
 
     @cached_property
     def hidden_sizes(self) -> list[tuple[SeenRow, float]]:
-        """Each row's relative departure from what it computes alone."""
+        """Each row with the relative departure of its hidden states from those of the row alone."""
         return [(row, self.hidden_size(row.ids, row.hidden_TD, self.step.before)) for row in self.seen]
 
     def hidden_size(self, ids: Sequence[int], hidden_TD: torch.Tensor, trained: Tensors) -> float:
-        """Relative departure of a row's hidden states from the specification."""
+        """The relative departure of a row's hidden states from the specification."""
         with torch.no_grad():
             alone = self.reference.hidden(ids, trained)
         return float((hidden_TD - alone).norm() / alone.norm())
 
     @cached_property
     def loss_scale(self) -> float:
-        """What the loss was multiplied by for the backward pass and will be taken out again; 1 unless fp16 asks."""
+        """The loss scale: the factor on the loss that fp16 training applies and divides out again; 1 without it."""
         weights = [float(w) for row in self.seen for w in row.targets.weights_T if w > 0]
         ratio = sorted(weights)[len(weights) // 2] * self.num_targets if weights else 1.0
         if not 0 < ratio < math.inf:
@@ -192,17 +193,17 @@ class ReplayedStep:
 
     @cached_property
     def raw(self) -> Tensors:
-        """The accumulated gradient, a loss scale taken out."""
+        """The accumulated gradient by parameter, with the loss scale divided out."""
         return {name: tensor / self.loss_scale for name, tensor in self.step.raw.items()}
 
 
 def count_targets(rows: Sequence[LabelledIds]) -> int:
-    """Supervised tokens; a first token is none."""
+    """The number of supervised tokens in rows; a row's first token never counts."""
     return sum(label != IGNORED for _, labels in rows for label in labels[1:])
 
 
 def relative(got: Tensors, expected: Tensors) -> float:
-    """Norm of the difference over the norm of what was expected, over all tensors; inf if one is missing."""
+    """The norm of the difference over the norm of the expected tensors, over all of them; inf if the names differ."""
     if got.keys() != expected.keys():
         return math.inf
     off = sum(float((got[name].double() - expected[name].double()).pow(2).sum()) for name in expected)
@@ -211,5 +212,5 @@ def relative(got: Tensors, expected: Tensors) -> float:
 
 
 def dot(a: Tensors, b: Tensors) -> float:
-    """Sum of the products of all entries."""
+    """The dot product over all entries of the tensors that both mappings hold."""
     return sum(float((a[name].double() * b[name].double()).sum()) for name in a if name in b)

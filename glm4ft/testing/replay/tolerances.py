@@ -1,4 +1,4 @@
-"""Numbers against their limits, in one place, so that each limit can be shown beside what it lets pass and what not."""
+"""Compares measured sizes with their limits in one place, so that each limit can be listed with the sizes it met."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Observation:
-    """One comparison.
+    """One comparison of a measured size with its limit.
 
     Args:
-        name: of the threshold.
-        size: that was measured; larger is worse.
-        limit: it was compared with.
+        name: The name of the threshold.
+        size: The measured size; larger is worse.
+        limit: The largest size that passes.
     """
 
     name: str
@@ -26,12 +26,12 @@ _observers: list[list[Observation]] = []
 
 
 def within(name: str, size: float, limit: float) -> bool:
-    """Whether a size is at most its limit; NaN is not.
+    """Whether a size is at most its limit; False for NaN.
 
     Args:
-        name: of the threshold, as docs/thresholds.md shows it.
-        size: larger is worse.
-        limit: the largest that passes.
+        name: The name of the threshold in docs/thresholds.md.
+        size: The measured size; larger is worse.
+        limit: The largest size that passes.
     """
     for observer in _observers:
         observer.append(Observation(name, size, limit))
@@ -40,7 +40,7 @@ def within(name: str, size: float, limit: float) -> bool:
 
 @contextmanager
 def observing() -> Iterator[list[Observation]]:
-    """Collect the comparisons made while the context is open."""
+    """Collect the comparisons that ``within`` makes while the context is open."""
     seen: list[Observation] = []
     _observers.append(seen)
     try:

@@ -440,9 +440,9 @@ CASES = (
         CutsReasoning, "reasoning_tags_are_encoded_as_text", "'<think>wonder</think>' as question and as answer became"
     ),
     Case(CachedOnDisk, "no_stale_ids_are_used", "after a change of the tokenizer", TRAINS),
-    Case(OtherMask, "mask_reaches_the_loss", "1 are not that should", TRAINS),
+    Case(OtherMask, "mask_reaches_the_loss", "1 are not trained that should be", TRAINS),
     Case(AttendsToLeftPadding, "padding_side_does_not_matter", "the mask lets it see .*padding_side=left", TRAINS),
-    Case(SeesNeighbours, "packed_rows_are_isolated_and_whole", "the mask lets it see what stands before it", TRAINS),
+    Case(SeesNeighbours, "packed_rows_are_isolated_and_whole", "the mask lets it see the tokens before it", TRAINS),
     Case(SeesNeighbours, "no_gradient_leaks_between_packed_rows", "in training, a row at .* before it", TRAINS),
     Case(PositionsRunOn, "packed_rows_are_isolated_and_whole", "its positions do not restart", TRAINS),
     Case(PacksCutRows, "packed_rows_are_isolated_and_whole", "packing cuts rows", TRAINS),
@@ -457,7 +457,7 @@ CASES = (
     Case(
         OtherAttentionScale,
         "first_loss_equals_that_of_the_base",
-        r"in what model.layers.0.self_attn.o_proj is given, \d",
+        r"in the input of model.layers.0.self_attn.o_proj, \d",
     ),
     Case(NoSuchTarget, "adapters_are_on_the_requested_modules", "gate_proj was asked for, but no module"),
     Case(FewerTargets, "adapters_are_on_the_requested_modules", "has no adapter"),

@@ -307,7 +307,7 @@ CASES = (
         "stretched over 8 steps, not 4",
     ),
     Case("logged_learning_rate_is_the_one_applied", logged("learning_rate", lambda x: x + 1e-3), "the update used"),
-    Case("update_follows_adamw", every_step(empty_group), "a group with a rate of its own"),
+    Case("update_follows_adamw", every_step(empty_group), "a parameter group with its own learning rate"),
     Case("small_updates_are_not_lost", every_step(lambda step: setattr(step, "after", step.before)), "off AdamW's"),
     Case(
         "optimizer_holds_every_trained_parameter", without_first_in_groups, "1 of 24 trained parameters are in no group"
@@ -361,8 +361,8 @@ RESUMED = (
     (one_step_more, "steps follow, not"),
     (reversed_steps, "does not start from the parameters that were there then"),
     (at_step(2, moved_after), "though its gradient is the same: the optimizer's moments"),
-    (at_step(2, lambda step: setattr(step, "forwards", step.forwards[:0])), "step 5 sees other rows"),
-    (rate(lambda i, r: 5e-3), "the rate at step 4 is 0.005"),
+    (at_step(2, lambda step: setattr(step, "forwards", step.forwards[:0])), "step 5 trains on other rows"),
+    (rate(lambda i, r: 5e-3), "the learning rate at step 4 is 0.005"),
     (at_step(2, other_dropout), "on the same rows: dropout drew other random numbers"),
 )
 
@@ -435,5 +435,5 @@ def test_processes_that_drift_or_overlap_are_named(healthy: Trial, tmp_path: Pat
         CHECKS["processes_train_as_one_process_would"].run(tampered(averaged_twice))
     with pytest.raises(CheckFailed, match="seen 2 times, another 0 times"):
         CHECKS["processes_see_each_row_once_per_epoch"].run(tampered(overlap))
-    with pytest.raises(CheckFailed, match="the rate is"):
+    with pytest.raises(CheckFailed, match="the learning rate is"):
         CHECKS["schedule_is_the_same_on_several_processes"].run(tampered(lambda run, _: rate(lambda i, r: r / 2)(run)))

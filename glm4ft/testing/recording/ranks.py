@@ -1,6 +1,6 @@
-"""A run in several processes on one machine, recorded in each and put together into what one process would have done.
+"""Records a run in several processes on one machine, and merges the traces into that of an equivalent single process.
 
-Run as a module it is one of those processes, in torchrun's environment: `python -m glm4ft.testing.recording.ranks JOB`.
+As a module it is one of those processes, in torchrun's environment: `python -m glm4ft.testing.recording.ranks JOB`.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ TIMEOUT_S = 300
 
 @dataclass(frozen=True)
 class Job:
-    """What each process is to do; lies on disk as JSON.
+    """The run that every process executes, handed over as a JSON file.
 
     Args:
-        spec: ``MODULE:ATTR`` of the subject.
-        base_dir: that it is made on.
-        conversations: to train on.
-        plan: of the run; ``micro_batch_size`` and ``accumulation`` are those of one process.
-        folder: for the traces.
+        spec: The subject as ``MODULE:ATTR``.
+        base_dir: The model folder of the base.
+        conversations: The conversations to train on.
+        plan: The plan of the run; ``micro_batch_size`` and ``accumulation`` are those of one process.
+        folder: The folder for the traces and logs.
     """
 
     spec: str
@@ -47,9 +47,9 @@ def run_ranks(job: Job, num_processes: int) -> list[Trace]:
     """Run a job in several processes, with gloo on the CPU.
 
     Returns:
-        The trace of each.
+        The trace of each process.
     Raises:
-        RuntimeError: with the end of what a process said that failed.
+        RuntimeError: If a process fails; the message holds the last lines of its output.
     """
     path = Path(job.folder) / "job.json"
     path.write_text(json.dumps(vars(job)), "utf-8")
@@ -92,13 +92,13 @@ def _log(folder: str, rank: int) -> Path:
 
 
 def merge_ranks(traces: Sequence[Trace]) -> Trace:
-    """What one process would have recorded.
+    """Merge the traces of several processes into the trace that one process would have recorded.
 
-    A process sees the gradient of its own rows, which the wrapper then averages over all; so the loss of each, as its
-    gradient shows it, weighs one over the number of processes.
+    Each process records the gradient of its own rows, which the distributed wrapper then averages over all processes.
+    So its gradient at the final norm enters with a weight of one over the number of processes.
 
     Args:
-        traces: of each process, of the same steps.
+        traces: The trace of each process, over the same steps.
     """
     steps = [_merge_step([trace.steps[i] for trace in traces]) for i in range(min(len(t.steps) for t in traces))]
     return replace(traces[0], steps=steps)
@@ -117,7 +117,7 @@ def _merge_step(steps: Sequence[Step]) -> Step:
 
 
 def first_difference(traces: Sequence[Trace]) -> tuple[int, str]:
-    """The first step after which the processes' parameters differ, and one that does; (0, "") if none does."""
+    """The first step after which the processes' parameters differ, and the name of one that differs; else (0, "")."""
     for number, steps in enumerate(zip(*(trace.steps for trace in traces), strict=False), start=1):
         first: Tensors = steps[0].after
         for name, tensor in first.items():

@@ -1,10 +1,10 @@
-"""Records what reaches the loss and the optimizer, from outside, on a trainer that knows nothing of it.
+"""Records the inputs of the loss and of the optimizer with hooks, on a trainer that needs no change.
 
-Hooked is what every trainer must pass through: the input of the token embedding, the output of the final norm and the
-gradient that comes back into it, the gradient that accumulates in each trained parameter, and the optimizer's step. A
-forward pre-hook on the whole model would be passed by a trainer that calls backbone and head itself.
+The hooks are at points that every trainer must pass: the input of the token embedding, the output of the final norm and
+the gradient with respect to it, the gradient accumulated in each trained parameter, and the optimizer's step. A forward
+pre-hook on the whole model would miss a trainer that calls backbone and head itself.
 
-Shapes: B rows of a forward pass, T positions, D hidden.
+Shapes: B sequences of a forward pass, T positions, D hidden.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class Forward:
     """One forward pass.
 
     Args:
-        input_ids_BT: as they entered the embedding.
-        positions_BT: as they entered the backbone; None if the model had to count them itself.
-        attention_mask: as it entered the backbone; None if there was none.
-        hidden_BTD: output of the final norm.
-        gradient_BTD: of the loss, at that output; None until the backward pass, and where there is none.
-        training: True if every module was in training mode, False if none was, None if some were.
+        input_ids_BT: The token ids that entered the embedding.
+        positions_BT: The position ids that entered the backbone; None if the model had to count them itself.
+        attention_mask: The mask that entered the backbone; None if there was none.
+        hidden_BTD: The output of the final norm.
+        gradient_BTD: The gradient of the loss at that output; None before the backward pass, and if there is none.
+        training: True if every module was in training mode, False if none was, None if only some were.
     """
 
     input_ids_BT: torch.Tensor
@@ -48,9 +48,9 @@ class ParameterGroup:
     """The optimizer's settings for the parameters of one group.
 
     Args:
-        names: of the trained parameters in it.
-        settings: rate, betas, eps, weight decay.
-        size: number of parameters in it, trained or not.
+        names: The names of the trained parameters in the group.
+        settings: The group's options: learning rate, betas, eps, weight decay.
+        size: The number of parameters in the group, trained or not.
     """
 
     names: tuple[str, ...]
@@ -63,14 +63,14 @@ class Step:
     """One optimizer step.
 
     Args:
-        forwards: the passes whose gradients it applied, in order.
-        raw: gradient of each trained parameter as it stood after the last backward pass.
-        clipped: the same as the optimizer received it.
-        before: trained parameters before the update.
-        after: and behind it.
-        state_dtypes: of the optimizer's moments, by parameter.
-        groups: the optimizer's groups, with rate, betas, eps and weight decay.
-        optimizer: name of its class.
+        forwards: The forward passes whose gradients the step applied, in order.
+        raw: The gradient of each trained parameter after the last backward pass, before clipping.
+        clipped: The gradient of each trained parameter as the optimizer received it.
+        before: The trained parameters before the update.
+        groups: The optimizer's parameter groups, with learning rate, betas, eps and weight decay.
+        optimizer: The name of the optimizer's class.
+        after: The trained parameters after the update.
+        state_dtypes: The dtype of the optimizer's moments, by parameter.
     """
 
     forwards: list[Forward]
@@ -88,11 +88,11 @@ class Trace:
     """The first optimizer steps of a run.
 
     Args:
-        steps: complete ones, in order.
-        dtype: of the base's weights.
-        trained: names of the parameters that require a gradient when the recording begins.
-        optimized: those that the optimizer holds.
-        evaluations: forward passes without gradient, each with the number of steps taken before it.
+        steps: The completed steps, in order.
+        dtype: The dtype of the base's weights.
+        trained: The names of the parameters that require a gradient when the recording begins.
+        optimized: The names of the trained parameters that the optimizer holds.
+        evaluations: The forward passes without gradient, each with the number of steps taken before it.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -107,8 +107,8 @@ def record(model: nn.Module, max_steps: int) -> Iterator[Trace]:
     """Record the optimizer steps taken while the context is open.
 
     Args:
-        model: with its adapters attached; wrapped, moved and trained by whoever comes next.
-        max_steps: after these the hooks are gone and the run goes on at full speed.
+        model: The model with its adapters attached; in the context it may be wrapped, moved and trained.
+        max_steps: The number of steps to record; then the hooks are removed and the run goes on at full speed.
     Yields:
         The trace, filled as the run proceeds.
     """
@@ -123,7 +123,7 @@ def backbone_of(model: nn.Module) -> nn.Module:
     """The decoder below the head: the module that holds the embedding, the layers and the final norm.
 
     Raises:
-        ValueError: if there is none, or more than one.
+        ValueError: If there is no such module, or more than one.
     """
     found = [m for m in model.modules() if hasattr(m, "embed_tokens") and hasattr(m, "layers") and hasattr(m, "norm")]
     if len(found) != 1:
@@ -132,10 +132,10 @@ def backbone_of(model: nn.Module) -> nn.Module:
 
 
 def output_head_of(model: nn.Module) -> nn.Linear:
-    """The output head.
+    """The linear layer of the output head, without an adapter around it.
 
     Raises:
-        ValueError: if there is no ``lm_head``.
+        ValueError: If there is no ``lm_head``.
     """
     for name, module in model.named_modules():
         if name.split(".")[-1] == "lm_head":
@@ -199,7 +199,7 @@ class _Recorder:
 
     def _keep_raw(self, name: str) -> Any:
         def keep(parameter: torch.Tensor) -> None:
-            # overwritten by every backward pass: what stands here at the step is the accumulated gradient
+            # every backward pass overwrites this, so at the step it is the gradient accumulated over all of them
             self.raw[name] = _copy(parameter.grad)
 
         return keep
@@ -214,7 +214,7 @@ class _Recorder:
             for group in optimizer.param_groups
         ]
         if not any(group.names for group in groups):
-            return  # another optimizer's step
+            return  # the step of an optimizer that holds no trained parameter of this model
         self.trace.optimized = tuple(name for group in groups for name in group.names)
         self.trace.steps.append(
             Step(
@@ -243,7 +243,7 @@ def _mode(model: nn.Module) -> bool | None:
 
 
 def _moments(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> torch.dtype | None:
-    """Dtype of what the optimizer remembers of a parameter, apart from its count of steps."""
+    """The dtype of the optimizer's moments of a parameter; None if it keeps none."""
     state = optimizer.state.get(parameter, {}).values()
     return next((v.dtype for v in state if isinstance(v, torch.Tensor) and v.shape == parameter.shape), None)
 

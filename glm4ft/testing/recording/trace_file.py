@@ -1,4 +1,4 @@
-"""A trace on disk, without pickle: tensors as safetensors, the rest as JSON."""
+"""Writes and reads traces without pickle: tensors as safetensors, everything else as JSON."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _FIELDS = ("input_ids_BT", "positions_BT", "attention_mask", "hidden_BTD", "grad
 
 
 def write_trace(trace: Trace, folder: Path, log: Any) -> None:
-    """Write a trace, its evaluations left out, and what ``train`` returned.
+    """Write a trace without its evaluations, and the log that ``train`` returned.
 
     Args:
-        trace: of a run.
-        folder: is created.
-        log: anything JSON can hold.
+        trace: The trace of a run.
+        folder: The folder to create and write to.
+        log: The log; anything that JSON can represent.
     """
     folder.mkdir(parents=True)
     tensors: Tensors = {}
@@ -40,7 +40,7 @@ def write_trace(trace: Trace, folder: Path, log: Any) -> None:
 
 
 def read_trace(folder: Path) -> tuple[Trace, Any]:
-    """Read what ``write_trace`` wrote.
+    """Read a trace that ``write_trace`` wrote.
 
     Returns:
         The trace and the log.
@@ -66,6 +66,6 @@ def _step(i: int, stored: dict[str, Any], tensors: Tensors) -> Step:
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:
-    """Those settings that JSON can hold."""
+    """The settings that JSON can represent, tensors as numbers."""
     plain = {name: value.item() if isinstance(value, torch.Tensor) else value for name, value in settings.items()}
     return {name: value for name, value in plain.items() if isinstance(value, (int, float, bool, str, tuple, list))}

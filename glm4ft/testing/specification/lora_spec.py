@@ -1,4 +1,4 @@
-"""The adapter that was asked for: which modules, of what rank, at what scale; independent of any library."""
+"""Specifies the requested LoRA adapter: its modules, ranks and scales; independent of any adapter library."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _LAYER = re.compile(r"\.(?:layers|h|blocks?)\.(\d+)\.")
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """LoRA as peft's options describe it.
+    """A LoRA configuration with the meaning of peft's options.
 
     Args:
-        rank: inner dimension of A and B.
-        alpha: numerator of the scale.
-        targets: endings of module names, or one regular expression for whole names; ``all-linear`` is every linear
+        rank: The inner dimension of A and B.
+        alpha: The numerator of the scale.
+        targets: Endings of module names, or one regular expression for whole names; ``all-linear`` is every linear
             layer but the head.
-        rank_pattern: pattern of a module's name to its rank, where that is another.
-        alpha_pattern: the same for alpha.
-        rank_stabilised: scale by the root of the rank.
-        layers: numbers of the layers to adapt; None for all.
+        rank_pattern: The rank of modules whose name matches a pattern, by pattern; ``rank`` applies to all others.
+        alpha_pattern: The alpha of modules whose name matches a pattern, by pattern; ``alpha`` applies to all others.
+        rank_stabilised: Whether the scale is divided by the square root of the rank (rsLoRA) and not by the rank.
+        layers: The numbers of the layers to adapt; None for all.
     """
 
     rank: int
@@ -38,10 +38,10 @@ class LoraSpec:
 
     @classmethod
     def of(cls, asked: Mapping[str, Any]) -> LoraSpec:
-        """The one that options by peft's names ask for.
+        """Make the specification from options with peft's names.
 
         Raises:
-            ValueError: if it is of a kind this specification does not cover.
+            ValueError: If an option asks for a kind of adapter that this specification does not cover.
         """
         for option in ("use_dora", "use_bdlora", "exclude_modules", "target_parameters"):
             if asked.get(option):
@@ -58,15 +58,15 @@ class LoraSpec:
         )
 
     def rank_of(self, module: str) -> int:
-        """Rank of a module's adapter."""
+        """The rank of a module's adapter."""
         return next((rank for key, rank in self.rank_pattern.items() if _matches(key, module)), self.rank)
 
     def alpha_of(self, module: str) -> float:
-        """Alpha of a module's adapter; found by its own pattern, whatever the rank's matched."""
+        """The alpha of a module's adapter, looked up independently of which rank pattern matches."""
         return next((alpha for key, alpha in self.alpha_pattern.items() if _matches(key, module)), self.alpha)
 
     def scale_of(self, module: str) -> float:
-        """What ``B A`` of a module is multiplied by.
+        """The scale of a module's adapter: the factor on ``B A``.
 
         Source: LoRA, arXiv 2106.09685, section 4.1: alpha / r; rsLoRA, arXiv 2312.03732: alpha / sqrt(r).
         """
@@ -74,7 +74,7 @@ class LoraSpec:
         return self.alpha_of(module) / (math.sqrt(rank) if self.rank_stabilised else rank)
 
     def modules_of(self, base: nn.Module) -> list[str]:
-        """Names of the linear layers of a base that get an adapter."""
+        """The names of the base's modules that get an adapter."""
         linear = [name for name, module in base.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))]
         return [name for name in linear if self._is_target(name) and self._is_in_layers(name)]
 
@@ -95,12 +95,12 @@ def _matches(pattern: str, module: str) -> bool:
 
 
 def adapted_modules(names: Sequence[str]) -> dict[str, dict[str, str]]:
-    """The LoRA matrices among parameter names, by the module they adapt.
+    """Group the LoRA matrices among parameter names by the module that they adapt.
 
     Args:
-        names: of a model's parameters, as peft gives them.
+        names: The names of a model's parameters, in peft's form.
     Returns:
-        Module, by its name in the base, to ``{"A": parameter, "B": parameter}``.
+        ``{"A": parameter, "B": parameter}`` by the module's name in the base.
     """
     found: dict[str, dict[str, str]] = {}
     for name in names:
@@ -114,7 +114,7 @@ _MATRIX = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<matrix>
 
 
 def base_name(name: str) -> str:
-    """Name in the base of a parameter of the adapted model that is no LoRA matrix."""
+    """The name in the base of an adapted model's module or parameter that is not a LoRA matrix."""
     return re.sub(
         r"\.base_layer(?=\.|$)|\.modules_to_save\.\w+|\.original_module", "", name.removeprefix("base_model.model.")
     )

@@ -1,9 +1,9 @@
-r"""Which positions of a row must be supervised, decided a second time and without the trainer's encoder.
+r"""Decides which positions of a row must be supervised, independently of any pipeline's encoder.
 
-In the dense GLM-4 formats nothing but control tokens delimits a turn, so a walk over a row's own ids is enough: after
-``<|assistant|>`` everything is a target up to and including the next control token. How the ids were made does not
-matter, which is why any pipeline can be judged by it. Source: ``openai_api_server.py`` and the text script of
-THUDM/GLM-4, where the stop list holds ``<|user|>``, ``<|observation|>`` and ``<|endoftext|>``.
+In the dense GLM-4 formats, control tokens alone delimit a turn, so scanning a row's ids is enough: after
+``<|assistant|>`` every token is a target, up to and including the next control token. How the ids were made does not
+matter, so the oracle applies to any pipeline. Source: ``openai_api_server.py`` and the text script of THUDM/GLM-4,
+where the stop list holds ``<|user|>``, ``<|observation|>`` and ``<|endoftext|>``.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ WHY = {
 
 
 class Undecidable(Exception):
-    """A row whose control tokens do not fit its conversation; the message says how."""
+    """A row's control tokens do not match its conversation, so its mask cannot be judged; the message states why."""
 
 
 @dataclass(frozen=True)
 class TurnSpan:
-    """Where an assistant turn stands in a row.
+    """The location of an assistant turn in a row.
 
     Args:
-        message: index of its message.
-        header: position of ``<|assistant|>``.
-        end: position of the next control token, the turn's terminator; the row's length if there is none.
-        supervised: False if the message says ``loss: false``.
+        message: The index of the turn's message in the conversation.
+        header: The position of ``<|assistant|>``.
+        end: The position of the next control token, the turn's terminator; the row's length if there is none.
+        supervised: False if the message has ``loss: false``.
     """
 
     message: int
@@ -56,9 +56,9 @@ class Mistake:
     """One position whose label is wrong.
 
     Args:
-        kind: a key of ``WHY``.
-        position: in the row; the row's length for a terminator that is not there.
-        is_supervised: what the row says; the opposite is right.
+        kind: The kind of token at the position, a key of ``WHY``.
+        position: The position in the row; the row's length for a missing terminator.
+        is_supervised: Whether the row supervises the position; the opposite is right.
     """
 
     kind: str
@@ -67,10 +67,10 @@ class Mistake:
 
 
 def control_ids(tokenizer: Any) -> dict[str, int]:
-    """Control token to id.
+    """The ids of the control tokens that the formats use, by token.
 
     Raises:
-        Undecidable: if the tokenizer lacks one that the formats need.
+        Undecidable: If the tokenizer lacks one of them.
     """
     added = tokenizer.get_added_vocab()
     needed = [*PREFIX, *dict.fromkeys(HEADERS.values()), END_OF_TEXT]
@@ -83,14 +83,16 @@ def control_ids(tokenizer: Any) -> dict[str, int]:
 def find_turns(
     ids: Sequence[int], messages: Sequence[Mapping[str, Any]], controls: Mapping[str, int]
 ) -> list[TurnSpan]:
-    """Walk over a row's control tokens.
+    """Locate the assistant turns of a row by its control tokens.
 
     Args:
-        ids: the row.
-        messages: it was made of.
-        controls: from ``control_ids``.
+        ids: The token ids of the row.
+        messages: The messages that the row encodes.
+        controls: The ids of the control tokens, from ``control_ids``.
+    Returns:
+        The assistant turns, in order.
     Raises:
-        Undecidable: if the row has more or fewer ``<|assistant|>`` than there are assistant messages.
+        Undecidable: If the row has more or fewer ``<|assistant|>`` than there are assistant messages.
     """
     known, bounds, header = set(controls.values()), [], None
     for position, token in enumerate(ids):
@@ -109,13 +111,15 @@ def find_turns(
 def find_mistakes(
     ids: Sequence[int], labels: Sequence[int], turns: Sequence[TurnSpan], controls: Mapping[str, int]
 ) -> Iterator[Mistake]:
-    """Compare a row's labels with what the model must sample, position by position.
+    """Compare a row's labels with the tokens that the model must sample, position by position.
 
     Args:
-        ids: the row.
-        labels: as many, -100 where a token is not supervised.
-        turns: from ``find_turns``.
-        controls: from ``control_ids``.
+        ids: The token ids of the row.
+        labels: The labels, one per token, -100 where a token is not supervised.
+        turns: The assistant turns of the row, from ``find_turns``.
+        controls: The ids of the control tokens, from ``control_ids``.
+    Yields:
+        One mistake per position whose label is wrong.
     """
     owner = {position: turn for turn in turns for position in range(turn.header + 1, turn.end + 1)}
     for position, (token, label) in enumerate(zip(ids, labels, strict=True)):
@@ -138,11 +142,13 @@ def _kind(position: int, token: int, turn: TurnSpan | None, controls: Mapping[st
 
 
 def legal_stops(messages: Sequence[Mapping[str, Any]], index: int) -> tuple[str, ...]:
-    """The control tokens that may end an assistant turn: the next message's header; at the end, either convention.
+    """The control tokens that may end an assistant turn.
 
     Args:
-        messages: of the conversation.
-        index: of the assistant message.
+        messages: The messages of the conversation.
+        index: The index of the assistant message.
+    Returns:
+        The header of the next message; for the last message, the header that would follow it and ``<|endoftext|>``.
     """
     if index + 1 < len(messages):
         return (HEADERS[messages[index + 1]["role"]],)
@@ -150,14 +156,14 @@ def legal_stops(messages: Sequence[Mapping[str, Any]], index: int) -> tuple[str,
 
 
 def show_tokens(tokenizer: Any, ids: Sequence[int], position: int, *, before: int = 4, after: int = 2) -> str:
-    """A few tokens around a position, with their positions; the one in question in brackets.
+    """Show the tokens around a position, each with its position; the one in question is in brackets.
 
     Args:
-        tokenizer: that made the ids.
-        ids: the row.
-        position: may be the row's length, for what is missing there.
-        before: how many tokens to show before it.
-        after: how many to show behind it.
+        tokenizer: The tokenizer that made the ids.
+        ids: The token ids of the row.
+        position: The position in question; the row's length for a token that is missing at the end.
+        before: The number of tokens to show before it.
+        after: The number of tokens to show after it.
     """
     around = range(max(0, position - before), min(len(ids), position + after + 1))
     shown = [f"{i} {show_token(tokenizer, ids, i)}" for i in around]
@@ -174,13 +180,13 @@ def show_token(tokenizer: Any, ids: Sequence[int], position: int) -> str:
 
 
 def explain_mistakes(tokenizer: Any, ids: Sequence[int], turns: Sequence[TurnSpan], mistakes: Sequence[Mistake]) -> str:
-    """The first mistake of each kind, with the tokens around it and how many there are like it.
+    """Describe the first mistake of each kind, with the tokens around it and the number of mistakes of that kind.
 
     Args:
-        tokenizer: that made the ids.
-        ids: the row.
-        turns: of the row.
-        mistakes: at least one.
+        tokenizer: The tokenizer that made the ids.
+        ids: The token ids of the row.
+        turns: The assistant turns of the row.
+        mistakes: The mistakes, at least one.
     """
     lines = []
     for kind in dict.fromkeys(mistake.kind for mistake in mistakes):
@@ -195,7 +201,7 @@ def _explain_mistake(tokenizer: Any, ids: Sequence[int], turns: Sequence[TurnSpa
     if position == len(ids):
         return f"turn {len(turns)} (message {turns[-1].message}): no terminator; the row ends at position {position}"
     number = next((n for n, turn in enumerate(turns, 1) if position <= turn.end), 0)
-    where = f"turn {number} (message {turns[number - 1].message})" if number else "behind the last turn"
+    where = f"turn {number} (message {turns[number - 1].message})" if number else "after the last turn"
     if number and position < turns[number - 1].header:
         where = f"before turn {number}"
     is_now, should = ("supervised", "ignored") if mistake.is_supervised else ("ignored", "supervised")

@@ -1,7 +1,7 @@
-"""Executable specification of one training step, in plain torch and independent of any trainer.
+"""The executable specification of one training step, in plain torch and independent of any trainer.
 
-Every function computes what a stage should have produced *from the recorded input of that stage*, so that the first
-stage that departs is the one that is wrong.
+Every function computes the correct output of a stage *from the recorded input of that stage*, so the first stage that
+departs is the one that is wrong.
 
 Shapes: N supervised tokens, T positions, D hidden, V vocabulary.
 """
@@ -27,18 +27,18 @@ from glm4ft.testing.specification.lora_spec import LoraSpec, adapted_modules, ba
 LabelledIds = tuple[tuple[int, ...], tuple[int, ...]]  # input ids and unshifted labels
 
 CPU = torch.device("cpu")
-# A gradient this much smaller than the largest of its forward pass is rounding: bf16 keeps 8 bits of mantissa.
+# A gradient that is smaller than the largest of its sequence by this factor is rounding: bf16 keeps 8 bits of mantissa.
 ZERO_GRADIENT = 1e-6
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What the gradient at the final norm says about the tokens of a sequence.
+    """The labels and weights of a sequence's tokens in the loss, recovered from the gradient at the final norm.
 
     Args:
-        labels_T: unshifted, -100 where no gradient arrives.
-        weights_T: of each target in the loss; 0 where there is none.
-        fit_T: cosine between the gradient and that of cross entropy with the found label; 1 is a perfect fit.
+        labels_T: The unshifted labels, -100 where no gradient arrives.
+        weights_T: The weight of each target in the loss; 0 where there is no target.
+        fit_T: The cosine between the gradient and that of cross entropy with the found label; 1 is a perfect fit.
     """
 
     labels_T: torch.Tensor
@@ -46,19 +46,19 @@ class Targets:
     fit_T: torch.Tensor
 
     def at(self, positions: torch.Tensor) -> Targets:
-        """Those of some of the tokens."""
+        """The targets at the given positions."""
         return Targets(self.labels_T[positions], self.weights_T[positions], self.fit_T[positions])
 
 
 class Reference:
-    """The base as the harness wrote it, with a forward of its own, in fp32.
+    """The base loaded from its files in fp32, with an independent implementation of adapters and loss.
 
-    Tensors come and go on the CPU, wherever the base is.
+    The methods accept CPU tensors and return CPU tensors on any device, except where they state otherwise.
 
     Args:
-        base_dir: Hugging Face model folder.
-        lora_spec: how the trained matrices act on it.
-        device: of the base; one of the true size takes a GPU.
+        base_dir: The Hugging Face model folder of the base.
+        lora_spec: The specification of the trained adapters.
+        device: The device of the base; a base of the true size needs a GPU.
     """
 
     def __init__(self, base_dir: str | Path, lora_spec: LoraSpec, device: torch.device = CPU) -> None:
@@ -71,25 +71,25 @@ class Reference:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The base's own, to show ids as text."""
+        """The base's tokenizer, which shows ids as text."""
         return AutoTokenizer.from_pretrained(self.base_dir)
 
     def show(self, ids: Sequence[int]) -> str:
-        """Some tokens for a message: their text, quoted, and their ids."""
+        """Format tokens for a message: their quoted text, then their ids in brackets."""
         return f"{self.tokenizer.decode(list(ids))!r} ({', '.join(map(str, ids))})"
 
     def hidden(self, input_ids: Sequence[int], trained: Tensors) -> torch.Tensor:
-        """Output of the final norm for one row alone, without padding or neighbours.
+        """The output of the final norm for one row alone, without padding or neighbours.
 
         Args:
-            input_ids: of the row.
-            trained: the trained parameters by their names in the model under test.
+            input_ids: The token ids of the row.
+            trained: The trained parameters, by their names in the model under test.
         Returns:
-            (T, D), differentiable in ``trained``.
+            The hidden states (T, D), differentiable with respect to ``trained``.
         Raises:
-            ValueError: if a trained parameter belongs to no weight of the base.
+            ValueError: If a trained parameter is neither a LoRA matrix nor a weight of the base.
         """
-        # the backbone's parameters are those of the whole model without its prefix
+        # the backbone's parameter names are those of the whole model without the prefix "model."
         changed = {name.removeprefix("model."): weight for name, weight in self._replaced(trained).items()}
         changed.pop("lm_head.weight", None)
         ids = torch.tensor([list(input_ids)], device=self.device)
@@ -99,31 +99,31 @@ class Reference:
         return hidden
 
     def head_weight(self, trained: Tensors) -> torch.Tensor:
-        """Weight (V, D) of the output head, its adapter included, where the base is."""
+        """The weight (V, D) of the output head with its adapter merged, on the base's device."""
         weight = self._replaced(trained).get("lm_head.weight", self.weights["lm_head.weight"])
         pair = adapted_modules(list(trained)).get("lm_head")
         return weight + self._scaled(pair, trained, "lm_head") if pair else weight
 
     def deltas(self, trained: Tensors) -> Tensors:
-        """What each adapter adds to its module's weight (out, in), by the module's name in the base."""
+        """The scaled product ``B A`` (out, in) of each adapter, by its module's name in the base."""
         pairs = adapted_modules(list(trained))
         return {module: self._scaled(pair, trained, module).cpu() for module, pair in pairs.items()}
 
     def logits(self, hidden_TD: torch.Tensor, trained: Tensors) -> torch.Tensor:
-        """What the output head makes of hidden states; shape (T, V)."""
+        """The logits (T, V) of hidden states (T, D)."""
         return (hidden_TD.to(self.device) @ self.head_weight(trained).T).cpu()
 
     def nll(self, input_ids: Sequence[int], trained: Tensors) -> torch.Tensor:
-        """Loss of each token but the first given all before it, in nats; shape T - 1."""
+        """The loss of each token but the first, given all tokens before it, in nats; shape (T - 1,)."""
         logits = self.logits(self.hidden(input_ids, trained)[:-1], trained)
         return F.cross_entropy(logits, torch.tensor(list(input_ids))[1:], reduction="none")
 
     def loss(self, rows: Sequence[LabelledIds], trained: Tensors) -> torch.Tensor:
-        """Token mean over all rows of an optimizer step.
+        """The loss of an optimizer step: the mean over all supervised tokens of its rows.
 
         Args:
-            rows: (input_ids, labels), labels unshifted.
-            trained: the trained parameters.
+            rows: The ``(input_ids, labels)`` of each row, labels unshifted.
+            trained: The trained parameters, by their names in the model under test.
         """
         total, count = torch.zeros(()), 0
         for input_ids, labels in rows:
@@ -134,13 +134,13 @@ class Reference:
         return total / count
 
     def gradient(self, rows: Sequence[LabelledIds], trained: Tensors) -> Tensors:
-        """Gradient of ``loss`` with respect to each trained parameter."""
+        """The gradient of ``loss`` with respect to each trained parameter."""
         leaves = {name: tensor.detach().float().clone().requires_grad_(True) for name, tensor in trained.items()}
         gradients = torch.autograd.grad(self.loss(rows, leaves), list(leaves.values()))
         return dict(zip(leaves, gradients, strict=True))
 
     def _replaced(self, trained: Tensors) -> Tensors:
-        """Weights of the base that are trained themselves, by their names there."""
+        """The trained weights that replace a weight of the base, by their names in the base."""
         matrices = {name for pair in adapted_modules(list(trained)).values() for name in pair.values()}
         for name in set(trained) - matrices:
             if base_name(name) not in self.weights:
@@ -149,7 +149,7 @@ class Reference:
 
     @contextmanager
     def _adapters(self, trained: Tensors) -> Iterator[None]:
-        """Let the adapters act while the context is open, beside the weights: merged, they would double them."""
+        """Apply the adapters as hooks while the context is open: merging would need a second copy of the weights."""
         hooks = []
         for name, pair in adapted_modules(list(trained)).items():
             if name == "lm_head":
@@ -175,36 +175,36 @@ def _added(a: torch.Tensor, b: torch.Tensor, scale: float) -> Any:
 
 
 def split_rows(forward: Forward) -> list[tuple[int, torch.Tensor]]:
-    """The rows of a forward pass: padded ones by the mask, packed ones by positions that restart.
+    """Split a forward pass into rows: padded rows by the mask, packed rows where the position ids restart.
 
     Returns:
-        For each row its index in the batch and the positions (T) it takes there.
+        For each row, the index of its sequence in the batch and the row's positions (T,) in that sequence.
     """
     rows = []
     for b, ids_T in enumerate(forward.input_ids_BT):
         mask = forward.attention_mask
         real = mask[b].bool() if mask is not None and mask.dim() == 2 else torch.ones(len(ids_T), dtype=torch.bool)
-        places = real.nonzero()[:, 0]
+        used = real.nonzero()[:, 0]
         if forward.positions_BT is None:
-            rows.append((b, places))
+            rows.append((b, used))
             continue
-        positions = forward.positions_BT[min(b, len(forward.positions_BT) - 1)][places]
-        starts = [i for i in range(len(places)) if i == 0 or positions[i] <= positions[i - 1]]
-        ends = [*starts[1:], len(places)]
-        rows += [(b, places[start:end]) for start, end in zip(starts, ends, strict=True)]
+        positions = forward.positions_BT[min(b, len(forward.positions_BT) - 1)][used]
+        starts = [i for i in range(len(used)) if i == 0 or positions[i] <= positions[i - 1]]
+        ends = [*starts[1:], len(used)]
+        rows += [(b, used[start:end]) for start, end in zip(starts, ends, strict=True)]
     return rows
 
 
 def recover_targets(hidden_TD: torch.Tensor, gradient_TD: torch.Tensor, weight_VD: torch.Tensor) -> Targets:
-    """Read label and weight of every token out of the loss's gradient at the final norm.
+    """Recover the label and the weight of every token from the loss's gradient at the final norm.
 
-    For cross entropy that gradient is ``w * W^T (p - e_y)``; given the hidden state only ``w`` and ``y`` are unknown,
-    and y is the token whose direction ``W^T p - W_y`` the gradient has.
+    For cross entropy that gradient is ``w * W^T (p - e_y)``. Given the hidden state, only ``w`` and ``y`` are unknown,
+    and ``y`` is the token whose direction ``W^T p - W_y`` is that of the gradient.
 
     Args:
-        hidden_TD: output of the final norm.
-        gradient_TD: of the loss there.
-        weight_VD: of the output head.
+        hidden_TD: The output of the final norm for a sequence.
+        gradient_TD: The gradient of the loss with respect to that output.
+        weight_VD: The weight of the output head.
     """
     weight_VD = weight_VD.detach().double()
     hidden, gradient = (tensor.double().to(weight_VD.device) for tensor in (hidden_TD, gradient_TD))
@@ -226,7 +226,7 @@ def recover_targets(hidden_TD: torch.Tensor, gradient_TD: torch.Tensor, weight_V
 
 
 def clip_factor(gradients: Tensors, max_norm: float) -> tuple[float, float]:
-    """Global norm and what every gradient is multiplied by.
+    """The global norm of the gradients and the factor that clipping multiplies them by.
 
     Returns:
         ``(norm, factor)``; the factor is ``min(1, max_norm / (norm + 1e-6))``, and 1 if ``max_norm`` is 0.
@@ -237,12 +237,12 @@ def clip_factor(gradients: Tensors, max_norm: float) -> tuple[float, float]:
 
 
 def scheduled_rate(step: int, plan: Mapping[str, Any], total_steps: int) -> float:
-    """Learning rate of an update.
+    """The learning rate of an optimizer step.
 
     Args:
-        step: from 1.
-        plan: peak rate, schedule and warm-up.
-        total_steps: of the whole run.
+        step: The number of the step, from 1.
+        plan: The plan, with ``learning_rate`` (the peak), ``schedule`` and ``warmup_steps``.
+        total_steps: The number of steps of the whole run.
     Source: the closed forms of transformers' ``get_scheduler``: linear warm-up from 0 over ``warmup_steps``, then
         constant, linear to 0, or half a cosine to 0.
     """
@@ -255,12 +255,12 @@ def scheduled_rate(step: int, plan: Mapping[str, Any], total_steps: int) -> floa
 
 
 class AdamW:
-    """The update of decoupled Adam, carried from step to step in float64.
+    """AdamW in float64, with its moments kept from step to step.
 
     Args:
-        betas: decay of the two moments.
-        eps: added to the root of the second.
-        weight_decay: decoupled; applied to every trained matrix.
+        betas: The decay rates of the first and second moment.
+        eps: The term added to the root of the second moment.
+        weight_decay: The decoupled weight decay, applied to every trained parameter.
     Source: Loshchilov and Hutter, arXiv 1711.05101, algorithm 2.
     """
 
@@ -269,7 +269,7 @@ class AdamW:
         self.first, self.second = Tensors(), Tensors()
 
     def update(self, before: Tensors, gradients: Tensors, rate: float) -> Tensors:
-        """Parameters after one step."""
+        """Advance the moments by one step and return the parameters after it."""
         self.steps += 1
         beta1, beta2 = self.betas
         after = {}

@@ -1,6 +1,6 @@
 """Every claim about a recorded run fails, with its reason, for a recording in which it does not hold.
 
-RecordedRun: pytest tests/testing/checks/test_checks_of_runs.py
+Run: pytest tests/testing/checks/test_checks_of_runs.py
 Healthy runs of the plain loop are recorded once and then tampered with, so that each case costs a replay at most.
 """
 

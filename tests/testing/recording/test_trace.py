@@ -1,7 +1,7 @@
-"""What a recording shows is the truth, on trainers that know nothing of it.
+"""A recording shows the labels, weights and settings that a run really used, on unmodified trainers.
 
-RecordedRun: pytest tests/testing/recording/test_trace.py
-Labels and weights are read off the gradient at the final norm and compared with those that were encoded.
+Run: pytest tests/testing/recording/test_trace.py
+Labels and weights are recovered from the gradient at the final norm and compared with those that were encoded.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Reentrant(transformers_trainer.Subject):
 
 @dataclass(frozen=True)
 class SetUp:
-    """A trainer and what it is asked for."""
+    """A trainer, its plan and the dtype of its base."""
 
     id: str
     subject: Any
@@ -93,7 +93,7 @@ def test_labels_and_weights_are_those_that_were_encoded(
 
 
 def test_trace_survives_the_disk(bases: dict[torch.dtype, Path], tmp_path: Path) -> None:
-    """As the processes of a run hand it over: every tensor, every setting that is judged."""
+    """A trace that is written and read keeps every tensor and every setting that is judged."""
     base_dir = bases[torch.float32]
     run = Trial(plain_loop.Subject(str(base_dir)), base_dir, tmp_path).run(steps=2, packing=True, accumulation=2)
     write_trace(run.trace, tmp_path / "trace", run.log)

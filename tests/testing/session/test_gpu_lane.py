@@ -1,6 +1,6 @@
 """The GPU lane: all checks in bf16 and fp32 on the base that is given, a reduced set on one of the true size.
 
-RecordedRun: pytest tests/testing/session/test_gpu_lane.py -m gpu --glm4ft-model=PATH
+Run: pytest tests/testing/session/test_gpu_lane.py -m gpu --glm4ft-model=PATH
 On a CPU it is rehearsed with --glm4ft-device=cpu.
 """
 

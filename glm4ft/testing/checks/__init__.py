@@ -1,4 +1,4 @@
-"""The claims about a fine-tuning pipeline, one module per stage."""
+"""The checks of a fine-tuning pipeline, one module per stage."""
 
 from __future__ import annotations
 

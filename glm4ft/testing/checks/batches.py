@@ -1,4 +1,4 @@
-"""Claims about batches: which rows, how often and in which order, and that no row notices its neighbours."""
+"""Claims about batches: which rows they hold, how often and in which order, and that rows do not affect each other."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ LEAK_LIMIT = 1e-6
 
 @check(stage="batches", needs=NEEDS, incident="accelerate 4071: the data order starts again; axolotl 1603, TRL 6357")
 def check_every_row_is_seen_once_per_epoch(trial: Trial) -> None:
-    """No row comes twice before all have come once, none is left out, padding is neither trained nor attended to."""
+    """Each epoch contains each row exactly once, and padding is neither trained nor attended to."""
     _require_all_seen(trial.require_stage("batches"))
 
 
 @check(stage="batches", needs=NEEDS, incident="ms-swift 9902: the epoch never reached the sampler")
 def check_row_order_is_shuffled_by_seed_and_epoch(trial: Trial) -> None:
-    """Another order in each epoch, the same in each run with the same seed."""
+    """The order of rows differs between epochs and between seeds, and is the same in two runs with one seed."""
     run = trial.run()
     epochs = _epochs(run)
     if len(epochs) < 2:
-        raise NotApplicable(f"not judged: {len(run.order)} steps hold less than two epochs")
+        raise NotApplicable(f"not judged: {len(run.order)} steps are less than two epochs")
     if epochs[0] == epochs[1]:
         raise CheckFailed("the rows come in the same order in the first and in the second epoch")
     again = trial.again.order
@@ -49,7 +49,7 @@ def check_row_order_is_shuffled_by_seed_and_epoch(trial: Trial) -> None:
 
 @check(stage="batches", needs=NEEDS, incident="the official GLM-4 tokenizer pads left; ChatGLM-Efficient-Tuning 170")
 def check_padding_side_does_not_matter(trial: Trial) -> None:
-    """Rows compute what they compute alone, whichever side the tokenizer would pad on."""
+    """A padded row has the hidden states that it has alone, whichever side the tokenizer pads on."""
     tokenizer = trial.subject.tokenizer
     side = tokenizer.padding_side
     try:
@@ -66,16 +66,19 @@ def check_padding_side_does_not_matter(trial: Trial) -> None:
     stage="batches", needs=NEEDS, incident="transformers 46634: an all-ones mask switches the isolation off; TRL 5076"
 )
 def check_packed_rows_are_isolated_and_whole(trial: Trial) -> None:
-    """What a packed row computes is what it computes alone, and packing loses no row and no part of one."""
+    """A packed row has the hidden states that it has alone, and packing loses no row and no part of a row."""
     run = trial.require_stage("batches", packing=True, micro_batch_size=1)
     if not run.verdict.packed:
-        raise NotApplicable("asked to pack, the trainer did not")
+        raise NotApplicable("the trainer was asked to pack rows and did not")
     _require_all_seen(run)
 
 
 @check(stage="batches", needs=NEEDS, incident="transformers masking_utils: a cache object switches the isolation off")
 def check_no_gradient_leaks_between_packed_rows(trial: Trial) -> None:
-    """A row's hidden states have no gradient at the embeddings of its neighbours or of padding, in train and eval."""
+    """The hidden states of a row have no gradient with respect to the embeddings of other rows or of padding.
+
+    This holds in training mode and in evaluation mode.
+    """
     rows = trial.run().known
     for packing, size in ((True, 1), (False, 4)):
         model = trial.subject.build_model(str(trial.base_dir), 0)
@@ -92,7 +95,7 @@ def check_no_gradient_leaks_between_packed_rows(trial: Trial) -> None:
 
 @check(stage="batches", needs=(*NEEDS, "evaluate"), incident="packed rows leak in eval mode with the cache on, by 1.2")
 def check_evaluation_keeps_rows_apart(trial: Trial) -> None:
-    """What a row computes while the run evaluates is what it computes alone."""
+    """While a run evaluates, each row has the hidden states that it has alone."""
     run = trial.run(steps=4, packing=True, micro_batch_size=1, eval_every=2)
     _require_judged_model(run)
     num_rows = 0
@@ -105,14 +108,14 @@ def check_evaluation_keeps_rows_apart(trial: Trial) -> None:
             if not within("batches: rows of an evaluation", size, LIMITS[run.trace.dtype]):
                 raise CheckFailed(
                     f"evaluated after step {num_steps}, a row of {len(span.ids)} tokens at position {span.start} is "
-                    f"{size:.1e} off what it is alone: it sees neighbours or padding"
+                    f"{size:.1e} off the same row alone: it attends to neighbours or padding"
                 )
     if not num_rows:
-        raise NotApplicable("asked to evaluate, the trainer did not")
+        raise NotApplicable("the trainer was asked to evaluate and did not")
 
 
 def _require_judged_model(run: RecordedRun) -> None:
-    """Another base or adapter is off in every row, alone or not: that is for the checks of the model to say."""
+    """Skip if the model itself is wrong: every row is off then, alone or not, and the checks of the model report it."""
     departure = run.verdict.departure
     if departure and departure.stage not in ("rows", "batches"):
         raise NotApplicable(f"not judged: the run departs at {departure.stage}, whether or not it evaluates")
@@ -122,7 +125,7 @@ def _require_judged_model(run: RecordedRun) -> None:
     stage="batches", needs=("collate",), incident="TRL 1625 and 3398, axolotl 3401: padding, cut rows, unlike lengths"
 )
 def check_collation_keeps_ids_labels_and_mask(trial: Trial) -> None:
-    """Each row comes out whole under a mask of its length; behind it labels are -100; all fields have one shape."""
+    """Each row is whole, its mask has its length, padding has the label -100, and all fields have the same shape."""
     _require_collated(trial, trial.subject, trial.subject.tokenizer.pad_token_id)
 
 
@@ -130,7 +133,7 @@ def check_collation_keeps_ids_labels_and_mask(trial: Trial) -> None:
     stage="batches", needs=("collate",), incident="unsloth-zoo 439: pad id 0 was taken for none; TRL 6357: pad == stop"
 )
 def check_pad_id_may_be_zero_or_a_real_token(trial: Trial) -> None:
-    """Whatever the pad token is, rows are masked and labelled by their length, never by its id."""
+    """Whichever token pads, masks and labels of a batch are made from the rows' lengths, never from the pad id."""
     stop = trial.rows(trial.conversations)[0][0][-1]
     for pad_id in (0, stop):
         base = _with_pad_token(trial, pad_id)
@@ -139,7 +142,7 @@ def check_pad_id_may_be_zero_or_a_real_token(trial: Trial) -> None:
 
 @check(stage="batches", needs=(*NEEDS, "distributed"), incident="accelerate 2694, 696 and 2434: shards overlapped")
 def check_processes_see_each_row_once_per_epoch(trial: Trial) -> None:
-    """Over two processes each row is seen once per epoch."""
+    """Two processes together see each row exactly once per epoch."""
     _require_all_seen(require_ranks_stage(trial, "batches"))
 
 
@@ -148,13 +151,13 @@ def _require_all_seen(run: RecordedRun) -> None:
     unseen = [ids for ids, _ in run.rows if not counts[ids]]
     total = sum(counts.values())
     if unseen and total >= 2 * len(run.rows) - 1:
-        raise CheckFailed(f"{len(unseen)} of {len(run.rows)} rows were never seen, though others came twice")
+        raise CheckFailed(f"{len(unseen)} of {len(run.rows)} rows were never seen, though others were seen twice")
     if unseen and run.plan["packing"]:
         raise CheckFailed(f"{len(unseen)} of {len(run.rows)} rows were not seen in {len(run.order)} steps of packs")
 
 
 def _epochs(run: RecordedRun) -> list[list[frozenset[tuple[int, ...]]]]:
-    """The steps of each whole epoch, each as the set of its rows."""
+    """The steps of each complete epoch, each step as the set of its rows."""
     epochs, steps, seen = [], list[frozenset[tuple[int, ...]]](), 0
     for rows in run.order:
         steps.append(frozenset(rows))
@@ -171,7 +174,7 @@ def _explain_leak(leak: Leak) -> str:
     return (
         f"in {mode}, a row at positions {leak.span.start} to {leak.span.start + len(leak.span.ids) - 1} depends on "
         f"position {leak.position} {relation} it ({leak.size:.1e} of its largest gradient); {leak.neighbours} row(s) "
-        "stand in the same sequence"
+        "are in the same sequence"
     )
 
 
@@ -192,7 +195,7 @@ def _require_collated(trial: Trial, subject: Any, pad_id: int) -> None:
 
 
 def _find(row: list[int], ids_BT: torch.Tensor) -> tuple[int, int]:
-    """Where a row stands in a batch."""
+    """Index of the sequence in a batch that contains a row, and the row's first position in it."""
     for b, ids in enumerate(ids_BT.tolist()):
         for start in range(len(ids) - len(row) + 1):
             if ids[start : start + len(row)] == row:

@@ -1,4 +1,4 @@
-"""Claims about gradient clipping: one factor for all, from the global norm."""
+"""Claims about gradient clipping: all gradients are multiplied by one factor, computed from the global norm."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from glm4ft.testing.trial.trial import Trial
 NEEDS = ("build_model", "train")
 # Relative; the norm is summed in fp32 by the trainer, in fp64 here. Measured below 1e-6 (x86-64 CPU, 2026-11-25).
 NORM_LIMIT = 1e-4
-SMALL, LARGE = 0.05, 1000.0  # limits that every gradient here exceeds, and that none does
+SMALL, LARGE = 0.05, 1000.0  # limits: every gradient norm here exceeds the first, none the second
 
 
 @check(stage="clipping", needs=NEEDS, incident="DeepSpeed 5150: coefficient inverted; aprender 2112: no effect")
 def check_gradient_is_clipped_to_its_global_norm(trial: Trial) -> None:
-    """Above the limit it is scaled down to it, below it stays, and 0 switches clipping off."""
+    """A gradient norm above the limit is scaled down to it, one below stays, and a limit of 0 switches clipping off."""
     for limit in (SMALL, LARGE, 0):
         trial.require_stage("clipping", max_grad_norm=limit, steps=4)
 
@@ -24,7 +24,7 @@ def check_gradient_is_clipped_to_its_global_norm(trial: Trial) -> None:
     stage="clipping", needs=NEEDS, incident="miles 2132: the logged norm was the clipped one, which hides every spike"
 )
 def check_logged_gradient_norm_is_the_one_before_clipping(trial: Trial) -> None:
-    """The log's gradient norm is the global norm of the accumulated gradient."""
+    """The logged gradient norm is the global norm of the accumulated gradient, before clipping."""
     run = trial.require_stage("clipping", max_grad_norm=SMALL, steps=4)
     logged = run.logged("grad_norm")
     for number, norm in enumerate(run.grad_norms, start=1):

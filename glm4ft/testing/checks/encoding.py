@@ -1,4 +1,4 @@
-"""What checks of rows have in common: the bank as a subject encodes it, and failures that show the tokens."""
+"""Helpers of the checks of rows: the bank of conversations as a subject encodes it, and failures that show tokens."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DENSE_FORMATS = ("glm-4-9b-chat", "glm-4-0414")
 
 @dataclass(frozen=True)
 class BankRow:
-    """What the subject made of a conversation; ids and labels have one length."""
+    """A conversation as the subject encoded it; ids and labels have the same length."""
 
     talk: Talk
     ids: tuple[int, ...]
@@ -33,14 +33,14 @@ class BankRow:
 
     @property
     def runs(self) -> list[range]:
-        """Maximal runs of supervised positions."""
+        """The maximal runs of consecutive supervised positions."""
         positions = [i for i, label in enumerate(self.labels) if label != IGNORED]
         runs = [[i for _, i in run] for _, run in groupby(enumerate(positions), key=lambda pair: pair[1] - pair[0])]
         return [range(run[0], run[-1] + 1) for run in runs]
 
 
 def bank_of(trial: Trial) -> list[Talk]:
-    """The bank without what the subject has no words for, or refuses; tools need a base whose template knows them."""
+    """The conversations of the bank that the subject accepts; those with tools if the base's template renders tools."""
     knows_tools = is_glm(trial) and "tools" in str(trial.base_tokenizer.chat_template or "")
     talks = [talk for talk in BANK if (knows_tools or not talk.tools) and trial.accepts(conversation_of(talk))]
     if not talks:
@@ -49,7 +49,7 @@ def bank_of(trial: Trial) -> list[Talk]:
 
 
 def _keeps_markers(trial: Trial) -> bool:
-    """False if marker text becomes headers: that has a check of its own, and would only hide other faults in others."""
+    """Whether marker text stays text. If not, one check reports it; in the others it would only hide other faults."""
     if not is_glm(trial):
         return True
     try:
@@ -61,12 +61,12 @@ def _keeps_markers(trial: Trial) -> bool:
 
 
 def conversation_of(talk: Talk) -> dict[str, Any]:
-    """As ``encode`` takes it."""
+    """A copy of a conversation in the form that ``encode`` accepts."""
     return copy.deepcopy({"messages": list(talk.messages), "tools": list(talk.tools) if talk.tools else None})
 
 
 def row_of(trial: Trial, talk: Talk) -> BankRow:
-    """What the subject makes of a conversation."""
+    """A conversation encoded by the subject; skips the check if ids and labels differ in length."""
     ((ids, labels),) = trial.rows([conversation_of(talk)])
     if len(ids) != len(labels):
         raise NotApplicable("not judged: ids and labels differ in length")
@@ -74,12 +74,12 @@ def row_of(trial: Trial, talk: Talk) -> BankRow:
 
 
 def is_glm(trial: Trial) -> bool:
-    """Whether the subject names one of the formats that the oracle knows."""
+    """Whether the subject's chat format is one that the mask oracle knows."""
     return getattr(trial.subject, "chat_format", None) in DENSE_FORMATS
 
 
 def controls_of(trial: Trial) -> dict[str, int]:
-    """Control token to id, for claims that need a GLM-4 format."""
+    """The id of each control token; skips the check if the subject has no GLM-4 chat format."""
     if not is_glm(trial):
         found = getattr(trial.subject, "chat_format", None)
         raise NotApplicable(f"the claim is about {' and '.join(DENSE_FORMATS)}; the subject's chat_format is {found}")
@@ -97,8 +97,8 @@ def turns_of(trial: Trial, row: BankRow, controls: Mapping[str, int]) -> list[Tu
         raise CheckFailed(f"conversation {name_of(row.talk)}: {error}") from error
 
 
-def judged(trial: Trial) -> Iterator[tuple[BankRow, list[TurnSpan]]]:
-    """The rows of the bank with their turns."""
+def rows_with_turns(trial: Trial) -> Iterator[tuple[BankRow, list[TurnSpan]]]:
+    """The encoded rows of the bank, each with its assistant turns."""
     controls = controls_of(trial)
     for talk in bank_of(trial):
         row = row_of(trial, talk)
@@ -106,23 +106,23 @@ def judged(trial: Trial) -> Iterator[tuple[BankRow, list[TurnSpan]]]:
 
 
 def answer_starts(trial: Trial, row: BankRow) -> list[int]:
-    """Where each answer begins: behind its header in a GLM-4 format, else where a supervised run does."""
+    """First position of each answer: after its header in a GLM-4 format, else the start of each supervised run."""
     if is_glm(trial):
         return [turn.header + 1 for turn in turns_of(trial, row, controls_of(trial))]
     return [run.start for run in row.runs]
 
 
 def name_of(talk: Talk) -> str:
-    """A conversation as messages show it."""
+    """Number and id of a conversation, as messages show it."""
     return f"{BANK.index(talk) + 1} ({talk.id})" if talk in BANK else f"({talk.id})"
 
 
 def fail(trial: Trial, row: BankRow, problem: str, position: int) -> NoReturn:
-    """Fail with the tokens around a position."""
+    """Raise ``CheckFailed`` with the problem and the tokens around a position."""
     shown = show_tokens(trial.subject.tokenizer, row.ids, position)
     raise CheckFailed(f"conversation {name_of(row.talk)}, {problem}\n  {shown}")
 
 
 def value_at(values: Sequence[int], position: int) -> str:
-    """A value, or that there is none."""
+    """The value at a position as text, or ``missing`` behind the end."""
     return str(values[position]) if position < len(values) else "missing"

@@ -1,4 +1,4 @@
-"""Claims about loss and gradient: a mean over all supervised tokens of a step, however they were batched."""
+"""Claims about loss and gradient: the mean over all supervised tokens of a step, however the step is batched."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LOGGED_LIMIT = {torch.float32: 1e-4, torch.bfloat16: 5e-3}
 
 @check(stage="gradient", needs=NEEDS, incident="transformers 34191, TRL 6668; torchtune 2613: labels shifted twice")
 def check_gradient_is_that_of_the_token_mean(trial: Trial) -> None:
-    """One micro-batch per step, of two rows and of four."""
+    """The gradient of a step is that of the mean loss over its supervised tokens, whether it has two rows or four."""
     trial.require_stage("gradient")
     trial.require_stage("gradient", micro_batch_size=4, steps=2)
 
@@ -31,14 +31,14 @@ def check_gradient_is_that_of_the_token_mean(trial: Trial) -> None:
     stage="gradient", needs=NEEDS, incident="transformers 34191, axolotl 1980: mean of means; accelerate 3533; TRL 407"
 )
 def check_accumulation_does_not_change_the_gradient(trial: Trial) -> None:
-    """Every token of a step counts the same, in however many micro-batches it comes; at the first step and later."""
+    """Every supervised token of a step has the same weight, however many micro-batches the step is split into."""
     trial.require_stage("gradient", accumulation=2, schedule="linear", steps=4)
     trial.require_stage("gradient", accumulation=4, micro_batch_size=1, steps=4)
 
 
 @check(stage="gradient", needs=NEEDS, incident="Liger 974: the ignored label entered the loss as class 0; TRL 1625")
 def check_masked_positions_get_no_gradient(trial: Trial) -> None:
-    """At positions whose next token is not supervised the loss has a gradient of exactly zero."""
+    """The gradient of the loss is exactly zero at positions whose next token is not supervised."""
     run = trial.require_stage("batches")
     for number, step in enumerate(run.trace.steps, start=1):
         for forward in step.forwards:
@@ -52,14 +52,14 @@ def check_masked_positions_get_no_gradient(trial: Trial) -> None:
             if wrong.any():
                 b, t = wrong.nonzero()[0].tolist()
                 raise CheckFailed(
-                    f"step {number}: {int(wrong.sum())} positions that predict nothing supervised have a gradient, as "
-                    f"position {t} (id {int(forward.input_ids_BT[b, t])}, {float(size_BT[b, t]):.1e})"
+                    f"step {number}: {int(wrong.sum())} positions whose next token is not supervised have a gradient, "
+                    f"as position {t} (id {int(forward.input_ids_BT[b, t])}, {float(size_BT[b, t]):.1e})"
                 )
 
 
 @check(stage="gradient", needs=NEEDS, incident="transformers: zero targets give NaN, logged as a loss of 0.0")
 def check_rows_without_targets_do_not_count(trial: Trial) -> None:
-    """A micro-batch without a target adds nothing; a step without one is refused rather than taken."""
+    """A micro-batch without targets adds nothing to the gradient; a step without any target is refused, not taken."""
     trial.require_stage("gradient", of="half-silent", accumulation=8, micro_batch_size=1, steps=2)
     try:
         silent = trial.run("silent", steps=2)
@@ -75,14 +75,14 @@ def check_rows_without_targets_do_not_count(trial: Trial) -> None:
 
 @check(stage="gradient", needs=NEEDS, incident="torchtune 1097: recomputation changed what was computed")
 def check_checkpointing_does_not_change_the_gradient(trial: Trial) -> None:
-    """Recomputed activations give the same gradient, padded and packed."""
+    """Gradient checkpointing, which recomputes activations, gives the same gradient on padded and on packed rows."""
     trial.require_stage("gradient", gradient_checkpointing=True, steps=2)
     trial.require_stage("gradient", gradient_checkpointing=True, packing=True, micro_batch_size=1, steps=2)
 
 
 @check(stage="gradient", needs=NEEDS, incident="verl 436: the divided loss was logged, the undivided one trained")
 def check_logged_loss_is_the_loss(trial: Trial) -> None:
-    """What the log says of each step is the token mean before its update, with and without accumulation."""
+    """The loss logged for a step is the token mean before the step's update, with and without accumulation."""
     plans: tuple[dict[str, Any], ...] = ({}, {"accumulation": 2, "schedule": "linear", "steps": 4})
     for changes in plans:
         run = trial.require_stage("gradient", **changes)
@@ -107,6 +107,6 @@ def check_logged_loss_is_the_loss(trial: Trial) -> None:
     incident="pytorch 104336: no reduction; torchtune 2172: averaged twice",
 )
 def check_processes_train_as_one_process_would(trial: Trial) -> None:
-    """Two processes make the step that one would make of all rows, and hold the same parameters after each."""
+    """Two processes take the step that one process would take on all rows, and hold the same parameters after it."""
     require_ranks_stage(trial, "gradient")
     require_ranks_agree(trial)

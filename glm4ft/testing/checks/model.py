@@ -1,4 +1,4 @@
-"""Claims about the model before its first step: the base that was asked for, with the adapters that were asked for."""
+"""Claims about the model before its first step: it is the requested base with the requested adapters."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from glm4ft.testing.trial.stages import CheckFailed, NotApplicable
 from glm4ft.testing.trial.trial import Trial
 
 NEEDS = ("build_model", "train")
-# Fields of a configuration that say how it was loaded, not what it computes.
+# Fields of a configuration that state how the model was loaded, not what it computes.
 NOT_ARITHMETIC = (
     "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache", "_name_or_path", "name_or_path",
     "_attn_implementation", "auto_map",
@@ -29,7 +29,10 @@ NOT_ARITHMETIC = (
 
 @check(stage="model", needs=NEEDS, incident="torchdistx 52, verl-omni 73: bf16 weights lose updates; PEFT 2893")
 def check_trained_parameters_and_moments_are_fp32(trial: Trial) -> None:
-    """Steps below half an ulp vanish in any coarser type: 50 AdamW steps of 1e-4 on 0.5 change nothing in bf16."""
+    """Trained parameters and the optimizer's moments are fp32, since small steps vanish in a coarser type.
+
+    A step below half an ulp is rounded away: 50 AdamW steps of 1e-4 on 0.5 change nothing in bf16.
+    """
     steps = trial.run().trace.steps
     if not steps:
         raise NotApplicable("not judged: there was no step")
@@ -45,7 +48,7 @@ def check_trained_parameters_and_moments_are_fp32(trial: Trial) -> None:
 
 @check(stage="model", needs=("build_model",), incident="torchtune 997 and 409: another rope base, another norm epsilon")
 def check_configuration_equals_that_of_the_base(trial: Trial) -> None:
-    """Every field that decides what the model computes is that of the folder."""
+    """Every configuration field that affects what the model computes has the value in the base's ``config.json``."""
     stored = json.loads((trial.base_dir / "config.json").read_text("utf-8"))
     config = _built(trial).config.to_dict()
     for name, expected in stored.items():
@@ -56,7 +59,7 @@ def check_configuration_equals_that_of_the_base(trial: Trial) -> None:
 
 @check(stage="model", needs=("build_model",), incident="unsloth-zoo 913: a square weight was transposed on load")
 def check_weights_equal_those_of_the_base(trial: Trial) -> None:
-    """Every tensor of the folder stands in the model, bit by bit; what is to be trained later has not moved yet."""
+    """Before training, every tensor of the base folder is in the model, bit by bit."""
     weights = {base_name(name): tensor for name, tensor in _built(trial).state_dict().items() if "lora_" not in name}
     for shard in sorted(trial.base_dir.glob("*.safetensors")):
         with safe_open(shard, framework="pt") as file:
@@ -76,7 +79,7 @@ def _is_transposed(got: torch.Tensor, stored: torch.Tensor) -> bool:
     stage="model", needs=("build_model",), incident="axolotl 1886, unsloth-zoo 913: another norm, a weight transposed"
 )
 def check_first_loss_equals_that_of_the_base(trial: Trial) -> None:
-    """Before training the model gives the plain base's logits, and so its loss."""
+    """Before training, the model has the logits of the base without adapters, and therefore its loss."""
     model, base = _built(trial).eval(), _plain_base(trial)
     ids, labels = trial.rows(trial.conversations)[0]
     expected_TV, got_TV = base.logits(base.hidden(ids, {}), {}), _logits(model, ids)
@@ -86,13 +89,13 @@ def check_first_loss_equals_that_of_the_base(trial: Trial) -> None:
         first, own = (float(torch.nn.functional.cross_entropy(x[:-1], wanted)) for x in (got_TV, expected_TV))
         where = describe_first_differing_module(model, base.model, ids, LIMITS[trial.dtype])
         raise CheckFailed(
-            f"the first loss is {first:.6f}, the base's own {own:.6f}; the logits are {size:.1e} off"
+            f"the first loss is {first:.6f}, the base's {own:.6f}; the logits are {size:.1e} off"
             + (f"; {where}" if where else "")
         )
 
 
 def _plain_base(trial: Trial) -> Reference:
-    """The specification; before training, adapters of a kind that it does not cover are nothing either."""
+    """The specification of the base, for any kind of adapter: before training none of them changes the output."""
     try:
         return trial.reference
     except NotApplicable:
@@ -103,7 +106,7 @@ def _plain_base(trial: Trial) -> Reference:
     stage="model", needs=("build_model",), incident="axolotl's GLM-4 example names gate_proj; PEFT 3318, 2195 and 3315"
 )
 def check_adapters_are_on_the_requested_modules(trial: Trial) -> None:
-    """On exactly the requested modules, each at its rank."""
+    """Exactly the requested modules have adapters, each with its requested rank."""
     asked, model = trial.lora_spec, _built(trial)
     parameters = dict(model.named_parameters())
     found = adapted_modules(list(parameters))
@@ -112,7 +115,7 @@ def check_adapters_are_on_the_requested_modules(trial: Trial) -> None:
     unmatched = [target for target in targets if not any(name.split(".")[-1] == target or name.endswith(f".{target}")
                                                          for name in wanted)]  # fmt: skip
     if unmatched:
-        raise CheckFailed(f"{', '.join(unmatched)} was asked for, but no module of the base is called so")
+        raise CheckFailed(f"{', '.join(unmatched)} was asked for, but no module of the base has that name")
     for words, names in (("has no adapter", set(wanted) - set(found)), ("was not asked for", set(found) - set(wanted))):
         if names:
             raise CheckFailed(f"{min(names)} {words} ({len(names)} like it; {len(found)} adapters for {len(wanted)})")
@@ -127,7 +130,7 @@ def check_adapters_are_on_the_requested_modules(trial: Trial) -> None:
 )
 @torch.no_grad()
 def check_adapters_act_at_the_requested_scale(trial: Trial) -> None:
-    """With random A and B each adapter adds alpha / r times ``B A x``, alone and all together."""
+    """With random A and B, each adapter adds alpha / r times ``B A x``, one at a time and all together."""
     model, base = _built(trial).eval(), trial.reference
     parameters = dict(model.named_parameters())
     found = adapted_modules(list(parameters))
@@ -151,7 +154,7 @@ def check_adapters_act_at_the_requested_scale(trial: Trial) -> None:
 
 @check(stage="model", needs=("build_model",), incident="PEFT 282, TRL 4081, transformers 24463: everything was frozen")
 def check_only_what_was_asked_for_is_trained(trial: Trial) -> None:
-    """What requires a gradient is every LoRA matrix, whatever else was asked to be trained, and nothing more."""
+    """Exactly the LoRA matrices, and whatever else was requested, require a gradient."""
     trained = {name for name, p in _built(trial).named_parameters() if p.requires_grad}
     all_matrices = {
         n
@@ -166,12 +169,12 @@ def check_only_what_was_asked_for_is_trained(trial: Trial) -> None:
     if frozen:
         raise CheckFailed(f"{len(frozen)} of {len(all_matrices)} LoRA matrices are frozen, as {frozen[0]}")
     if more:
-        raise CheckFailed(f"{len(more)} parameters are trained that are no adapter, as {more[0]}")
+        raise CheckFailed(f"{len(more)} trained parameters belong to no adapter, as {more[0]}")
 
 
 @check(stage="model", needs=("build_model",), incident="torchtune 1909 and 2139: magnitudes in empty memory")
 def check_all_parameters_are_finite(trial: Trial) -> None:
-    """No NaN and no infinity in any weight or buffer."""
+    """No weight and no buffer contains NaN or infinity."""
     for name, tensor in _built(trial).state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise CheckFailed(f"{name} has {int((~torch.isfinite(tensor)).sum())} entries that are not finite")
@@ -179,7 +182,7 @@ def check_all_parameters_are_finite(trial: Trial) -> None:
 
 @check(stage="model", needs=NEEDS, incident="unsloth 9331: a fused loss read lm_head.weight, so its adapter never ran")
 def check_no_adapter_is_dead(trial: Trial) -> None:
-    """After a few steps every matrix B has left zero and every A has moved."""
+    """After a few steps, every matrix B differs from zero and every matrix A from its initial value."""
     steps = trial.run().trace.steps
     if len(steps) < 2:
         raise NotApplicable("not judged: fewer than two steps")
@@ -194,22 +197,23 @@ def check_no_adapter_is_dead(trial: Trial) -> None:
     stage="model", needs=("build_model",), incident="axolotl 787, qlora 190d22a: new tokens, neither trained nor saved"
 )
 def check_every_id_is_in_the_vocabulary_of_the_base(trial: Trial) -> None:
-    """Ids in the data lie within the base's vocabulary, or their rows are trained."""
+    """Every token id in the data is in the base's vocabulary, or its embedding row is trained."""
     rows = trial.rows(trial.conversations) + trial.rows(trial.demo)
     largest, model = max(max(ids) for ids, _ in rows), _built(trial)
-    num_known = len(AutoTokenizer.from_pretrained(trial.base_dir))  # rows behind these only fill the matrix up
+    num_known = len(AutoTokenizer.from_pretrained(trial.base_dir))  # later rows only pad the matrix
     trained = [name for name, p in model.named_parameters() if p.requires_grad and "embed_tokens" in name]
     if largest >= num_known and not trained:
         raise CheckFailed(
-            f"id {largest} is none of the {num_known} of the base's tokenizer: a new token, whose row is not trained"
+            f"id {largest} is none of the {num_known} of the base's tokenizer: a new token, whose embedding row is not "
+            "trained"
         )
 
 
 @check(stage="model", needs=NEEDS, incident="mlx-lm 1698: all of each head rotated; PEFT 2489: scale left out")
 def check_adapters_change_nothing_before_training(trial: Trial) -> None:
-    """The adapters start as the identity, at the stated scale, on the base as it lies on the disk.
+    """Before training, the model computes what the base on the disk computes, at the stated LoRA scale.
 
-    The last of its stage: the others say more closely what is wrong.
+    It runs as the last check of its stage, since the others report more precisely what is wrong.
     """
     trial.require_stage("model")
 
@@ -231,7 +235,7 @@ def _logits(model: Any, ids: tuple[int, ...]) -> torch.Tensor:
 
 
 def _scale_words(trial: Trial, module: str, pair: dict[str, str], trained: Tensors, got_TV: torch.Tensor) -> str:
-    """Which scale of one module's adapter explains the logits."""
+    """Names the scale of one module's adapter that explains the logits."""
     base, asked = trial.reference, trial.lora_spec
     rank, alpha = asked.rank_of(module), asked.alpha_of(module)
     candidates = {"1, so none": 1.0, "0, so it does not act": 0.0, "alpha / sqrt(r)": alpha / rank**0.5, "alpha / r":
@@ -246,5 +250,5 @@ def _scale_words(trial: Trial, module: str, pair: dict[str, str], trained: Tenso
 
 
 def base_ids(trial: Trial) -> tuple[int, ...]:
-    """Ids of the row that the model is tried on."""
+    """Ids of the row on which the model is tried."""
     return trial.rows(trial.conversations)[0][0]

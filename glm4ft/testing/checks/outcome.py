@@ -1,4 +1,4 @@
-"""Claims about what a run has learnt: two conversations by heart, each turn and its end, and no more than that."""
+"""Claims about what a run has learnt: two conversations by heart, with the end of each turn, and nothing else."""
 
 from __future__ import annotations
 
@@ -38,9 +38,10 @@ EVAL_LIMIT = {torch.float32: 1e-4, torch.bfloat16: 5e-3}
 
 @check(stage="outcome", needs=NEEDS, incident="zai-org/GLM-4 342: two samples, the loss stops at 0.2")
 def check_two_conversations_reach_a_loss_below_a_hundredth(trial: Trial) -> None:
-    """The mean loss over what the subject trains, computed by the harness on the final adapter.
+    """Trained on two conversations, the final adapter has a mean loss below 0.01 on their supervised tokens.
 
-    Where the certified floor of those targets is above the limit, nothing has to be trained to know.
+    The harness computes the loss. If the certified floor of those targets is above the limit, the check fails before
+    training.
     """
     _require_reachable(trial)
     with torch.no_grad():
@@ -53,7 +54,7 @@ def check_two_conversations_reach_a_loss_below_a_hundredth(trial: Trial) -> None
 
 @check(stage="outcome", needs=NEEDS, incident="zai-org/GLM-4 342: the terminator is not trained; TRL 6044")
 def check_every_turn_has_learned_to_stop(trial: Trial) -> None:
-    """The token that ends each assistant turn is all but certain."""
+    """The model predicts the stop token of each assistant turn with near certainty (a loss below 0.1)."""
     nll = [(row, at, _nll(trial, row)[at]) for row in trial.rows(trial.demo) for _, at in _turns(trial, row[0])]
     row, at, worst = max(nll, key=lambda found: found[2])
     if not within("outcome: loss of a stop token", worst, 10 * LOSS_LIMIT):
@@ -63,7 +64,7 @@ def check_every_turn_has_learned_to_stop(trial: Trial) -> None:
 
 @check(stage="outcome", needs=NEEDS, incident="zai-org/GLM-4 342: <|assistant|> as a target")
 def check_header_is_not_learned(trial: Trial) -> None:
-    """The header is given at inference, so its mean loss does not fall."""
+    """The mean loss of ``<|assistant|>`` does not fall, since inference provides it and it should not be trained."""
     falls = list[float]()
     for row in trial.rows(trial.demo):
         before, after = _nll(trial, row, {}), _nll(trial, row)
@@ -73,13 +74,13 @@ def check_header_is_not_learned(trial: Trial) -> None:
     if not within("outcome: fall of the headers' loss", statistics.fmean(falls), HEADER_FALL_LIMIT):
         raise CheckFailed(
             f"the loss of <|assistant|> fell by {statistics.fmean(falls):.2f} nats (mean of {len(falls)} headers): it "
-            "is trained, though inference gives it"
+            "is trained, though inference provides it"
         )
 
 
 @check(stage="outcome", needs=NEEDS, incident="TRL 6044, axolotl 3754: loss near zero, generation never stops")
 def check_every_turn_is_reproduced_and_stops(trial: Trial) -> None:
-    """Prompted as serving prompts, greedy decoding says each answer and then its stop token."""
+    """From the serving prompt, greedy decoding generates each trained answer and then its stop token."""
     model = trial.overfit.model.eval()
     for row in trial.rows(trial.demo):
         for header, end in _turns(trial, row[0]):
@@ -95,7 +96,7 @@ def check_every_turn_is_reproduced_and_stops(trial: Trial) -> None:
     incident="axolotl 2019: no header in the prompt; open-r1 462: two prefixes",
 )
 def check_own_inference_reproduces_every_turn(trial: Trial) -> None:
-    """The subject's own inference path sends the prompt that was trained, and says each answer and its stop token."""
+    """The subject's own inference code uses the trained prompt and generates each answer and its stop token."""
     for conversation, row in zip(trial.demo, trial.rows(trial.demo), strict=True):
         answers = [i for i, message in enumerate(conversation["messages"]) if message["role"] == "assistant"]
         for index, (header, end) in zip(answers, _turns(trial, row[0]), strict=True):
@@ -111,7 +112,7 @@ def check_own_inference_reproduces_every_turn(trial: Trial) -> None:
     incident="transformers 23723: the limit counted the prompt; GLM-4 finetune.py",
 )
 def check_own_inference_keeps_the_prompt_and_the_length_limit(trial: Trial) -> None:
-    """Short or long, the prompt reaches the model whole, is continued greedily, and by no more than was asked for."""
+    """Short and long prompts reach the model whole and are continued greedily, within the limit of new tokens."""
     model = trial.overfit.model.eval()
     for words in ("hi", "why is it so? " * 60 + "now"):
         talk = {"messages": [{"role": "user", "content": words}, {"role": "assistant", "content": "sentinel"}]}
@@ -126,24 +127,29 @@ def check_own_inference_keeps_the_prompt_and_the_length_limit(trial: Trial) -> N
         likeliest = greedy(model, prompt, list(getattr(trial.subject, "stop_ids", None) or ids[-1:]), NEW_TOKENS)
         if got != likeliest:
             said, meant = (trial.subject.tokenizer.decode(tokens) for tokens in (got, likeliest))
-            raise CheckFailed(f"inference says {said!r} where the likeliest tokens are {meant!r}: it is not greedy")
+            raise CheckFailed(
+                f"inference generates {said!r} where the likeliest tokens are {meant!r}: it is not greedy"
+            )
 
 
 @check(
     stage="outcome", needs=(*NEEDS, "evaluate"), incident="LLaMA-Factory 6465: divided by accumulation; accelerate 578"
 )
 def check_evaluation_reports_the_loss(trial: Trial) -> None:
-    """The mean over all supervised tokens, whatever the batches, the tail and the accumulation of the run before it."""
+    """``evaluate`` returns the mean loss over all supervised tokens.
+
+    Batches, an incomplete last batch and the accumulation of the preceding run make no difference.
+    """
     run, data = trial.run(accumulation=2, schedule="linear", steps=4), trial.conversations[:7]
     got, again = (_figures(trial.subject.evaluate(run.model, data))["loss"] for _ in range(2))
     if got != again:
-        raise CheckFailed(f"two evaluations of one model say {got:.6g} and {again:.6g}")
-    _require_loss(trial, got, trial.rows(data), run.trained, "evaluate says a loss of")
+        raise CheckFailed(f"two evaluations of one model report losses of {got:.6g} and {again:.6g}")
+    _require_loss(trial, got, trial.rows(data), run.trained, "evaluate reports a loss of")
 
 
 @check(stage="outcome", needs=NEEDS, incident="LLaMA-Factory 6465: the evaluation of a run was divided by accumulation")
 def check_logged_evaluation_loss_is_the_loss(trial: Trial) -> None:
-    """What the log says of an evaluation is the mean loss of the parameters at that step."""
+    """The evaluation loss that a run logs is the mean loss with the parameters of that step."""
     run = trial.run(accumulation=2, schedule="linear", steps=4, eval_every=2)
     for number, got in run.logged("eval_loss").items():
         _require_loss(trial, got, run.rows, run.at(number), f"after step {number} the log says an evaluation loss of")
@@ -153,14 +159,17 @@ def check_logged_evaluation_loss_is_the_loss(trial: Trial) -> None:
     stage="outcome", needs=(*NEEDS, "evaluate"), incident="TRL 5620 and 3821: accuracy of unshifted or masked tokens"
 )
 def check_accuracy_is_that_of_the_supervised_tokens(trial: Trial) -> None:
-    """All of them on what was learnt by heart, and the specification's share on what was not."""
+    """The accuracy of ``evaluate`` is the share of supervised tokens that the specification predicts correctly.
+
+    Both on conversations that the model has learnt by heart and on others.
+    """
     for conversations in (trial.demo, trial.conversations):
         figures = _figures(trial.subject.evaluate(trial.overfit.model, conversations))
         if "accuracy" not in figures:
-            raise NotApplicable("evaluate gives no accuracy")
+            raise NotApplicable("evaluate returns no accuracy")
         expected = _accuracy(trial, conversations)
         if not abs(figures["accuracy"] - expected) <= 1e-6:
-            raise CheckFailed(f"evaluate says an accuracy of {figures['accuracy']:.4f}, it is {expected:.4f}")
+            raise CheckFailed(f"evaluate reports an accuracy of {figures['accuracy']:.4f}, it is {expected:.4f}")
 
 
 @check(
@@ -169,7 +178,7 @@ def check_accuracy_is_that_of_the_supervised_tokens(trial: Trial) -> None:
     incident="GLM-4 finetune.py: the answer in the prompt, the question cut",
 )
 def check_evaluation_generates_from_the_serving_prompt(trial: Trial) -> None:
-    """Where evaluation generates, it is from the trained prompt: without the answer, and with the whole question."""
+    """If evaluation generates, its prompt is the trained one: without the answer, and with the whole question."""
     words = "why is it so? " * 60 + "now"
     long = {"messages": [{"role": "user", "content": words}, {"role": "assistant", "content": "sentinel"}]}
     rows = [ids for ids, _ in trial.rows([*trial.demo, long])]
@@ -186,7 +195,7 @@ def check_evaluation_generates_from_the_serving_prompt(trial: Trial) -> None:
 
 @check(stage="outcome", needs=NEEDS, incident="zai-org/GLM-4 342: a norm of 32.75 beside 0.01")
 def check_gradient_norms_are_stable(trial: Trial) -> None:
-    """Every norm is finite, none jumps out of its neighbourhood, they die away, and clipping ends early."""
+    """Gradient norms are finite, have no spikes and decay, and only few steps are clipped."""
     norms = trial.overfit.grad_norms
     try:
         assert_grad_norms_stable(norms)
@@ -197,7 +206,7 @@ def check_gradient_norms_are_stable(trial: Trial) -> None:
 
 
 def _require_reachable(trial: Trial) -> None:
-    """Fail before training if the limit is below the floor, with the tokens that make it so."""
+    """Fail before training if the limit is below the certified floor, and name the tokens that cause it."""
     rows = [TrainedRow(number, ids, labels) for number, (ids, labels) in enumerate(trial.rows(trial.demo), start=1)]
     if all(label == IGNORED for row in rows for label in row.labels[1:]):
         raise CheckFailed("before training: no token of the two conversations is supervised")
@@ -207,13 +216,16 @@ def _require_reachable(trial: Trial) -> None:
 
 
 def _nll(trial: Trial, row: LabelledIds, trained: Tensors | None = None) -> list[float]:
-    """Loss of each token of a row given what is before it; 0 for the first."""
+    """Loss of each token of a row given the tokens before it; 0 for the first."""
     with torch.no_grad():
         return [0.0, *trial.reference.nll(row[0], trial.overfit.trained if trained is None else trained).tolist()]
 
 
 def _turns(trial: Trial, ids: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Header and terminator of each assistant turn that has one: from one control token to the next."""
+    """Positions of header and terminator of each assistant turn; a turn without terminator is left out.
+
+    The terminator is the first control token after the header.
+    """
     stops = set(trial.subject.tokenizer.get_added_vocab().values())
     for start in _headers(trial, ids):
         end = next((i for i in range(start + 1, len(ids)) if ids[i] in stops), None)
@@ -222,7 +234,7 @@ def _turns(trial: Trial, ids: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 def _headers(trial: Trial, ids: Sequence[int]) -> list[int]:
-    """Where assistant turns begin."""
+    """Positions of ``<|assistant|>``; skips the check if the subject names no GLM-4 chat format."""
     header = trial.subject.tokenizer.get_added_vocab().get("<|assistant|>")
     if header is None or not getattr(trial.subject, "chat_format", None):
         raise NotApplicable("the subject names no GLM-4 chat format")
@@ -230,7 +242,7 @@ def _headers(trial: Trial, ids: Sequence[int]) -> list[int]:
 
 
 def _generate(trial: Trial, talk: Mapping[str, Any], index: int, limit: int) -> tuple[list[int], list[int]]:
-    """What the model was given, and what the subject says it answered."""
+    """Ids that the model received, and new ids that the subject's ``generate`` returned."""
     model = trial.overfit.model
     with record(model, 1) as trace:
         got = trial.subject.generate(model, list(talk["messages"][:index]), talk.get("tools"), limit)
@@ -239,7 +251,10 @@ def _generate(trial: Trial, talk: Mapping[str, Any], index: int, limit: int) -> 
 
 
 def _continued(passes: Sequence[torch.Tensor]) -> Iterator[list[int]]:
-    """The sequences that generation began with: what follows is one token, or the same and one token."""
+    """The sequences from which generation started.
+
+    After such a forward pass, the next one has one token (with a cache) or the same sequence and one token.
+    """
     is_going_on = False
     for now_BT, next_BT in pairwise(passes):
         now, following = now_BT[0].tolist(), next_BT[0].tolist()
@@ -256,7 +271,7 @@ def _require_prompt(trial: Trial, sent: list[int], expected: list[int]) -> None:
         decode = trial.subject.tokenizer.decode
         what = f"the prompt of inference has {len(sent)} ids, the trained one {len(expected)}"
         if at == len(expected):
-            raise CheckFailed(f"{what}; it goes on where the answer is to begin: {decode(sent[at : at + 6])!r}")
+            raise CheckFailed(f"{what}; where the answer should begin it goes on with {decode(sent[at : at + 6])!r}")
         raise CheckFailed(
             f"{what}; from position {at} on it is {decode(sent[at : at + 6])!r}, not {decode(expected[at : at + 6])!r}"
         )
@@ -287,7 +302,7 @@ def _require_loss(trial: Trial, got: float, rows: Sequence[LabelledIds], trained
 
 
 def _accuracy(trial: Trial, conversations: Conversations) -> float:
-    """Share of supervised tokens that are the likeliest."""
+    """Share of supervised tokens to which the specification gives the highest probability."""
     hits = total = 0
     for ids, labels in trial.rows(conversations):
         with torch.no_grad():

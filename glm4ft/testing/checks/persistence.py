@@ -1,4 +1,4 @@
-"""Claims about what is on the disk: an adapter that loads, a merge that is the model, a run that goes on."""
+"""Claims about saved files: the adapter loads, the merged checkpoint equals the model, and a run can be resumed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ RESUMED_AT = (3, 4)  # in the middle of the first epoch of the short conversatio
     stage="persistence", needs=(*NEEDS, "save"), incident="PEFT 3282 and 2334: the wrong tensors under the right names"
 )
 def check_saved_adapter_is_complete(trial: Trial) -> None:
-    """Every trained matrix is in the file, bit by bit, in fp32, and nothing else."""
+    """The saved adapter contains every trained LoRA matrix, bit by bit and in its dtype, and nothing else."""
     file = _saved(trial) / "adapter_model.safetensors"
     if not file.exists():
         raise NotApplicable(f"save wrote no {file.name}")
@@ -39,7 +39,7 @@ def check_saved_adapter_is_complete(trial: Trial) -> None:
     got, expected = adapted_modules(list(stored)), adapted_modules(list(live))
     for words, modules in (
         ("is missing", expected.keys() - got.keys()),
-        ("is no adapter", got.keys() - expected.keys()),
+        ("is not part of the adapter", got.keys() - expected.keys()),
     ):
         if modules:
             raise CheckFailed(f"the saved adapter: {min(modules)} {words} ({len(modules)} like it)")
@@ -54,7 +54,7 @@ def check_saved_adapter_is_complete(trial: Trial) -> None:
     stage="persistence", needs=(*NEEDS, "save"), incident="unsloth-zoo 806, PEFT 1930: another alpha beside the weights"
 )
 def check_saved_configuration_gives_the_same_scale(trial: Trial) -> None:
-    """Rank and scale of every module, as the configuration beside the weights states them."""
+    """The saved ``adapter_config.json`` states the requested rank and scale of every module."""
     file = _saved(trial) / "adapter_config.json"
     if not file.exists():
         raise NotApplicable(f"save wrote no {file.name}")
@@ -69,7 +69,7 @@ def check_saved_configuration_gives_the_same_scale(trial: Trial) -> None:
 
 @check(stage="persistence", needs=(*NEEDS, "save", "load"), incident="PEFT 2118: keys renamed, nothing loaded")
 def check_adapter_is_unchanged_by_saving_and_loading(trial: Trial) -> None:
-    """Saved and loaded onto a fresh base, the adapter gives the same logits."""
+    """After saving and loading onto a fresh base, the adapter gives the same logits."""
     _require_same_logits(
         trial, trial.subject.load(str(trial.base_dir), str(_saved(trial))), "loaded", LOGITS_LIMIT[trial.dtype]
     )
@@ -81,13 +81,13 @@ def check_adapter_is_unchanged_by_saving_and_loading(trial: Trial) -> None:
     incident="functionary 289, axolotl 3112: the adapter without its tokenizer",
 )
 def check_tokenizer_is_saved_with_the_adapter(trial: Trial) -> None:
-    """What is saved encodes as the subject does, and its chat template renders the prompts that were trained."""
+    """The saved tokenizer gives the same ids as the subject's, and its chat template renders the trained prompts."""
     require_trained_tokenizer(trial, _saved(trial), "beside the adapter")
 
 
 @check(stage="persistence", needs=(*NEEDS, "save", "merge"), incident="PEFT 2489: no scale; ms-swift 9830: no merge")
 def check_merged_model_equals_the_adapted_model(trial: Trial) -> None:
-    """The merged checkpoint, in plain transformers, gives the adapted model's logits, as its dtype can hold them."""
+    """In plain transformers, the merged checkpoint has the adapted model's logits, within the rounding of its dtype."""
     from transformers import AutoModelForCausalLM
 
     merged: Any = AutoModelForCausalLM.from_pretrained(str(_merged(trial)), dtype=torch.float32)
@@ -102,7 +102,7 @@ def check_merged_model_equals_the_adapted_model(trial: Trial) -> None:
     incident="PEFT 2306: still wrapped; alpaca-lora 6ced8d9: prefix",
 )
 def check_merged_checkpoint_has_the_keys_of_the_base(trial: Trial) -> None:
-    """Name by name what the base has, and no adapter left."""
+    """The merged checkpoint has exactly the tensor names of the base, and no adapter tensors."""
     base, merged = _keys(trial.base_dir), _keys(_merged(trial))
     left = sorted(name for name in merged if "lora_" in name)
     if left:
@@ -118,7 +118,7 @@ def check_merged_checkpoint_has_the_keys_of_the_base(trial: Trial) -> None:
     incident="zai-org/GLM-4 297: merged and served, it never stops; LLaMA-Factory 5986: another chat template",
 )
 def check_merged_checkpoint_is_served_as_it_was_trained(trial: Trial) -> None:
-    """It states all stop ids of the base, and has tokenizer and chat template of the training."""
+    """The merged checkpoint states all stop ids of the base and contains the trained tokenizer and chat template."""
     merged = _merged(trial)
     lost = sorted(stop_ids(trial.base_dir) - stop_ids(merged))
     if lost:
@@ -131,20 +131,25 @@ def check_merged_checkpoint_is_served_as_it_was_trained(trial: Trial) -> None:
     stage="persistence", needs=NEEDS, incident="FastChat 1280: moments lost; accelerate 4071 and 1466: rows; miles 2572"
 )
 def check_resumed_run_equals_the_uninterrupted_run(trial: Trial) -> None:
-    """Resumed within an epoch and at its end: the same rows, rates, random numbers and parameters from there on."""
+    """A run resumed within an epoch or at its end continues with the same rows, learning rates and parameters.
+
+    Random numbers continue too: with dropout the parameters are those of the uninterrupted run.
+    """
     plan: dict[str, Any] = {"save_every": 1, "schedule": "linear", **trial.noise}
     whole = trial.run(**plan)
     for number in RESUMED_AT:
         checkpoint = Path(whole.plan["output_dir"]) / f"checkpoint-{number}"
         if not checkpoint.exists():
-            raise NotApplicable(f"asked to save at every step, the trainer left no {checkpoint.name} in output_dir")
+            raise NotApplicable(
+                f"the trainer was asked to save at every step and left no {checkpoint.name} in output_dir"
+            )
         found = describe_divergence(whole, trial.run_anew(**plan, resume_from=str(checkpoint)), number)
         if found:
             raise CheckFailed(f"resumed after step {number}: {found}")
 
 
 def _saved(trial: Trial) -> Path:
-    """A folder with the trained adapter, saved once."""
+    """The folder of the trained adapter, which is saved on first use."""
     if "saved" not in trial.shared:
         folder = trial.new_folder("saved")
         trial.subject.save(trial.trained.model, str(folder))
@@ -153,7 +158,7 @@ def _saved(trial: Trial) -> Path:
 
 
 def _merged(trial: Trial) -> Path:
-    """A merged checkpoint, written once."""
+    """The folder of the merged checkpoint, which is written on first use."""
     if "merged" not in trial.shared:
         output = trial.folder / "merged"
         trial.subject.merge(str(trial.base_dir), str(_saved(trial)), str(output))
@@ -162,7 +167,7 @@ def _merged(trial: Trial) -> Path:
 
 
 def _merge_cause(trial: Trial) -> str:
-    """What the merged weights say of a merge, if they say it: its scale, a transposed delta, an adapter beside them."""
+    """The mistake that the merged weights show (wrong scale, transposed delta, adapter beside them); "" if none."""
     if list(_merged(trial).glob("adapter_*")):
         return "an adapter lies beside the merged weights and is applied to them twice"
     stored = {

@@ -1,4 +1,4 @@
-"""Claims about how conversations become rows: roles in order, tools, long texts, no memory from one to the next."""
+"""Claims about the rendering of conversations: role headers, tools, long texts, and no influence of earlier ones."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CLOCK = {
         "parameters": {"type": "object", "properties": {"zone": {"type": "string"}}},
     },
 }
-# Longer than the lengths that pipelines cut at by default: 512, 1024, 2048, 4096 tokens.
+# Longer than the lengths at which pipelines cut by default: 512, 1024, 2048, 4096 tokens.
 LONG_TEXT = "the river runs through the city " * 720  # a token per word with most tokenizers
 REASONING = ("<think>wonder</think>", "wonder</think>plain", "<think>wonder", "<think>wonder</think>plain")
 
@@ -75,7 +75,7 @@ def check_every_message_has_its_header(trial: Trial) -> None:
 
 @check(stage="rows", incident="axolotl 1265, LMFlow 394: ids of another conversation came out of a cache")
 def check_encoding_depends_on_the_conversation_alone(trial: Trial) -> None:
-    """A conversation gives a row of its own, whatever was encoded before it, and is not changed by being encoded."""
+    """A conversation always gives the same row, whatever was encoded before, and is not modified by encoding."""
     talks = bank_of(trial)
     first = [row_of(trial, talk) for talk in talks]
     for i, row in enumerate(first):
@@ -95,9 +95,9 @@ def check_encoding_depends_on_the_conversation_alone(trial: Trial) -> None:
 
 @check(stage="rows", incident="GLM-4 finetune.py process_message: tools of other rows left null keys behind")
 def check_tools_of_other_conversations_are_not_rendered(trial: Trial) -> None:
-    """A row shows its own tools' arguments and no one else's, nor a null."""
+    """A row contains the arguments of its own tools, and neither those of other conversations nor null values."""
     if not any(talk.tools for talk in bank_of(trial)):
-        raise NotApplicable("the subject takes no tools")
+        raise NotApplicable("the subject accepts no tools")
     talks = [Talk("a tool", (user("now?"), answer("yes")), (tool,)) for tool in (WEATHER, CLOCK)]
     texts = [trial.subject.tokenizer.decode(row_of(trial, talk).ids) for talk in talks]
     for text, own, other in ((texts[0], "city", "zone"), (texts[1], "zone", "city")):
@@ -110,7 +110,7 @@ def check_tools_of_other_conversations_are_not_rendered(trial: Trial) -> None:
 
 @check(stage="rows", incident="axolotl 1818, LLaMA-Factory 6632: the length that was asked for never arrived")
 def check_long_conversations_are_not_cut(trial: Trial) -> None:
-    """A row longer than any default length keeps its beginning, its end and all between."""
+    """A conversation longer than common default limits is encoded whole."""
     talk = Talk("a long one", (user(LONG_TEXT), answer("the end of it")))
     ((ids, labels),) = trial.rows([conversation_of(talk)])
     if len(ids) != len(labels):
@@ -145,7 +145,7 @@ def check_adjacent_answers_keep_their_loss_flags(trial: Trial) -> None:
 
 @check(stage="rows", incident="TRL 6363, LLaMA-Factory 9219: reasoning was cut out at one tag of two")
 def check_reasoning_tags_are_encoded_as_text(trial: Trial) -> None:
-    """Formats without reasoning leave ``<think>`` as it is: both tags, one or the other."""
+    """In formats without reasoning, ``<think>`` and ``</think>`` stay text, in pairs and alone."""
     if not is_glm(trial):
         raise NotApplicable("the claim is about GLM-4 formats, which have no reasoning of their own")
     for content in REASONING:
@@ -157,7 +157,7 @@ def check_reasoning_tags_are_encoded_as_text(trial: Trial) -> None:
 
 @check(stage="rows", incident="axolotl 1298, open-instruct 1518: the cache's key knew neither tokenizer nor template")
 def check_no_stale_ids_are_used(trial: Trial) -> None:
-    """After a change of the tokenizer, or of the conversations, in the same folder, the new rows are trained."""
+    """If tokenizer or conversations change while the output folder stays, the new rows are trained, not cached ones."""
     base = _with_other_ids(trial)
     other = trial.subject_on(base)
     talk = {"messages": [dict(message) for message in SEVERAL], "tools": None}
@@ -169,13 +169,13 @@ def check_no_stale_ids_are_used(trial: Trial) -> None:
     folder, changed = trial.new_folder("stale"), [_changed(c) for c in trial.conversations]
     trace = _train(trial, trial.subject, trial.base_dir, trial.conversations, folder)
     if not _trains_its_rows(trace, trial.subject, trial.conversations):
-        raise NotApplicable("not judged: other rows than those of encode are trained before anything changes")
+        raise NotApplicable("not judged: the trained rows are not those of encode even before anything changes")
     _require_fresh(trial, other, base, trial.conversations, folder, "the tokenizer")
     _require_fresh(trial, trial.subject, trial.base_dir, changed, folder, "the conversations")
 
 
 def _require_fresh(trial: Trial, subject: Any, base: Path, conversations: Any, folder: Path, what: str) -> None:
-    """Fail if what is trained are not the rows that the subject now makes."""
+    """Fail if the trained rows are not those that the subject encodes now."""
     trace = _train(trial, subject, base, conversations, folder)
     if not _trains_its_rows(trace, subject, conversations):
         ids = trace.steps[0].forwards[0].input_ids_BT[0].tolist()
@@ -203,7 +203,7 @@ def _changed(conversation: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_other_ids(trial: Trial) -> Path:
-    """The base with a tokenizer in which two letters have changed their ids."""
+    """A copy of the base whose tokenizer has the ids of two letters swapped."""
     folder = trial.copy_of_base("other-ids")
     file = folder / "tokenizer.json"
     if not file.exists():

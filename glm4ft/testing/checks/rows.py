@@ -1,7 +1,7 @@
-"""Claims about single rows: the ids a conversation becomes, and which of them are supervised.
+"""Claims about single rows: the ids of an encoded conversation, and which of them are supervised.
 
-Each check encodes conversations of the fixed bank in ``bank.py``. Claims that know GLM-4's control tokens need a
-subject with ``chat_format``; the others hold for every chat template.
+Each check encodes conversations of the fixed bank in ``bank.py``. Claims about GLM-4's control tokens need a subject
+with ``chat_format``; the others hold for every chat template.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from glm4ft.testing.checks.encoding import (
     controls_of,
     fail,
     is_glm,
-    judged,
     name_of,
     row_of,
+    rows_with_turns,
     value_at,
 )  # fmt: skip
 from glm4ft.testing.specification.mask_oracle import (
@@ -37,7 +37,7 @@ from glm4ft.testing.trial.trial import Trial
 
 @check(stage="rows", incident="nanochat 1ddaad1: the renderer was right, the loader's mask was not")
 def check_lists_have_one_length_and_labels_equal_ids_where_supervised(trial: Trial) -> None:
-    """A label is the row's own id, unshifted, or -100; a first token is never a target."""
+    """Ids and labels are lists of one length, each label is the id at its position or -100, and the first is -100."""
     for talk in bank_of(trial):
         row = trial.subject.encode(*copy.deepcopy((list(talk.messages), list(talk.tools) if talk.tools else None)))
         ids, labels = row["input_ids"], row["labels"]
@@ -58,9 +58,9 @@ def check_lists_have_one_length_and_labels_equal_ids_where_supervised(trial: Tri
 
 @check(stage="rows", incident="GLM-4 issue 342: header trained, stop token not; TRL 6044 and 4201")
 def check_mask_is_what_the_model_must_sample(trial: Trial) -> None:
-    """All that follows ``<|assistant|>``, up to and including the next control token, and nothing else."""
+    """Exactly the tokens after ``<|assistant|>``, up to and including the next control token, are supervised."""
     controls = controls_of(trial)
-    for row, turns in judged(trial):
+    for row, turns in rows_with_turns(trial):
         mistakes = list(find_mistakes(row.ids, row.labels, turns, controls))
         if mistakes:
             text = explain_mistakes(trial.subject.tokenizer, row.ids, turns, mistakes)
@@ -69,7 +69,7 @@ def check_mask_is_what_the_model_must_sample(trial: Trial) -> None:
 
 @check(stage="rows", incident="unsloth-zoo 959, TRL 1509, open-r1 462: the template's prefix and the tokenizer's")
 def check_prefix_occurs_once(trial: Trial) -> None:
-    """``[gMASK]<sop>`` begins every row and does not come again."""
+    """``[gMASK]<sop>`` begins every row and does not occur again."""
     controls = controls_of(trial)
     prefix = [controls[token] for token in PREFIX]
     for talk in bank_of(trial):
@@ -85,10 +85,13 @@ def check_prefix_occurs_once(trial: Trial) -> None:
 
 @check(stage="rows", incident="TRL 3091: no stop token after the last answer; LLaMA-Factory 7911: another one")
 def check_every_turn_ends_in_one_stop(trial: Trial) -> None:
-    """The next role's header, or at the end of a conversation one appended stop; a target that generation stops at."""
+    """Every assistant turn ends in one supervised stop token, at which generation stops.
+
+    It is the header of the next role, or one stop token appended to the conversation's last answer.
+    """
     controls, stop_ids = controls_of(trial), getattr(trial.subject, "stop_ids", None)
     names = {token_id: token for token, token_id in controls.items()}
-    for row, turns in judged(trial):
+    for row, turns in rows_with_turns(trial):
         for number, turn in enumerate(turns, 1):
             where, legal = f"turn {number} (message {turn.message})", legal_stops(row.talk.messages, turn.message)
             if turn.end == len(row.ids):
@@ -107,7 +110,7 @@ def check_every_turn_ends_in_one_stop(trial: Trial) -> None:
 
 @check(stage="rows", incident="transformers 29279 and 47822: marker text in content became control ids")
 def check_content_never_becomes_a_control_token(trial: Trial) -> None:
-    """Which control ids a row has depends on the roles alone: other texts, the same control ids."""
+    """The control ids of a row depend on the roles alone; marker text in a message is encoded as ordinary text."""
     tokenizer = trial.subject.tokenizer
     added = tokenizer.get_added_vocab()
     if not is_glm(trial):  # a tokenizer may add ordinary words too
@@ -134,7 +137,7 @@ def check_content_never_becomes_a_control_token(trial: Trial) -> None:
 
 @check(stage="rows", incident="FastChat 2498, alpaca-lora fac5372: the span was off by one token at the seam")
 def check_supervised_text_is_the_answer(trial: Trial) -> None:
-    """Each supervised run decodes to tool name, newline, content and the stop token, verbatim; one run per turn."""
+    """Each assistant turn has one supervised run, which decodes to tool name, newline, content and stop token."""
     controls_of(trial)
     for talk in bank_of(trial):
         row = row_of(trial, talk)
@@ -154,7 +157,7 @@ def check_supervised_text_is_the_answer(trial: Trial) -> None:
 
 @check(stage="rows", incident="LLaMA-Factory e734222: a system message vanished in some layouts")
 def check_every_message_is_in_the_row(trial: Trial) -> None:
-    """The row decodes to all texts in order; verbatim in a GLM-4 format, where others may strip them."""
+    """A row decodes to all message texts in order, verbatim in a GLM-4 format; other formats may strip white space."""
     for talk in bank_of(trial):
         row, found = row_of(trial, talk), 0
         text = trial.subject.tokenizer.decode(row.ids, clean_up_tokenization_spaces=False)
@@ -169,7 +172,7 @@ def check_every_message_is_in_the_row(trial: Trial) -> None:
 
 @check(stage="rows", needs=("prompt",), incident="ChatGLM3 4568c63: training and serving rendered tools differently")
 def check_row_begins_with_the_serving_prompt(trial: Trial) -> None:
-    """What serving sends for a turn is the row up to that turn, id by id, and the turn's targets begin right there."""
+    """The serving prompt of a turn equals the row up to that turn, id by id, and the turn's targets begin there."""
     for talk in bank_of(trial):
         row = row_of(trial, talk)
         answers = [i for i, message in enumerate(talk.messages) if message["role"] == "assistant"]
@@ -188,7 +191,10 @@ def check_row_begins_with_the_serving_prompt(trial: Trial) -> None:
 
 @check(stage="rows", incident="TRL 5559 and 6433: the template rewrites earlier turns once later ones follow")
 def check_earlier_turns_do_not_change(trial: Trial) -> None:
-    """Ids and labels of the first turns begin those of the whole conversation, up to their last stop token."""
+    """Encoding only the first turns gives the beginning of the whole conversation's ids and labels.
+
+    The last stop token of the shorter conversation may differ.
+    """
     for talk in bank_of(trial):
         whole = row_of(trial, talk)
         ends = [i + 1 for i, message in enumerate(talk.messages) if message["role"] == "assistant"]
@@ -205,7 +211,7 @@ def check_earlier_turns_do_not_change(trial: Trial) -> None:
 
 @check(stage="rows", incident="ms-swift 9266: flags lost when turns were merged")
 def check_loss_flag_is_honoured(trial: Trial) -> None:
-    """``loss: false`` takes exactly its own turn's targets away and leaves the ids alone."""
+    """``loss: false`` removes exactly the targets of its own turn and changes no id."""
     plain = row_of(trial, next(talk for talk in BANK if talk.id == "several turns"))
     answers = [i for i, message in enumerate(plain.talk.messages) if message["role"] == "assistant"]
     if len(plain.runs) != len(answers):
@@ -227,11 +233,11 @@ def check_loss_flag_is_honoured(trial: Trial) -> None:
 
 @check(stage="rows", incident="alpaca-lora 4a712d4, GLM-4 finetune.py combine: text that nobody answered was trained")
 def check_conversation_without_targets_is_not_trained(trial: Trial) -> None:
-    """No target where every loss is false, and none in messages that no answer follows; refusing them is fine."""
+    """Turns with ``loss: false`` and messages that no answer follows have no targets; refusing them is accepted."""
     row = row_of(trial, TRAILING)
     first = row_of(trial, Talk("without the trailing message", TRAILING.messages[:-1]))
     shared = common_prefix_length(row.ids, first.ids)
-    late = [i for run in row.runs for i in run if i > shared]  # at ``shared`` itself stands the last turn's stop token
+    late = [i for run in row.runs for i in run if i > shared]  # at ``shared`` itself is the last turn's stop token
     if late:
         text = show_token(trial.subject.tokenizer, row.ids, late[0])
         fail(trial, row, f"position {late[0]} {text} is supervised, should be ignored: no answer follows it", late[0])
@@ -255,7 +261,7 @@ def check_conversation_without_targets_is_not_trained(trial: Trial) -> None:
     incident="nanochat 83dccc2: the renderer was right, the loader's mask was not",
 )
 def check_mask_reaches_the_loss(trial: Trial) -> None:
-    """Ids and labels that the gradient shows are those that ``encode`` gave, for rows of every kind in one data set."""
+    """The ids and labels that the gradient reveals are those that ``encode`` returned, in a data set of mixed rows."""
     trial.require_stage("rows")
     kinds = [c for c in trial.data["mixed"] if trial.accepts(c)]
     trial.require_stage("rows", of="mixed" if len(kinds) == len(trial.data["mixed"]) else "short", steps=2)

@@ -1,4 +1,4 @@
-"""Claims about the learning rate: the closed form that was asked for, to the end of the run."""
+"""Claims about the learning rate: it follows the requested closed form to the end of the run."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ NEEDS = ("build_model", "train")
     stage="schedule", needs=NEEDS, incident="axolotl 2535: no warm-up; axolotl 972, LLaMA-Factory 7304: another shape"
 )
 def check_learning_rate_follows_the_schedule(trial: Trial) -> None:
-    """Warm-up from zero, then the shape that was asked for, to the end of the run."""
+    """The learning rate warms up from zero and then follows the requested shape to the end of the run."""
     for plan in ({"schedule": "linear"}, {"schedule": "cosine"}, {"schedule": "constant", "accumulation": 2}):
         trial.require_stage("schedule", **plan, warmup_steps=2, steps=6)
 
 
 @check(stage="schedule", needs=NEEDS, incident="diffusers 4387 and 2632, accelerate 1160: micro-batches as the horizon")
 def check_schedule_horizon_counts_optimizer_steps(trial: Trial) -> None:
-    """With accumulation the schedule still ends with the last update."""
+    """With accumulation, the schedule still ends with the last optimizer step."""
     trial.require_stage("schedule", accumulation=2, schedule="linear", steps=4)
 
 
 @check(stage="schedule", needs=(*NEEDS, "distributed"), incident="transformers 24088 and 23986, diffusers 3954")
 def check_schedule_is_the_same_on_several_processes(trial: Trial) -> None:
-    """Two processes see the rates that one would."""
+    """Two processes have the same learning rates as one process."""
     require_ranks_stage(trial, "schedule")
 
 
 @check(stage="schedule", needs=NEEDS, incident="a log that shows the next step's rate hides a missing warm-up")
 def check_logged_learning_rate_is_the_one_applied(trial: Trial) -> None:
-    """The log's rate of a step is that of its update."""
+    """The learning rate logged for a step is the one that its update used."""
     run = trial.require_stage("schedule", schedule="linear", warmup_steps=2, steps=6)
     for number, got in run.logged("learning_rate").items():
         if number <= len(run.trace.steps):

@@ -1,4 +1,4 @@
-"""What a server reads from a saved folder, beside the weights: tokenizer, chat template and stop ids."""
+"""Checks what a server reads from a saved folder besides the weights: tokenizer, chat template and stop ids."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ PROBE = "<|user|> and 法国 [gMASK]\n\n it's 42"
 
 
 def require_trained_tokenizer(trial: Trial, folder: Path, where: str) -> None:
-    """Fail unless a folder's tokenizer gives the ids, and its chat template the prompts, that were trained.
+    """Fail unless a folder's tokenizer gives the trained ids, and its chat template the trained prompts.
 
     Args:
-        trial: of the subject that saved it.
-        folder: that a server is pointed at.
-        where: the folder, in the words of a message.
+        trial: The trial of the subject that saved the folder.
+        folder: The folder that a server would load.
+        where: What messages call the folder, such as "beside the adapter".
     Raises:
-        CheckFailed: with the first prompt that differs.
+        CheckFailed: If the tokenizer is missing or gives other ids, or if a prompt differs; the message shows the
+            first one.
     """
     own = trial.subject.tokenizer
     if not (folder / "tokenizer.json").exists() and not (folder / "tokenizer_config.json").exists():
-        raise CheckFailed(f"no tokenizer was saved {where}: whoever loads it has to guess ids and template")
+        raise CheckFailed(f"no tokenizer was saved {where}: whoever loads the folder has to guess ids and template")
     saved = AutoTokenizer.from_pretrained(folder)
     if saved.encode(PROBE) != own.encode(PROBE):
         raise CheckFailed(f"the tokenizer saved {where} gives other ids")
@@ -42,7 +43,7 @@ def require_trained_tokenizer(trial: Trial, folder: Path, where: str) -> None:
             raise CheckFailed(f"the tokenizer saved {where} has lost its chat template")
         return
     for talk in bank_of(trial):
-        if talk is not MARKERS_TALK:  # a template writes text, in which a marker is a marker
+        if talk is not MARKERS_TALK:  # a template renders text, in which a marker becomes a control token
             _require_trained_prompts(trial, saved, talk, where)
 
 
@@ -51,14 +52,14 @@ def _require_trained_prompts(trial: Trial, saved: Any, talk: Talk, where: str) -
         history, tools = copy.deepcopy((list(talk.messages[:index]), list(talk.tools) if talk.tools else None))
         try:
             rendered = saved.apply_chat_template(history, tools=tools, add_generation_prompt=True, return_dict=False)
-        except TemplateError:  # a template may refuse what it has no words for
+        except TemplateError:  # a template may refuse what it cannot render
             continue
         sent, expected = list(rendered), list(trained)
         if talk.tools:
             text = saved.decode(sent)
             if lost := [tool["function"]["name"] for tool in talk.tools if tool["function"]["name"] not in text]:
                 raise CheckFailed(f"the chat template saved {where} does not tell the model of its tools ({lost[0]})")
-            # how they are told of is worded by each checkpoint, and by pipelines that are made for one of them
+            # each checkpoint, and each pipeline made for one of them, words the declaration of tools in its own way
             sent, expected = (_from_first(controls_of(trial)["<|user|>"], ids) for ids in (sent, expected))
         at = common_prefix_length(sent, expected)
         if at < max(len(sent), len(expected)):
@@ -74,14 +75,14 @@ def _from_first(token: int, ids: list[int]) -> list[int]:
 
 
 def _trained_prompts(trial: Trial, talk: Talk) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """Index of each answer and the ids before it."""
+    """The message index of each answer, with the ids before the answer."""
     row = row_of(trial, talk)
     answers = [i for i, message in enumerate(talk.messages) if message["role"] == "assistant"]
     return ((index, row.ids[:start]) for index, start in zip(answers, answer_starts(trial, row), strict=False))
 
 
 def stop_ids(folder: Path) -> set[int]:
-    """Where a server ends generation: ``eos_token_id`` of ``generation_config.json``, or else of ``config.json``.
+    """Ids at which a server ends generation: ``eos_token_id`` of ``generation_config.json``, else of ``config.json``.
 
     Source: ``transformers.GenerationConfig.from_pretrained``, and ``from_model_config`` where there is no such file.
     """

@@ -1,4 +1,4 @@
-"""Claims about what must not happen on the side: the base stays as it is, and watching a run does not change it."""
+"""Claims about side effects: the base stays unchanged, and logging, evaluating and saving do not change a run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WATCHING: dict[str, dict[str, Any]] = {
 
 @check(stage="side-effects", needs=NEEDS, incident="OpenRLHF 1253: frozen weights decay; ms-swift 9452")
 def check_base_is_unchanged_by_training(trial: Trial) -> None:
-    """Training leaves the base with the bits it had on the disk, and what is trained as its last update made it."""
+    """After training, the base has the bits it has on the disk, and trained parameters are those of the last update."""
     state = trial.trained.model.state_dict().items()
     weights = {base_name(name): tensor for name, tensor in state if "lora_" not in name}
     trained = {base_name(name) for name in trial.trained.trace.trained}
@@ -38,12 +38,12 @@ def check_base_is_unchanged_by_training(trial: Trial) -> None:
                 if name not in trained and not torch.equal(weights[name].cpu(), stored):
                     raise CheckFailed(f"{name} of the base has changed")
     if changed_after_last_step(trial.trained):
-        raise CheckFailed("the parameters that training leaves are not those of its last update")
+        raise CheckFailed("the parameters after training are not those of its last update")
 
 
 @check(stage="side-effects", needs=NEEDS, incident="torchtune 1049, TRL 3337: evaluated with dropout on")
 def check_evaluation_runs_in_eval_mode(trial: Trial) -> None:
-    """No module is in training mode while a run evaluates, and all of them are when it goes on."""
+    """All modules are in eval mode while a run evaluates, and in training mode when it continues."""
     run = trial.run(**WATCHING["evaluating"])
     passes = [forward for _, forward in run.trace.evaluations]
     if hasattr(trial.subject, "evaluate"):
@@ -55,7 +55,9 @@ def check_evaluation_runs_in_eval_mode(trial: Trial) -> None:
         raise NotApplicable("the subject evaluated nothing")
     wrong = sum(forward.training is not False for forward in passes)
     if wrong:
-        raise CheckFailed(f"{wrong} of {len(passes)} passes of evaluation ran in training mode, where dropout is on")
+        raise CheckFailed(
+            f"{wrong} of {len(passes)} forward passes of evaluation ran in training mode, where dropout is on"
+        )
     for number, step in enumerate(run.trace.steps, start=1):
         if not all(forward.training for forward in step.forwards):
             raise CheckFailed(f"step {number} ran in eval mode: evaluation did not restore training mode")
@@ -67,7 +69,7 @@ def check_evaluation_runs_in_eval_mode(trial: Trial) -> None:
     incident="ms-swift 9452: no training after the first save; seq2seq 38: no train()",
 )
 def check_logging_and_saving_do_not_change_the_run(trial: Trial) -> None:
-    """With a log, evaluations and checkpoints every few steps, the parameters are those of a bare run, bit by bit."""
+    """A run with logs, evaluations and checkpoints has the parameters of a run without them, bit by bit."""
     noise = trial.noise
     bare = trial.run(**noise)
     if not noise and describe_divergence(bare, trial.again):
@@ -78,7 +80,7 @@ def check_logging_and_saving_do_not_change_the_run(trial: Trial) -> None:
     if not together:
         if watched.model is not None and changed_after_last_step(watched):
             raise CheckFailed(
-                "with evaluations and checkpoints, training leaves other parameters than its last update's"
+                "with evaluations and checkpoints, the parameters after training are not those of its last update"
             )
         return
     for name, changes in WATCHING.items():
@@ -90,7 +92,7 @@ def check_logging_and_saving_do_not_change_the_run(trial: Trial) -> None:
 
 @check(stage="side-effects", needs=NEEDS, incident="ms-swift 9452: a save switched requires_grad off; seq2seq 38")
 def check_evaluating_and_saving_leave_the_model_unchanged(trial: Trial) -> None:
-    """Evaluating, saving and generating change no parameter, no mode and no ``requires_grad``."""
+    """Evaluating, saving and generating change no parameter, no module's mode and no ``requires_grad``."""
     model = trial.trained.model.train()
     for name, use in _parts_that_look(trial, model):
         before, parameters = _state(model), {n: p.detach().clone() for n, p in model.state_dict().items()}

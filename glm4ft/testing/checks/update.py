@@ -1,4 +1,4 @@
-"""Claims about the optimizer: AdamW with the plan's settings, on every trained matrix, without loss."""
+"""Claims about the optimizer: AdamW with the plan's settings updates every trained matrix, in sufficient precision."""
 
 from __future__ import annotations
 
@@ -13,24 +13,26 @@ NEEDS = ("build_model", "train")
     stage="update", needs=NEEDS, incident="accelerate 2665, open-rl 80: parameters not in the optimizer; OpenRLHF 1253"
 )
 def check_update_follows_adamw(trial: Trial) -> None:
-    """Betas, epsilon and decoupled weight decay are those of the plan, on every trained matrix."""
+    """Each update of every trained matrix is AdamW's, with the plan's betas, epsilon and decoupled weight decay."""
     trial.require_stage("update")
     trial.require_stage("update", weight_decay=0.1, betas=[0.8, 0.99], eps=1e-6, steps=4)
 
 
 @check(stage="update", needs=NEEDS, incident="torchdistx 52, verl-omni 73, keras 22559: small steps vanished")
 def check_small_updates_are_not_lost(trial: Trial) -> None:
-    """At a rate of 1e-6 the parameters still move by what the closed form says."""
+    """At a learning rate of 1e-6, the parameters still move by the closed form of AdamW."""
     trial.require_stage("update", learning_rate=1e-6, steps=4)
 
 
 @check(stage="update", needs=NEEDS, incident="adapters 260, accelerate 3256: built before the adapters were attached")
 def check_optimizer_holds_every_trained_parameter(trial: Trial) -> None:
-    """Each trained parameter stands in exactly one group."""
+    """Each trained parameter is in exactly one parameter group of the optimizer."""
     trace = trial.run().trace
     names = [name for group in trace.steps[0].groups for name in group.names] if trace.steps else []
     if not names:
-        raise CheckFailed("no optimizer step touched a trained parameter: the optimizer holds others, or none")
+        raise CheckFailed(
+            "no optimizer step updated a trained parameter: the optimizer holds other parameters, or none"
+        )
     missing, twice = sorted(set(trace.trained) - set(names)), sorted({n for n in names if names.count(n) > 1})
     if missing:
         raise CheckFailed(f"{len(missing)} of {len(trace.trained)} trained parameters are in no group, as {missing[0]}")

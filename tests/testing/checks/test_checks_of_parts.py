@@ -498,7 +498,7 @@ CASES = (
     Case(AnswerInThePrompt, "evaluation_generates_from_the_serving_prompt", "the prompt of inference has"),
     Case(CutsTheQuestion, "evaluation_generates_from_the_serving_prompt", "the prompt of inference has"),
     Case(FillsTheTail, "evaluation_reports_the_loss", "of 7 rows the first 1 count twice"),
-    Case(UnshiftedAccuracy, "accuracy_is_that_of_the_supervised_tokens", "evaluate says an accuracy of"),
+    Case(UnshiftedAccuracy, "accuracy_is_that_of_the_supervised_tokens", "evaluate reports an accuracy of"),
 )  # fmt: skip
 
 

@@ -132,9 +132,9 @@ def learnt(tmp_path_factory: pytest.TempPathFactory) -> Any:
     import yaml
 
     from glm4ft.cli.main import DEMO_CONFIG
+    from glm4ft.report.observed_run import train_observed
     from glm4ft.train.config import TrainConfig
-    from glm4ft.train.run import run_training
 
     options = yaml.safe_load(DEMO_CONFIG.read_text("utf-8"))
     output = tmp_path_factory.mktemp("learnt") / "run"
-    return run_training(TrainConfig(**options, output=str(output)), say=lambda _: None)
+    return train_observed(TrainConfig(**options, output=str(output)), say=lambda _: None)

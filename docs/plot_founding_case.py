@@ -19,18 +19,18 @@ from glm4ft.floors.floor import Floor, find_floor
 from glm4ft.floors.head import read_head
 from glm4ft.model.base_model import load_format
 from glm4ft.report.floor_view import encoded_rows
+from glm4ft.report.observed_run import ObservedRun, train_observed
 from glm4ft.testing.subjects.founding_bug import FoundingBugFormat
 from glm4ft.train.config import TrainConfig
-from glm4ft.train.run import RunResult, run_training
 
 RUN = TrainConfig(data="demo", learning_rate=5e-3, schedule="constant", max_steps=150, round_trip=True, save_every=0)
 
 
-def train(chat_format: type[ChatFormat], folder: Path) -> RunResult:
+def train(chat_format: type[ChatFormat], folder: Path) -> ObservedRun:
     """The demo for 150 steps, its data encoded by the given format."""
     environment = mock.patch.dict(os.environ, GLM4FT_CACHE=str(folder / "cache"))
     with environment, mock.patch("glm4ft.train.run.ChatFormat", chat_format):
-        return run_training(TrainConfig(**{**vars(RUN), "output": str(folder / "run")}), say=lambda _: None)
+        return train_observed(TrainConfig(**{**vars(RUN), "output": str(folder / "run")}), say=lambda _: None)
 
 
 def certified_floor(chat_format: type[ChatFormat]) -> Floor:

@@ -1,4 +1,4 @@
-"""The errors a user sees: what is wrong, where, and how to fix it."""
+"""Errors that a user sees: what is wrong, where, and how to fix it."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any
 
 
 class InputError(Exception):
-    """Something the user gave cannot be used; nothing has been written.
+    """An option, a file or a folder that the user gave cannot be used; nothing has been written.
 
     The command line prints it as one block and exits with status 2.
 
     Args:
-        message: what is wrong, in one sentence.
-        where: the place: file, line and field, or the name of the option.
-        found: what stands there now.
-        expected: what would have been accepted.
-        fix: what to do about it.
+        message: The mistake, in one sentence.
+        where: The place of the mistake: file, line and field, or the name of the option.
+        found: The value found there.
+        expected: The values that would have been accepted.
+        fix: The action that corrects the mistake.
     """
 
     def __init__(self, message: str, *, where: str = "", found: str = "", expected: str = "", fix: str = "") -> None:
@@ -24,7 +24,7 @@ class InputError(Exception):
         super().__init__(self.explain())
 
     def explain(self) -> str:
-        """The whole block as text, one labelled line per fact that is known."""
+        """Format the error as text, with one labelled line for each fact that is known."""
         facts = [("where", self.where), ("found", self.found), ("expected", self.expected), ("fix", self.fix)]
         lines = [self.message, *(f"  {label + ':':<10}{text}" for label, text in facts if text)]
         return "\n".join(lines)
@@ -43,36 +43,42 @@ class ModelError(InputError):
 
 
 class RunError(Exception):
-    """A run had to stop: non-finite numbers, no targets, a full disk.
+    """A run had to stop, for example because of non-finite numbers, missing targets or a full disk.
 
     The command line prints it as one block and exits with status 1.
     """
 
 
 def show(value: Any, *, limit: int = 80) -> str:
-    """A value as it may stand in an error: escaped by ``repr`` and at most about ``limit`` characters long."""
+    """Format a value for an error message: escaped by ``repr`` and at most about ``limit`` characters long."""
     try:
         text = repr(value[: limit + 1] if isinstance(value, str) else value)
-    except (ValueError, RecursionError):  # an int too long to print; a value too deep to walk
+    except (ValueError, RecursionError):  # an int that is too long to print, or a value that is nested too deeply
         text = f"a value of type {type(value).__name__}"
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 @dataclass(frozen=True)
 class Location:
-    """Where something stands: a file, a line in it (1-based; 0 = unknown), a field of the record."""
+    """The place of a value in a data file.
+
+    Args:
+        path: The file; "" if unknown.
+        line: The line in the file, from 1; 0 if unknown.
+        field: The field of the record; "" for the whole record.
+    """
 
     path: str = ""
     line: int = 0
     field: str = ""
 
     def key(self, name: str) -> Location:
-        """The location of one key of the object that stands here."""
+        """Return the location of one key of the object at this location."""
         plain = name if name.isidentifier() else show(name)
         return Location(self.path, self.line, f"{self.field}.{plain}" if self.field else plain)
 
     def item(self, index: int) -> Location:
-        """The location of one item of the list that stands here."""
+        """Return the location of one item of the list at this location."""
         return Location(self.path, self.line, f"{self.field}[{index}]")
 
     def __str__(self) -> str:
@@ -81,5 +87,5 @@ class Location:
         return ": ".join(part for part in (file, self.field) if part)
 
     def wrong(self, problem: str, value: Any, expected: str, fix: str = "") -> DataError:
-        """A DataError that shows the value found here, to be raised by the caller."""
+        """Return a DataError that shows the value at this location, to be raised by the caller."""
         return DataError(problem, where=str(self), found=show(value), expected=expected, fix=fix)

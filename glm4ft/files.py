@@ -1,4 +1,4 @@
-"""Files written whole or not at all, folders that are not overwritten, and records that strict JSON can hold."""
+"""Atomic file writes, a guard against overwriting folders, and records that strict JSON can represent."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ def write_atomically(path: Path, text: str) -> None:
         unfinished.write_text(text, "utf-8")
         os.replace(unfinished, path)
     except OSError as error:
-        error.filename = os.fspath(path)  # what the caller asked for, and not the file of our own beside it
+        error.filename = os.fspath(path)  # the caller's path, not that of the temporary file beside it
         raise
     finally:
         unfinished.unlink(missing_ok=True)
 
 
 def finite(value: Any) -> float | None:
-    """A number as strict JSON can hold it.
+    """Convert a number to a float that strict JSON can represent.
 
     Args:
         value: A number of any kind, or None.
     Returns:
-        A float; None for None, NaN and infinities.
+        The number as a float; None for None, NaN and infinities.
     """
     return float(value) if value is not None and math.isfinite(value) else None
 
 
 def finite_or_null(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record without NaN and Infinity, which strict JSON does not know.
+    """Replace NaN and Infinity in a record, which strict JSON cannot represent.
 
     Args:
         record: Names and values.
     Returns:
-        The record, floats that are not finite as None beside ``"finite": False``.
+        The record with None in place of each non-finite float, and ``"finite": False`` if there was one.
     """
     is_finite = {name: not isinstance(value, float) or math.isfinite(value) for name, value in record.items()}
     kept = {name: value if is_finite[name] else None for name, value in record.items()}
@@ -49,13 +49,13 @@ def finite_or_null(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def require_unused(output: Path, fix: str = "choose another folder") -> None:
-    """Refuse to write into a folder that holds something.
+    """Refuse to write into a folder that is not empty.
 
     Args:
-        output: folder that a checkpoint or a run is to become.
-        fix: what can be done instead.
+        output: The folder that a checkpoint or a run will be written to.
+        fix: The advice to the user if the folder is in use.
     Raises:
-        ConfigError: if it is there and not empty, or no folder.
+        ConfigError: If the folder exists and is not empty, or the path is not a folder.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(

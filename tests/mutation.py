@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
-RUN = ["tests/train/test_training_run.py", "-k", "not killed_at_a_random_step"]
+RUN = ["tests/train/test_run.py", "-k", "not killed_at_a_random_step"]
 TESTS = {  # fastest first: -x stops at the first failure
     "data.chat_format": ["tests/data/test_chat_format.py", "tests/data/test_masks.py"],
     "data.batching": ["tests/data/test_batching.py", *RUN],

@@ -1,4 +1,4 @@
-"""Rows into batches: padded or packed, in a seeded order that is a pure function of seed and epoch."""
+"""Batches of rows, padded or packed, in an order that is a pure function of seed and epoch."""
 
 from __future__ import annotations
 
@@ -14,13 +14,18 @@ from glm4ft.data.chat_format import IGNORED
 
 Item = dict[str, Any]  # input_ids, labels, lines; a packed item also has position_ids
 
-# Batches drawn at random before rows of like length are put together: enough to leave under 5 % of the slots empty on
-# chat-like lengths at batch sizes from 2 to 32 (see tests/data/test_batching.py), few enough to keep the order random.
+# Number of batches in the random window within which rows are sorted by length: enough to leave under 5 % of the slots
+# empty on chat-like lengths at batch sizes from 2 to 32 (see tests/data/test_batching.py), few enough to keep the order
+# random.
 WINDOW = 64
 
 
 class RowSet(Dataset[Item]):
-    """Rows by index; ``lengths`` are their numbers of tokens."""
+    """A data set of rows.
+
+    Attributes:
+        lengths: The number of tokens of each row.
+    """
 
     lengths: np.ndarray[Any, Any]
 
@@ -35,16 +40,16 @@ class ShuffledByLength(Sampler[int]):
     have seen.
 
     Args:
-        lengths: tokens of each row.
-        batch_size: rows per micro-batch; 1 leaves a plain shuffle.
-        seed: of the shuffle.
+        lengths: The number of tokens of each row.
+        batch_size: The number of rows per micro-batch; 1 gives a plain shuffle.
+        seed: The seed of the shuffle.
     """
 
     def __init__(self, lengths: Sequence[int] | np.ndarray[Any, Any], batch_size: int, seed: int) -> None:
         self.lengths, self.batch_size, self.seed, self.epoch = np.asarray(lengths), batch_size, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of this epoch, counted from 0."""
+        """Select the order of an epoch, counted from 0."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -69,11 +74,11 @@ class ShuffledByLength(Sampler[int]):
 
 
 class PackedRows(RowSet):
-    """Whole rows joined into packs of at most ``pack_length`` tokens.
+    """A data set of packs: whole rows joined to at most ``pack_length`` tokens.
 
     Args:
-        rows: the rows to pack; each at most ``pack_length`` long.
-        pack_length: capacity of a pack, in tokens.
+        rows: The rows to pack, each of at most ``pack_length`` tokens.
+        pack_length: The capacity of a pack, in tokens.
     """
 
     def __init__(self, rows: RowSet, pack_length: int) -> None:
@@ -85,15 +90,15 @@ class PackedRows(RowSet):
 
 
 def pack(lengths: Sequence[int] | np.ndarray[Any, Any], pack_length: int) -> list[list[int]]:
-    """Best-fit decreasing: longest row first, into the fullest pack it still fits.
+    """Distribute rows among packs by best-fit decreasing: longest row first, into the fullest pack with enough room.
 
     Args:
-        lengths: tokens of each row, each from 1 to ``pack_length``.
-        pack_length: capacity of a pack.
+        lengths: The number of tokens of each row, from 1 to ``pack_length``.
+        pack_length: The capacity of a pack, in tokens.
     Returns:
-        Packs as lists of row indices; every row stands in exactly one.
+        The packs as lists of row indices; every row is in exactly one.
     Raises:
-        ValueError: if a row is longer than a pack.
+        ValueError: If a row is longer than a pack.
     Source: D. S. Johnson, "Near-optimal bin packing algorithms", MIT 1973 (at most 11/9 of the optimum, plus one).
     """
     lengths = np.asarray(lengths)
@@ -123,7 +128,7 @@ def pack(lengths: Sequence[int] | np.ndarray[Any, Any], pack_length: int) -> lis
 
 
 def join(items: Sequence[Item]) -> Item:
-    """One packed item: the rows behind one another, positions restarting at each."""
+    """Concatenate rows into one packed item, whose position ids restart at each row."""
     positions = [item.get("position_ids", range(len(item["input_ids"]))) for item in items]
     return {
         "input_ids": np.concatenate([item["input_ids"] for item in items]),
@@ -134,21 +139,27 @@ def join(items: Sequence[Item]) -> Item:
 
 
 class Collator:
-    """Items into one batch of tensors.
+    """Collates items into one batch of tensors.
 
-    Packed items become a single row without an attention mask: the model then keeps samples apart by their positions,
-    and an all-ones mask would silently switch that off. Other items are padded on the right, masked by length and
+    Packed items become a single row without an attention mask: the model then separates samples by their positions,
+    and an all-ones mask would silently disable that. Other items are padded on the right, and masked by length and
     never by id, since the pad token ``<|endoftext|>`` may be a real target.
 
     Args:
-        pad_id: id that fills the slots behind shorter rows.
+        pad_id: The id that fills the slots after shorter rows.
     """
 
     def __init__(self, pad_id: int) -> None:
         self.pad_id = pad_id
 
     def __call__(self, items: Sequence[Item]) -> dict[str, torch.Tensor]:
-        """Join or pad the items; ``lines`` are those of all of them, for messages."""
+        """Collate items.
+
+        Args:
+            items: The items, either all packed or none.
+        Returns:
+            The tensors of the batch. ``lines`` holds the lines of all items, for messages.
+        """
         lines = torch.tensor([line for item in items for line in item["lines"]])
         if "position_ids" in items[0]:
             joined = join(items)

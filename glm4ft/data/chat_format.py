@@ -1,14 +1,15 @@
-r"""The GLM-4 family's chat formats: a conversation in, token ids and what is supervised out.
+r"""The GLM-4 family's chat formats, which encode a conversation as token ids and a supervision mask.
 
 A token is supervised exactly if the model must sample it at inference, given the prompt that serving sends. GLM-4 has
-no end-of-turn token: a turn is ended by the control token of whoever acts next, so for an assistant turn
+no end-of-turn token: a turn is ended by the control token of the next role, so for an assistant turn
 
     ``<|user|> \n hi <|assistant|> [\n] [hello] [<|user|>]``
 
-the bracketed tokens are supervised: all that follows the header, up to and including the next control token.
+the bracketed tokens are supervised: all tokens after the header, up to and including the next control token.
 
-The mask comes from structure. Headers are control ids; a body (``metadata + "\n" + content``) is encoded on its own by
-a tokenizer that knows no control tokens, so text can never become one, and no boundary is ever searched for in ids.
+The mask is derived from the structure of the conversation. Headers are control ids; a body (``metadata + "\n" +
+content``) is encoded on its own by a tokenizer without control tokens, so text can never become one, and no boundary is
+ever searched for in ids.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from glm4ft.data.conversation import Conversation, Message
 from glm4ft.errors import DataError, ModelError
 
-IGNORED = -100  # the label of a token that is not supervised; what torch's cross entropy ignores
+IGNORED = -100  # the label of a token that is not supervised; the default ignore_index of torch's cross entropy
 PREFIX = ("[gMASK]", "<sop>")
 HEADERS = {role: f"<|{role}|>" for role in ("system", "user", "assistant", "observation")}
 END_OF_TEXT = "<|endoftext|>"
@@ -47,11 +48,11 @@ class Segment:
     """A run of tokens with one origin.
 
     Args:
-        role: whose tokens these are; ``""`` for the prefix and an appended terminator.
-        part: a header that ends a trained assistant turn is supervised: it is that turn's terminator.
-        message: index into ``Conversation.messages``; None for the prefix, the tool block and an appended terminator.
-        start: first position in the row.
-        end: one past the last position.
+        role: The role of the tokens' message; ``""`` for the prefix and an appended terminator.
+        part: The kind of segment; a header that ends a trained assistant turn is supervised as its terminator.
+        message: The index of the message; None for the prefix, the tool block and an appended terminator.
+        start: The first position in the row.
+        end: One past the last position.
         supervised: True if these tokens contribute to the loss.
     """
 
@@ -65,12 +66,12 @@ class Segment:
 
 @dataclass(frozen=True)
 class AssistantTurn:
-    """Where one assistant turn stands in its row.
+    """The position of one assistant turn in its row.
 
     Args:
-        message: index into ``Conversation.messages``.
-        start: position after the header; ``input_ids[:start]`` is the prompt that serving sends.
-        end: position of the terminator, the last token the model has to sample.
+        message: The index into ``Conversation.messages``.
+        start: The position after the header; ``input_ids[:start]`` is the prompt that serving sends.
+        end: The position of the terminator, the last token the model has to sample.
         supervised: True if the turn is trained.
     """
 
@@ -85,11 +86,11 @@ class EncodedRow:
     """One encoded conversation; all sequences have the same length.
 
     Args:
-        input_ids: token ids, prefix included.
-        supervised: True where the loss counts the token itself as a target (unshifted).
-        segments: cover the row without gaps.
-        turns: the assistant turns, in order.
-        line: where the conversation stands in its file, from 1; 0 if it is not from a file.
+        input_ids: The token ids, prefix included.
+        supervised: True at each token that the loss counts as a target (unshifted).
+        segments: The segments of the row, in order and without gaps.
+        turns: The assistant turns, in order.
+        line: The line of the conversation in its file, from 1; 0 if it is not from a file.
     """
 
     input_ids: list[int]
@@ -99,14 +100,23 @@ class EncodedRow:
     line: int = 0
 
     @property
+    def expected(self) -> list[bool]:
+        """The mask that follows from the turns: True from each trained turn's start to its terminator, included."""
+        expected = [False] * len(self.input_ids)
+        for turn in self.turns:
+            if turn.supervised:
+                expected[turn.start : turn.end + 1] = [True] * (turn.end + 1 - turn.start)
+        return expected
+
+    @property
     def labels(self) -> list[int]:
-        """Ids where supervised and -100 elsewhere, unshifted: the model shifts."""
+        """The labels: ids where supervised and -100 elsewhere. They are unshifted, because the model shifts them."""
         return [i if keep else IGNORED for i, keep in zip(self.input_ids, self.supervised, strict=True)]
 
 
 @dataclass(frozen=True)
 class _Block:
-    """A header and the text below it, not yet encoded."""
+    """A header and the text after it, not yet encoded."""
 
     role: str
     text: str
@@ -117,16 +127,16 @@ class ChatFormat:
     """Encodes conversations in one chat format with one tokenizer.
 
     Args:
-        name: ``glm-4-9b-chat`` keeps the order of messages; ``glm-4-0414`` puts system messages first.
-        tokenizer: a fast tokenizer with GLM-4's control tokens.
-        final_stop: what ends a conversation whose last turn is the assistant's: ``role`` is ``<|observation|>`` after
-            a tool call and ``<|user|>`` after a reply, as serving sees it; ``endoftext`` is the other convention.
-        train_on: ``all`` assistant turns, or the ``last`` assistant message only.
-        allow_nonstop_terminator: train the header that follows an assistant turn even where it is not a stop token
-            (another assistant or system message). Off by default: only who collected the data knows whether one
-            generation spanned both messages.
+        name: The format: ``glm-4-9b-chat`` keeps the order of messages; ``glm-4-0414`` puts system messages first.
+        tokenizer: A fast tokenizer with GLM-4's control tokens.
+        final_stop: The terminator of a conversation whose last turn is the assistant's: ``role`` is ``<|observation|>``
+            after a tool call and ``<|user|>`` after a reply, as serving sees it; ``endoftext`` is ``<|endoftext|>``.
+        train_on: The trained turns: ``all`` assistant turns, or the ``last`` assistant message only.
+        allow_nonstop_terminator: Whether to train the header that follows an assistant turn even where it is not a stop
+            token (another assistant or system message). Off by default, because only the collector of the data knows
+            whether one generation spanned both messages.
     Raises:
-        ModelError: if the format is unknown or not supported, or the tokenizer lacks a control token.
+        ModelError: If the format is unknown or not supported, or the tokenizer lacks a control token.
     """
 
     def __init__(
@@ -149,20 +159,20 @@ class ChatFormat:
         self._tool_block = functools.lru_cache(maxsize=1024)(self._render_tool_block)
 
     def encode(self, conversation: Conversation) -> EncodedRow:
-        """AssistantTurn a conversation into ids and what is supervised.
+        """Encode a conversation as token ids and a supervision mask.
 
         Args:
-            conversation: a validated conversation.
+            conversation: A validated conversation.
         Returns:
             The row. Trailing messages after the last assistant turn are context: nothing is appended to them.
         Raises:
-            DataError: if an assistant turn is followed by a message whose header is not a stop token.
-            ModelError: if the checkpoint's template does not render the tools.
+            DataError: If an assistant turn is followed by a message whose header is not a stop token.
+            ModelError: If the checkpoint's template does not render the tools.
         """
         try:
             blocks = self._blocks(conversation.messages, conversation.tools)
         except ModelError as error:
-            where = " and ".join(filter(None, (error.where, conversation.where())))  # both may be what is wrong
+            where = " and ".join(filter(None, (error.where, conversation.where())))  # either may be at fault
             raise ModelError(
                 error.message, where=where, found=error.found, expected=error.expected, fix=error.fix
             ) from error
@@ -170,12 +180,12 @@ class ChatFormat:
         return self._assemble(blocks, self._trained_messages(conversation), conversation.line)
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
-        """The ids that serving sends to have the next assistant turn generated: all messages, then the header."""
+        """Encode the prompt that serving sends to generate the next assistant turn: all messages, then the header."""
         row = self._assemble(self._blocks(messages, tools), frozenset(), 0, append_stop=False)
         return [*row.input_ids, self.header_ids["assistant"]]
 
     def _blocks(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> list[_Block]:
-        """Headers and texts in the order of the format, the tool block first."""
+        """Return the headers and texts in the order of the format, the tool block first."""
         numbered = list(enumerate(messages))
         if self.name == "glm-4-0414":
             numbered.sort(key=lambda pair: pair[1].role != "system")
@@ -239,9 +249,9 @@ class ChatFormat:
                 )
 
     def _render_tool_block(self, tools_json: str) -> str:
-        """The text below ``<|system|>`` that the checkpoint's own template writes for these tools.
+        """Render the text after ``<|system|>`` that the checkpoint's own template writes for these tools.
 
-        The wording belongs to the checkpoint, so it is rendered and never restated here.
+        The wording belongs to the checkpoint, so it is rendered by its template and never restated here.
         """
         tools = json.loads(tools_json)
         if not self.tokenizer.chat_template:
@@ -269,7 +279,7 @@ class ChatFormat:
     def _render(self, messages: list[dict[str, Any]], tools: Any) -> str:
         try:
             return str(self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False))
-        except Exception as error:  # a template is a program: anything can be wrong with it
+        except Exception as error:  # a template is a program and can raise anything
             raise ModelError(
                 "the checkpoint's chat template fails on the conversation's tools",
                 where=str(self.tokenizer.name_or_path),
@@ -279,27 +289,27 @@ class ChatFormat:
 
 
 def common_prefix_length(left: Sequence[int], right: Sequence[int]) -> int:
-    """Number of ids that two rows share from the start.
+    """Count the ids that two rows share from the start.
 
     Args:
-        left: Token ids.
-        right: Token ids.
+        left: The token ids of one row.
+        right: The token ids of the other row.
     Returns:
-        The position of the first difference; the length of the shorter row where it begins the other.
+        The position of the first difference; the length of the shorter row if it is a prefix of the other.
     """
     pairs = enumerate(zip(left, right, strict=False))
     return next((at for at, (a, b) in pairs if a != b), min(len(left), len(right)))
 
 
 def control_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Ids of the control tokens the formats need, resolved from the tokenizer.
+    """Look up the ids of the control tokens that the formats need.
 
     Args:
-        tokenizer: the checkpoint's tokenizer.
+        tokenizer: The checkpoint's tokenizer.
     Returns:
-        Control token to id.
+        A mapping of control token to id.
     Raises:
-        ModelError: naming the tokens that are missing.
+        ModelError: If a token is missing; the message names the missing tokens.
     """
     needed = [*PREFIX, *HEADERS.values(), END_OF_TEXT]
     added = tokenizer.get_added_vocab()
@@ -316,12 +326,12 @@ def control_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 
 
 def plain_text_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """The tokenizer without its added tokens: marker text stays text, ordinary text keeps its ids.
+    """Return the tokenizer without its added tokens: the text of a marker stays text, ordinary text keeps its ids.
 
-    The flag ``encode_special_tokens`` would not do: it lets added tokens through that are not flagged as special.
+    The flag ``encode_special_tokens`` is not sufficient: it still matches added tokens that are not flagged as special.
 
     Raises:
-        ModelError: if the tokenizer is not a fast one.
+        ModelError: If the tokenizer is not a fast one.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -342,13 +352,13 @@ def detect_format(architectures: Sequence[str], chat_template: str | None, *, wh
     """Choose the chat format of a checkpoint.
 
     Args:
-        architectures: from its ``config.json``.
-        chat_template: of its tokenizer, or None.
-        where: the checkpoint, for error messages.
+        architectures: The architectures in the checkpoint's ``config.json``.
+        chat_template: The chat template of its tokenizer, or None.
+        where: The checkpoint, for error messages.
     Returns:
         The name of the format.
     Raises:
-        ModelError: for checkpoints whose format is not supported, with the reason.
+        ModelError: If the format is not supported; the message states the reason.
     """
     fix = "use a GLM-4-9B-Chat or GLM-4-0414 checkpoint, or name the format with --chat_format"
     names = set(architectures)

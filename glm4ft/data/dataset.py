@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 import glm4ft
 from glm4ft.data.batching import Item, RowSet
-from glm4ft.data.chat_format import IGNORED, ChatFormat, EncodedRow
-from glm4ft.data.conversation import Conversation, Message, read_conversations
+from glm4ft.data.chat_format import IGNORED, AssistantTurn, ChatFormat, EncodedRow
+from glm4ft.data.conversation import Conversation, Message
 from glm4ft.errors import ConfigError, DataError
 
 DEMO_DATA = Path(glm4ft.__file__).parent / "demo" / "two_conversations.jsonl"
@@ -29,6 +29,8 @@ WARNING_KINDS = 20  # counted apart: warnings quote names from the data
 NO_TARGETS = "no supervised token"
 TOO_LONG = "longer than max_length even with the last turn alone"
 _REPORT = "report.json"
+# Whatever changes a row or how it is stored is in one of these modules beside this one.
+ENCODER_MODULES = ("sources", "reader", "conversation", "chat_format", "dataset")
 
 
 @dataclass
@@ -81,6 +83,8 @@ class Rows(RowSet):
         self.supervised = np.memmap(folder / "supervised.bool", dtype=np.bool_, mode="r")
         self.offsets = np.load(folder / "offsets.npy", allow_pickle=False)
         self.lines = np.load(folder / "lines.npy", allow_pickle=False)
+        self.turns = np.load(folder / "turns.npy", mmap_mode="r", allow_pickle=False)
+        self.turn_offsets = np.load(folder / "turn_offsets.npy", allow_pickle=False)
         self.lengths = np.diff(self.offsets)
 
     def sha256(self) -> str:
@@ -95,6 +99,22 @@ class Rows(RowSet):
         input_ids = np.array(self.input_ids[span], dtype=np.int64)
         labels = np.where(self.supervised[span], input_ids, IGNORED)
         return {"input_ids": input_ids, "labels": labels, "lines": [int(self.lines[index])]}
+
+    def encoded(self, index: int) -> EncodedRow:
+        """A row with its turns, as it was encoded; its segments are not kept.
+
+        Args:
+            index: The number of the row, from 0.
+        """
+        span = slice(self.offsets[index], self.offsets[index + 1])
+        turns = self.turns[self.turn_offsets[index] : self.turn_offsets[index + 1]].tolist()
+        return EncodedRow(
+            self.input_ids[span].tolist(),
+            self.supervised[span].tolist(),
+            (),
+            tuple(AssistantTurn(message, start, end, bool(keep)) for message, start, end, keep in turns),
+            int(self.lines[index]),
+        )
 
 
 def prepare_rows(
@@ -203,9 +223,9 @@ def _write_folder(folder: Path, path: str | os.PathLike[str], chat_format: ChatF
 
 
 def _write_rows(folder: Path, path: str | os.PathLike[str], chat_format: ChatFormat, max_length: int) -> None:
-    report, offsets, lines = DataReport(os.fspath(path)), [0], []
+    report, offsets, lines, turns, turn_offsets = DataReport(os.fspath(path)), [0], [], list[tuple[int, ...]](), [0]
     with open(folder / "input_ids.int32", "wb") as ids_file, open(folder / "supervised.bool", "wb") as mask_file:
-        for conversation in _with_progress(read_conversations(path)):
+        for conversation in _with_progress(_read_conversations(path)):
             report.conversations += 1
             for warning in conversation.warnings:
                 # without the message's index, or a large file would have a kind of warning on every line
@@ -223,6 +243,8 @@ def _write_rows(folder: Path, path: str | os.PathLike[str], chat_format: ChatFor
             mask_file.write(np.asarray(row.supervised, dtype=np.bool_).tobytes())
             offsets.append(offsets[-1] + len(row.input_ids))
             lines.append(conversation.line)
+            turns += [(turn.message, turn.start, turn.end, turn.supervised) for turn in row.turns]
+            turn_offsets.append(len(turns))
             report.supervised_tokens += sum(row.supervised)
     report.rows, report.tokens = len(lines), offsets[-1]
     if not lines:
@@ -235,7 +257,15 @@ def _write_rows(folder: Path, path: str | os.PathLike[str], chat_format: ChatFor
         )
     np.save(folder / "offsets.npy", np.asarray(offsets, dtype=np.int64))
     np.save(folder / "lines.npy", np.asarray(lines, dtype=np.int64))
+    np.save(folder / "turns.npy", np.asarray(turns, dtype=np.int64).reshape(-1, 4))
+    np.save(folder / "turn_offsets.npy", np.asarray(turn_offsets, dtype=np.int64))
     (folder / _REPORT).write_text(json.dumps(asdict(report), ensure_ascii=False), "utf-8")
+
+
+def _read_conversations(path: str | os.PathLike[str]) -> Iterator[Conversation]:
+    from glm4ft.data.reader import read_conversations  # a run whose rows are in the cache loads no reader of files
+
+    return read_conversations(path)
 
 
 def _with_progress(conversations: Iterator[Conversation]) -> Iterator[Conversation]:
@@ -248,7 +278,7 @@ def _digest(path: str | os.PathLike[str], chat_format: ChatFormat, max_length: i
     digest = hashlib.sha256()
     digest.update(_file_digest(path))
     options: dict[str, Any] = {
-        "code": _code_digest(),
+        "code": code_digest(),
         "encoder": f"{type(chat_format).__module__}.{type(chat_format).__qualname__}",
         "format": chat_format.name,
         "final_stop": chat_format.final_stop,
@@ -263,11 +293,15 @@ def _digest(path: str | os.PathLike[str], chat_format: ChatFormat, max_length: i
 
 
 @functools.cache
-def _code_digest() -> str:
-    """Of this package's modules: rows encoded by other code are not found again."""
+def code_digest(package: Path = Path(__file__).parent) -> str:
+    """Digest of the modules that decide what a row is: rows that other code encoded are not found again.
+
+    Args:
+        package: The folder of ``ENCODER_MODULES``.
+    """
     digest = hashlib.sha256()
-    for module in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(module.read_bytes())
+    for name in ENCODER_MODULES:
+        digest.update((package / f"{name}.py").read_bytes())
     return digest.hexdigest()
 
 
@@ -279,7 +313,7 @@ def _file_digest(path: str | os.PathLike[str]) -> bytes:
                 digest.update(block)
     except OSError:
         # read_conversations says what is wrong with the path, in full
-        next(read_conversations(path))
+        next(_read_conversations(path))
         raise
     return digest.digest()
 

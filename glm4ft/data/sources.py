@@ -1,7 +1,7 @@
-"""The shapes of record that people have, read into plain turns that remember where they stood.
+"""Readers for the accepted record formats, which produce plain turns with their places in the record.
 
-Nothing here knows what makes a good conversation (``conversation.py`` does); it knows spellings: which keys, which role
-names, where tools and tool calls stand, how a loss flag may be written. What cannot be kept is refused, not dropped.
+This module handles spellings only: keys, role names, the places of tools and tool calls, values of loss flags. The
+rules of a valid conversation are in ``conversation.py``. Data that cannot be represented is refused, not dropped.
 
 Sources: the data format of THUDM/GLM-4 finetune_demo; the OpenAI chat fine-tuning format; ShareGPT as read by
 LLaMA-Factory; TRL's prompt/completion format.
@@ -13,11 +13,11 @@ import difflib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NoReturn, TypeGuard, get_args
+from typing import Any, NoReturn, TypeGuard, get_args
 
+from glm4ft.data.conversation import Role
 from glm4ft.errors import Location, show
 
-Role = Literal["system", "user", "assistant", "observation"]
 Record = Mapping[str, Any]
 
 OBSERVATION: Role = "observation"
@@ -35,20 +35,36 @@ SHAPES_IN_WORDS = (
 
 @dataclass(frozen=True)
 class SourceMessage:
-    """One message as its record states it, before the rules that hold between messages are checked."""
+    """One message as read from its record, before the rules between messages are checked.
+
+    Args:
+        role: The role of the message's author.
+        content: The text, verbatim; "" only for a system message that carries tools.
+        place: The place of the message in its record.
+        metadata: The name of the called tool; "" if the message is not a tool call.
+        loss: The message's loss flag; None if the record has none.
+        tools: The tools that the message carries.
+        prompt: True for a message of a ``prompt``, which is context whatever its loss flag.
+    """
 
     role: Role
-    content: str  # "" only for a system message that carries tools
+    content: str
     place: Location
     metadata: str = ""
-    loss: bool | None = None  # None: the record does not say
+    loss: bool | None = None
     tools: tuple[dict[str, Any], ...] = ()
-    prompt: bool = False  # part of a prompt: context, whatever its loss flag says
+    prompt: bool = False
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A record as turns, with the tools at its top level and the keys that no reader of its shape reads."""
+    """A record as turns, with its top-level tools and its unused keys.
+
+    Args:
+        turns: The messages, in order.
+        tools: The lists of tools at the top level of the record.
+        unread: The keys of other accepted formats, which the reader of this record does not use.
+    """
 
     turns: tuple[SourceMessage, ...]
     tools: tuple[tuple[dict[str, Any], ...], ...]
@@ -56,17 +72,17 @@ class Draft:
 
 
 def read_record(record: Any, place: Location) -> Draft:
-    """Read one record of any accepted shape.
+    """Read one record of any accepted format.
 
     Args:
-        record: a decoded JSON value.
-        place: the file and line it came from.
+        record: A decoded JSON value.
+        place: The file and line of the record.
 
     Returns:
-        Its turns in order, at least one.
+        The draft of the conversation, with at least one turn.
 
     Raises:
-        DataError: if the shape is unknown or ambiguous, or a part of it cannot be read.
+        DataError: If the format is unknown or ambiguous, or a part of the record cannot be read.
     """
     if not isinstance(record, Mapping):
         raise place.wrong("a record is not an object", record, SHAPES_IN_WORDS)
@@ -81,7 +97,7 @@ def read_record(record: Any, place: Location) -> Draft:
 
 
 def strict_json(text: str) -> Any:
-    """Decode JSON as ``json.loads`` does, but refuse duplicate keys, NaN and Infinity with a ValueError."""
+    """Decode JSON like ``json.loads``, but raise a ValueError for duplicate keys, NaN and Infinity."""
     return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
 
 
@@ -111,7 +127,7 @@ def _refuse_reasoning(record: Record, place: Location) -> None:
 
 
 def _shape_of(record: Record, place: Location) -> tuple[str, ...]:
-    """The one shape whose keys are all given; failing that, the one of which a part is there."""
+    """Return the keys of the record's format: the only one that is complete, otherwise the only one partly present."""
     fits = [shape for shape in READERS if all(record.get(key) is not None for key in shape)]
     fits = fits or [shape for shape in READERS if any(key in record for key in shape)]
     if len(fits) == 1:
@@ -156,7 +172,7 @@ def _message_list(messages: Any, place: Location, *, sharegpt: bool = False) -> 
 
 
 def _message(message: Any, place: Location, *, sharegpt: bool) -> Iterator[SourceMessage]:
-    """One message as one turn, or as several if it holds tool calls."""
+    """Read one message as one turn, or as several if it holds tool calls."""
     if not isinstance(message, Mapping):
         raise place.wrong("a message is not an object", message, "an object with role and content")
     _refuse_reasoning(message, place)
@@ -177,7 +193,7 @@ def _message(message: Any, place: Location, *, sharegpt: bool) -> Iterator[Sourc
 
 
 def _keys(message: Record, place: Location, *, sharegpt: bool) -> tuple[str, str]:
-    """Which two keys hold role and content: in ShareGPT lists either pair may."""
+    """Return the keys of the role and the content, which ShareGPT lists may call ``from`` and ``value``."""
     has_role, has_from = message.get("role") is not None, message.get("from") is not None
     if sharegpt and has_role and has_from:
         raise place.key("from").wrong("a message has two roles", list(message), "from/value or role/content")
@@ -226,7 +242,7 @@ def _encodable(text: str, place: Location) -> str:
 
 
 def _loss(message: Record, place: Location) -> bool | None:
-    """The message's loss flag; ``weight`` is OpenAI's name for it."""
+    """Read the message's loss flag; ``weight`` is OpenAI's name for it."""
     flags = {key: _flag(message.get(key), place.key(key)) for key in ("loss", "weight")}
     given = {flag for flag in flags.values() if flag is not None}
     if len(given) > 1:
@@ -238,7 +254,7 @@ def _flag(value: Any, place: Location) -> bool | None:
     word = value.strip().lower() if isinstance(value, str) else value
     if isinstance(word, (str, int, float)) and word in LOSS_FLAGS:
         return LOSS_FLAGS[word]
-    if value is None:  # columnar data sets fill what is missing with null
+    if value is None:  # columnar data sets fill missing values with null
         return None
     raise place.wrong("a loss flag is neither true nor false", value, "true or false (or 1 or 0)")
 
@@ -254,14 +270,14 @@ def _metadata(message: Record, role: Role, place: Location) -> str:
 
 
 def _name(value: Any, place: Location) -> str:
-    """A tool's name. GLM-4 writes it on the header's line, where the newline ends it."""
+    """Read a tool's name, which must be one line: GLM-4 writes it after the header, and a newline ends it."""
     if isinstance(value, str) and value.strip() and value.splitlines() == [value]:
         return _encodable(value, place)
     raise place.wrong("this cannot be a tool's name", value, "a string of one line that is not blank")
 
 
 def _calls(message: Record, role: Role, place: Location) -> Iterator[SourceMessage]:
-    """The calls of an OpenAI message, as ``tool_calls`` or as the older ``function_call``."""
+    """Read the calls of an OpenAI message, given as ``tool_calls`` or as the older ``function_call``."""
     entries, call = message.get("tool_calls"), message.get("function_call")
     at = place.key("function_call" if entries in (None, []) else "tool_calls")
     given = call if entries in (None, []) else entries
@@ -299,7 +315,7 @@ def _call(call: Any, place: Location) -> SourceMessage:
 
 
 def _json_calls(value: Any, place: Location) -> list[SourceMessage]:
-    """The calls in the text of a ShareGPT ``function_call`` message: one object, or a list of them."""
+    """Read the calls in the text of a ShareGPT ``function_call`` message: one object, or a list of them."""
     decoded = _decoded(_content(value, place), place)
     if not is_array(decoded):
         return [_call(decoded, place)]
@@ -321,7 +337,7 @@ def _dumped(value: Any, place: Location) -> str:
 
 
 def _tools(value: Any, place: Location) -> tuple[dict[str, Any], ...]:
-    """The tools of a list, or of a JSON string that holds one, without keys that are null (as GLM-4's finetune.py)."""
+    """Read a list of tools, or a JSON string that holds one; null keys are dropped, as in GLM-4's finetune.py."""
     if isinstance(value, str):
         value = _decoded(value, place) if value.strip() else None
     if value is None:
@@ -349,7 +365,7 @@ def _tool(tool: Any, place: Location) -> dict[str, Any]:
 
 
 def _plain(value: Any, place: Location) -> Any:
-    """A copy of a JSON value without the keys that are null, checked to be JSON that UTF-8 can encode."""
+    """Copy a JSON value without its null keys; refuse values that JSON or UTF-8 cannot represent."""
     if isinstance(value, Mapping):
         given = {_key(key, place): item for key, item in value.items() if item is not None}
         return {key: _plain(item, place.key(key)) for key, item in given.items()}

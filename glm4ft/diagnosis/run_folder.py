@@ -12,9 +12,9 @@ import yaml
 from peft import PeftModel
 
 from glm4ft.data.chat_format import IGNORED, AssistantTurn, ChatFormat, EncodedRow
-from glm4ft.data.conversation import read_conversations
 from glm4ft.data.dataset import data_path, fit_row
-from glm4ft.data.encoded_rows import KEPT_TOKENS, ROWS_FILE, TrainedRow, read_rows, token_origins
+from glm4ft.data.encoded_rows import KEPT_TOKENS, ROWS_FILE, TrainedRow, read_rows, rows_of, token_origins, write_rows
+from glm4ft.data.reader import read_conversations
 from glm4ft.diagnosis.measure import MEASURED_ROWS, gather_evidence
 from glm4ft.diagnosis.rules import Diagnosis, diagnose
 from glm4ft.errors import ConfigError, ModelError
@@ -23,12 +23,21 @@ from glm4ft.model.checkpoint import one_line, read_json
 from glm4ft.model.generation import TurnRoundTrip, round_trip
 from glm4ft.model.merge import require_adapter
 from glm4ft.train.config import TrainConfig
-from glm4ft.train.run import BASE_FOLDER, CONFIG_FILE
+from glm4ft.train.run import PreparedRun, RunObserver
+from glm4ft.train.run_folder import BASE_FOLDER, CONFIG_FILE
 from glm4ft.train.trajectory import FILE_NAME, read_trajectory
 
 STATE_FILE, ADAPTER_CONFIG = "trainer_state.json", "adapter_config.json"
 SHARED_OPTIONS = ("learning_rate", "weight_decay")
 TRIED_TURNS = 16  # said back by the model
+
+
+class RowsKeeper(RunObserver):
+    """Keeps the first rows of a run beside its results, where ``glm4ft explain`` finds them."""
+
+    def on_begin(self, run: PreparedRun) -> None:
+        """Write ``rows.jsonl``."""
+        write_rows(run.output / ROWS_FILE, rows_of(run.rows))
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""Certified bounds under a head of any size: solve on the rows that matter, prove it for all of them.
+"""Certified bounds of the cross entropy under a head of any size, from a solution on a subset of its rows.
 
-``logsumexp`` over some of the rows is never more than over all of them, so what is certified on a subset holds for the
-whole head. A pass over the whole head finds the rows that matter and the loss really reached; rows left out are not
-forgotten but stand behind the subset as mean rows of groups of like logit (see ``floor_solver.HeadRows``).
+``logsumexp`` over some of the rows is never more than over all of them, so a bound certified on a subset holds for the
+whole head. A pass over the whole head finds the rows that matter and the loss actually reached; the rows outside the
+subset are represented by the mean rows of groups of similar logits (see ``glm4ft.floors.solver.HeadRows``).
 
 Shapes: K target distributions, M rows of the subset, V of the head, G groups of rows, D hidden.
 """
@@ -19,16 +19,16 @@ import torch
 from glm4ft.floors.head import Head
 from glm4ft.floors.solver import EXACT, TOLERANCE, HeadRows, Precision, solve
 
-SMALL_HEAD = 8192  # rows; up to here the whole head is solved at once
+SMALL_HEAD = 8192  # rows; the largest head that is solved whole
 _BATCH = 64  # distributions solved side by side
 _SCANNED = 256  # distributions in one pass over the head
 _CANDIDATES = 512  # rows that a pass over the head proposes for each distribution
-_NUM_GROUPS = 64  # of like logit among the rows left out
+_NUM_GROUPS = 64  # groups of similar logits among the rows outside the subset
 _MAX_SUBSET = 8192  # rows: 256 MiB in float64 at D = 4,096, and as much again while solving
 _MAX_ROUNDS = 6
-_WORTH_A_ROUND = 0.5  # a round that leaves more than this share of the gap is the last: two passes over the head each
-_RELATIVE_TOLERANCE = 0.02  # of a bound under a large head: 4.87 instead of 4.91 tells a user the same
-_LARGE_HEAD_STEPS = 300  # the subset grows meanwhile, and whatever is left open, the bound holds
+_WORTH_A_ROUND = 0.5  # a round that leaves more than this share of the gap is the last: each costs two head passes
+_RELATIVE_TOLERANCE = 0.02  # of a bound under a large head: 4.87 instead of 4.91 makes no difference to a user
+_LARGE_HEAD_STEPS = 300  # descent steps per round; the subset grows between rounds, and the bound holds at any step
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Target:
     """A distribution over tokens.
 
     Args:
-        ids: tokens, ascending.
-        weights: their probabilities, summing to 1.
+        ids: The tokens, ascending.
+        weights: The probabilities of the tokens, summing to 1.
     """
 
     ids: tuple[int, ...]
@@ -45,19 +45,20 @@ class Target:
 
     @property
     def entropy(self) -> float:
-        """In nats: what no model gets below."""
+        """The entropy in nats, below which no model's cross entropy can be."""
         # max: a certain token has entropy -0.0
         return max(0.0, -sum(w * math.log(w) for w in self.weights))
 
 
 @dataclass(frozen=True)
 class Bound:
-    """What the head can do with a distribution.
+    """Bounds of the least cross entropy that the head can reach on a distribution.
 
     Args:
-        lower: certified lower bound of the cross entropy, nats.
-        upper: a cross entropy that the head reaches; in a head of more than ``SMALL_HEAD`` rows it is computed in fp32.
-        token_losses: of each token of the distribution where ``upper`` is reached.
+        lower: The certified lower bound of the cross entropy, nats.
+        upper: A cross entropy that the head reaches, nats; for a head of more than ``SMALL_HEAD`` rows it is computed
+            in fp32.
+        token_losses: The loss of each token of the distribution where ``upper`` is reached, nats.
     """
 
     lower: float
@@ -69,9 +70,9 @@ def bound_targets(head: Head, targets: Sequence[Target], *, precision: Precision
     """Bound the cross entropy of each distribution.
 
     Args:
-        head: frozen head and norm.
-        targets: distributions over its rows.
-        precision: of the forward pass that the bounds are for.
+        head: The frozen head and norm.
+        targets: The distributions over the rows of the head.
+        precision: The precision of the forward pass that the bounds are for.
     Returns:
         A bound for each distribution.
     """
@@ -96,12 +97,12 @@ def _solve_whole(head: Head, rows: HeadRows, targets: Sequence[Target], precisio
 
 @dataclass(frozen=True)
 class _Scan:
-    """What a pass over the whole head shows at K hidden states.
+    """The result of a pass over the whole head at K hidden states.
 
     Args:
-        total_K: logsumexp of the logits.
-        likeliest_KM: ids of the likeliest rows.
-        mean_V: logit of each row, in the mean over the states.
+        total_K: The logsumexp of the logits.
+        likeliest_KM: The ids of the likeliest rows.
+        mean_V: The mean logit of each row over the hidden states.
     """
 
     total_K: torch.Tensor
@@ -111,13 +112,13 @@ class _Scan:
 
 @dataclass(frozen=True)
 class _Groups:
-    """The rows of the head in groups.
+    """A partition of the head's rows into groups.
 
     Args:
-        group_V: which group each row is in.
-        counts_G: rows in each, float64.
-        sums_GD: their sum, float64.
-        norm_sums_G: sum of their norms.
+        group_V: The index of each row's group.
+        counts_G: The number of rows in each group, float64.
+        sums_GD: The sum of the rows in each group, float64.
+        norm_sums_G: The sum of the norms of the rows in each group.
     """
 
     group_V: torch.Tensor
@@ -127,19 +128,19 @@ class _Groups:
 
 
 class _Search:
-    """Bounds under a head that is too large to solve at once."""
+    """Bounds targets under a head that is too large to solve whole."""
 
     def __init__(self, head: Head, precision: Precision) -> None:
         self.head, self.precision = head, precision
 
     @functools.cached_property
     def _all_rows(self) -> _Groups:
-        """One group, from a pass that is made only where some target needs it."""
+        """All rows as one group, computed by a pass over the head only if some target needs it."""
         return self._group(torch.zeros(self.head.num_rows))
 
     def bounds(self, targets: Sequence[Target]) -> list[Bound]:
-        """Clear what the head reaches easily, then solve the rest on a growing subset of rows."""
-        # the state along the wanted rows: it reaches almost every token, at the price of one pass
+        """Bound the targets that the head reaches easily, then solve the others on a growing subset of rows."""
+        # the state in the direction of the target rows reaches almost every token, at the cost of one pass
         hidden_KD = torch.stack([self._mean_row(target) for target in targets])
         hidden_KD = self.head.radius * hidden_KD / hidden_KD.norm(dim=1, keepdim=True).clamp_min(1e-300)
         scan = self._scan(hidden_KD, "first look at the head")
@@ -157,7 +158,7 @@ class _Search:
         return bounds
 
     def _solve(self, targets: list[Target], bounds: list[Bound], subset: set[int]) -> list[Bound]:
-        """Solve on the subset, look at the whole head, add the rows that turned out to matter, and again."""
+        """Alternate between solving on the subset and adding to it the rows that a pass over the head finds likely."""
         subset = subset | {token for target in targets for token in target.ids}
         groups = self._all_rows
         for _ in range(_MAX_ROUNDS):
@@ -196,7 +197,7 @@ class _Search:
         return torch.tensor(target.weights, dtype=torch.float64) @ self.head.rows(list(target.ids))
 
     def _rows(self, ids: list[int], groups: _Groups) -> HeadRows:
-        """The subset, and behind it one row for what is left of each group."""
+        """Return the rows of the subset, followed by one mean row for the remaining rows of each group."""
         own = HeadRows.of(self.head.rows(ids))
         group_M = groups.group_V[ids]
         counts_G = groups.counts_G - torch.bincount(group_M, minlength=_NUM_GROUPS)
@@ -210,7 +211,7 @@ class _Search:
         )
 
     def _group(self, logit_V: torch.Tensor) -> _Groups:
-        """Put rows of like logit together: the mean row then loses little."""
+        """Group rows by similar logits, so that a mean row represents its group closely."""
         low, high = logit_V.min(), logit_V.max()
         share_V = (logit_V - low) / (high - low).clamp_min(1e-30)
         group_V = (share_V * _NUM_GROUPS).long().clamp_max(_NUM_GROUPS - 1)
@@ -218,14 +219,14 @@ class _Search:
         norm_sums_G = torch.zeros(_NUM_GROUPS, dtype=torch.float64)
         for start, rows_CD in self.head.chunks("groups of rows"):
             own_C = group_V[start : start + len(rows_CD)]
-            # float64: the mean must be exact, or the bound would not be one; products of bf16 are exact in fp32
+            # float64: the bound holds only if the mean is exact; products of bf16 are exact in fp32
             sums_GD.index_add_(0, own_C, rows_CD.double())
             norm_sums_G.index_add_(0, own_C, rows_CD.norm(dim=1).double())
         counts_G = torch.bincount(group_V, minlength=_NUM_GROUPS).double()
         return _Groups(group_V, counts_G, sums_GD, norm_sums_G)
 
     def _scan(self, hidden_KD: torch.Tensor, task: str) -> _Scan:
-        """One pass over the head."""
+        """Make one pass over the whole head at the given hidden states."""
         hidden_KD = hidden_KD.float()
         total_K = torch.full((len(hidden_KD),), -math.inf, dtype=torch.float64)
         mean_V = torch.empty(self.head.num_rows)
@@ -249,7 +250,7 @@ def _dense(targets: Sequence[Target], place: dict[int, int], width: int) -> torc
 
 
 def _in_turn(ranked: list[list[int]], known: set[int], room: int) -> list[int]:
-    """New rows from each ranking in turn, the likeliest first, as many as there is room for."""
+    """Pick new rows from each ranking in turn, the likeliest first, at most ``room`` of them."""
     new = dict.fromkeys(token for rank in zip(*ranked, strict=True) for token in rank if token not in known)
     return list(new)[: max(room, 0)]
 
@@ -263,6 +264,6 @@ def _is_tight(bound: Bound) -> bool:
 
 
 def _better(old: Bound, new: Bound) -> Bound:
-    """The higher certified bound with the smaller loss reached."""
+    """Combine two bounds of one target: the higher certified bound and the smaller loss reached."""
     best = new if new.upper <= old.upper else old
     return Bound(max(old.lower, new.lower), best.upper, best.token_losses)

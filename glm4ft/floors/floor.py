@@ -1,8 +1,9 @@
 """Certified lower bound of the mean loss that any adapter below a frozen head can reach on a data set.
 
-Two things keep a loss up whatever is trained. Where equal prefixes go on differently, no model is right every time:
-what is lost is the entropy of what follows. And behind a frozen final norm the frozen head expresses some tokens badly:
-``floor_solver`` bounds what the best hidden state there is would lose. Both are known before training.
+Two effects bound the loss from below, whatever is trained. Where equal prefixes have different continuations, no model
+is right every time: its loss is at least the entropy of the continuations. And behind a frozen final norm the frozen
+head expresses some tokens badly: ``glm4ft.floors.solver`` bounds the loss at the best possible hidden state. Both are
+known before training.
 """
 
 from __future__ import annotations
@@ -24,19 +25,20 @@ from glm4ft.text.token_text import TokenDecoder, token_text
 
 # A token whose floor under the head is above this is called hard to reach: its probability stays below 0.9.
 HARD_TO_REACH = 0.1
-_ROUNDING = 1e-12  # of sums in float64, which may leave a bound that equals the entropy a hair beside it
+_ROUNDING = 1e-12  # of sums in float64, by which a bound that equals the entropy may exceed it
 
 
 @dataclass(frozen=True)
 class TokenFloor:
-    """One token of the vocabulary as a target.
+    """The floor of one token of the vocabulary.
 
     Args:
-        id: of the token.
-        text: as it may be printed; control tokens by name.
-        count: how often it is a target.
-        floor: mean over its occurrences, nats.
-        head: of the token alone: certified lower bound of its loss by the head, wherever it stands; 0 without a head.
+        id: The id of the token.
+        text: The text of the token, safe to print; the name of a control token.
+        count: The number of times the token is a target.
+        floor: The mean floor over the token's occurrences, nats.
+        head: The certified lower bound of the token's loss that is due to the head, at any position, nats; 0 without a
+            head.
     """
 
     id: int
@@ -48,12 +50,12 @@ class TokenFloor:
 
 @dataclass(frozen=True)
 class SampleFloor:
-    """One row.
+    """The floor of one row.
 
     Args:
-        line: of the conversation in its file.
-        floor: mean over its supervised tokens, nats.
-        supervised_tokens: of the row.
+        line: The line of the conversation in its file.
+        floor: The mean floor over the row's supervised tokens, nats.
+        supervised_tokens: The number of supervised tokens of the row.
     """
 
     line: int
@@ -66,15 +68,16 @@ class Floor:
     """Lower bound of the mean loss of a data set, in nats per supervised token: ``floor = entropy + head``.
 
     Args:
-        floor: no adapter below the frozen head reaches a lower mean loss.
-        entropy: the part that no model whatsoever gets below: equal prefixes that go on differently.
-        head: the part that the frozen head and final norm add.
-        gap: the exact infimum under head and norm lies between ``floor`` and ``floor + gap``.
-        tokens: every distinct target, that with the largest share of the floor first.
-        samples: every row with a supervised token, that with the highest floor first.
-        parts: mean floor of the supervised tokens of a kind (``assistant body``, ``assistant terminator``, ...).
-        label: what the bound holds for, in words.
-        per_target: floor of each supervised token, row by row.
+        floor: The bound: no adapter below the frozen head reaches a lower mean loss.
+        entropy: The part due to equal prefixes with different continuations, which holds for every model.
+        head: The part that the frozen head and final norm add.
+        gap: The width of the interval, from ``floor`` to ``floor + gap``, that contains the exact infimum under head
+            and norm.
+        tokens: The floor of every distinct target, the largest share of the total first.
+        samples: The floor of every row with a supervised token, the highest first.
+        parts: The mean floor of each kind of supervised token (``assistant body``, ``assistant terminator``, ...).
+        label: The arithmetic that the bound holds for, in words.
+        per_target: The floor of each supervised token, row by row.
     """
 
     floor: float
@@ -88,7 +91,13 @@ class Floor:
     per_target: Array = field(repr=False, compare=False)
 
     def blocking(self, target_loss: float) -> list[TokenFloor]:
-        """The tokens that keep the mean loss above a target, the worst first; empty if the floor is not above it."""
+        """Return the tokens that keep the mean loss above a target, the worst first.
+
+        Args:
+            target_loss: The mean loss to reach, nats.
+        Returns:
+            The fewest tokens without whose floor the mean would reach the target; empty if the floor is not above it.
+        """
         if not self.floor > target_loss:
             return []
         excess, total = [], sum(token.count for token in self.tokens)
@@ -101,7 +110,7 @@ class Floor:
         return excess
 
     def record(self) -> dict[str, Any]:
-        """The object that ``glm4ft floor --json`` writes."""
+        """Return the object that ``glm4ft floor --json`` writes."""
         return {
             "schema": 1,
             "floor": self.floor,
@@ -125,14 +134,14 @@ def find_floor(
     """Bound the mean loss of rows from below.
 
     Args:
-        rows: as they are trained: in their format, cut to length.
-        tokenizer: that made them.
-        head: frozen head and final norm; None where either is trained: what is left is the entropy.
-        precision: of the forward pass that the bound is for.
+        rows: The rows as they are trained, in their chat format and cut to length.
+        tokenizer: The tokenizer that encoded the rows.
+        head: The frozen head and final norm; None if either is trained, in which case the floor is the entropy alone.
+        precision: The precision of the forward pass that the bound is for.
     Returns:
         The floor; its ``floor`` is certified, whatever its ``gap``.
     Raises:
-        DataError: if no token is supervised.
+        DataError: If no token is supervised.
     """
     rows = list(rows)
     targets = group_targets(rows)
@@ -171,10 +180,10 @@ def _bounds(targets: Sequence[Target], head: Head | None, precision: Precision) 
 
 
 def _of_pairs(targets: PrefixTargets, bounds: Mapping[Target, Bound]) -> tuple[Array, Array, Array]:
-    """Floor, gap and entropy of each pair of prefix and token.
+    """Return the floor, gap and entropy of each pair of prefix and token.
 
-    The bound of a distribution is shared out among its tokens as the loss is where it is least, so that the mean over
-    their occurrences is the bound.
+    The bound of a distribution is divided among its tokens in proportion to their losses at the smallest loss found, so
+    that the mean over their occurrences is the bound.
     """
     floors: list[list[float]] = []
     for target in targets.distributions:

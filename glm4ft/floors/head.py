@@ -1,4 +1,4 @@
-"""The output head and final norm of a base, without the rest of it: two tensors, read in pieces by memory map."""
+"""The output head and final norm of a base, read in pieces by memory map without the rest of the model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from glm4ft.model.checkpoint import INDEX, SINGLE_FILE, TINY, find_checkpoint, l
 from glm4ft.model.tiny import tiny_model
 
 HEAD, NORM, EMBEDDINGS = "lm_head.weight", "model.norm.weight", "model.embed_tokens.weight"
-_CHUNK_BYTES = 2**27  # of fp32 rows held at once
+_CHUNK_BYTES = 2**27  # size of the fp32 rows in memory at once
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class Head:
     """A frozen head behind a frozen final norm.
 
     Args:
-        weight: V x D, a tensor or a slice of a safetensors file: ``weight[a:b]`` gives rows.
-        norm_D: weight of the norm, float64.
-        num_rows: V.
-        dtype: of the run: rows are rounded to it, if they are stored more finely; None leaves them as stored.
+        weight: The V x D weight of the head, a tensor or a slice of a safetensors file: ``weight[a:b]`` gives rows.
+        norm_D: The weight of the norm, float64.
+        num_rows: The number of rows V.
+        dtype: The dtype of the run, to which rows stored in a finer dtype are rounded; None leaves them as stored.
     """
 
     weight: Any
@@ -41,23 +41,25 @@ class Head:
 
     @property
     def width(self) -> int:
-        """D."""
+        """The hidden size D."""
         return len(self.norm_D)
 
     @property
     def radius(self) -> float:
-        """No normed hidden state, before the norm weight, is longer than this: ``sqrt(D)``."""
+        """The largest length of a normed hidden state before the norm weight is applied, ``sqrt(D)``."""
         return float(self.width**0.5)
 
     def rows(self, ids: list[int]) -> torch.Tensor:
-        """Some rows times the norm weight, float64, len(ids) x D."""
+        """Return some rows times the norm weight, float64, len(ids) x D."""
         return self._rounded(torch.cat([self.weight[i : i + 1] for i in ids])).double() * self.norm_D
 
     def chunks(self, task: str) -> Iterator[tuple[int, torch.Tensor]]:
-        """All rows times the norm weight, in fp32, a piece at a time with the id of its first.
+        """Iterate over all rows times the norm weight, in chunks.
 
         Args:
-            task: shown beside the progress bar, where it takes long.
+            task: The label of the progress bar, which appears if the pass takes long.
+        Yields:
+            The id of the chunk's first row, and the chunk in fp32.
         """
         size = max(1, _CHUNK_BYTES // (4 * self.width))
         norm_D = self.norm_D.float()
@@ -66,7 +68,7 @@ class Head:
             yield start, self._rounded(self.weight[start : min(start + size, self.num_rows)]).float() * norm_D
 
     def in_dtype(self, dtype: torch.dtype) -> Head:
-        """The same head in a run of this dtype."""
+        """Return the head as it is in a run of the given dtype."""
         return replace(self, norm_D=self.norm_D.to(dtype).double(), dtype=dtype)
 
     def _rounded(self, rows: torch.Tensor) -> torch.Tensor:
@@ -74,18 +76,19 @@ class Head:
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """The head of a model in memory, as its base has it: adapters on it are not included."""
+    """Return the head of a model in memory; adapters on the head are not included."""
     base: Any = model
     weight = base.get_output_embeddings().weight.detach().cpu()
     return Head(weight, base.model.norm.weight.detach().cpu().double(), len(weight))
 
 
 def frozen_head(model: Any) -> Head | None:
-    """The head of a model, or None if the run trains, or has trained, head or final norm too.
+    """Return the head of a model if the run does not train it.
 
     Args:
-        model: of transformers, with or without adapters of peft, about to be trained or read from the disk. None also
-            if its head and norm are not found.
+        model: A model of transformers, with or without adapters of peft, about to be trained or read from the disk.
+    Returns:
+        The head; None if head or final norm are trained, have been trained, or are not found.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     modules: list[Any] = [base.get_output_embeddings(), getattr(getattr(base, "model", None), "norm", None)]
@@ -95,20 +98,20 @@ def frozen_head(model: Any) -> Head | None:
 
 
 def _is_trained(module: Any) -> bool:
-    # What was read from the disk requires no gradient. Around a module that it trains, peft puts one of its own: an
-    # adapter, or a copy that modules_to_save asked for.
+    # Parameters read from the disk require no gradient. But peft wraps each module that it trains in a module of its
+    # own: an adapter, or a copy for modules_to_save.
     return any(parameter.requires_grad or "." in name for name, parameter in module.named_parameters())
 
 
 def read_head(model: str) -> Head:
-    """Read the head of a base and nothing else; the head of a 4-bit base is stored in bf16 and will do.
+    """Read only the head and final norm of a base; a 4-bit base works too if its head is stored in bf16.
 
     Args:
-        model: ``tiny`` for the built-in base, a local folder, or a hub id.
+        model: The base: ``tiny`` for the built-in one, a local folder, or a hub id.
     Returns:
         The head.
     Raises:
-        ModelError: if the tensors are not there, are quantised, or do not fit each other.
+        ModelError: If the tensors are missing, are quantised, or do not fit each other.
     """
     if model == TINY:
         return head_of(tiny_model())
@@ -125,10 +128,14 @@ def read_head(model: str) -> Head:
 
 
 def format_of(model: str) -> FormatName | None:
-    """The chat format of a base by its config and template; None for the built-in one, which needs no file.
+    """Detect the chat format of a base from its config and template.
 
+    Args:
+        model: The base: ``tiny`` for the built-in one, a local folder, or a hub id.
+    Returns:
+        The name of the format; None for the built-in base, which has no files.
     Raises:
-        ModelError: if the format is not supported.
+        ModelError: If the format is not supported.
     """
     if model == TINY:
         return None
@@ -137,7 +144,7 @@ def format_of(model: str) -> FormatName | None:
 
 
 def _weight_map(folder: Path, model: str) -> dict[str, str]:
-    """Names of the tensors to the files they are in."""
+    """Map the names of the tensors to the names of their files."""
     if (folder / INDEX).exists():
         weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
@@ -149,7 +156,7 @@ def _weight_map(folder: Path, model: str) -> dict[str, str]:
 
 
 def _tensor(model: str, folder: Path, shards: dict[str, str], name: str) -> tuple[Any, list[int]]:
-    """A tensor that is read only where it is sliced, and its shape."""
+    """Open a tensor lazily, so that only its slices are read; return it with its shape."""
     if name not in shards:
         found = listed(shards) if shards else ""
         raise ModelError(f"the checkpoint has no {name}", where=str(folder), found=found)
@@ -166,7 +173,7 @@ def _tensor(model: str, folder: Path, shards: dict[str, str], name: str) -> tupl
 
 
 def _file(model: str, folder: Path, name: str) -> Path:
-    """A file of the checkpoint; of a hub checkpoint only the shards that are needed are downloaded."""
+    """Return the path of a file of the checkpoint; only the needed shards of a hub checkpoint are downloaded."""
     path = folder / name
     if path.is_file():
         return path

@@ -1,8 +1,8 @@
-"""What follows each prefix: the supervised tokens of a data set, grouped by everything the model sees before them.
+"""The supervised tokens of a data set, grouped by their prefix, all the ids that the model sees before them.
 
-Two positions with the same ids before them have the same hidden state, whatever the model, so what their targets share
-is one distribution. In a pack rows do not see each other, so a row's own ids are all that counts; ids that truncation
-removed are not there any more.
+Two positions with equal prefixes have the same hidden state, whatever the model, so their targets form one
+distribution. In a pack rows do not see each other, so a prefix consists of the row's own ids; ids removed by truncation
+are not part of it.
 """
 
 from __future__ import annotations
@@ -22,18 +22,20 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class PrefixTargets:
-    """All supervised tokens, N of them in reading order, P distinct pairs of prefix and token, U distributions.
+    """The supervised tokens of a data set, grouped by prefix.
+
+    Shapes: N supervised tokens in reading order, P distinct pairs of prefix and token, U distinct distributions.
 
     Args:
-        row_N: index of the row each stands in.
-        position_N: in the row.
-        token_N: the token.
-        pair_N: index of its pair.
-        pair_token_P: token of each pair.
-        pair_count_P: how often each pair occurs.
-        pair_distribution_P: which distribution the pair's prefix has.
-        pair_member_P: where the token stands in ``Target.ids`` of that distribution.
-        distributions: the distinct ones.
+        row_N: The index of each token's row.
+        position_N: The position of each token in its row.
+        token_N: The id of each token.
+        pair_N: The index of each token's pair.
+        pair_token_P: The token of each pair.
+        pair_count_P: The number of occurrences of each pair.
+        pair_distribution_P: The index of the distribution at each pair's prefix.
+        pair_member_P: The index of each pair's token in ``Target.ids`` of that distribution.
+        distributions: The U distinct distributions.
     """
 
     row_N: Array
@@ -51,9 +53,9 @@ def group_targets(rows: Sequence[TrainedRow]) -> PrefixTargets:
     """Group the supervised tokens of rows by their prefix.
 
     Args:
-        rows: as trained. A label on the first token of a row counts for nothing: no model predicts it.
+        rows: The rows as trained. A label on the first token of a row is ignored: no model predicts it.
     Returns:
-        The groups.
+        The tokens, pairs and distributions.
     """
     ids = [np.asarray(row.input_ids, dtype=np.int64) for row in rows]
     positions = [np.flatnonzero(np.asarray(row.labels)[1:] != IGNORED) + 1 for row in rows]
@@ -78,10 +80,10 @@ def group_targets(rows: Sequence[TrainedRow]) -> PrefixTargets:
 
 
 def _prefix_numbers(ids: list[Array], positions: list[Array]) -> list[Array]:
-    """A number for the ids before each position: equal numbers, equal ids.
+    """Number the prefixes at the given positions, so that equal prefixes have equal numbers.
 
-    In lexical order rows that share a prefix are neighbours, so a row has the numbers of the one before it as far as
-    the two agree, and new ones from there on.
+    In lexical order rows that share a prefix are neighbours, so a row reuses the numbers of the row before it as far as
+    the two agree, and gets new ones from there on.
     """
     # big-endian bytes compare like the ids themselves
     order = sorted(range(len(ids)), key=lambda i: ids[i].astype(">u4").tobytes())
@@ -99,14 +101,14 @@ def _prefix_numbers(ids: list[Array], positions: list[Array]) -> list[Array]:
 
 
 def _agreement(a: Array, b: Array) -> int:
-    """How many ids two rows have in common from the start."""
+    """Count the ids that two rows share from the start."""
     length = min(len(a), len(b))
     different = np.flatnonzero(a[:length] != b[:length])
     return int(different[0]) if len(different) else length
 
 
 def _distributions(prefix_P: Array, token_P: Array, count_P: Array) -> tuple[Array, Array, tuple[Target, ...]]:
-    """The distribution of each pair's prefix, each distinct one once."""
+    """Return the index of the distribution at each pair's prefix, each token's index in it, and the distributions."""
     starts = np.flatnonzero(np.diff(prefix_P, prepend=-1))
     ends = np.append(starts, len(prefix_P))[1:]
     numbers: dict[Target, int] = {}

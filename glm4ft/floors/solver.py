@@ -2,11 +2,11 @@ r"""The convex problem below a certified loss floor, solved for many target dist
 
 Behind a final RMSNorm with weight g, a head W reaches exactly the logits ``A u`` with ``A = W diag(g)`` and
 ``|u| <= sqrt(D)``. For a target distribution q the loss ``f(u) = logsumexp(A u) - q.A u`` is convex, so any point u
-gives a lower bound of what every other point reaches, the Frank-Wolfe bound
+gives a lower bound of the loss at every other point, the Frank-Wolfe bound
 
     ``f(u) - u.grad - R |grad|``,  ``grad = A^T (softmax(A u) - q)``,
 
-and descent only has to make it good. Whatever stops the descent, the bound holds.
+and descent only tightens it. The bound holds whenever the descent stops.
 
 Shapes: B target distributions, M rows of the head, D hidden.
 Source: M. Jaggi, "Revisiting Frank-Wolfe", ICML 2013, for the gap as a certificate; E. Birgin, J. Martinez and
@@ -21,21 +21,21 @@ import torch
 
 TOLERANCE = 1e-4  # nats between bound and infimum: a hundredth of the 0.01 that an overfit run has to reach
 MAX_STEPS = 2000  # the 500 random heads of the tests take 43 at most; a mixed target on rows of norm 16 took 1,337
-_MEMORY = 10  # losses that a step is compared with: more than one lets spectral steps do what makes them fast
+_MEMORY = 10  # recent losses that a step is compared with: spectral steps are fast because the loss may rise briefly
 _ARMIJO = 1e-4
 _SHORTER = 0.2
 
 
 @dataclass(frozen=True)
 class Precision:
-    """How far the logits of a real forward pass may lie from the exact ones.
+    """The largest error of a real forward pass's logits, relative to exact arithmetic.
 
     Args:
-        name: as shown.
-        widening: the hidden state may leave the ball by this factor: entries of the normed state and their products
-            with the norm weight are rounded.
-        rounding: largest error of a logit as it is rounded, in parts of ``|row| |hidden|``.
-        summing: the same per term of the sum that a logit is.
+        name: The name of the precision, as shown.
+        widening: The factor by which the hidden state may exceed the ball, because the entries of the normed state and
+            their products with the norm weight are rounded.
+        rounding: The largest error of rounding a logit, as a fraction of ``|row| |hidden|``.
+        summing: The largest error of summing a logit, per term of the sum, as a fraction of ``|row| |hidden|``.
     """
 
     name: str
@@ -46,22 +46,22 @@ class Precision:
 
 EXACT = Precision("exact", 1.0, 0.0, 0.0)
 # bf16 rounds to nearest within u / (1 + u), u = 2^-8: twice (norm, times weight) stays below 1 + 2^-7 and leaves room
-# for the fp32 arithmetic before. A logit is rounded once, after a sum in fp32 that is off by less than 2^-23 a term.
+# for the fp32 arithmetic before. A logit is rounded once, after a sum in fp32 with an error below 2^-23 per term.
 # Source: C.-P. Jeannerod and S. Rump, "On relative errors of floating-point operations", Math. Comp. 87 (2018).
 BF16 = Precision("bf16", 1 + 2**-7, 2**-8, 2**-23)
 
 
 @dataclass(frozen=True)
 class HeadRows:
-    """Rows of the head as the normed hidden state meets them.
+    """Rows of the head, multiplied by the norm weight, some of which may represent several rows by their mean.
 
-    A row may stand for many: ``logsumexp`` over their logits is at least the logarithm of their number plus their mean
-    logit (Jensen), so a mean row with that constant keeps the bound a bound.
+    ``logsumexp`` over the logits of several rows is at least the logarithm of their number plus their mean logit
+    (Jensen), so the bound still holds if a mean row with that constant replaces them.
 
     Args:
-        vectors_MD: float64, rows times norm weight.
-        log_counts_M: logarithm of the number of rows each stands for; 0 for a row of its own.
-        norms_M: mean Euclidean norm of the rows each stands for.
+        vectors_MD: The rows times the norm weight, float64.
+        log_counts_M: The logarithm of the number of rows that each row represents; 0 for a single row.
+        norms_M: The mean Euclidean norm of the rows that each row represents.
     """
 
     vectors_MD: torch.Tensor
@@ -70,19 +70,19 @@ class HeadRows:
 
     @classmethod
     def of(cls, vectors_MD: torch.Tensor) -> HeadRows:
-        """Rows that stand for themselves."""
+        """Make single rows, each of which represents only itself."""
         vectors_MD = vectors_MD.double()
         return cls(vectors_MD, vectors_MD.new_zeros(len(vectors_MD)), vectors_MD.norm(dim=1))
 
 
 @dataclass(frozen=True)
 class Solution:
-    """What was found for each target distribution.
+    """The bounds found for each target distribution.
 
     Args:
-        lower_B: certified: no hidden state behind the norm has a smaller loss.
-        upper_B: the loss at ``hidden_BD``.
-        hidden_BD: the best hidden state found, inside the ball, norm weight not applied.
+        lower_B: The certified bound: no hidden state behind the norm has a smaller loss.
+        upper_B: The loss at ``hidden_BD``.
+        hidden_BD: The best hidden state found, inside the ball, norm weight not applied.
     """
 
     lower_B: torch.Tensor
@@ -102,12 +102,13 @@ def solve(
     """Bound the loss of each target distribution from below.
 
     Args:
-        rows: of the head.
-        targets_BM: target distributions over the rows, float64, each summing to 1; 0 on rows that stand for many.
-        radius: of the ball of hidden states, ``sqrt(D)`` behind an RMSNorm.
-        precision: of the forward pass that the bound is for.
-        tolerance: descent ends where the exact bound is this close to the loss found.
-        max_steps: it ends here at the latest; the bound is then less tight.
+        rows: The rows of the head.
+        targets_BM: The target distributions over the rows, float64, each summing to 1; 0 on rows that represent
+            several.
+        radius: The radius of the ball of hidden states, ``sqrt(D)`` behind an RMSNorm.
+        precision: The precision of the forward pass that the bound is for.
+        tolerance: The distance between exact bound and loss found at which descent ends, nats.
+        max_steps: The largest number of descent steps; if it is reached, the bound is less tight.
     Returns:
         Bounds, losses and hidden states. A bound is never below the entropy of its distribution.
     """
@@ -122,7 +123,7 @@ def solve(
 
 
 class _Descent:
-    """Spectral projected gradient on all distributions side by side; each has its own step length."""
+    """Spectral projected gradient descent on all distributions in parallel, each with its own step length."""
 
     def __init__(self, rows: HeadRows, targets_BM: torch.Tensor, radius: float, precision: Precision) -> None:
         self.rows, self.targets_BM, self.radius, self.precision = rows, targets_BM, radius, precision
@@ -140,11 +141,11 @@ class _Descent:
         self.length_B = (1 / rows.norms_M.max().square().clamp_min(1e-300)).repeat(len(targets_BM))
 
     def is_open(self, tolerance: float) -> torch.Tensor:
-        """Which distributions have a bound that is still too far from the loss found."""
+        """Mark the distributions whose exact bound is further than the tolerance from the loss found."""
         return ~(self.best_B - self.exact_lower_B <= tolerance)
 
     def step(self, at: torch.Tensor, number: int) -> None:
-        """One step of the distributions ``at``: taken where the loss falls below its recent ones, else shortened."""
+        """Try a step for the distributions ``at``: accepted if below the largest recent loss, otherwise shortened."""
         before_ND, length_N = self.hidden_BD[at], self.length_B[at]
         after_ND = self._project(before_ND - length_N[:, None] * self.gradient_BD[at])
         loss_N, gradient_ND, lower_N, exact_N = self._look(after_ND, at)
@@ -163,7 +164,7 @@ class _Descent:
     def _look(
         self, hidden_ND: torch.Tensor, at: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Loss, gradient, the bound for the precision and the exact bound, at hidden states."""
+        """Return the loss, the gradient, the bound for the precision and the exact bound at hidden states."""
         targets_NM = self.targets_BM[at]
         logits_NM = hidden_ND @ self.rows.vectors_MD.T
         biased_NM = logits_NM + self.rows.log_counts_M
@@ -193,7 +194,14 @@ class _Descent:
 def _spectral_length(
     moved_ND: torch.Tensor, turned_ND: torch.Tensor, otherwise_N: torch.Tensor, *, is_long: bool
 ) -> torch.Tensor:
-    """The next step length: 1 / curvature along the last step (Barzilai and Borwein's two, in turn)."""
+    """Return the next step length, 1 / curvature along the last step.
+
+    Args:
+        moved_ND: The change of the hidden states by the last step.
+        turned_ND: The change of the gradients by the last step.
+        otherwise_N: The step length where the curvature is not positive or the new length not finite.
+        is_long: Whether to use the longer of Barzilai and Borwein's two formulas.
+    """
     across_N = (moved_ND * turned_ND).sum(dim=1)
     length_N = moved_ND.square().sum(dim=1) / across_N if is_long else across_N / turned_ND.square().sum(dim=1)
     is_usable = (across_N > 0) & length_N.isfinite()

@@ -19,12 +19,21 @@ from glm4ft.floors.floor import HARD_TO_REACH, Floor, TokenFloor, find_floor
 from glm4ft.floors.head import Head, frozen_head
 from glm4ft.floors.solver import BF16, EXACT, Precision
 from glm4ft.train.config import TrainConfig
+from glm4ft.train.run import PreparedRun, RunObserver
 
 _NAMED = 5
 STOP_REMEDIES = (
     "train the head row of {0} (--lora.options '{{modules_to_save: [lm_head]}}'), end turns with a stop token that the "
     "head can express (--final_stop endoftext), or start from a chat checkpoint, which has learnt to say it"
 )
+
+
+class FloorObserver(RunObserver):
+    """Warns before training of what cannot be reached, and makes a target such as ``floor+0.01`` a number."""
+
+    def on_prepared(self, run: PreparedRun) -> None:
+        """Compare the target with the certified floor of the run's rows."""
+        run.config = set_target(run.config, run.rows, run.model, run.base.tokenizer, run.say)
 
 
 def set_target(

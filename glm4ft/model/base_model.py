@@ -1,12 +1,13 @@
 """Load a base: a local folder, a hub id, or the built-in tiny GLM-4.
 
-A damaged or foreign checkpoint often loads without a word: tensors that are missing are initialised at random, an
-adapter that lies beside the weights is applied, a tokenizer of another family encodes text just as well. What can be
-seen in the files is therefore refused before the weights are read, the rest right after.
+A damaged or foreign checkpoint often loads without an error: missing tensors are initialised at random, an adapter
+beside the weights is applied, a tokenizer of another family encodes text just as well. Faults that the files show are
+therefore refused before the weights are read, all others right after.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +29,8 @@ from glm4ft.data.chat_format import (
 from glm4ft.data.conversation import Message
 from glm4ft.errors import ConfigError, ModelError
 from glm4ft.model.checkpoint import TINY, find_checkpoint, listed, one_line, read_json, require_whole_file, weight_files
-from glm4ft.model.tiny import tiny_model, tiny_tokenizer
 
-# Named here, so that code which a checkpoint brings along (`auto_map`) is never in question.
+# An explicit list, so that code in a checkpoint (`auto_map`) is never loaded.
 MODEL_CLASSES: dict[str, Any] = {"GlmForCausalLM": GlmForCausalLM, "Glm4ForCausalLM": Glm4ForCausalLM}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -47,12 +47,12 @@ class Base:
     """A base model, ready for adapters.
 
     Args:
-        model: in eval mode, frozen, on its device.
-        tokenizer: as the checkpoint has it; batches are padded without it.
-        format_name: the chat format.
+        model: The model in eval mode, frozen, on its device.
+        tokenizer: The checkpoint's tokenizer, unchanged; batches are padded without it.
+        format_name: The name of the chat format.
         source: ``tiny``, or the folder or hub id as it was given.
-        warnings: what is allowed but probably not meant, one sentence each.
-        folder: where the checkpoint's files lie; None for the built-in base.
+        warnings: Sentences about settings that are allowed but probably unintended.
+        folder: The folder of the checkpoint's files; None for the built-in base.
     """
 
     model: PreTrainedModel
@@ -61,6 +61,11 @@ class Base:
     source: str
     warnings: tuple[str, ...]
     folder: Path | None = None
+
+    @property
+    def is_built_in(self) -> bool:
+        """Whether this is the built-in tiny GLM-4."""
+        return self.source == TINY
 
 
 def load_base(
@@ -74,24 +79,24 @@ def load_base(
     """Load a base model with its tokenizer.
 
     Args:
-        model: ``tiny`` for the built-in base, a local folder, or a hub id.
-        dtype: ``bf16``, ``fp32``, or ``auto``: bf16 on CUDA and fp32 elsewhere.
-        chat_format: name of the format; by default chosen from the checkpoint.
-        device: by default this process's CUDA device if there is one, else the CPU.
-        seed: of the built-in base's weights; a checkpoint has no use for it.
+        model: The base: ``tiny`` for the built-in one, a local folder, or a hub id.
+        dtype: The dtype of the weights: ``bf16``, ``fp32``, or ``auto`` for bf16 on CUDA and fp32 elsewhere.
+        chat_format: The name of the chat format; by default chosen from the checkpoint.
+        device: The device of the model; by default this process's CUDA device if there is one, else the CPU.
+        seed: The seed of the built-in base's weights; ignored for a checkpoint.
 
     Returns:
-        The base; model and generation config stop at all three stop tokens.
+        The base; its model and generation configs contain all three stop tokens.
 
     Raises:
-        ConfigError: if the dtype is not supported.
-        ModelError: if the checkpoint cannot be used as it is.
+        ConfigError: If the dtype is not supported.
+        ModelError: If the checkpoint is damaged or not supported.
     """
     require_loadable(model, dtype)
     device = torch.device(device) if device is not None else _default_device()
     torch_dtype = _torch_dtype(dtype, device)
     if model == TINY:
-        folder, loaded = None, _built_in(seed, torch_dtype)
+        folder, loaded = None, _built_in_model(seed, torch_dtype)
         tokenizer, format_name = load_format(model, chat_format)
     else:
         folder = find_checkpoint(model)
@@ -107,15 +112,15 @@ def load_base(
 
 
 def require_loadable(model: str, dtype: str) -> None:
-    """Refuse, without reading a weight, what ``load_base`` cannot load, as far as the files on this disk show it.
+    """Refuse a checkpoint whose local files show that ``load_base`` cannot load it; no weight is read.
 
     Args:
-        model: as for ``load_base``; nothing is known yet of a hub id.
-        dtype: as for ``load_base``.
+        model: The base, as for ``load_base``; the files of a hub id are not checked.
+        dtype: The dtype of the weights, as for ``load_base``.
 
     Raises:
-        ConfigError: if the dtype is not supported.
-        ModelError: if a file of a local checkpoint is missing or truncated.
+        ConfigError: If the dtype is not supported.
+        ModelError: If a file of a local checkpoint is missing or truncated.
     """
     _torch_dtype(dtype, torch.device("cpu"))
     if model == TINY or not Path(model).expanduser().is_dir():
@@ -127,22 +132,22 @@ def require_loadable(model: str, dtype: str) -> None:
 
 
 def load_format(model: str, chat_format: str | None = None) -> tuple[PreTrainedTokenizerBase, FormatName]:
-    """Load what is needed to encode conversations, without the weights.
+    """Load the tokenizer and the chat format of a base, without its weights.
 
     Args:
-        model: as for ``load_base``; with ``chat_format`` given, a folder that holds a tokenizer alone will do.
-        chat_format: name of the format; by default chosen from the checkpoint.
+        model: The base, as for ``load_base``; if ``chat_format`` is given, a folder with only a tokenizer is enough.
+        chat_format: The name of the format; by default chosen from the checkpoint.
 
     Returns:
         The tokenizer and the name of the format.
 
     Raises:
-        ModelError: if the tokenizer cannot be used, or the format is not supported.
+        ModelError: If the tokenizer cannot be used, or the format is not supported.
     """
     local = model if model == TINY else str(find_checkpoint(model))
     if chat_format is not None:
         tokenizer = load_tokenizer(local)
-        name: Any = ChatFormat(chat_format, tokenizer).name  # which refuses what it does not know
+        name: Any = ChatFormat(chat_format, tokenizer).name  # ChatFormat refuses unknown names
         return tokenizer, name
     architecture = "Glm4ForCausalLM" if model == TINY else _architecture(Path(local))
     tokenizer = load_tokenizer(local)
@@ -153,15 +158,15 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """Load a tokenizer that has GLM-4's control tokens.
 
     Args:
-        model: as for ``load_base``.
+        model: The base, as for ``load_base``.
 
     Returns:
-        The tokenizer as the checkpoint has it, with a pad token.
+        The checkpoint's tokenizer; ``<|endoftext|>`` becomes its pad token if it has none.
 
     Raises:
-        ModelError: if there is none, it cannot be read, or it lacks a control token.
+        ModelError: If there is no tokenizer, it cannot be read, or it lacks a control token.
     """
-    tokenizer = tiny_tokenizer() if model == TINY else _read_tokenizer(find_checkpoint(model))
+    tokenizer = _built_in().tiny_tokenizer() if model == TINY else _read_tokenizer(find_checkpoint(model))
     control_ids(tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = END_OF_TEXT
@@ -186,7 +191,7 @@ def _torch_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def _architecture(folder: Path) -> str:
-    """The name in config.json, if this module can load what the folder holds."""
+    """Return the architecture named in config.json; refuse folders that this module cannot load."""
     if (folder / "adapter_config.json").exists():  # beside a base, transformers would load the two as one
         fix = "name the adapter's base, merge the two, or move the adapter into a folder of its own"
         raise ModelError("the folder holds an adapter, not a base alone", where=str(folder), fix=fix)
@@ -237,9 +242,19 @@ def _require_room_for(tokenizer: PreTrainedTokenizerBase, architecture: str, fol
         )
 
 
-def _built_in(seed: int, dtype: torch.dtype) -> PreTrainedModel:
-    model = tiny_model(seed)
-    for parameter in model.parameters():  # not the buffers: rotary frequencies stay fp32, as transformers has it
+def write_built_in_base(folder: Path) -> None:
+    """Write the built-in base as a checkpoint, so that others can load an adapter that was trained on it."""
+    _built_in().write_tiny_base(folder)
+
+
+def _built_in() -> Any:
+    """The module that builds the tiny GLM-4; who trains on a real checkpoint never loads it."""
+    return importlib.import_module("glm4ft.model.tiny")
+
+
+def _built_in_model(seed: int, dtype: torch.dtype) -> PreTrainedModel:
+    model: PreTrainedModel = _built_in().tiny_model(seed)
+    for parameter in model.parameters():  # not the buffers: rotary frequencies stay fp32, as in transformers
         parameter.data = parameter.data.to(dtype)
     return model
 
@@ -253,7 +268,7 @@ def _read_weights(architecture: str, folder: Path, dtype: torch.dtype) -> PreTra
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         raise ModelError("the weights cannot be loaded", where=str(folder), found=one_line(error)) from error
     model: PreTrainedModel = loaded[0]
-    # transformers would go on, with random numbers for what is missing
+    # transformers would continue, with random numbers in place of missing tensors
     for message, keys in (("tensors are missing", "missing_keys"), ("there are foreign tensors", "unexpected_keys")):
         if loaded[1][keys]:
             raise ModelError(
@@ -267,7 +282,7 @@ def _read_weights(architecture: str, folder: Path, dtype: torch.dtype) -> PreTra
 
 
 def _complete_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> list[str]:
-    """Make both configs stop at all three stop tokens: some engines read one, some the other."""
+    """Add missing stop tokens to both configs, since engines differ in which one they read; return the warnings."""
     ids, warnings = control_ids(tokenizer), []
     configs: list[tuple[str, Any]] = [("generation_config", model.generation_config), ("config", model.config)]
     for name, config in configs:
@@ -275,7 +290,7 @@ def _complete_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         known = stated if isinstance(stated, list) else [] if stated is None else [stated]
         lacking = [token for token in STOPS if ids[token] not in known]
         if lacking:
-            others = [i for i in known if i < model.config.vocab_size]  # a default of the class can lie beyond
+            others = [i for i in known if i < model.config.vocab_size]  # a default of the config class can exceed it
             config.eos_token_id = list(dict.fromkeys([*(ids[token] for token in STOPS), *others]))
             warnings.append(
                 f"{source}: eos_token_id of {name} lacks {' and '.join(lacking)}, so a server would not stop there; "
@@ -285,14 +300,14 @@ def _complete_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 
 
 def _template_warnings(tokenizer: PreTrainedTokenizerBase, format_name: FormatName, source: str) -> list[str]:
-    """Compare the chat format with what the checkpoint's own template makes of a short conversation."""
+    """Warn if the checkpoint's own template renders a short conversation differently from the chat format."""
     if not tokenizer.chat_template:
         return []
     ours = ChatFormat(format_name, tokenizer).prompt(_PROBE)
     messages = [{"role": message.role, "content": message.content} for message in _PROBE]
     try:
         theirs: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    except Exception as error:  # a template is a program: anything can be wrong with it
+    except Exception as error:  # a template is a program and can raise anything
         return [f"{source}: its chat template fails on a plain conversation: {one_line(error)}"]
     if theirs == ours:
         return []

@@ -1,6 +1,6 @@
-"""The files of a checkpoint on disk: where they are, and whether they are whole.
+"""Locates the files of a checkpoint and checks that they are complete.
 
-Nothing here reads a weight, so a missing shard or a truncated file is refused before anything else is done.
+No weights are read, so a missing shard or a truncated file is refused before anything else is done.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ SINGLE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def find_checkpoint(model: str, *, weights: bool = False) -> Path:
-    """The local folder of a checkpoint; a hub checkpoint is downloaded first.
+    """Return the local folder of a checkpoint; a hub checkpoint is downloaded first.
 
     Args:
-        model: a local folder or a hub id.
-        weights: download the weights too, not only the small text files.
+        model: A local folder or a hub id.
+        weights: Whether to download the weights too, not only the small text files.
 
     Returns:
         The folder.
 
     Raises:
-        ModelError: if there is none, or the hub does not give it.
+        ModelError: If there is no such folder, or it cannot be downloaded from the hub.
     """
     path = Path(model).expanduser()
     if path.is_dir():
-        return path.absolute()  # so that ./tiny is not taken for the built-in base
+        return path.absolute()  # so that ./tiny is not mistaken for the built-in base
     # a hub id has one separator at most, and no leading dot, tilde or separator
     if path.exists() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model):
         raise ModelError(
@@ -57,10 +57,10 @@ def find_checkpoint(model: str, *, weights: bool = False) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a checkpoint or adapter.
+    """Read the object in a JSON file of a checkpoint or adapter.
 
     Raises:
-        ModelError: if there is no file, or no object in it.
+        ModelError: If there is no file, or it does not hold a JSON object.
     """
     try:
         content = json.loads(path.read_text("utf-8"))
@@ -75,16 +75,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def require_whole_file(path: Path) -> list[str]:
-    """Check that a safetensors file is as long as its header says; only the header is read.
+    """Check that a safetensors file has the length that its header states; only the header is read.
 
     Args:
-        path: the file.
+        path: The file.
 
     Returns:
         The names of its tensors.
 
     Raises:
-        ModelError: if it is truncated or no safetensors file.
+        ModelError: If the file is truncated or not a safetensors file.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -102,16 +102,16 @@ def require_whole_file(path: Path) -> list[str]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that hold a checkpoint's weights.
+    """Return the safetensors files that hold a checkpoint's weights.
 
     Args:
-        folder: of the checkpoint.
+        folder: The folder of the checkpoint.
 
     Returns:
-        One file, or all shards that the index names.
+        The single file, or all shards that the index names.
 
     Raises:
-        ModelError: if one is missing, or there are pickle files only.
+        ModelError: If a file is missing, or there are pickle files only.
     """
     if (folder / SINGLE_FILE).exists():
         return [folder / SINGLE_FILE]
@@ -135,12 +135,12 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's text on one line, for the ``found`` of ours."""
+    """Format an error on one line of at most 300 characters, for the ``found`` of an ``InputError``."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:299] + "…"
 
 
 def listed(names: Iterable[str]) -> str:
-    """The first of many names, and how many more there are."""
+    """Format the first three names, and the number of further ones."""
     ordered = sorted(names)
     return ", ".join(ordered[:3]) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "")

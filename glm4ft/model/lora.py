@@ -1,7 +1,7 @@
-"""Attach LoRA adapters to a base, and account for what is trained.
+"""Attach LoRA adapters to a base, and report the trained parameters.
 
-peft adapts whatever matches one of the targets and says nothing of a target that matches nothing, so a run can train
-half of what its configuration lists. Here every target has to match, and the account counts the modules of each.
+peft adapts every module that matches one of the targets and does not report a target without a match, so a run can
+train half of the targets in its configuration. Here every target has to match, and the report counts its modules.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # the command line reads LoraOptions to print its help, and s
 # All linear layers of a decoder layer; gate and up projection are one fused module in Glm and Glm4.
 GLM4_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj")
 
-# peft's names for what has an option of its own here, and why others may not be set
+# peft's names for fields that have an option of their own here, and the reasons why other fields may not be set
 _OWN_NAMES = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "targets"}
 INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 _FIXED = {"task_type": "it is CAUSAL_LM", "peft_type": "it is LORA", "inference_mode": "it would train nothing"}
@@ -30,15 +30,15 @@ _FIXED = {"task_type": "it is CAUSAL_LM", "peft_type": "it is LORA", "inference_
 
 @dataclass(frozen=True)
 class LoraOptions:
-    """The adapter.
+    """The configuration of the LoRA adapter.
 
     Args:
-        rank: inner dimension of A and B.
-        alpha: the adapter's branch is multiplied by alpha / rank; twice the rank is the common choice, and the one
-            that the default learning rates go with.
-        dropout: on the input of the adapter's branch, while training.
-        targets: names of the modules to adapt; each has to match at least one.
-        options: further fields of ``peft.LoraConfig``, by peft's names (``use_rslora``, ``modules_to_save``, ...).
+        rank: The inner dimension of A and B.
+        alpha: The numerator of the scale alpha / rank of the adapter's branch; twice the rank is the common choice, and
+            the one that the default learning rates assume.
+        dropout: The dropout probability on the input of the adapter's branch during training.
+        targets: The names of the modules to adapt; each has to match at least one module.
+        options: Further fields of ``peft.LoraConfig``, by peft's names (``use_rslora``, ``modules_to_save``, ...).
     """
 
     rank: int = 8
@@ -59,10 +59,10 @@ class LoraOptions:
             self.peft_config()
 
     def peft_config(self) -> LoraConfig:
-        """The same in peft's words.
+        """Convert the options to peft's configuration.
 
         Raises:
-            ConfigError: if peft refuses a value.
+            ConfigError: If peft refuses a value.
         """
         from peft import LoraConfig
 
@@ -76,14 +76,14 @@ class LoraOptions:
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """What is trained.
+    """The adapted modules and trained parameters of a model.
 
     Args:
-        num_adapted: target to the number of modules adapted by it.
-        trained: names of the trained parameters.
-        num_trained: their entries.
-        num_total: entries of all parameters, adapters included.
-        warnings: what is allowed but probably not meant, one sentence each.
+        num_adapted: A mapping of target to its number of adapted modules.
+        trained: The names of the trained parameters.
+        num_trained: The number of entries of the trained parameters.
+        num_total: The number of entries of all parameters, adapters included.
+        warnings: Sentences about settings that are allowed but probably unintended.
     """
 
     num_adapted: Mapping[str, int]
@@ -94,11 +94,11 @@ class AdapterReport:
 
     @property
     def share(self) -> float:
-        """Trained entries among all."""
+        """The share of trained entries among all entries, from 0 to 1."""
         return self.num_trained / self.num_total
 
     def describe(self) -> str:
-        """The account on one line."""
+        """Format the report on one line."""
         adapters, targets = sum(self.num_adapted.values()), len(self.num_adapted)
         return (
             f"{adapters} adapter{'s' * (adapters != 1)} on {targets} target{'s' * (targets != 1)}, "
@@ -107,18 +107,18 @@ class AdapterReport:
 
 
 def attach_lora(model: PreTrainedModel, options: LoraOptions, *, seed: int) -> PeftModel:
-    """Wrap a base with adapters that do nothing yet.
+    """Wrap a base with fresh adapters, which do not change its output yet.
 
     Args:
-        model: is changed in place; whether it is in train or eval mode is kept.
-        options: the adapter.
-        seed: of the adapters' weights, which depend on it alone; torch's own generators are left as they were.
+        model: The base, changed in place; its train or eval mode is kept.
+        options: The configuration of the adapter.
+        seed: The seed of the adapters' weights, which depend on it alone; torch's own generators are unchanged.
 
     Returns:
         The wrapped model: base frozen, adapters trainable and in fp32 whatever the dtype of the base.
 
     Raises:
-        ConfigError: if a target matches nothing that can be adapted (the model is then untouched), or peft refuses
+        ConfigError: If a target matches no module that can be adapted (the model is then unchanged), or peft refuses
             an option.
     """
     import torch
@@ -132,7 +132,7 @@ def attach_lora(model: PreTrainedModel, options: LoraOptions, *, seed: int) -> P
     _require_modules(model, options)
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
-        # what peft still calls in transformers is between the two; warnings about the options pass
+        # FutureWarnings are about peft's own calls of transformers; warnings about the options pass
         warnings.simplefilter("ignore", FutureWarning)
         torch.default_generator.manual_seed(seed)
         for device in devices:  # not torch.manual_seed: it would reseed devices that were not forked
@@ -146,17 +146,17 @@ def attach_lora(model: PreTrainedModel, options: LoraOptions, *, seed: int) -> P
 
 
 def audit_lora(model: PeftModel, options: LoraOptions) -> AdapterReport:
-    """Account for the adapters a model really has.
+    """Report the adapters that a model actually has.
 
     Args:
-        model: as ``attach_lora`` or peft made it.
-        options: what was asked for.
+        model: A model with adapters, made by ``attach_lora`` or peft.
+        options: The requested configuration.
 
     Returns:
-        The account.
+        The report.
 
     Raises:
-        ConfigError: if a target has no adapter, or nothing is trained.
+        ConfigError: If a target has no adapter, or no parameter is trained.
     """
     import torch
     from peft.tuners.lora import LoraLayer
@@ -198,7 +198,7 @@ def _require_peft_fields(options: Mapping[str, Any]) -> None:
 
 
 def _require_unchanged_base(init: object) -> None:
-    """Some initialisations move a part of the base into the adapter, which is then right on the changed base alone."""
+    """Refuse initialisations that move a part of the base into the adapter, which then needs the changed base."""
     if init not in INITIALISATIONS:
         raise ConfigError(
             "this initialisation changes the base, which is not saved with the adapter",
@@ -209,7 +209,7 @@ def _require_unchanged_base(init: object) -> None:
 
 
 def _require_modules(model: PreTrainedModel, options: LoraOptions) -> None:
-    """Further options of peft's that name modules, and say nothing either of a name that matches none."""
+    """Refuse names without a match in peft's other options that name modules; peft does not report them either."""
     for key in ("modules_to_save", "rank_pattern", "alpha_pattern"):
         for pattern in options.options.get(key) or ():
             if not any(re.search(rf"(^|\.)({pattern})$", name) for name, _ in model.named_modules()):
@@ -222,12 +222,12 @@ def _refused_by_peft(options: Mapping[str, Any], error: Exception) -> ConfigErro
 
 
 def _matches(module_name: str, target: str) -> bool:
-    """Peft's rule for a list of targets: the whole name, or its end from a dot on."""
+    """Apply peft's rule for a list of targets: the whole name matches, or its end after a dot."""
     return module_name == target or module_name.endswith(f".{target}")
 
 
 def _require_targets(model: PreTrainedModel, config: LoraConfig, options: LoraOptions) -> None:
-    """Before anything is wrapped: every target matches, with peft's own say on layers and exclusions."""
+    """Require that every target matches a module, by peft's own rules for layers and exclusions."""
     from peft.tuners.tuners_utils import check_target_module_exists
     from torch import nn
 
@@ -263,7 +263,7 @@ def _require_all_match(num_matches: Mapping[str, int], options: LoraOptions, mod
 
 
 def _available(model: Any) -> str:
-    """The last names of all linear layers."""
+    """List the last name components of all linear layers."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from torch import nn
 

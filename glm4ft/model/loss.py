@@ -1,9 +1,9 @@
-"""Token-mean cross entropy that sends only supervised rows through the output head.
+"""Token-mean cross entropy that computes logits at supervised positions only.
 
 Shapes: B rows of a batch, T positions, N supervised positions of the batch, D hidden, V vocabulary.
 
-GLM-4 has 151,552 tokens and in chats a quarter of the positions is supervised, so three quarters of the head's work,
-and of the memory its logits take, would be multiplied by zero.
+GLM-4 has 151,552 tokens and in chats a quarter of the positions is supervised, so for three quarters of the positions
+the head's computation, and the memory of its logits, would be wasted.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from glm4ft.data.chat_format import IGNORED
 
-# Logits held at once, in entries: 1 GiB in fp32. Beyond it the head runs in chunks, recomputed in the backward pass.
+# Largest number of logits in memory at once: 1 GiB in fp32. For more the head runs in chunks, recomputed in backward.
 MAX_LOGITS = 2**28
 
 
 def install_supervised_loss(model: PreTrainedModel) -> None:
-    """Make ``model(labels=...)`` return the loss alone, computed on supervised rows, and no logits.
+    """Make ``model(labels=...)`` return only the loss, computed at supervised positions, and no logits.
 
-    Without labels the model's own forward runs, so generation is untouched. The forward is replaced rather than
-    bypassed so that whatever wraps the model (PEFT, DDP, FSDP, autocast) still sees every call.
+    Without labels the model's own forward runs, so generation is unchanged. The forward is replaced rather than
+    bypassed so that wrappers of the model (PEFT, DDP, FSDP, autocast) still see every call.
 
     Args:
-        model: a causal language model with a backbone ``model`` and a head ``lm_head``; changed in place. Its forward
-            then takes ``num_items_in_batch``, the number of supervised tokens of the whole optimizer step (those of
-            this call when it is missing), and ``per_row``: return the summed loss of each row, shape B.
+        model: A causal language model with a backbone ``model`` and a head ``lm_head``; changed in place. Its forward
+            then accepts ``num_items_in_batch``, the number of supervised tokens of the whole optimizer step (by default
+            of this call), and ``per_row``: if True it returns the summed loss of each row, shape B.
     """
     full_forward = model.forward
 
@@ -66,14 +66,14 @@ def install_supervised_loss(model: PreTrainedModel) -> None:
 def supervised_nll(
     head: nn.Module, hidden_BTD: torch.Tensor, labels_BT: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Negative log likelihood of each supervised token.
+    """Compute the negative log likelihood of each supervised token.
 
     Args:
-        head: maps (N, D) to (N, V).
-        hidden_BTD: output of the final norm.
-        labels_BT: unshifted; -100 where a token is not supervised.
+        head: The output head, which maps (N, D) to (N, V).
+        hidden_BTD: The output of the final norm.
+        labels_BT: The unshifted labels; -100 where a token is not supervised.
     Returns:
-        ``(nll_N, row_N)``: fp32 nats per supervised token in reading order, and the row each stands in.
+        ``(nll_N, row_N)``: fp32 nats of each supervised token in reading order, and the index of its row.
     """
     targets_BT = labels_BT[:, 1:]
     keep_BT = targets_BT != IGNORED

@@ -1,7 +1,7 @@
-"""Merge an adapter into its base: a checkpoint that plain transformers, or a server, loads without peft.
+"""Merge an adapter into its base, as a checkpoint that plain transformers, or a server, loads without peft.
 
-What the adapter says is compared with what the merged weights say before anything is written, and the output folder
-appears only when it is whole.
+The logits of base and adapter are compared with those of the merged weights before anything is written, and the output
+folder appears only when it is complete.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "a
 # fp32 and rounded once, so merging in fp32 would double the memory for nothing.
 TOLERANCES = {"fp32": 1e-4, "bf16": 0.15}
 
-# Copied as they are: written anew, they would name classes of this transformers version and our side of padding.
+# Copied byte for byte: saved again, they would name classes of this transformers version and our padding side.
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "chat_template.json", "vocab.json", "merges.txt", "tokenizer.model",
@@ -54,15 +54,15 @@ _PROBE = [
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What was merged.
+    """The result of a merge.
 
     Args:
-        output: folder of the merged checkpoint.
-        base: the base, as it was named.
-        dtype: of the merged weights.
-        effect: largest change of a logit by the adapter, relative to the largest logit.
-        error: largest difference of a logit between adapter and merged weights, on the same scale.
-        warnings: what is allowed but probably not meant, one sentence each.
+        output: The folder of the merged checkpoint.
+        base: The base, as it was named.
+        dtype: The dtype of the merged weights.
+        effect: The largest change of a logit by the adapter, relative to the largest logit.
+        error: The largest difference of a logit between adapter and merged weights, relative to the largest logit.
+        warnings: Sentences about results that are allowed but probably unintended.
     """
 
     output: Path
@@ -73,7 +73,7 @@ class MergeReport:
     warnings: tuple[str, ...]
 
     def describe(self) -> str:
-        """The account as text."""
+        """Format the report as text."""
         lines = [
             f"merged into {self.base} in {self.dtype}: the adapter moves logits by up to {self.effect:.2g} of the "
             f"largest, merging by {self.error:.2g} (limit {TOLERANCES[self.dtype]:g})",
@@ -87,18 +87,18 @@ def merge_adapter(adapter: Path, output: Path, *, model: str | None = None, dtyp
     """Merge an adapter into its base and write the result.
 
     Args:
-        adapter: folder of a LoRA adapter as peft writes it.
-        output: folder to write; must be empty or not exist.
-        model: the base; by default the one that adapter_config.json names.
-        dtype: ``bf16``, ``fp32``, or ``auto``: as the base is stored.
+        adapter: The folder of a LoRA adapter as peft writes it.
+        output: The folder to write; must be empty or not exist.
+        model: The base; by default the one that adapter_config.json names.
+        dtype: The dtype of the merged weights: ``bf16``, ``fp32``, or ``auto`` for that of the stored base.
 
     Returns:
-        The account.
+        The report of the merge.
 
     Raises:
-        ConfigError: if the output folder is in use or cannot be written, or the dtype is not supported.
-        ModelError: if base or adapter cannot be used, or do not fit each other.
-        RunError: if the merged weights do not say what the adapter says.
+        ConfigError: If the output folder is in use or cannot be written, or the dtype is not supported.
+        ModelError: If base or adapter cannot be used, or do not fit each other.
+        RunError: If the logits of the merged weights differ from those of base and adapter by more than the tolerance.
     """
     output = output.expanduser().absolute()
     require_unused(output)
@@ -117,10 +117,10 @@ def merge_adapter(adapter: Path, output: Path, *, model: str | None = None, dtyp
 
 
 def require_adapter(adapter: Path) -> dict[str, Any]:
-    """The configuration of a LoRA adapter whose weights are there, in safetensors.
+    """Read the configuration of a LoRA adapter, and require that its weights exist as safetensors.
 
     Raises:
-        ModelError: if the folder holds none.
+        ModelError: If the folder does not hold such an adapter.
     """
     if not (adapter / CONFIG).is_file():
         checkpoints = sorted(path.parent.name for path in adapter.glob(f"checkpoint-*/{CONFIG}"))
@@ -153,7 +153,7 @@ def _load_base(adapter: Path, config: dict[str, Any], model: str | None, dtype: 
         )
     try:
         dtype = _stored_dtype(named) if dtype == "auto" else dtype
-        # the format only shapes the probe; naming one also admits checkpoints whose format has to be chosen
+        # only the probe depends on the format; naming one also accepts checkpoints whose format has to be chosen
         return load_base(named, dtype=dtype, chat_format="glm-4-0414")
     except ModelError as error:
         if model:
@@ -175,7 +175,7 @@ def _stored_dtype(model: str) -> str:
 
 
 def _load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
-    """Peft's own loading, but strict: it only warns of tensors that are missing, and ignores foreign ones."""
+    """Load an adapter with peft, but refuse missing and foreign tensors: peft only warns of the former."""
     stored = set(require_whole_file(adapter / WEIGHTS))
     try:
         with warnings.catch_warnings():
@@ -212,7 +212,7 @@ def _merge(adapted: PeftModel, adapter: Path) -> PreTrainedModel:
 
 
 def _probe(base: Base) -> torch.Tensor:
-    """Two rows of ids: a chat prompt, and ordinary tokens at random."""
+    """Make two rows of token ids to compare logits on: a chat prompt, and random ordinary tokens."""
     prompt = ChatFormat(base.format_name, base.tokenizer).prompt(_PROBE)
     ordinary = set(base.tokenizer.get_vocab().values()) - set(base.tokenizer.get_added_vocab().values())
     return torch.tensor([prompt, random.Random(0).choices(sorted(ordinary), k=len(prompt))])
@@ -265,7 +265,7 @@ def _write(merged: PreTrainedModel, base: Base, output: Path) -> None:
 
 @contextlib.contextmanager
 def _appearing_whole(output: Path) -> Iterator[Path]:
-    """A folder beside ``output`` that takes its place at the end, or is removed if anything goes wrong."""
+    """Yield a temporary folder that is renamed to ``output`` on success and removed on any error."""
     partial = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         partial.mkdir(parents=True)

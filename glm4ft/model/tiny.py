@@ -1,4 +1,4 @@
-"""The built-in tiny GLM-4: a tokenizer and a base model made from a recipe, without a download.
+"""The built-in tiny GLM-4: a tokenizer and a base model constructed without a download.
 
 The base is *constructed*, not trained, so that it behaves like a pretrained checkpoint in the one respect that
 decides whether a wrong loss mask is visible: which tokens its frozen head can express. Three simpler ways fail:
@@ -40,17 +40,17 @@ from transformers import (
 
 Architecture = Literal["Glm4ForCausalLM", "GlmForCausalLM"]
 
-# GLM-4's control tokens in GLM-4's order (ids 151329 to 151342 there); here they follow the ordinary vocabulary too.
+# GLM-4's control tokens in GLM-4's order (ids 151329 to 151342 in GLM-4); they too follow the ordinary vocabulary.
 CONTROL_TOKENS = (
     "<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>", "<|assistant|>",
     "<|observation|>", "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>",
 )  # fmt: skip
 STOP_TOKENS = ("<|endoftext|>", "<|user|>", "<|observation|>")
-_HEAD_WIDTH = 128  # for which the scale of the head's rows was chosen
+_HEAD_WIDTH = 128  # the hidden size for which the scale of the head's rows was chosen
 NUM_PADDING_IDS = 64  # vocabulary rows beyond the last token, as GLM-4 has 151,343 to 151,551
 
-# Each piece is built left to right by merges, so the vocabulary holds the piece and all its beginnings. Runs of white
-# space are here so that a newline encoded apart from its content gives other ids than one encoded together with it.
+# Each piece is built left to right by merges, so the vocabulary holds the piece and all its prefixes. Runs of white
+# space are included so that a newline encoded apart from its content gives other ids than one encoded together with it.
 _PIECES = (
     "\n\n", "\n\n\n", "  ", "    ", "        ", " the", " there", " and", " answer", " assistant", " is", " it", " in",
     " of", " one", " on", " to", " you", " your", " what", " which", " a", " are", " be", " can", " city", " clear",
@@ -84,14 +84,13 @@ CHAT_TEMPLATES: dict[Architecture, str] = {
 
 
 def tiny_tokenizer(architecture: Architecture = "Glm4ForCausalLM") -> PreTrainedTokenizerFast:
-    """Byte-level BPE tokenizer with GLM-4's control tokens and a chat template of our own wording.
+    """Make a byte-level BPE tokenizer with GLM-4's control tokens and a chat template of our own wording.
 
     Args:
-        architecture: decides the shape of the chat template: ``Glm4ForCausalLM`` takes tools as an argument and puts
-            system messages first, ``GlmForCausalLM`` takes tools from a message.
+        architecture: The transformers class, which decides the chat template: that of ``Glm4ForCausalLM`` accepts tools
+            as an argument and puts system messages first, that of ``GlmForCausalLM`` reads tools from a message.
     Returns:
-        A tokenizer whose pad token is ``<|endoftext|>``, padding right, as the family's checkpoints have it but for
-        the side.
+        A tokenizer whose pad token is ``<|endoftext|>``, as in the family's checkpoints, but which pads on the right.
     """
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     vocab = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
@@ -123,15 +122,15 @@ def tiny_tokenizer(architecture: Architecture = "Glm4ForCausalLM") -> PreTrained
 def tiny_model(
     seed: int = 0, *, architecture: Architecture = "Glm4ForCausalLM", num_layers: int = 2, hidden: int = 128
 ) -> PreTrainedModel:
-    """Build the base model of the recipe, in fp32 on the CPU.
+    """Build the tiny base model, in fp32 on the CPU.
 
     Args:
-        seed: of every weight.
-        architecture: the transformers class.
-        num_layers: decoder layers.
-        hidden: width; heads are 32 wide.
+        seed: The seed of every weight.
+        architecture: The transformers class.
+        num_layers: The number of decoder layers.
+        hidden: The hidden size; attention heads have 32 dimensions.
     Returns:
-        The model in eval mode, its config and generation config filled in.
+        The model in eval mode, with a complete config and generation config.
     """
     tokenizer = tiny_tokenizer(architecture)
     stop_ids = [tokenizer.get_added_vocab()[token] for token in STOP_TOKENS]
@@ -163,24 +162,24 @@ def tiny_model(
 
 
 def shared_row_ids(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> list[int]:
-    """Ids whose head rows are alike: control tokens that end no turn, and the padding rows of the vocabulary."""
+    """List the ids with similar head rows: control tokens that end no turn, and the padding rows of the vocabulary."""
     return never_sampled_ids(tokenizer) + list(range(len(tokenizer), vocab_size))
 
 
 def never_sampled_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of the control tokens that a pretrained model has never had to say: all but those that end a turn."""
+    """List the ids of the control tokens that are never a target in pretraining: all but those that end a turn."""
     ids = tokenizer.get_added_vocab()
     return [ids[token] for token in CONTROL_TOKENS if token not in STOP_TOKENS]
 
 
 @torch.no_grad()
 def construct_weights(model: PreTrainedModel, shared_ids: list[int], seed: int) -> None:
-    """Fill a GLM-4 model with the recipe's weights, in place.
+    """Fill a GLM-4 model with the constructed weights, in place.
 
     Args:
-        model: a ``GlmForCausalLM`` or ``Glm4ForCausalLM``.
-        shared_ids: rows of the head that get the common vector.
-        seed: of the generator that draws all of it.
+        model: A ``GlmForCausalLM`` or ``Glm4ForCausalLM``.
+        shared_ids: The rows of the head that share a common vector.
+        seed: The seed of the generator that draws all weights.
     """
     weights = dict(model.named_parameters())
     for name, drawn in constructed_weights(weights, shared_ids, model.config.hidden_size, seed):
@@ -190,17 +189,18 @@ def construct_weights(model: PreTrainedModel, shared_ids: list[int], seed: int) 
 def constructed_weights(
     shapes: Mapping[str, torch.Tensor], shared_ids: list[int], hidden: int, seed: int
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Draw the recipe's weights, one tensor after the other.
+    """Draw the constructed weights, one tensor after the other.
 
     Args:
-        shapes: parameters of a GLM-4 model by name, in the model's order, on any device.
-        shared_ids: rows of the head that get the common vector. Noise of 1e-3 per entry keeps the rows apart for
-            whoever reads labels back from gradients; at hidden 128 it moves logits by 0.13 nats at most on average,
+        shapes: The parameters of a GLM-4 model by name, in the model's order, on any device.
+        shared_ids: The rows of the head that share a common vector. Noise of 1e-3 per entry keeps the rows distinct, so
+            that labels can be recovered from gradients; at hidden 128 it moves logits by 0.13 nats at most on average,
             far too little to make one of them reachable.
-        hidden: width of the model. Head rows shrink with its root, so that logits spread alike at any width.
-        seed: of the generator that draws all of it.
+        hidden: The hidden size of the model. Head rows shrink with its square root, so that the spread of the logits is
+            the same at any size.
+        seed: The seed of the generator that draws all weights.
     Yields:
-        Name and weight, fp32 on the CPU.
+        The name and the weight of each parameter, fp32 on the CPU.
     """
     generator = torch.Generator().manual_seed(seed)
     scale = math.sqrt(_HEAD_WIDTH / hidden)
@@ -233,11 +233,11 @@ def write_tiny_base(
     """Write the tiny base in the file layout of a real checkpoint.
 
     Args:
-        folder: is created; holds config, safetensors, generation config, tokenizer and chat template afterwards.
-        seed: of the weights.
-        architecture: the transformers class.
-        dtype: of the stored weights.
-        max_shard_size: above it the weights are split into shards with an index.
+        folder: The folder to create, with config, safetensors, generation config, tokenizer and chat template.
+        seed: The seed of the weights.
+        architecture: The transformers class.
+        dtype: The dtype of the stored weights.
+        max_shard_size: The size above which the weights are split into shards with an index.
     Returns:
         The folder.
     """

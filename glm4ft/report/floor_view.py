@@ -14,9 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from glm4ft.data.chat_format import ChatFormat
-from glm4ft.data.conversation import read_conversations
 from glm4ft.data.dataset import fit_row
 from glm4ft.data.encoded_rows import TrainedRow
+from glm4ft.data.reader import read_conversations
 from glm4ft.files import write_atomically
 from glm4ft.floors.floor import Floor, TokenFloor, find_floor
 from glm4ft.floors.head import Head

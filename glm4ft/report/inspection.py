@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.text import Text
 
 from glm4ft.data.chat_format import ChatFormat
-from glm4ft.data.conversation import read_conversations
 from glm4ft.data.dataset import fit_row
+from glm4ft.data.reader import read_conversations
 from glm4ft.errors import ConfigError
 from glm4ft.report.mask_view import Totals, mask_record, render_legend, render_row, render_totals
 from glm4ft.text.safe_text import Ruled, visible

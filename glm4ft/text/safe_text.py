@@ -4,9 +4,9 @@ Conversation text is data from anywhere. Printed raw it can move the cursor, rec
 other controls), show its characters in another order than they are trained in (bidi controls), hide characters that
 are trained (zero-width and other format characters), or command a CI runner from its log.
 
-What is hidden becomes an escape with Python's spelling, ``\x1b`` or ``\u202e``, so nothing is lost. A backslash is
-escaped only where it would otherwise read as such an escape; the Windows paths, the regular expressions and the
-``\u4e2d`` of JSON strings stay as they are.
+A hidden character becomes an escape with Python's spelling, ``\x1b`` or ``\u202e``, so nothing is lost. A backslash is
+escaped only where it would otherwise read as such an escape; Windows paths, regular expressions and the ``\u4e2d`` of
+JSON strings are unchanged.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _COMMANDS = re.compile(r"(?:\A|\n)[^\S\n]*(:)(?=:)|(#)(?=#\w*\[)")
 _OWN_GLYPHS = re.compile(f"([{NEWLINE}{TAB}])")
 _ESCAPES = re.compile(r"(\\)(?=(x[0-9a-f]{2}|u[0-9a-f]{4}|U000[1-9a-f][0-9a-f]{4}|U0010[0-9a-f]{4}))")
 
-# Category Cf, but drawn: Arabic and Kaithi number signs and the like, which stand before the digits they span.
+# Category Cf, but drawn: Arabic and Kaithi number signs and the like, which precede the digits they span.
 _DRAWN_FORMAT = frozenset(map(chr, (*range(0x600, 0x606), 0x6DD, 0x70F, 0x890, 0x891, 0x8E2, 0x110BD, 0x110CD)))
 # Drawn as nothing although their category is letter, mark, symbol or unassigned (Default_Ignorable_Code_Point in the
 # Unicode Character Database, and the empty Braille pattern).
@@ -40,19 +40,19 @@ _VIRAMA = 9  # canonical combining class of the signs that join Indic consonants
 
 
 def visible(text: str, *, newlines: bool = True, reserved: Sequence[str] = ()) -> str:
-    r"""The text as it may be printed; the same text always gives the same result, and different texts differ.
+    r"""Make a text safe to print. Equal texts give equal results, and different texts give different results.
 
-    * Controls (also tab and CR), bidi controls, lone surrogates, line and paragraph separators and invisible format
+    * Controls (also CR), bidi controls, lone surrogates, line and paragraph separators and invisible format
       characters become escapes; a newline becomes ``↵`` and a tab ``⇥``.
-    * Zero-width joiners and variation selectors stay where they shape what is drawn (emoji sequences, Persian, Indic
-      scripts): there they are spelling. Anywhere else they only hide something and become escapes.
-    * A combining mark without a character to stand on would change what the caller printed before it: an escape.
-    * What a CI runner would obey is broken up: ``\x3a:error`` at the start of a line, ``\x23#[group]`` anywhere.
+    * Zero-width joiners and variation selectors stay where they are part of the spelling (emoji sequences, Persian,
+      Indic scripts). Anywhere else they only hide data and become escapes.
+    * A combining mark without a base character becomes an escape: it would change the character printed before it.
+    * Commands to CI runners are broken up: ``\x3a:error`` at the start of a line, ``\x23#[group]`` anywhere.
 
     Args:
-        text: anything.
-        newlines: follow ``↵`` by a real newline; if False the result is one line.
-        reserved: strings that have a meaning where the text is shown; their first character is escaped in the text.
+        text: Any text.
+        newlines: Whether each ``↵`` is followed by a real newline; if False the result is one line.
+        reserved: Strings that have a meaning where the text is shown; their first character is escaped in the text.
 
     Returns:
         Printable text.
@@ -61,19 +61,19 @@ def visible(text: str, *, newlines: bool = True, reserved: Sequence[str] = ()) -
 
 
 def visible_characters(text: str, *, newlines: bool = True, reserved: Sequence[str] = ()) -> list[str]:
-    """What ``visible`` makes of each character, given those around it: for text that is shown in parts.
+    """Make a text safe to print, character by character, for text that is shown in parts.
 
     Args:
-        text: anything.
-        newlines: as for ``visible``.
-        reserved: as for ``visible``.
+        text: Any text.
+        newlines: Whether each ``↵`` is followed by a real newline, as for ``visible``.
+        reserved: Strings that have a meaning where the text is shown, as for ``visible``.
 
     Returns:
-        One string per character.
+        One printable string per character; joined they are the result of ``visible``.
     """
     reserved = tuple(reserved)
     forced = set(_forced(text, reserved))
-    shown, previous = [], ""  # previous: the character drawn before; "" if there is none to stand on
+    shown, previous = [], ""  # previous: the character drawn before, to which a mark attaches; "" if there is none
     for at, char in enumerate(text):
         if char == "\n":
             shown.append(NEWLINE + "\n" if newlines else NEWLINE)
@@ -90,20 +90,20 @@ def visible_characters(text: str, *, newlines: bool = True, reserved: Sequence[s
 
 
 def escape(char: str) -> str:
-    r"""The shortest escape of one character: ``\x1b``, ``\u202e`` or ``\U000e0041``."""
+    r"""Return the shortest escape of one character: ``\x1b``, ``\u202e`` or ``\U000e0041``."""
     code = ord(char)
     return f"\\x{code:02x}" if code <= 0xFF else f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"
 
 
 class Ruled:
-    """Text with a rule at the left of every printed line: no line starts with text from the data, wherever it breaks.
+    """Text with a vertical rule at the left of every printed line, so that no line starts with text from the data.
 
     Lines are broken here and not by rich, which drops spaces at a break and would leave a broken line without a rule.
 
     Args:
-        text: made of strings that passed through ``visible``.
-        cues: an opening and a closing character, or ""; the rule is heavy where a line begins between the two.
-        style: of the heavy rule.
+        text: The text, whose strings have passed through ``visible``.
+        cues: An opening and a closing character, or ""; the rule is heavy on lines that begin between the two.
+        style: The style of the heavy rule.
     """
 
     def __init__(self, text: Text, *, cues: str = "", style: str = "") -> None:
@@ -120,7 +120,7 @@ class Ruled:
 
 
 def _breaks(line: str, width: int) -> list[int]:
-    """Offsets where a line is broken so that each piece fits: after a space if it holds one, and nothing is lost."""
+    """Return the offsets at which to break a line so that each piece fits, after a space where there is one."""
     # an emoji selector widens the character before it in some versions of rich
     cells = [get_character_cell_size(char) + (line[at + 1 : at + 2] == "\ufe0f") for at, char in enumerate(line)]
     breaks, start, after_space, used = [], 0, 0, 0
@@ -136,7 +136,7 @@ def _breaks(line: str, width: int) -> list[int]:
 
 
 def _forced(text: str, reserved: tuple[str, ...]) -> Iterator[int]:
-    """Positions of characters that could be drawn but must not be taken for what they look like."""
+    """Yield the positions of printable characters to escape: runner commands, cues, and look-alikes of escapes."""
     for pattern in (_COMMANDS, _OWN_GLYPHS):
         for match in pattern.finditer(text):
             yield match.start(match.lastindex or 0)
@@ -152,7 +152,7 @@ def _forced(text: str, reserved: tuple[str, ...]) -> Iterator[int]:
 
 @functools.lru_cache(maxsize=64)
 def _lookahead(reserved: tuple[str, ...]) -> re.Pattern[str]:
-    # without consuming anything: "[[gMASK]" and other overlaps are found too
+    # lookahead consumes nothing, so overlaps such as "[[gMASK]" are found too
     return re.compile("|".join(f"(?={re.escape(string)})" for string in reserved))
 
 
@@ -175,7 +175,12 @@ def _is_hidden(char: str, previous: str, following: str) -> bool:
 
 @functools.lru_cache(maxsize=16384)
 def _kind(char: str) -> str:
-    """``hidden`` always, ``joiner``, ``selector`` or ``mark`` depending on the neighbours, ``""`` never."""
+    """Classify a character by whether it is escaped.
+
+    Returns:
+        ``hidden`` if it is always escaped; ``joiner``, ``selector`` or ``mark`` if that depends on its neighbours;
+        ``""`` if it never is.
+    """
     if char in _JOINERS:
         return "joiner"
     if _is_within(char, _SELECTOR_RANGES):
@@ -193,7 +198,7 @@ def _is_within(char: str, ranges: tuple[tuple[int, int], ...]) -> bool:
 
 
 def _shapes(previous: str, following: str) -> bool:
-    """Whether a joiner between two characters is part of the spelling: in emoji, Indic and right-to-left scripts."""
+    """Whether a joiner between two characters is part of the spelling, as in emoji, Indic and right-to-left scripts."""
     if not previous or following.strip() == "" or _kind(following) not in ("", "mark"):
         return False
     if _VIRAMA in (unicodedata.combining(previous), unicodedata.combining(following)):
@@ -205,7 +210,10 @@ def _shapes(previous: str, following: str) -> bool:
 
 
 def _can_be_varied(previous: str) -> bool:
-    """Whether one variation selector may follow: a second one draws nothing, and letters of ASCII have no variants."""
+    """Whether a variation selector after ``previous`` is part of the spelling.
+
+    A second selector in a row draws nothing, and ASCII letters have no variants.
+    """
     if not previous or previous.isspace() or _kind(previous) in ("selector", "joiner"):
         return False
     return not (previous.isascii() and previous.isalpha())

@@ -1,4 +1,4 @@
-"""Reads token ids back as text that may be shown: whole characters, control tokens by name, bytes that are none."""
+"""Decodes token ids to text that is safe to show: whole characters, names of control tokens, undecodable bytes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ from glm4ft.text.safe_text import visible, visible_characters
 
 @dataclass(frozen=True)
 class Unit:
-    """The fewest tokens that together decode to whole characters; a control token is one alone."""
+    """The fewest neighbouring tokens that together decode to whole characters; a control token is a unit of its own.
+
+    Args:
+        start: The first position.
+        end: One past the last position.
+        text: The decoded text, or the name of the control token.
+        is_control: True for a control token.
+    """
 
     start: int
     end: int
@@ -23,11 +30,11 @@ class Unit:
 
 
 class TokenDecoder:
-    """Reads the tokens of a byte-level BPE tokenizer back, byte by byte.
+    """Decodes the tokens of a byte-level BPE tokenizer, byte by byte.
 
     Args:
-        tokenizer: of transformers; its added tokens are the control tokens.
-        cues: further strings that have a meaning where the text is shown, and which text must not imitate.
+        tokenizer: A tokenizer of transformers; its added tokens are the control tokens.
+        cues: Further strings that have a meaning where the text is shown, and which text must not imitate.
     """
 
     def __init__(self, tokenizer: Any, *, cues: Sequence[str] = ()) -> None:
@@ -36,7 +43,7 @@ class TokenDecoder:
         self.reserved = (*cues, *self._control.values())
 
     def units(self, ids: Sequence[int], start: int = 0) -> Iterator[Unit]:
-        """Group neighbouring tokens until their bytes are whole characters; bytes that never are become surrogates."""
+        """Group neighbouring tokens until their bytes form whole characters; other bytes become surrogates."""
         decoder, text, first, end = _Utf8Decoder("surrogateescape"), "", start, start + len(ids)
         for position, (token_id, token) in enumerate(zip(ids, self._names(ids), strict=True), start):
             name = self._control.get(token_id) or (f"<id {token_id}>" if token is None else None)
@@ -54,11 +61,11 @@ class TokenDecoder:
             yield Unit(first, end, text + decoder.decode(b"", final=True), False)
 
     def show(self, text: str, *, newlines: bool = True) -> str:
-        r"""Text of the row as it may be printed; a byte without its character as ``\xe5``."""
+        r"""Make decoded text safe to print; a byte that is not part of a whole character is shown as ``\xe5``."""
         return _bytes_alone(visible(text, newlines=newlines, reserved=self.reserved))
 
     def show_units(self, units: Sequence[Unit]) -> list[str]:
-        """Neighbouring units, each as it may be printed beside the others; none imitates a control token."""
+        """Make neighbouring units safe to print side by side; no text imitates a control token."""
         shown: list[str] = []
         for is_control, group in itertools.groupby(units, key=lambda unit: unit.is_control):
             texts = [unit.text for unit in group]
@@ -70,7 +77,7 @@ class TokenDecoder:
         return shown
 
     def show_token(self, token_id: int, position: int, unit: Unit) -> str:
-        """One token for a table: a control token's name, or quoted text; of a part of a character, its bytes."""
+        """Format one token for a table: a control token's name, quoted text, or the bytes of a partial character."""
         if unit.is_control:
             return visible(unit.text, newlines=False)
         if unit.end - unit.start == 1:
@@ -83,8 +90,8 @@ class TokenDecoder:
         return list(self._tokenizer.convert_ids_to_tokens(list(ids)))
 
 
-# The byte that each symbol of byte-level BPE stands for: itself if it can be drawn, else 256 and up in order, as in
-# GPT-2's encoder, which every byte-level tokenizer follows.
+# The symbol of each byte in byte-level BPE: the byte's own character if it can be drawn, otherwise the characters from
+# 256 on in order, as in GPT-2's encoder, which every byte-level tokenizer follows.
 _DRAWN_BYTES = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
 _OTHER_BYTES = (byte for byte in range(256) if byte not in _DRAWN_BYTES)
 _BYTE_SYMBOLS = {chr(byte): byte for byte in _DRAWN_BYTES} | {chr(256 + n): b for n, b in enumerate(_OTHER_BYTES)}
@@ -97,12 +104,12 @@ def _bytes_alone(shown: str) -> str:
 
 def _token_bytes(token: str) -> bytes:
     if not _BYTE_SYMBOLS.keys() >= set(token):
-        return token.encode("utf-8", "surrogatepass")  # not from a byte-level vocabulary: taken for plain text
+        return token.encode("utf-8", "surrogatepass")  # not from a byte-level vocabulary, so read as plain text
     return bytes(_BYTE_SYMBOLS[symbol] for symbol in token)
 
 
 def token_text(decoder: TokenDecoder, token: int) -> str:
-    """One token as it may be printed, on one line."""
+    """Format one token so that it is safe to print on one line."""
     return "".join(
         decoder.show(unit.text, newlines=False) if not unit.is_control else unit.text for unit in decoder.units([token])
     )

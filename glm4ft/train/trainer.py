@@ -8,7 +8,6 @@ evaluation is the mean over all held-out tokens; a checkpoint counts only once i
 from __future__ import annotations
 
 import math
-import re
 import resource
 import sys
 import time
@@ -27,8 +26,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from glm4ft.data.batching import PackedRows, ShuffledByLength
 from glm4ft.errors import RunError
 from glm4ft.files import write_atomically
+from glm4ft.train.run_folder import COMPLETE_MARKER, last_checkpoint
 
-COMPLETE_MARKER = "complete"  # written into a checkpoint when everything else is there
 _TRAINING_ARGS_PICKLE = "training_args.bin"
 
 
@@ -231,22 +230,6 @@ class ProgressBar(TrainerCallback):
         """Leave the finished bar on the screen."""
         if self.bar is not None:
             self.bar.close()
-
-
-def last_checkpoint(output: Path) -> Path | None:
-    """The latest checkpoint of a run that was written to its end, or None."""
-    complete = [folder for folder in checkpoints(output) if (folder / COMPLETE_MARKER).exists()]
-    return max(complete, key=checkpoint_step, default=None)
-
-
-def checkpoints(output: Path) -> list[Path]:
-    """The checkpoints of a run, unfinished ones too; a folder such as ``checkpoint-best`` is the user's own."""
-    return [folder for folder in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", folder.name)]
-
-
-def checkpoint_step(checkpoint: Path) -> int:
-    """The optimizer step after which a checkpoint was written."""
-    return int(checkpoint.name.rpartition("-")[2])
 
 
 def peak_memory_bytes() -> int:

@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from glm4ft.cli.main import run
 from glm4ft.data.chat_format import ChatFormat
-from glm4ft.data.conversation import read_conversations
 from glm4ft.data.dataset import DEMO_DATA
+from glm4ft.data.reader import read_conversations
 from glm4ft.model.generation import greedy
 from glm4ft.model.tiny import write_tiny_base
 from glm4ft.train.trajectory import read_trajectory
@@ -218,7 +218,7 @@ def test_full_disk_is_one_block(
     def fail(path: Path, _: str) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr("glm4ft.train.run.write_atomically", fail)
+    monkeypatch.setattr("glm4ft.train.run_folder.write_atomically", fail)
     argv = ["train", "--data=demo", f"--output={tmp_path / 'out'}"]
     assert_refused(argv, capsys, tmp_path, "No space left on device", "cannot be written")
 

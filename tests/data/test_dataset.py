@@ -6,14 +6,19 @@ Run: pytest tests/data/test_dataset.py
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from glm4ft.data import dataset
 from glm4ft.data.chat_format import IGNORED, ChatFormat
-from glm4ft.data.conversation import from_messages
-from glm4ft.data.dataset import DEMO_DATA, NO_TARGETS, TOO_LONG, fit_row, prepare_rows
+from glm4ft.data.dataset import DEMO_DATA, ENCODER_MODULES, NO_TARGETS, TOO_LONG, code_digest, fit_row, prepare_rows
+from glm4ft.data.reader import from_messages, read_conversations
 from glm4ft.errors import DataError
 from glm4ft.model.tiny import tiny_tokenizer
 from glm4ft.testing.subjects.founding_bug import FoundingBugFormat
@@ -163,6 +168,42 @@ def test_cache_is_not_used_after_a_change(change: str, tmp_path: Path) -> None:
         write(path, talk(3))
     prepare(change)
     assert len(entries()) == len(before) + 1
+
+
+def test_key_depends_on_the_encoder_and_on_nothing_else(tmp_path: Path) -> None:
+    """Editing another module keeps the rows; editing one that encodes them drops them."""
+    package = Path(shutil.copytree(Path(dataset.__file__).parent, tmp_path / "data"))
+    before = code_digest(package)
+    for module in sorted(path.stem for path in package.glob("*.py")):
+        path = package / f"{module}.py"
+        text = path.read_text("utf-8")
+        path.write_text(text + "# edited\n", "utf-8")
+        code_digest.cache_clear()
+        assert (code_digest(package) != before) == (module in ENCODER_MODULES), module
+        path.write_text(text, "utf-8")
+    assert set(ENCODER_MODULES) <= {path.stem for path in package.glob("*.py")}
+
+
+def test_every_module_that_encoding_loads_is_known_to_matter_or_not() -> None:
+    """A module that is imported from now on has to be named as an encoder, or here with the reason why it is none."""
+    no_encoders = {
+        "glm4ft", "glm4ft.data",  # empty
+        "glm4ft.errors",  # words a refusal, which leaves no row
+        "glm4ft.data.batching",  # arranges rows that are encoded already
+    }  # fmt: skip
+    code = "import sys, glm4ft.data.dataset, glm4ft.data.reader; print(*(n for n in sys.modules if 'glm4ft' in n))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert set(loaded) == no_encoders | {f"glm4ft.data.{name}" for name in ENCODER_MODULES}
+
+
+def test_row_is_read_back_with_its_turns(chat_format: ChatFormat, tmp_path: Path) -> None:
+    """Round trip and report use the row as it was encoded for training, instead of encoding it again."""
+    path = write(tmp_path / "a.jsonl", talk(3), talk(1))
+    rows, _ = prepare_rows(path, chat_format, max_length=1000, cache=tmp_path / "cache")
+    for index, conversation in enumerate(read_conversations(path)):
+        encoded = chat_format.encode(conversation)
+        assert rows.encoded(index) == replace(encoded, segments=())
+        assert rows.encoded(index).expected == encoded.supervised
 
 
 def test_labels_ignore_what_is_not_supervised(chat_format: ChatFormat, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from glm4ft.data.chat_format import ChatFormat
-from glm4ft.data.conversation import from_messages
+from glm4ft.data.reader import from_messages
 from glm4ft.model.generation import OVERRUN, TurnRoundTrip, round_trip
 from glm4ft.model.tiny import tiny_model, tiny_tokenizer
 

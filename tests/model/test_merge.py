@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from glm4ft.data.chat_format import STOPS, ChatFormat
-from glm4ft.data.conversation import parse_conversation
+from glm4ft.data.reader import parse_conversation
 from glm4ft.errors import ConfigError, InputError, ModelError, RunError
 from glm4ft.model import base_model
 from glm4ft.model.base_model import load_base

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from hypothesis.errors import InvalidArgument, NoSuchExample
 from hypothesis.strategies import SearchStrategy
 
-from glm4ft.data.conversation import Conversation, Message, parse_conversation
+from glm4ft.data.conversation import Conversation, Message
+from glm4ft.data.reader import parse_conversation
 from glm4ft.testing.strategies import (
     MARKER_LOOK_ALIKES,
     MARKERS,

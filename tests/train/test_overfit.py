@@ -16,11 +16,11 @@ import yaml
 
 from glm4ft.diagnosis.run_folder import explain_run
 from glm4ft.report.failure_card import MAX_LINES, explain_failure
+from glm4ft.report.observed_run import ObservedRun, train_observed
 from glm4ft.testing.session.gpu_lane import is_large
 from glm4ft.testing.stability import assert_grad_norms_decay, assert_grad_norms_stable, spike_ratios
 from glm4ft.testing.subjects.founding_bug import FoundingBugFormat
 from glm4ft.train.config import TrainConfig
-from glm4ft.train.run import RunResult, run_training
 
 OVERFIT = TrainConfig(
     data="demo", learning_rate=5e-3, schedule="constant", max_steps=60, target_loss=0.01, round_trip=True, save_every=0
@@ -47,7 +47,7 @@ CASES = [
 ]
 
 
-def assert_learnt_by_heart(result: RunResult) -> None:
+def assert_learnt_by_heart(result: ObservedRun) -> None:
     """Finite norms, loss below target, exact round trip, stop; whatever fails comes with the run's card."""
     try:
         _assert_learnt_by_heart(result)
@@ -56,7 +56,7 @@ def assert_learnt_by_heart(result: RunResult) -> None:
         raise AssertionError(f"{error}\n{explain_failure(result.content)}") from None
 
 
-def _assert_learnt_by_heart(result: RunResult) -> None:
+def _assert_learnt_by_heart(result: ObservedRun) -> None:
     # in the order in which failures explain each other
     norms = [row["grad_norm"] for row in result.trajectory.steps]
     assert_grad_norms_stable(norms)
@@ -68,7 +68,7 @@ def _assert_learnt_by_heart(result: RunResult) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_bundled_demo_is_learnt_by_heart(learnt: RunResult) -> None:
+def test_bundled_demo_is_learnt_by_heart(learnt: ObservedRun) -> None:
     assert_learnt_by_heart(learnt)
     assert len(learnt.trajectory.steps) <= 60
     assert sum(row["supervised_tokens"] for row in learnt.trajectory.steps[:1]) <= 200
@@ -76,7 +76,7 @@ def test_bundled_demo_is_learnt_by_heart(learnt: RunResult) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_two_conversations_are_learnt_by_heart(case: Case, tmp_path: Path) -> None:
-    result = run_training(replace(case.config, output=str(tmp_path / "run"), max_steps=case.steps))
+    result = train_observed(replace(case.config, output=str(tmp_path / "run"), max_steps=case.steps))
     assert_learnt_by_heart(result)
 
 
@@ -88,21 +88,21 @@ def test_two_conversations_are_learnt_by_heart_on_a_gpu(
     config = replace(OVERFIT, model=glm4ft_model, dtype="bf16", output=str(tmp_path / "run"))
     if is_large(glm4ft_model):
         config = replace(config, learning_rate=1e-3, max_steps=200, gradient_checkpointing=True)
-    result = run_training(config)
+    result = train_observed(config)
     glm4ft_record_run(result.trajectory.steps)
     assert_learnt_by_heart(result)
 
 
 @pytest.fixture(scope="module")
-def buggy_run(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+def buggy_run(tmp_path_factory: pytest.TempPathFactory) -> ObservedRun:
     """A run with the bug where it occurred: in the code that encodes the training data."""
     folder = tmp_path_factory.mktemp("founding_bug")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("glm4ft.train.run.ChatFormat", FoundingBugFormat)
-        return run_training(replace(OVERFIT, packing=True, max_steps=90, output=str(folder / "run")))
+        return train_observed(replace(OVERFIT, packing=True, max_steps=90, output=str(folder / "run")))
 
 
-def test_founding_bug_stops_within_five_per_cent_of_its_certified_floor(buggy_run: RunResult) -> None:
+def test_founding_bug_stops_within_five_per_cent_of_its_certified_floor(buggy_run: ObservedRun) -> None:
     """The negative control: the overfit test would see the bug that this project was founded on.
 
     Four of 115 targets are headers that the frozen head cannot tell from the 74 other rows it shares: at 5.19 nats each
@@ -115,7 +115,7 @@ def test_founding_bug_stops_within_five_per_cent_of_its_certified_floor(buggy_ru
     assert not buggy_run.reached_target
 
 
-def test_founding_bug_is_explained_by_header_floor_and_terminator(buggy_run: RunResult) -> None:
+def test_founding_bug_is_explained_by_header_floor_and_terminator(buggy_run: ObservedRun) -> None:
     """The first finding names both: what is trained and unreachable, and what is not trained and so never learned."""
     diagnosis = explain_run(buggy_run.output)
     assert (diagnosis.verdict, diagnosis.stage) == ("header-supervised", "rows")
@@ -129,7 +129,7 @@ def test_founding_bug_is_explained_by_header_floor_and_terminator(buggy_run: Run
     assert sum(token.share for token in diagnosis.evidence.worst_tokens[:4]) > 0.9
 
 
-def test_a_failed_overfit_assertion_shows_the_card_of_the_run(buggy_run: RunResult) -> None:
+def test_a_failed_overfit_assertion_shows_the_card_of_the_run(buggy_run: ObservedRun) -> None:
     """What kept the loss up, what came back, and how to see it again."""
     with pytest.raises(AssertionError, match=r"loss stopped at 0\.") as caught:
         assert_learnt_by_heart(buggy_run)
@@ -143,12 +143,12 @@ def test_a_failed_overfit_assertion_shows_the_card_of_the_run(buggy_run: RunResu
     assert card[-1].startswith("reproduce  │ glm4ft train --config ")
 
 
-def test_founding_bug_never_learns_to_stop(buggy_run: RunResult) -> None:
+def test_founding_bug_never_learns_to_stop(buggy_run: ObservedRun) -> None:
     """What a user sees: the words come back, the end does not."""
     replies = [turn for turn in buggy_run.round_trips if turn.expected.endswith("<|user|>")]
     assert all(turn.generated.startswith(turn.expected.removesuffix("<|user|>")) for turn in replies)
     assert not any(turn.exact for turn in replies)
-    assert not buggy_run.came_back
+    assert not buggy_run.is_reproduced
 
 
 def test_jump_of_the_founding_report_is_called_unstable() -> None:
@@ -193,12 +193,12 @@ def test_target_below_the_floor_is_warned_of_before_training(tmp_path: Path) -> 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GLM4FT_CACHE", str(tmp_path / "cache"))
         patch.setattr("glm4ft.train.run.ChatFormat", FoundingBugFormat)
-        run_training(replace(OVERFIT, output=str(tmp_path / "run"), max_steps=1, round_trip=False), say=said.append)
+        train_observed(replace(OVERFIT, output=str(tmp_path / "run"), max_steps=1, round_trip=False), say=said.append)
         above = replace(OVERFIT, target_loss="floor + 8", output=str(tmp_path / "above"), round_trip=False)
-        result = run_training(above, say=said.append)
+        result = train_observed(above, say=said.append)
     (warning,) = [line for line in said if line.startswith("warning: a mean loss of 0.01 cannot be reached")]
     assert "0.1807" in warning
     assert "<|assistant|> (4 times, 5.19 each)" in warning
-    assert result.target_loss == pytest.approx(8.1807, abs=1e-3)
+    assert result.result.target_loss == pytest.approx(8.1807, abs=1e-3)
     assert result.reached_target
-    assert yaml.safe_load((tmp_path / "above" / "config.yaml").read_text())["target_loss"] == result.target_loss
+    assert yaml.safe_load((tmp_path / "above" / "config.yaml").read_text())["target_loss"] == result.result.target_loss

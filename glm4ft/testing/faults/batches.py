@@ -26,7 +26,7 @@ fault = faults_at("batches")
     because="the catalogue has it under tokenisation, but no row shows it: the pad id is first used in a padded batch",
 )
 class PadIdZeroIsFalsy(Subject):
-    """A pad id of 0 is taken for a missing one, and rows are padded with the end-of-text token."""
+    """A pad id of 0 is mistaken for a missing one, and rows are padded with the end-of-text token."""
 
     @property
     def pad_id(self) -> int:
@@ -47,7 +47,7 @@ class PadInLoss(Subject):
     cause=r"pad\w* (is|are) attended|padding",
 )
 class LeftPadAttended(Subject):
-    """Rows are padded on the left and the mask is all ones."""
+    """Rows are padded on the left, and the attention mask is all ones."""
 
     def collate(self, rows: Sequence[Features]) -> Batch:
         batch = super().collate(rows)
@@ -59,7 +59,7 @@ class LeftPadAttended(Subject):
 
 @fault("attention-mask-from-pad-equality", evidence="TRL 6357", cause=r"mask|attended")
 class AttentionMaskFromPadEquality(Subject):
-    """The mask is where ids differ from the pad id, which is also a role's header."""
+    """The attention mask hides every token equal to the pad token, which is also a role's header."""
 
     def __init__(self, base_dir: str) -> None:
         super().__init__(base_dir)
@@ -77,7 +77,7 @@ class AttentionMaskFromPadEquality(Subject):
     simulated="zeros behind a row do nothing to a causal model on a CPU, so they are put before it, where the row is",
 )
 class PositionIdsPaddedBadly(Subject):
-    """Positions are padded with zeros on another side than the ids."""
+    """Position ids are padded with zeros on a different side than the token ids."""
 
     def collate(self, rows: Sequence[Features]) -> Batch:
         batch = super().collate(rows)
@@ -88,7 +88,7 @@ class PositionIdsPaddedBadly(Subject):
 
 @fault("packing-no-isolation", evidence="LLaMA-Factory 4224; functionary 265; unsloth 126", cause=r"attended|neighbour")
 class PackingNoIsolation(Subject):
-    """Packed rows are one text to the model: later ones attend to earlier ones."""
+    """Packed rows are one text to the model: later rows attend to earlier ones."""
 
     def collate_packed(self, rows: Sequence[Features]) -> Batch:
         batch = super().collate_packed(rows)
@@ -102,7 +102,7 @@ class PackingNoIsolation(Subject):
     cause=r"attended|neighbour|mask lets it see",
 )
 class IsolationLostTo2dMask(Subject):
-    """A mask of ones beside restarting positions switches off the isolation that is inferred from them."""
+    """An all-ones attention mask switches off the isolation that transformers infers from restarting position ids."""
 
     def collate_packed(self, rows: Sequence[Features]) -> Batch:
         batch = super().collate_packed(rows)
@@ -115,7 +115,7 @@ class IsolationLostTo2dMask(Subject):
     cause=r"attended|neighbour",
 )
 class IsolationLostToCache(Subject):
-    """With a key-value cache, which is on by default, packed rows are not looked for in the positions."""
+    """With a key-value cache, which is on by default, transformers does not infer packed rows from the position ids."""
 
     def forward(self, model: Any, batch: Batch) -> torch.Tensor:
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
@@ -125,7 +125,7 @@ class IsolationLostToCache(Subject):
 
 @fault("packing-positions-not-reset", evidence="torchtune 875, 992; LLaMA-Factory 7318", cause=r"position|attended")
 class PackingPositionsNotReset(Subject):
-    """Positions run on over packed rows."""
+    """Position ids do not restart at packed rows."""
 
     def positions(self, rows: Sequence[Features]) -> torch.Tensor:
         return torch.arange(sum(len(row["input_ids"]) for row in rows))[None]
@@ -144,7 +144,7 @@ class PackingDropsTail(Subject):
 
 @fault("segment-ids-as-mask", evidence="LLaMA-Factory 7754", cause=r"position|attended")
 class SegmentIdsAsMask(Subject):
-    """A mask that numbers the packed rows is summed up to positions as if it were of ones."""
+    """A mask that numbers the packed rows is summed up to position ids as if it contained only ones."""
 
     def positions(self, rows: Sequence[Features]) -> torch.Tensor:
         numbers = [torch.full((len(row["input_ids"]),), i) for i, row in enumerate(rows, start=1)]
@@ -153,7 +153,7 @@ class SegmentIdsAsMask(Subject):
 
 @fault("sampler-rng-unsynced", processes=2, evidence="accelerate 2694, 696, 2434", cause=r"seen|rank|process")
 class SamplerRngUnsynced(Subject):
-    """Each process draws an order of its own, so their shares of the data overlap."""
+    """Each process draws its own order of the data, so their shards overlap."""
 
     def epoch_order(self, num_items: int, epoch: int, seed: int, rank: int) -> list[int]:
         return super().epoch_order(num_items, epoch, seed + rank, rank)
@@ -161,7 +161,7 @@ class SamplerRngUnsynced(Subject):
 
 @fault("set-epoch-missing", evidence="ms-swift 9902", cause=r"epoch")
 class SetEpochMissing(Subject):
-    """The sampler is never told of a new epoch, so all have one order."""
+    """The sampler is never told of a new epoch, so all epochs have the same order."""
 
     def epoch_order(self, num_items: int, epoch: int, seed: int, rank: int) -> list[int]:
         return super().epoch_order(num_items, 0, seed, rank)

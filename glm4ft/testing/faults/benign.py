@@ -57,12 +57,12 @@ def all_variations() -> dict[str, Variation]:
 
 @variation("healthy", processes=2)
 class Healthy(Subject):
-    """The plain loop as it is; the first gradient of every A is zero in it, since B is."""
+    """The plain loop without changes; the first gradient of every A is zero, since B is zero."""
 
 
 @variation("packed-positions-running-with-block-mask")
 class RunningPositionsWithBlockMask(Subject):
-    """Positions run on over packed rows, which an explicit block mask keeps apart."""
+    """Position ids do not restart at packed rows, which an explicit block mask keeps apart."""
 
     def collate_packed(self, rows: Sequence[Features]) -> Batch:
         numbers = torch.cat([torch.full((len(row["input_ids"]),), i) for i, row in enumerate(rows)])
@@ -73,7 +73,7 @@ class RunningPositionsWithBlockMask(Subject):
 
 @variation("attention-implementation")
 class EagerAttention(Subject):
-    """Attention is written out, where sdpa is the default."""
+    """Attention uses the eager implementation instead of SDPA."""
 
     def load_base(self, base_dir: str) -> Any:
         return AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32, attn_implementation="eager")
@@ -98,7 +98,7 @@ class MergeRounding(Subject):
 
 @variation("other-seed")
 class OtherSeed(Subject):
-    """Adapters and order of the data are drawn from other seeds than the plan's."""
+    """Adapters and the order of the data are drawn from other seeds than the plan's."""
 
     shift_of_seed = 1000
 
@@ -111,7 +111,7 @@ class OtherSeed(Subject):
 
 @variation("two-threads")
 class TwoThreads(Subject):
-    """The run takes two threads."""
+    """The run uses two threads."""
 
     def train(self, model: Any, conversations: Conversations, plan: Mapping[str, Any]) -> list[dict[str, Any]]:
         before = torch.get_num_threads()
@@ -135,7 +135,7 @@ class PaddingToMultiple(Subject):
 
 @variation("left-padding")
 class LeftPadding(Subject):
-    """Batches are padded on the left, with mask and positions that say so."""
+    """Batches are padded on the left, with matching attention mask and position ids."""
 
     def collate(self, rows: Sequence[Features]) -> Batch:
         batch = super().collate(rows)
@@ -150,7 +150,7 @@ class LeftPadding(Subject):
 
 @variation("rows-by-length")
 class RowsByLength(Subject):
-    """Pairs of neighbours in the shuffled order are put longest first."""
+    """In the shuffled order, each pair of adjacent rows is reordered by index."""
 
     def epoch_order(self, num_items: int, epoch: int, seed: int, rank: int) -> list[int]:
         order = super().epoch_order(num_items, epoch, seed, rank)
@@ -160,7 +160,7 @@ class RowsByLength(Subject):
 
 @variation("sparse-log")
 class SparseLog(Subject):
-    """Only every third step is logged, whatever the plan says."""
+    """Only every third step is logged, whatever the plan requests."""
 
     def train(self, model: Any, conversations: Conversations, plan: Mapping[str, Any]) -> list[dict[str, Any]]:
         return super().train(model, conversations, {**plan, "log_every": 3})
@@ -168,7 +168,7 @@ class SparseLog(Subject):
 
 @variation("always-checkpointing")
 class AlwaysCheckpointing(Subject):
-    """Activations are recomputed, whether or not the plan asks for it."""
+    """Activations are recomputed, whether or not the plan requests it."""
 
     def train(self, model: Any, conversations: Conversations, plan: Mapping[str, Any]) -> list[dict[str, Any]]:
         return super().train(model, conversations, {**plan, "gradient_checkpointing": True})
@@ -176,7 +176,7 @@ class AlwaysCheckpointing(Subject):
 
 @variation("supervised-rows-only")
 class SupervisedRowsOnly(Subject):
-    """The head runs on supervised positions alone."""
+    """The head is applied to supervised positions only."""
 
     def forward(self, model: Any, batch: Batch) -> torch.Tensor:
         if not model.training or model is not getattr(model, "module", model):
@@ -196,7 +196,7 @@ class SupervisedRowsOnly(Subject):
 
 @variation("clipping-by-hand")
 class ClippingByHand(Subject):
-    """The gradient is clipped without torch's help."""
+    """The gradient is clipped without `torch.nn.utils.clip_grad_norm_`."""
 
     def clip(self, run: LoopState) -> float:
         parameters, limit = trained(run.model), run.plan["max_grad_norm"]
@@ -209,7 +209,7 @@ class ClippingByHand(Subject):
 
 @variation("groups-of-parameters")
 class GroupsOfParameters(Subject):
-    """The matrices A and B are groups of their own, with one setting."""
+    """The matrices A and B are two parameter groups with the same settings."""
 
     def parameter_groups(self, model: Any, plan: Mapping[str, Any]) -> list[dict[str, Any]]:
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -248,14 +248,14 @@ class LossScaling(Subject):
 
 @variation("rank-and-alpha-patterns")
 class RankAndAlphaPatterns(Subject):
-    """Some modules have a rank and a scale of their own, as was asked for."""
+    """Some modules have their own rank and scale, as requested."""
 
     lora: Mapping[str, Any] = {**Subject.lora, "rank_pattern": {"o_proj": 4}, "alpha_pattern": {"self_attn.o_proj": 32}}
 
 
 @variation("rank-stabilised")
 class RankStabilised(Subject):
-    """Alpha is divided by the root of the rank, as was asked for."""
+    """Alpha is divided by the square root of the rank, as requested."""
 
     lora: Mapping[str, Any] = {**Subject.lora, "use_rslora": True}
 
@@ -269,14 +269,14 @@ class AdapterOnTheHead(Subject):
 
 @variation("one-layer")
 class OneLayer(Subject):
-    """Only one layer has adapters, as was asked for, with twice the rank."""
+    """Only one layer has adapters, with twice the rank, as requested."""
 
     lora: Mapping[str, Any] = {**Subject.lora, "layers_to_transform": [1], "r": 16, "lora_alpha": 32}
 
 
 @variation("end-of-text")
 class EndOfText(Subject):
-    """The last answer of a conversation is ended by the end-of-text token."""
+    """The last answer of a conversation ends with the end-of-text token."""
 
     def final_stop(self, message: Message) -> str:
         return "<|endoftext|>"
@@ -284,7 +284,7 @@ class EndOfText(Subject):
 
 @variation("large-evaluation-batches")
 class LargeEvaluationBatches(Subject):
-    """Evaluation takes all rows at once, in the order of their length."""
+    """Evaluation uses one batch of all rows, ordered by length."""
 
     def eval_batches(self, rows: Sequence[Features]) -> Iterator[Batch]:
         yield self.collate(sorted(rows, key=lambda row: len(row["input_ids"])))
@@ -292,7 +292,7 @@ class LargeEvaluationBatches(Subject):
 
 @variation("scaled-by-token-mean", processes=2)
 class ScaledByTokenMean(Subject):
-    """Each micro-batch is averaged over its tokens and then weighted by its share of them."""
+    """Each micro-batch's mean loss is weighted by its share of the step's supervised tokens."""
 
     def loss_factor(self, batch: Batch, num_targets: int, num_micro_batches: int) -> float:
         own = int((batch["labels"][:, 1:] != IGNORED).sum())

@@ -33,7 +33,7 @@ def multiply(run: LoopState, factor: float) -> None:
 
 @fault("clip-coefficient-inverted", evidence="DeepSpeed 5150", cause=r"inverted|enlarged|amplified|not clipped")
 class ClipCoefficientInverted(Subject):
-    """The factor is at least 1 in place of at most 1: large gradients pass, small ones grow."""
+    """The clipping factor is at least 1 instead of at most 1: large gradients pass, small ones grow."""
 
     def clip(self, run: LoopState) -> float:
         norm = norm_of(run)
@@ -44,7 +44,7 @@ class ClipCoefficientInverted(Subject):
 
 @fault("clip-has-no-effect", evidence="aprender 2112; nano-world-model 22", cause=r"not clipped")
 class ClipHasNoEffect(Subject):
-    """The norm is computed and nothing is done with it."""
+    """The gradient norm is computed, but the gradient is not clipped."""
 
     def clip(self, run: LoopState) -> float:
         return norm_of(run)
@@ -52,7 +52,7 @@ class ClipHasNoEffect(Subject):
 
 @fault("clip-before-unscale", evidence="pytorch/examples 1196; DeepSpeed 2695", cause=r"scale")
 class ClipBeforeUnscale(Subject):
-    """Gradients are clipped while the loss scale of half precision is still in them."""
+    """Gradients are clipped while they still contain the loss scale of half precision."""
 
     def backward(self, loss: torch.Tensor) -> None:
         super().backward(loss * LOSS_SCALE)
@@ -65,7 +65,7 @@ class ClipBeforeUnscale(Subject):
 
 @fault("clip-local-norm", evidence="LLaMA-Factory 10640; DeepSpeed 5411", cause=r"local|own norm|not one factor|each")
 class ClipLocalNorm(Subject):
-    """Each parameter is clipped to its own norm, not all to the global one."""
+    """Each parameter is clipped by its own norm, not by the global norm."""
 
     def clip(self, run: LoopState) -> float:
         norm = norm_of(run)
@@ -76,7 +76,7 @@ class ClipLocalNorm(Subject):
 
 @fault("clip-by-value", evidence="DeepCrime operator OCG", cause=r"value|direction")
 class ClipByValue(Subject):
-    """Every entry is cut off at the limit."""
+    """Every entry of the gradient is clipped by value at the limit."""
 
     def clip(self, run: LoopState) -> float:
         norm = norm_of(run)
@@ -87,7 +87,7 @@ class ClipByValue(Subject):
 
 @fault("norm-logged-after-clip", evidence="miles 2132; TrainCheck motivation", cause=r"after clipping|clipped|logged")
 class NormLoggedAfterClip(Subject):
-    """The norm that is logged is the one behind clipping, so it never shows a spike."""
+    """The logged norm is the one after clipping, so it never shows a spike."""
 
     def clip(self, run: LoopState) -> float:
         super().clip(run)

@@ -19,7 +19,7 @@ fault = faults_at("persistence")
 
 @fault("merge-without-scale", evidence="PEFT 2489; unsloth-zoo 806", cause=r"scale")
 class MergeWithoutScale(Subject):
-    """The delta is merged without alpha over r."""
+    """The adapter is merged without the factor alpha / r."""
 
     def merged(self, model: Any) -> Any:
         set_lora_scale(model, 1.0)
@@ -32,7 +32,7 @@ class MergeWithoutScale(Subject):
     cause=r"base|nothing|not merged",
 )
 class MergeNeverHappened(Subject):
-    """The base is exported as it was."""
+    """The base is exported without the adapter."""
 
     def merged(self, model: Any) -> Any:
         return model.unload()
@@ -40,7 +40,7 @@ class MergeNeverHappened(Subject):
 
 @fault("adapter-applied-twice", evidence="PEFT 2306", cause=r"twice|adapter")
 class AdapterAppliedTwice(Subject):
-    """The adapter lies beside the merged weights and is applied to them once more."""
+    """The adapter is saved beside the merged weights, so loading applies it a second time."""
 
     def merge(self, base_dir: str, folder: str, output: str) -> None:
         super().merge(base_dir, folder, output)
@@ -50,7 +50,7 @@ class AdapterAppliedTwice(Subject):
 
 @fault("merged-stop-ids-lost", evidence="GLM-4 297; LLaMA-Factory 2075; mergekit 275", cause=r"stop|eos_token")
 class MergedStopIdsLost(Subject):
-    """The merged checkpoint ends generation on the tokenizer's one end token alone."""
+    """The merged checkpoint states the tokenizer's end token as its only stop id."""
 
     def merge(self, base_dir: str, folder: str, output: str) -> None:
         super().merge(base_dir, folder, output)
@@ -66,7 +66,7 @@ class MergedStopIdsLost(Subject):
     cause=r"is missing from the merged|prefix",
 )
 class ExportKeyPrefixWrong(Subject):
-    """Too much of the prefix is taken off the exported keys, and the loader draws the layers anew."""
+    """Too much of the prefix is removed from the exported keys, so the loader initialises the layers anew."""
 
     def merge(self, base_dir: str, folder: str, output: str) -> None:
         model = self.merged(self.load(base_dir, folder))
@@ -86,7 +86,7 @@ def tensors(model: Any) -> list[tuple[str, Any]]:
     simulated="the base is not tied; its export says so, and holds one matrix for head and embedding",
 )
 class TiedHeadMerge(Subject):
-    """An adapter on the head is merged, and the tie of head and embedding undoes it on the way to the disk."""
+    """An adapter on the head is merged, but saving ties the head to the embedding and loses it."""
 
     lora: Mapping[str, Any] = {**Subject.lora, "target_modules": [*Subject.lora["target_modules"], "lm_head"]}
 
@@ -100,7 +100,7 @@ class TiedHeadMerge(Subject):
 
 @fault("merge-delta-transposed", evidence="axolotl d060c803; PEFT 3165", cause=r"q_proj|o_proj|transposed")
 class MergeDeltaTransposed(Subject):
-    """The delta is merged transposed where the shape is square and does not object."""
+    """Square deltas are merged transposed, which their shape does not reveal."""
 
     def merged(self, model: Any) -> Any:
         for module in model.modules():

@@ -30,7 +30,7 @@ class LossInLowPrecision(Subject):
 
 @fault("labels-not-shifted", evidence="transformers 25044, 27161, 17987", cause=r"not shifted")
 class LabelsNotShifted(Subject):
-    """Each position's prediction is compared with its own token."""
+    """The prediction at each position is compared with the token at the same position."""
 
     def shift(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return logits.flatten(0, 1), labels.flatten()
@@ -46,7 +46,7 @@ class DoubleShift(Subject):
 
 @fault("ignore-index-unused", evidence="Liger 974", cause=r"ignore|masked|class 0|id 0")
 class IgnoreIndexUnused(Subject):
-    """Positions without a label enter the loss with class 0."""
+    """Ignored positions enter the loss with class 0."""
 
     def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return super().loss_sum(logits, labels.clamp_min(0))
@@ -73,7 +73,7 @@ class UnitGradient(torch.autograd.Function):
 
 @fault("fused-loss-assumes-unit-grad", evidence="unsloth-zoo 434", cause=r"times the token mean")
 class FusedLossAssumesUnitGrad(Subject):
-    """A fused loss ignores what its result is multiplied by, so the sum over tokens is never divided."""
+    """A fused loss ignores the upstream gradient, so the sum over tokens is never divided by their number."""
 
     def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         apply: Any = UnitGradient.apply
@@ -88,7 +88,7 @@ class FusedLossAssumesUnitGrad(Subject):
     simulated="a hook doubles what the custom backward would have added a second time",
 )
 class GradientCountedTwice(Subject):
-    """A custom backward adds to a weight's gradient and returns it as well."""
+    """A custom backward pass adds to a weight's gradient and also returns it, so it counts twice."""
 
     def attach(self, base: Any, seed: int) -> Any:
         model = super().attach(base, seed)
@@ -104,7 +104,7 @@ class GradientCountedTwice(Subject):
     cause=r"micro-batch means",
 )
 class MeanOfMicroMeans(Subject):
-    """Each micro-batch is averaged over its own tokens, then the micro-batches are: short answers weigh more."""
+    """The loss is the mean of micro-batch means, so tokens of micro-batches with few targets weigh more."""
 
     def loss_factor(self, batch: Batch, num_targets: int, num_micro_batches: int) -> float:
         return 1 / max(1, self.count_targets([batch])) / num_micro_batches
@@ -122,7 +122,7 @@ class DividedTwice(Subject):
 
 @fault("zero-grad-missing", evidence="stackoverflow 60335387", cause=r"not cleared")
 class ZeroGradMissing(Subject):
-    """Gradients pile up over the steps."""
+    """Gradients are never cleared, so they accumulate over the steps."""
 
     def zero_grad(self, run: LoopState) -> None:
         pass
@@ -139,7 +139,7 @@ class ZeroGradEveryMicro(Subject):
 
 @fault("micro-batch-lost", evidence="DeepSpeed 6550", cause=r"micro-batch")
 class MicroBatchLost(Subject):
-    """From the second step on, the second micro-batch overwrites the first in place of being added."""
+    """From the second step on, the second micro-batch's gradient replaces the first one's instead of being added."""
 
     def train_step(self, run: LoopState, batches: list[Batch]) -> dict[str, Any]:
         self.done = 0
@@ -154,7 +154,7 @@ class MicroBatchLost(Subject):
 
 @fault("log-scaled-backward-not", evidence="verl 436", cause=r"not divided|times the token mean|micro-batch means")
 class LogScaledBackwardNot(Subject):
-    """The loss that is logged is divided by the number of micro-batches, the one that is differentiated is not."""
+    """The logged loss is divided by the number of micro-batches, the differentiated loss is not."""
 
     def loss_factor(self, batch: Batch, num_targets: int, num_micro_batches: int) -> float:
         return super().loss_factor(batch, num_targets, num_micro_batches) * num_micro_batches
@@ -164,7 +164,7 @@ class LogScaledBackwardNot(Subject):
     "wrapper-bypassed", processes=2, evidence="jxmnop on X 2024 (TrainCheck set)", cause=r"not averaged|ranks?|process"
 )
 class WrapperBypassed(Subject):
-    """The model is called in place of its wrapper, so nothing averages the gradients over processes."""
+    """The model is called instead of its DDP wrapper, so gradients are not averaged over processes."""
 
     def wrap(self, model: Any) -> Any:
         super().wrap(model)
@@ -194,7 +194,7 @@ class HooksLostAfterMove(Subject):
     cause=r"times the token mean|process|world",
 )
 class WorldSizeFactorLost(Subject):
-    """The loss is divided by the tokens of all processes, and the wrapper averages over them again."""
+    """The loss is divided by the tokens of all processes, and DDP averages over the processes again."""
 
     def loss_factor(self, batch: Batch, num_targets: int, num_micro_batches: int) -> float:
         return super().loss_factor(batch, num_targets, num_micro_batches) / world_size()

@@ -40,7 +40,7 @@ class OtherConfig(Subject):
 
 @fault("rope-not-partial", evidence="mlx-lm 1698", cause=r"rotary|rope")
 class RopeNotPartial(OtherConfig):
-    """All of each head is rotated, where GLM-4 rotates half."""
+    """Rotary embedding is applied to all of each head, while GLM-4 rotates half of it."""
 
     def change(self, config: Any) -> None:
         config.rope_parameters["partial_rotary_factor"] = 1.0
@@ -48,7 +48,7 @@ class RopeNotPartial(OtherConfig):
 
 @fault("rope-base-differs", evidence="torchtune 997", cause=r"rotary|rope")
 class RopeBaseDiffers(OtherConfig):
-    """The builder of the adapted model has another rope base than the full one."""
+    """The code that builds the adapted model uses a different RoPE base than the code for full fine-tuning."""
 
     def change(self, config: Any) -> None:
         config.rope_parameters["rope_theta"] = 500_000.0
@@ -56,7 +56,7 @@ class RopeBaseDiffers(OtherConfig):
 
 @fault("norm-eps-differs", evidence="torchtune 409", cause=r"eps")
 class NormEpsDiffers(OtherConfig):
-    """The builder of the adapted model has another epsilon in its norms."""
+    """The code that builds the adapted model uses a different epsilon in its norms."""
 
     def change(self, config: Any) -> None:
         config.rms_norm_eps = 1e-6
@@ -64,7 +64,7 @@ class NormEpsDiffers(OtherConfig):
 
 @fault("norm-variant-swapped", evidence="axolotl 1886; InfiniLM 352", cause=r"norm")
 class NormVariantSwapped(Subject):
-    """A patched block lacks the norm that GLM-4 has behind its attention."""
+    """A patched block lacks the norm that GLM-4 has after attention."""
 
     def load_base(self, base_dir: str) -> Any:
         base = super().load_base(base_dir)
@@ -74,7 +74,7 @@ class NormVariantSwapped(Subject):
 
 @fault("square-weight-transposed", evidence="unsloth-zoo 913", cause=r"o_proj|transposed")
 class SquareWeightTransposed(Subject):
-    """A square weight is transposed on load, since its layout was guessed from its shape."""
+    """A square weight is transposed on loading, since its layout was guessed from its shape."""
 
     def load_base(self, base_dir: str) -> Any:
         base = super().load_base(base_dir)
@@ -92,7 +92,7 @@ def set_lora_scale(model: Any, scale: float) -> None:
 
 @fault("lora-scale-missing", evidence="PEFT 2489, 2775", cause=r"scale")
 class LoraScaleMissing(Subject):
-    """Alpha over r is left out of the forward pass."""
+    """The forward pass omits the factor alpha / r."""
 
     def attach(self, base: Any, seed: int) -> Any:
         model = super().attach(base, seed)
@@ -102,7 +102,7 @@ class LoraScaleMissing(Subject):
 
 @fault("rslora-scale-mixed", evidence="PEFT 2775, 1930", cause=r"scale")
 class RsloraScaleMixed(Subject):
-    """The forward pass divides alpha by the root of r, everything else by r."""
+    """The forward pass divides alpha by the square root of r, everything else divides it by r."""
 
     def attach(self, base: Any, seed: int) -> Any:
         model = super().attach(base, seed)
@@ -112,7 +112,7 @@ class RsloraScaleMixed(Subject):
 
 @fault("rank-alpha-pattern-ignored", evidence="PEFT 2195, 3315", cause=r"scale|alpha")
 class RankAlphaPatternIgnored(Subject):
-    """The alpha of a module is looked up by the key that matched its rank, and not found."""
+    """The alpha of a module is looked up under the key that matched its rank, and not found."""
 
     lora: Mapping[str, Any] = {
         **Subject.lora, "rank_pattern": {"o_proj": 4}, "alpha_pattern": {"self_attn.o_proj": 32},
@@ -126,7 +126,7 @@ class RankAlphaPatternIgnored(Subject):
 
 @fault("targets-partially-matched", evidence="PEFT 3534; unsloth 9331", cause=r"gate_proj|up_proj")
 class TargetsPartiallyMatched(Subject):
-    """Two of the targets do not exist in GLM-4, and nothing says so."""
+    """Two of the target modules do not exist in GLM-4, and no error reports it."""
 
     lora: Mapping[str, Any] = {
         **Subject.lora,
@@ -141,7 +141,7 @@ class TargetsPartiallyMatched(Subject):
     simulated="GLM-4 has one number in a module's name, so the wrong layer is named outright",
 )
 class LayerIndexRegexGreedy(Subject):
-    """The number of a layer is read from the wrong place of a module's name, so other layers are adapted."""
+    """A layer's number is read from the wrong part of a module's name, so other layers get the adapters."""
 
     lora: Mapping[str, Any] = {**Subject.lora, "layers_to_transform": [1]}
 
@@ -171,7 +171,7 @@ class Frozen(Subject):
     "adapter-loaded-frozen", evidence="PEFT 282; transformers 24463; TRL 6700", cause=r"no .*trained|trainable|frozen"
 )
 class AdapterLoadedFrozen(Frozen):
-    """A saved adapter is loaded for inference, and training goes on with it."""
+    """A saved adapter is loaded in inference mode, which freezes it, and then trained."""
 
     def attach(self, base: Any, seed: int) -> Any:
         return self.freeze(super().attach(base, seed))
@@ -179,7 +179,7 @@ class AdapterLoadedFrozen(Frozen):
 
 @fault("kbit-prepare-refreezes", evidence="TRL 4081", cause=r"no .*trained|trainable|frozen")
 class KbitPrepareRefreezes(Frozen):
-    """A preparation that freezes the base is applied behind the adapters and freezes them too."""
+    """A function that freezes the base is called after the adapters were attached, and freezes them too."""
 
     def build_model(self, base_dir: str, seed: int) -> Any:
         return self.freeze(super().build_model(base_dir, seed))
@@ -187,7 +187,7 @@ class KbitPrepareRefreezes(Frozen):
 
 @fault("fused-head-bypasses-lora", evidence="unsloth 9331", cause=r"lm_head")
 class FusedHeadBypassesLora(Subject):
-    """The loss reads the head's weight directly, so an adapter on the head never runs."""
+    """The loss uses the head's weight directly, so an adapter on the head has no effect."""
 
     lora: Mapping[str, Any] = {**Subject.lora, "target_modules": [*Subject.lora["target_modules"], "lm_head"]}
 
@@ -202,7 +202,7 @@ class FusedHeadBypassesLora(Subject):
     "new-token-rows-untrained", evidence="axolotl 787; qlora 190d22a; LLaMA-Factory 7997", cause=r"new|vocabulary|rows?"
 )
 class NewTokenRowsUntrained(Subject):
-    """A word is added to the vocabulary, while its rows of embedding and head are neither trained nor saved."""
+    """A token is added to the vocabulary, while its rows of embedding and head are neither trained nor saved."""
 
     def __init__(self, base_dir: str) -> None:
         super().__init__(base_dir)
@@ -219,7 +219,7 @@ class NewTokenRowsUntrained(Subject):
     simulated="what empty memory holds is another thing each time, so it is filled with ten thousand",
 )
 class DoraMagnitudeUninitialised(Subject):
-    """The magnitudes of DoRA are left as the memory was."""
+    """The magnitude vectors of DoRA are left uninitialised."""
 
     lora: Mapping[str, Any] = {**Subject.lora, "use_dora": True}
 
@@ -253,7 +253,7 @@ class AdapterDtypeChanged(Subject):
     simulated="the weight stays in floats, and what goes into it is cast to the integer type of a packed one",
 )
 class CastToPackedDtype(Subject):
-    """Activations are cast to the type of a quantised weight, which is an integer."""
+    """Activations are cast to the dtype of a quantised weight, which is an integer type."""
 
     def load_base(self, base_dir: str) -> Any:
         base = super().load_base(base_dir)

@@ -37,7 +37,7 @@ class EvalPromptLeaksAnswer(Subject):
     cause=r"\bcut\b|question|prompt",
 )
 class EvalPromptCutsQuestion(Subject):
-    """A long prompt is cut at its end, where the question is, before the header is put behind it."""
+    """A long prompt is cut at its end, where the question is, before the assistant's header is appended."""
 
     def eval_prompt(self, messages: Sequence[Mapping[str, Any]], last: int, tools: Any) -> list[int]:
         prompt = super().eval_prompt(messages, last, tools)
@@ -46,7 +46,7 @@ class EvalPromptCutsQuestion(Subject):
 
 @fault("eval-loss-divided-by-accumulation", evidence="LLaMA-Factory 6465", cause=r"accumulation|divided|times")
 class EvalLossDividedByAccumulation(Subject):
-    """The loss of an evaluation is divided by the number of micro-batches, as if it were trained on."""
+    """The loss of an evaluation is divided by the number of micro-batches, as in training."""
 
     def evaluate_in_training(self, run: LoopState) -> dict[str, float]:
         figures = super().evaluate_in_training(run)
@@ -55,7 +55,7 @@ class EvalLossDividedByAccumulation(Subject):
 
 @fault("eval-tail-duplicates", evidence="accelerate 578, 982", cause=r"twice|duplicate|batch|last")
 class EvalTailDuplicates(Subject):
-    """The last batch of an evaluation is filled up with its first rows, which then count twice."""
+    """The last batch of an evaluation is filled up with the first rows, which then count twice."""
 
     def eval_batches(self, rows: Sequence[Features]) -> Iterator[Batch]:
         missing = -len(rows) % self.eval_batch_size
@@ -72,7 +72,7 @@ class MetricNotShifted(Subject):
 
 @fault("generation-prompt-missing", evidence="axolotl 2019; TRL 1532", cause=r"header|<\|assistant\|>|prompt")
 class GenerationPromptMissing(Subject):
-    """The header of the turn to generate is not sent."""
+    """The prompt lacks the header of the turn to generate."""
 
     def generate(self, model: Any, messages: Sequence[Mapping[str, Any]], tools: Any, max_new_tokens: int) -> list[int]:
         with self.evaluating(model):
@@ -81,7 +81,7 @@ class GenerationPromptMissing(Subject):
 
 @fault("inference-double-prefix", evidence="Soup 781; sglang 888; open-r1 462", cause=r"prefix|prompt")
 class InferenceDoublePrefix(Subject):
-    """The rendered prompt is tokenised with the prefix once more."""
+    """Tokenising the rendered prompt adds the prefix a second time."""
 
     def generate(self, model: Any, messages: Sequence[Mapping[str, Any]], tools: Any, max_new_tokens: int) -> list[int]:
         prefix = [self.control_ids[token] for token in PREFIX]
@@ -91,7 +91,7 @@ class InferenceDoublePrefix(Subject):
 
 @fault("new-token-limit-miscounted", evidence="transformers 23723 (TrainCheck set)", cause=r"limit|new tokens|tokens")
 class NewTokenLimitMiscounted(Subject):
-    """The limit counts the prompt's tokens too, so answers to long prompts are cut."""
+    """The limit of new tokens also counts the prompt, so answers to long prompts are cut."""
 
     def answer(self, model: Any, prompt: list[int], max_new_tokens: int) -> list[int]:
         return super().answer(model, prompt, max(1, max_new_tokens - len(prompt)))

@@ -27,7 +27,7 @@ fault = faults_at("persistence")
 
 @fault("load-ignores-missing-keys", evidence="PEFT 2118", cause=r"loaded|base|nothing")
 class LoadIgnoresMissingKeys(Subject):
-    """The file's keys have another prefix, nothing is loaded, and nothing says so."""
+    """The keys in the file have another prefix, so nothing is loaded, and no error reports it."""
 
     def load(self, base_dir: str, folder: str) -> Any:
         model = self.attach(self.load_base(base_dir), seed=0)
@@ -38,7 +38,7 @@ class LoadIgnoresMissingKeys(Subject):
 
 @fault("adapter-name-substring", evidence="PEFT 3282, 2334", cause=r"saved|loaded|adapter")
 class AdapterNameSubstring(Subject):
-    """Tensors are chosen by a part of the adapter's name, which is a part of another adapter's name too."""
+    """Tensors are selected by an adapter name that is also a substring of another adapter's name."""
 
     def save(self, model: Any, folder: str) -> None:
         super().save(model, folder)
@@ -63,7 +63,7 @@ class TokenizerNotSaved(Subject):
 
 @fault("adapter-config-scale-lost", evidence="unsloth-zoo 806; PEFT 1930", cause=r"scale|alpha")
 class AdapterConfigScaleLost(Subject):
-    """The configuration beside the weights holds the default alpha."""
+    """The saved configuration contains the default alpha."""
 
     def save(self, model: Any, folder: str) -> None:
         super().save(model, folder)
@@ -73,7 +73,7 @@ class AdapterConfigScaleLost(Subject):
 
 @fault("saved-template-is-another", evidence="LLaMA-Factory 5986, 7785; GLM-4 607", cause=r"template")
 class SavedTemplateIsAnother(Subject):
-    """Rows are written by code, and what is saved beside them is a template that renders them without their tools."""
+    """Rows are built by code, while the saved chat template renders conversations without their tools."""
 
     def save(self, model: Any, folder: str) -> None:
         complete = str(self.tokenizer.chat_template)
@@ -92,7 +92,7 @@ class ResumeOptimizerLost(Subject):
 
 @fault("resume-data-restarts", evidence="accelerate 4071; torchtune 278", cause=r"rows?|order|data")
 class ResumeDataRestarts(Subject):
-    """The data start again at the beginning."""
+    """After a resume, the data start again at the beginning."""
 
     def behind_what_was_seen(self, stream: Iterator[int], num_items: int, run: LoopState) -> Iterator[int]:
         return stream
@@ -100,7 +100,7 @@ class ResumeDataRestarts(Subject):
 
 @fault("resume-skip-every-epoch", evidence="accelerate 1466", cause=r"rows?|order|data|epoch")
 class ResumeSkipEveryEpoch(Subject):
-    """What was seen before the resume is skipped in every later epoch too."""
+    """The rows seen before the resume are skipped in every later epoch too."""
 
     def behind_what_was_seen(self, stream: Iterator[int], num_items: int, run: LoopState) -> Iterator[int]:
         done = run.step * run.plan["accumulation"] * run.plan["micro_batch_size"] * world_size()
@@ -112,7 +112,7 @@ class ResumeSkipEveryEpoch(Subject):
 
 @fault("resume-epoch-off-by-one", evidence="torchtune 2911", cause=r"steps|epoch|order|rows")
 class ResumeEpochOffByOne(Subject):
-    """At the end of an epoch the one after next is saved as the next, so a resumed run leaves one out."""
+    """A run resumed at the end of an epoch skips an epoch, since the saved epoch number is one too large."""
 
     def resume(self, run: LoopState, folder: Path) -> None:
         super().resume(run, folder)
@@ -122,7 +122,7 @@ class ResumeEpochOffByOne(Subject):
 
 @fault("resume-random-state-lost", evidence="transformers 17032; ms-swift 9935", cause=r"random|dropout")
 class ResumeRandomStateLost(Subject):
-    """A run that goes on at the end of an epoch draws the random numbers of its first epoch again."""
+    """A run resumed at the end of an epoch draws the random numbers of its first epoch again."""
 
     def resume(self, run: LoopState, folder: Path) -> None:
         fresh = torch.get_rng_state()

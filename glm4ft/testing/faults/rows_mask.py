@@ -36,7 +36,7 @@ class ControlTokenFromContent(Subject):
     cause=r"is supervised, should be ignored|decode to",
 )
 class PromptLengthFromSeparateTokenisation(Subject):
-    """An answer is counted by tokenising it apart from the newline it merges with, so the mask starts too early."""
+    """An answer is measured by tokenising it without the newline that it merges with, so its mask starts too early."""
 
     def label(self, segments: Sequence[TextSegment]) -> Features:
         row = super().label(segments)
@@ -54,7 +54,7 @@ class PromptLengthFromSeparateTokenisation(Subject):
     "wrong-stop-id", evidence="LLaMA-Factory 77bf3d6, 7911; torchtune 1806; ChatGLM-6B 502", cause=r"<eop>|terminator"
 )
 class WrongStopId(Subject):
-    """The last answer is ended by the end of a document, on which generation does not stop."""
+    """The last answer ends with an end-of-document token, at which generation does not stop."""
 
     def final_stop(self, message: Message) -> str:
         return "<eop>"  # all of <|user|>, <|observation|> and <|endoftext|> would stop a GLM-4
@@ -62,7 +62,7 @@ class WrongStopId(Subject):
 
 @fault("default-max-length", evidence="axolotl 1818; LLaMA-Factory 6632", cause=r"\bcut\b|length|tokens")
 class DefaultMaxLength(Subject):
-    """The configured length does not reach the encoder, whose default cuts the end of long rows."""
+    """The configured maximum length does not reach the encoder, whose default cuts off the end of long rows."""
 
     def fit(self, row: Features) -> Features:
         return {name: values[:DEFAULT_LENGTH] for name, values in row.items()}
@@ -81,7 +81,7 @@ class PromptTokensTrained(Subject):
 
 @fault("assistant-header-trained", evidence="GLM-4 issue 342; TRL 4201", cause=r"<\|assistant\|>.*should be ignored")
 class AssistantHeaderTrained(Subject):
-    """The assistant's header is a target, though inference gives it."""
+    """The assistant's header is a target, though inference provides it."""
 
     def render(self, conversation: Conversation) -> list[TextSegment]:
         segments = super().render(conversation)
@@ -94,7 +94,7 @@ class AssistantHeaderTrained(Subject):
     cause=r"stop|terminator|pad",
 )
 class StopTokenMaskedAsPad(Subject):
-    """The pad token is the stop token, and the collator takes every pad id out of the labels."""
+    """The pad token is the stop token, and the collator removes every pad id from the labels."""
 
     def __init__(self, base_dir: str) -> None:
         super().__init__(base_dir)
@@ -107,7 +107,7 @@ class StopTokenMaskedAsPad(Subject):
 
 @fault("stop-token-not-appended", evidence="TRL 3091; alpaca-lora 6b69ea8", cause=r"no terminator")
 class StopTokenNotAppended(ServedRight):
-    """Nothing ends the last answer."""
+    """The last answer has no stop token."""
 
     def render(self, conversation: Conversation) -> list[TextSegment]:
         segments = super().render(conversation)
@@ -133,7 +133,7 @@ class LastAnswerTokenMasked(Subject):
     "only-last-turn-trained", evidence="GLM-4 finetune.py combine; ms-swift last_round", cause=r"is ignored, should be"
 )
 class OnlyLastTurnTrained(Subject):
-    """Only what follows the last assistant header is a target."""
+    """Only tokens after the last assistant header are targets."""
 
     def label(self, segments: Sequence[TextSegment]) -> Features:
         row = super().label(segments)
@@ -144,7 +144,7 @@ class OnlyLastTurnTrained(Subject):
 
 @fault("later-user-turns-trained", evidence="unsloth-zoo 899; TRL 1185", cause=r"is supervised, should be ignored")
 class LaterUserTurnsTrained(Subject):
-    """The user's marker is recognised only the first time, so later questions count as answers."""
+    """The user's header is recognised only the first time, so later questions are trained as answers."""
 
     def render(self, conversation: Conversation) -> list[TextSegment]:
         is_answer, segments = False, []
@@ -156,7 +156,7 @@ class LaterUserTurnsTrained(Subject):
 
 @fault("truncate-after-padding", evidence="TRL 3398", cause=r"\bcut\b")
 class TruncateAfterPadding(Subject):
-    """Rows are cut to their last tokens after padding on the right, so short ones lose their text and keep padding."""
+    """Rows padded on the right are cut to their last tokens, so short rows lose text and keep padding."""
 
     def collate(self, rows: Sequence[Features]) -> Batch:
         batch = super().collate(rows)
@@ -166,7 +166,7 @@ class TruncateAfterPadding(Subject):
 
 @fault("truncate-some-fields", evidence="axolotl 3401, 2123", cause=r"input_ids but \d+ labels")
 class TruncateSomeFields(Subject):
-    """Ids are cut to the limit, labels are not, and padding hides it."""
+    """Ids are cut to the maximum length, labels are not, and padding hides the difference."""
 
     def fit(self, row: Features) -> Features:
         return {**row, "input_ids": row["input_ids"][:DEFAULT_LENGTH]}

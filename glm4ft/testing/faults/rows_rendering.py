@@ -49,7 +49,7 @@ class ToolSchemaFormatDrift(ServedRight):
 
 @fault("null-keys-in-tools", evidence="GLM-4 finetune.py process_message, which strips them", cause=r"tool")
 class NullKeysInTools(Subject):
-    """A columnar data set gives every tool the keys of all others, with null in them."""
+    """A columnar data set gives every tool the argument names of all other tools, with null as their value."""
 
     columns: tuple[str, ...] = ()
 
@@ -76,7 +76,7 @@ def arguments_of(tool: Mapping[str, Any]) -> dict[str, Any]:
 
 @fault("merged-turns-lose-flags", evidence="ms-swift 9266", cause=r"loss false|should be ignored")
 class MergedTurnsLoseFlags(Subject):
-    """Adjacent messages of one role are merged, and the flag that one of them is not trained is lost."""
+    """Adjacent messages of one role are merged, and the `loss: false` of one of them is lost."""
 
     def ordered(self, messages: Sequence[Message]) -> list[Message]:
         merged: list[Message] = []
@@ -90,7 +90,7 @@ class MergedTurnsLoseFlags(Subject):
 
 @fault("stale-token-cache", evidence="axolotl 1265, 1298; LMFlow 394; open-instruct 1518", cause=r"cache|tokenizer")
 class StaleTokenCache(Subject):
-    """The cache of encoded rows does not know which tokenizer made them."""
+    """The key of the cache of encoded rows does not include the tokenizer."""
 
     cache: ClassVar[dict[str, Features]] = {}
 
@@ -103,7 +103,7 @@ class StaleTokenCache(Subject):
 
 @fault("stop-token-owned-by-next-turn", evidence="TRL 6044, 5988", cause=r"terminator")
 class StopTokenOwnedByNextTurn(Subject):
-    """The role token that ends an answer belongs to the message after it, so it is never a target."""
+    """The role token that ends an answer is counted to the next message, so it is never a target."""
 
     def render(self, conversation: Conversation) -> list[TextSegment]:
         return [replace(s, supervised=s.supervised and not s.is_control) for s in super().render(conversation)]
@@ -124,7 +124,7 @@ class DoublePrefix(Subject):
 
 @fault("per-message-slice-eats-header", evidence="GLM-4 081f0fb", cause=r"<\|assistant\|> for|header|does not stand")
 class PerMessageSliceEatsHeader(Subject):
-    """Messages are encoded one by one and two leading ids cut off, as if the prefix still stood there."""
+    """Messages are encoded one by one and lose two leading ids, as if each still began with the prefix."""
 
     def label(self, segments: Sequence[TextSegment]) -> Features:
         row = super().label(segments[:2])
@@ -154,7 +154,7 @@ class TemplateNotPrefixPreserving(ServedRight):
     cause=r"does not stand in the row|<think>.* became",
 )
 class ReasoningTagSplitWrong(Subject):
-    """Reasoning is cut out at its closing tag even where it was never opened."""
+    """Everything up to `</think>` is cut out as reasoning, even if there is no `<think>`."""
 
     def body(self, message: Message) -> str:
         return super().body(replace(message, content=message.content.split("</think>")[-1]))
@@ -164,7 +164,7 @@ class ReasoningTagSplitWrong(Subject):
     "generation-prompt-in-training-text", evidence="axolotl 2859; TRL 2450", cause=r"end the row|<\|assistant\|> for"
 )
 class GenerationPromptInTrainingText(ServedRight):
-    """The header of a further answer is rendered behind the last one."""
+    """After the last answer, the header of another answer is rendered."""
 
     def render(self, conversation: Conversation) -> list[TextSegment]:
         return [*super().render(conversation), TextSegment("<|assistant|>", True, False)]

@@ -20,7 +20,7 @@ fault = faults_at("schedule")
     cause=r"process|times|fast",
 )
 class SchedStepsTimesWorld(Subject):
-    """The schedule takes a step for every process."""
+    """The schedule advances one step per process in each optimizer step."""
 
     def rate_factor(self, step: int, plan: Mapping[str, Any]) -> float:
         return super().rate_factor(min(step * world_size(), plan["steps"]), plan)
@@ -28,7 +28,7 @@ class SchedStepsTimesWorld(Subject):
 
 @fault("sched-horizon-wrong", evidence="diffusers 4387, 2632; accelerate 1160", cause=r"horizon|micro-batch|stretched")
 class SchedHorizonWrong(Subject):
-    """The schedule is stretched over the number of micro-batches, so the rate never comes down."""
+    """The schedule is stretched over the number of micro-batches, so the learning rate decays too slowly."""
 
     def horizon(self, plan: Mapping[str, Any]) -> int:
         return super().horizon(plan) * int(plan["accumulation"])
@@ -36,7 +36,7 @@ class SchedHorizonWrong(Subject):
 
 @fault("warmup-skipped", evidence="axolotl 2535; PEFT 2950", cause=r"warm")
 class WarmupSkipped(Subject):
-    """The warm-up is a share of the steps, cut to a whole number before it is multiplied: none."""
+    """The warm-up is a fraction of the steps and truncated to an integer too early, so there is no warm-up."""
 
     def rate_factor(self, step: int, plan: Mapping[str, Any]) -> float:
         return super().rate_factor(step, {**plan, "warmup_steps": int(plan["warmup_steps"] / plan["steps"])})
@@ -44,7 +44,7 @@ class WarmupSkipped(Subject):
 
 @fault("sched-kwargs-dropped", evidence="axolotl 972; LLaMA-Factory 7304", cause=r"linear|shape|kind")
 class SchedKwargsDropped(Subject):
-    """The options of the schedule get lost, so it has the default shape."""
+    """The options of the schedule are lost, so it has the default shape."""
 
     def rate_factor(self, step: int, plan: Mapping[str, Any]) -> float:
         return super().rate_factor(step, {**plan, "schedule": "linear"})

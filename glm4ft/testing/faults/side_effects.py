@@ -18,7 +18,7 @@ fault = faults_at("side-effects")
 
 @fault("eval-mode-not-restored", evidence="shubhamagarwal92/mmd 14; seq2seq 38", cause=r"mode|training")
 class EvalModeNotRestored(Subject):
-    """After an evaluation the model stays in eval mode, so there is no dropout from then on."""
+    """After an evaluation the model stays in eval mode, so dropout is off from then on."""
 
     @contextmanager
     def evaluating(self, model: Any) -> Iterator[None]:
@@ -29,7 +29,7 @@ class EvalModeNotRestored(Subject):
 
 @fault("eval-in-train-mode", evidence="torchtune 1049; TRL 3337", cause=r"mode|dropout")
 class EvalInTrainMode(Subject):
-    """The evaluation runs in training mode, dropout included."""
+    """The evaluation runs in training mode, with dropout."""
 
     @contextmanager
     def evaluating(self, model: Any) -> Iterator[None]:
@@ -43,7 +43,7 @@ class EvalInTrainMode(Subject):
     cause=r"random|dropout",
 )
 class EvaluationSpendsRandomNumbers(Subject):
-    """An evaluation draws from the generator that training's dropout draws from."""
+    """An evaluation draws random numbers from the generator that dropout uses in training."""
 
     def evaluate_in_training(self, run: LoopState) -> dict[str, float]:
         torch.empty((), dtype=torch.int64).random_()
@@ -57,7 +57,7 @@ class EvaluationSpendsRandomNumbers(Subject):
     because="the files are right; what is wrong is that saving changes the run, which is what this stage is about",
 )
 class SavingFreezesTraining(Subject):
-    """Saving switches the gradients of the live adapter off."""
+    """Saving sets `requires_grad` of the adapter in training to false."""
 
     def save(self, model: Any, folder: str) -> None:
         super().save(model, folder)

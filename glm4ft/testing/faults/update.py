@@ -24,7 +24,7 @@ fault = faults_at("update")
     cause=r"bf16|bfloat16|rounded|precision",
 )
 class Bf16ParamsLoseUpdates(Subject):
-    """What is trained is kept in bf16, where small steps vanish."""
+    """Trained parameters are kept in bf16, where small steps vanish."""
 
     def update(self, run: LoopState) -> None:
         super().update(run)
@@ -34,7 +34,7 @@ class Bf16ParamsLoseUpdates(Subject):
 
 @fault("params-not-in-optimizer", evidence="adapters 260; accelerate 2665, 3256", cause=r"optimi[sz]er")
 class ParamsNotInOptimizer(Subject):
-    """The optimizer was made before the adapters, so it holds the frozen base."""
+    """The optimizer was created before the adapters, so it holds the frozen base."""
 
     def parameter_groups(self, model: Any, plan: Mapping[str, Any]) -> list[dict[str, Any]]:
         return [{"params": [p for p in model.parameters() if not p.requires_grad]}]
@@ -51,7 +51,7 @@ class OptimizerMissesSome(Subject):
 
 @fault("lr-group-empty", evidence="PEFT 3503, 1973", cause=r"empty|no parameter")
 class LrGroupEmpty(Subject):
-    """The group that was to have a rate of its own matches nothing."""
+    """The parameter group with its own learning rate matches no parameter."""
 
     ratio = 16  # of the rate of the matrices B, as LoRA+ has it
 
@@ -66,7 +66,7 @@ class LrGroupEmpty(Subject):
 
 @fault("weight-decay-grouping", evidence="OpenRLHF 1253; ms-swift 7980", cause=r"weight_decay|decay")
 class WeightDecayGrouping(Subject):
-    """The decay does not reach the matrices B."""
+    """Weight decay is not applied to the matrices B."""
 
     def parameter_groups(self, model: Any, plan: Mapping[str, Any]) -> list[dict[str, Any]]:
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -78,7 +78,7 @@ class WeightDecayGrouping(Subject):
 
 @fault("l2-in-place-of-decoupled", evidence="DeepCrime operator OCH; Humbatova 2020", cause=r"optimizer is Adam\b")
 class L2InPlaceOfDecoupled(Subject):
-    """Adam adds the decay to the gradient, where AdamW was meant."""
+    """Adam, which adds the weight decay to the gradient, is used instead of AdamW."""
 
     def make_optimizer(self, model: Any, plan: Mapping[str, Any]) -> torch.optim.Optimizer:
         groups = self.parameter_groups(model, plan)

@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, set_seed
 
 from glm4ft.data.chat_format import ChatFormat
-from glm4ft.data.conversation import from_messages
+from glm4ft.data.reader import from_messages
 
 
 class PeftSubject:

@@ -14,7 +14,8 @@ import torch
 from transformers import AutoTokenizer
 
 from glm4ft.data.chat_format import IGNORED, PREFIX, STOPS, plain_text_tokenizer
-from glm4ft.data.conversation import Conversation, Message, from_messages
+from glm4ft.data.conversation import Conversation, Message
+from glm4ft.data.reader import from_messages
 
 Features = dict[str, list[int]]  # input_ids and labels
 Batch = dict[str, torch.Tensor]

@@ -1,4 +1,4 @@
-"""The fixed bank of conversations that the checks of rows encode, so that a failure repeats."""
+"""The fixed bank of conversations that the checks of rows encode; being fixed, it makes failures reproducible."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Talk:
     """A conversation of the bank.
 
     Args:
-        id: as messages show it.
-        messages: as ``encode`` takes them.
-        tools: declared, or None.
+        id: The name that messages show.
+        messages: The messages, in the form that ``encode`` accepts.
+        tools: The declared tools; None if there are none.
     """
 
     id: str
@@ -43,7 +43,7 @@ TOOL_TALK = Talk(
     "tool call",
     (
         user("weather in São Paulo?"),
-        answer('{"days": 2, "city": "São Paulo"}', metadata="get_weather"),  # not in order, not in ASCII
+        answer('{"days": 2, "city": "São Paulo"}', metadata="get_weather"),  # keys not sorted, and not ASCII
         {"role": "observation", "content": "31 degrees"},
         answer("it is hot"),
     ),
@@ -74,4 +74,4 @@ BANK = (
     Talk("white space", (user("  hi \n"), answer("\n\n it is \n"), user("\n"), answer(" \r\n  one\t"))),
     TRAILING,
     MARKERS_TALK,
-)  # whose turns are all trained; flags have their own check
+)  # every assistant turn here is trained; loss flags have their own check

@@ -1,4 +1,4 @@
-"""What ``glm4ft check`` does: run the conformance suite and show what came of it, stage by stage."""
+"""The command ``glm4ft check``: runs the conformance suite and shows the results, stage by stage."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def show_checks(
         spec: The subject as ``MODULE:ATTR``.
         checks: The checks of the suite.
         stages: The stages to judge.
-        json_file: write the results here by contract; ``-`` is stdout, where nothing else goes then.
-        report: folder for ``report.html`` and ``summary.md``.
+        json_file: The file for the results as JSON; ``-`` is stdout, to which nothing else is written then.
+        report: The folder for ``report.html`` and ``summary.md``; None for no report.
     Returns:
-        True if a check failed or erred.
+        True if a check failed, or the subject raised an error in it.
     Raises:
-        ConfigError: if there is no such stage or subject.
+        ConfigError: If there is no such stage or subject.
     """
     unknown = [stage for stage in stages if stage not in STAGES]
     if unknown or not stages:
@@ -58,7 +58,7 @@ def show_checks(
     total = sum(check.stage in stages for check in checks)
     with trial_of(spec) as trial:
         bar = tqdm(run_checks(trial, checks, stages=stages), total=total, unit="check", leave=False, disable=None)
-        with contextlib.redirect_stdout(sys.stderr):  # what a trainer prints must not end up in the JSON
+        with contextlib.redirect_stdout(sys.stderr):  # a trainer's output must not mix with the JSON
             results = list(bar)
             card = explain_trial(spec, results, trial)
             content = trial_content(spec, results, trial, checks) if report else None

@@ -1,4 +1,4 @@
-"""The conversations that checks train on, by what they are for."""
+"""The sets of conversations that checks train on, by purpose."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Conversations = list[dict[str, Any]]
 
 
 def all_conversations() -> dict[str, Conversations]:
-    """Name to conversations, as ``train`` takes them."""
+    """Every set of conversations by its name, in the form that ``train`` accepts."""
     short = _short()
     return {
         "short": short,
@@ -27,7 +27,7 @@ def _message(role: str, content: str, **more: Any) -> dict[str, Any]:
 
 
 def _short() -> Conversations:
-    """Of unlike length, so that every way of batching has something to get wrong."""
+    """Conversations of different lengths, so that a fault in any way of batching shows."""
     return [
         {
             "messages": [
@@ -41,13 +41,13 @@ def _short() -> Conversations:
 
 
 def _silent(conversation: dict[str, Any]) -> dict[str, Any]:
-    """The same with nothing to learn."""
+    """A copy of a conversation in which no assistant message is trained."""
     messages = [{**m, "loss": False} if m["role"] == "assistant" else m for m in conversation["messages"]]
     return {**conversation, "messages": messages}
 
 
 def _tool_calls() -> Conversations:
-    """Two tools whose arguments have no name in common, each in a conversation of its own."""
+    """Two conversations, each with its own tool; the tools share no argument name."""
     return [
         {
             "messages": [
@@ -64,7 +64,7 @@ def _tool_calls() -> Conversations:
 
 
 def _several_turns() -> Conversations:
-    """A system message, and a turn that is not to be trained."""
+    """Two conversations of several turns, one with a system message and a turn that must not be trained."""
     first = [_message("user", "hi"), _message("assistant", "no", loss=False), _message("user", "again")]
     second = [_message("user", "one"), _message("assistant", "two"), _message("user", "three")]
     return [

@@ -1,4 +1,4 @@
-"""What several checks ask of one run in two processes."""
+"""The run in two processes that several checks judge."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CHANGES = {"schedule": "linear", "micro_batch_size": 1, "accumulation": 4, "step
 
 
 def run_of_ranks(trial: Trial) -> tuple[RecordedRun, list[Trace]]:
-    """The run as one process would have recorded it, and the traces of each; recorded once."""
+    """The run as one process would have recorded it, and the trace of each process; it is recorded only once."""
     if "ranks" not in trial.shared:
         folder = str(trial.new_folder("ranks"))
         plan = make_plan(**CHANGES, output_dir=f"{folder}/output")
@@ -28,7 +28,7 @@ def run_of_ranks(trial: Trial) -> tuple[RecordedRun, list[Trace]]:
 
 
 def require_ranks_stage(trial: Trial, stage: str) -> RecordedRun:
-    """Fail if the run departs at a stage."""
+    """Fail if the run in several processes departs at a stage."""
     run, _ = run_of_ranks(trial)
     require_no_departure(run.verdict, stage, {"processes": NUM_PROCESSES, **CHANGES})
     return run
@@ -40,6 +40,6 @@ def require_ranks_agree(trial: Trial) -> None:
     number, name = first_difference(traces)
     if number:
         raise CheckFailed(
-            f"after step {number} the {NUM_PROCESSES} processes hold different parameters, as {name}: gradients are "
-            "not reduced over them, or not clipped alike"
+            f"after step {number} the {NUM_PROCESSES} processes hold different parameters, e.g. {name}: gradients are "
+            "not averaged over the processes, or each process clips them differently"
         )

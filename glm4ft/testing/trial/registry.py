@@ -1,4 +1,4 @@
-"""What a check is: a function ``check_<claim>(trial)`` that raises ``CheckFailed``, and what the runner knows of it."""
+"""Registers checks: functions ``check_<claim>(trial)`` that raise ``CheckFailed``, with their stage and motive."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ CHECKS: list[Check] = []
 
 @dataclass(frozen=True)
 class Check:
-    """A claim about a fine-tuning pipeline.
+    """A claim about a fine-tuning pipeline, with the function that tests it.
 
     Args:
-        run: the function; its name without ``check_`` is the check's.
-        stage: slug of the stage it judges.
-        needs: members of the subject it uses.
-        incident: the real case that motivates it.
+        run: The function of the check; its name without ``check_`` is the check's name.
+        stage: The slug of the stage that the check judges.
+        needs: The members of the subject that the check uses.
+        incident: The real case that motivates the check.
     """
 
     run: Callable[[Trial], None]
@@ -29,22 +29,26 @@ class Check:
 
     @property
     def name(self) -> str:
-        """As reports show it."""
+        """The name that reports show."""
         return self.run.__name__.removeprefix("check_")
 
 
 def check(
     *, stage: str, needs: tuple[str, ...] = (), incident: str
 ) -> Callable[[Callable[[Trial], None]], Callable[[Trial], None]]:
-    """Register a check.
+    """Register the decorated function as a check.
 
     Args:
-        stage: slug of the stage it judges.
-        needs: optional members of the subject, without which it is skipped.
-        incident: repository and number of the case that motivates it, in half a sentence.
+        stage: The slug of the stage that the check judges.
+        needs: The optional members of the subject without which the check is skipped.
+        incident: The repository and number of the case that motivates the check, in half a sentence.
+    Returns:
+        A decorator that returns the function unchanged.
+    Raises:
+        ValueError: If there is no such stage.
     """
     if stage not in STAGES:
-        raise ValueError(f"{stage} is no stage; the stages are {', '.join(STAGES)}")
+        raise ValueError(f"{stage} is not a stage; the stages are {', '.join(STAGES)}")
 
     def register(function: Callable[[Trial], None]) -> Callable[[Trial], None]:
         CHECKS.append(Check(function, stage, frozenset(needs), incident))

@@ -1,4 +1,4 @@
-"""The report of a trial: what the subject supervises, what it learnt, and which claims hold."""
+"""The report of a trial: which tokens the subject supervises, what the model learned, and which claims hold."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from glm4ft.testing.trial.runs import RecordedRun
 from glm4ft.testing.trial.trial import LOSS_LIMIT, Trial
 from glm4ft.testing.trial.wording import has_failed, headline, shown_check
 
-LOSSES = 20  # steps of a run without a log whose loss is computed
+LOSSES = 20  # the number of steps whose loss is computed if the subject returns no log
 
 
 def trial_content(spec: str, results: Sequence[Result], trial: Trial, checks: Sequence[Check] = ()) -> Content:
-    """What the report of a trial shows.
+    """Gather the content of the report of a trial.
 
     Args:
         spec: The subject as ``MODULE:ATTR``.
         results: The results of its checks.
         trial: The trial that they ran in; nothing is trained for the report.
-        checks: The checks of the suite, for what motivates each.
+        checks: The checks of the suite, whose motives the report shows.
     """
     run, why = trial.recorded("demo"), {check.name: check.incident for check in checks}
     rows = tuple(_rows(trial, run))
@@ -60,13 +60,13 @@ def trial_content(spec: str, results: Sequence[Result], trial: Trial, checks: Se
 
 
 def supervised_by(trial: Trial) -> str:
-    """What the subject trains of the bundled conversations, in words; "" if it cannot encode them."""
+    """A sentence on which tokens of the bundled conversations the subject trains; "" if it cannot encode them."""
     counts = part_counts(_rows(trial, None), trial.subject.tokenizer)
     return parts_sentence(counts) if counts else ""
 
 
 def explain_trial(spec: str, results: Sequence[Result], trial: Trial) -> str:
-    """The card of a trial whose overfit run failed; "" if it did not fail, or was never run."""
+    """The failure card of a trial whose overfit run failed; "" if it did not fail, or was never run."""
     if not has_failed(results, "outcome") or trial.recorded("demo") is None:
         return ""
     return explain_failure(replace(trial_content(spec, results, trial), facts=()))
@@ -76,7 +76,7 @@ def _rows(trial: Trial, run: RecordedRun | None) -> Iterator[ShownRow]:
     """The bundled conversations as the subject encodes them; none if it cannot."""
     try:
         encoded = trial.rows(trial.demo)
-    except Exception:  # the checks have reported it
+    except Exception:  # a check has already reported it
         return
     for number, (conversation, (ids, labels)) in enumerate(zip(trial.demo, encoded, strict=True), start=1):
         supervised = [label != IGNORED for label in labels]
@@ -86,7 +86,7 @@ def _rows(trial: Trial, run: RecordedRun | None) -> Iterator[ShownRow]:
 
 
 def _expected(trial: Trial, conversation: dict[str, Any], ids: Sequence[int], labels: Sequence[int]) -> list[bool]:
-    """What should be supervised; empty where the oracle cannot say."""
+    """Whether each token should be supervised; empty if the oracle cannot decide it."""
     if not getattr(trial.subject, "chat_format", None):
         return []
     try:
@@ -107,13 +107,13 @@ def _measure(trial: Trial, run: RecordedRun, ids: Sequence[int]) -> tuple[list[f
 
 
 def _diagnose(trial: Trial, run: RecordedRun) -> Diagnosis | None:
-    """What the figures of the run say by themselves; None for a model that cannot be measured as others are."""
+    """Diagnose the run from its own figures; None if its model cannot be measured."""
     rows = [TrainedRow(number, ids, labels) for number, (ids, labels) in enumerate(run.rows, start=1)]
     try:
         return diagnose(
             gather_evidence(run.model, rows, trial.subject.tokenizer, _figures(run), target_loss=LOSS_LIMIT)
         )
-    except Exception:  # of a foreign model: the claims have been judged without it
+    except Exception:  # the model is foreign code, and the claims have been judged without the diagnosis
         return None
 
 
@@ -122,7 +122,7 @@ def _curves(run: RecordedRun, floor: float | None) -> Curves:
 
 
 def _figures(run: RecordedRun) -> list[dict[str, Any]]:
-    """Loss as logged, or of the parameters before some of the steps; norms and rates as the hooks saw them."""
+    """The logged loss, or else the loss before every few steps; gradient norm and learning rate as recorded."""
     logged = {int(e.get("step", i)): e["loss"] for i, e in enumerate(run.log, start=1) if e.get("loss") is not None}
     stride = math.ceil(len(run.trace.steps) / LOSSES)
     steps = list(enumerate(run.trace.steps, start=1))
@@ -137,7 +137,7 @@ def _figures(run: RecordedRun) -> list[dict[str, Any]]:
 
 
 def _turns(trial: Trial, run: RecordedRun) -> Iterator[ShownTurn]:
-    """Each assistant turn of the bundled conversations, said by the subject's model."""
+    """Each assistant turn of the bundled conversations, with what the subject's model generates for it."""
     tokenizer, model = trial.subject.tokenizer, run.model.eval()
     with contextlib.suppress(Undecidable):
         controls = control_ids(tokenizer)
@@ -159,6 +159,6 @@ def _turns(trial: Trial, run: RecordedRun) -> Iterator[ShownTurn]:
 def _facts(trial: Trial) -> Iterator[tuple[str, str]]:
     yield "subject", f"{trial.subject.name} ({trial.spec})"
     yield "base", "the built-in tiny GLM-4, written for this trial"
-    yield "chat format", str(getattr(trial.subject, "chat_format", None) or "as the tokenizer's template says")
+    yield "chat format", str(getattr(trial.subject, "chat_format", None) or "that of the tokenizer's template")
     yield "versions", ", ".join(f"{name} {version(name)}" for name in ("glm4ft", "torch", "transformers", "peft"))
     yield "system", f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"

@@ -1,4 +1,4 @@
-"""Runs the checks on a subject: what ``glm4ft check`` does, and what a pytest suite parametrises over."""
+"""Runs the checks on a subject, for ``glm4ft check`` and for the pytest suite."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ Status = Literal["passed", "failed", "error", "skipped", "expected-failure"]
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one check.
+    """The result of one check.
 
     Args:
-        check: its name.
-        stage: that it judges.
-        status: ``error`` if the subject broke down instead of giving a wrong result.
-        message: why it did not pass; "" if it did.
-        seconds: it took.
-        error: that the subject raised, if it broke down.
+        check: The name of the check.
+        stage: The stage that the check judges.
+        status: The outcome; ``error`` if the subject raised an error instead of giving a wrong result.
+        message: The reason why the check did not pass; "" if it did.
+        seconds: The duration of the check.
+        error: The error that the subject raised; None if it raised none.
     """
 
     check: str
@@ -56,10 +56,10 @@ def run_checks(
         trial: The subject on its base.
         checks: The checks of the suite.
         expected_failures: Check names mapped to the reason why the check is known to fail, beside those that the
-            subject itself lists. Strict: a check that passes is a failure, so that the entry goes when the fault does.
+            subject itself lists. They are strict: if the check passes, that is a failure, so outdated entries are noticed.
         stages: The stages to judge; checks of other stages are not run.
     Yields:
-        One result per check, as soon as it is there.
+        One result per check, as soon as the check ends.
     Raises:
         ConfigError: If an expected failure names no check.
     """
@@ -71,13 +71,13 @@ def run_checks(
 
 
 def require_known_checks(expected_failures: Mapping[str, str], checks: Sequence[Check]) -> None:
-    """Refuse entries that name no check: they would stay when the check is renamed.
+    """Refuse expected failures that name no check, so that an entry cannot outlive a renamed check.
 
     Args:
         expected_failures: Check names mapped to reasons.
         checks: The checks that may be named.
     Raises:
-        ConfigError: With the names that belong to no check.
+        ConfigError: If a name belongs to no check; the message lists these names.
     """
     unknown = set(expected_failures) - {check.name for check in checks}
     if unknown:
@@ -88,9 +88,9 @@ def run_check(check: Check, trial: Trial, expected: str = "") -> Result:
     """Run one check.
 
     Args:
-        check: to run.
-        trial: of the subject.
-        expected: why it is known to fail; "" if it is not.
+        check: The check to run.
+        trial: The trial of the subject.
+        expected: The reason why the check is known to fail; "" if it is not.
     """
     began_s = time.perf_counter()
     status, message, error = _run(check, trial)
@@ -106,13 +106,13 @@ def check_subject(
     expected_failures: Mapping[str, str] | None = None,
     stages: Sequence[str] = STAGES,
 ) -> Iterator[Result]:
-    """Put a subject on trial on the built-in base.
+    """Run checks on a subject, on the built-in base.
 
     Args:
         spec: The subject as ``MODULE:ATTR``.
         checks: The checks of the suite.
-        expected_failures: As for ``run_checks``.
-        stages: As for ``run_checks``.
+        expected_failures: The known failures, as for ``run_checks``.
+        stages: The stages to judge, as for ``run_checks``.
     Yields:
         One result per check.
     """
@@ -122,9 +122,9 @@ def check_subject(
 
 @contextlib.contextmanager
 def trial_of(spec: str) -> Iterator[Trial]:
-    """A trial of a subject on the built-in base; what it wrote is gone afterwards."""
+    """Open a trial of a subject on the built-in base; its files are deleted when the context ends."""
     num_threads = torch.get_num_threads()
-    # the base's matrices are too small to share out: two threads were measured 12 times slower on a busy machine
+    # the base's matrices are too small for several threads: two were measured 12 times slower on a busy machine
     torch.set_num_threads(1)
     try:
         with tempfile.TemporaryDirectory(prefix="glm4ft-check-") as name:
@@ -136,7 +136,7 @@ def trial_of(spec: str) -> Iterator[Trial]:
 
 
 def known_failures(subject: Any) -> Mapping[str, str]:
-    """The subject's own list of checks that it is known to fail, with the evidence."""
+    """The checks that the subject itself lists as known to fail, mapped to the evidence."""
     return dict(getattr(subject, "expected_failures", None) or {})
 
 
@@ -154,7 +154,7 @@ def _run(check: Check, trial: Trial) -> tuple[Status, str, Exception | None]:
         return "skipped", f"the subject does not offer this: {error}", None
     except (InputError, RunError) as error:
         return "error", str(error), error
-    except Exception as error:  # whatever a foreign pipeline raises is a result, not our crash
+    except Exception as error:  # an error in a foreign pipeline is a result of the check, not a crash of the suite
         return "error", f"{type(error).__name__}: {error}", error
     return "passed", "", None
 
@@ -168,7 +168,7 @@ def _expect(status: Status, message: str, reason: str) -> tuple[Status, str]:
 
 
 def results_record(spec: str, results: Sequence[Result], seconds: float) -> dict[str, Any]:
-    """The results as ``glm4ft check --json`` writes them."""
+    """The results in the form that ``glm4ft check --json`` writes."""
     names = ("check", "stage", "status", "message")
     return {
         "schema": 1,

@@ -1,4 +1,4 @@
-"""A recorded run of a subject: what it was given, what it did, and what the specification says of it."""
+"""A recorded run of a subject: its plan and rows, its trace, and its comparison with the specification."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ Order = list[list[tuple[int, ...]]]
 
 @dataclass
 class RecordedRun:
-    """A recorded run.
+    """A recorded run of a subject.
 
     Args:
-        plan: that the subject was given.
-        rows: what it makes of the conversations that it was given.
-        trace: of all steps.
-        log: as ``train`` returned it; empty if it did not.
-        model: as the run left it.
-        reference: the specification on the same base.
+        plan: The plan that the subject was given.
+        rows: The rows that the subject encodes its conversations as.
+        trace: The trace of all steps.
+        log: The log that ``train`` returned; empty if it returned none.
+        model: The model after the run; None if it was released.
+        reference: The specification on the same base.
     """
 
     plan: Mapping[str, Any]
@@ -39,44 +39,44 @@ class RecordedRun:
 
     @functools.cached_property
     def verdict(self) -> Verdict:
-        """What a replay of it finds."""
+        """The result of the replay of this run."""
         return replay(self.trace, self.reference, self.rows, self.plan)
 
     @functools.cached_property
     def known(self) -> KnownRows:
-        """Its rows, to be found again."""
+        """The rows of the run, searchable in its forward passes."""
         return KnownRows(self.rows)
 
     @functools.cached_property
     def grad_norms(self) -> list[float]:
-        """Global norm of each step's gradient before clipping, without the loss scale that the first step shows."""
+        """The global gradient norm of each step before clipping, with the first step's loss scale divided out."""
         history = History(self.reference, self.known, self.plan, self.trace.dtype)
         scale = ReplayedStep(1, self.trace.steps[0], history).loss_scale if self.trace.steps else 1.0
         return [clip_factor(step.raw, 0)[0] / scale for step in self.trace.steps]
 
     @functools.cached_property
     def order(self) -> Order:
-        """Ids of the rows of each step."""
+        """The ids of the rows of each step, in order."""
         return [self.rows_in(step.forwards) for step in self.trace.steps]
 
     def rows_in(self, forwards: Sequence[Forward]) -> list[tuple[int, ...]]:
-        """Ids of the rows in forward passes."""
+        """The ids of the known rows in forward passes, in order."""
         return [span.ids for forward in forwards for span in self.known.find_in(forward).rows]
 
     @property
     def trained(self) -> Tensors:
-        """Trained parameters after the last step."""
+        """The trained parameters after the last step."""
         return self.trace.steps[-1].after
 
     def at(self, num_steps: int) -> Tensors:
-        """Trained parameters after a number of steps."""
+        """The trained parameters after a number of steps; 0 for those before the first."""
         return self.trace.steps[num_steps - 1].after if num_steps else self.trace.steps[0].before
 
     def logged(self, name: str) -> dict[int, float]:
-        """A figure of the log, by step.
+        """The logged values of a figure, by step.
 
         Raises:
-            NotApplicable: if the subject does not log it.
+            NotApplicable: If the subject does not log the figure.
         """
         found = {
             int(e.get("step", i)): float(e[name]) for i, e in enumerate(self.log, start=1) if e.get(name) is not None

@@ -1,4 +1,4 @@
-"""Where two runs that should be one part ways, bit by bit."""
+"""Finds where two runs that should be identical differ, bit by bit."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from glm4ft.testing.trial.runs import RecordedRun
 
 
 def describe_divergence(whole: RecordedRun, other: RecordedRun, done: int = 0) -> str:
-    """What a run does otherwise than another one from some step on.
+    """Describe the first difference between two runs that should be identical.
 
     Args:
-        whole: a run from its first step on.
-        other: a run that begins where ``whole`` had done some steps.
-        done: how many.
+        whole: A run from its first step on.
+        other: A run that continues from a state of ``whole``.
+        done: The number of steps that ``whole`` had taken at that state.
     Returns:
-        The first difference, in the order in which a step uses things; "" if there is none.
+        The first difference, in the order of a step's parts: parameters, rows, learning rate, result; "" if none.
     """
     rest = whole.trace.steps[done:]
     if len(other.trace.steps) != len(rest):
@@ -25,12 +25,12 @@ def describe_divergence(whole: RecordedRun, other: RecordedRun, done: int = 0) -
         number = done + offset + 1
         if _differ(expected.before, got.before):
             where = f"the parameters changed before step {number}"
-            return where if offset else "it does not start from the parameters that were there then"
+            return where if offset else "it starts from other parameters"
         if sorted(whole.order[number - 1]) != sorted(other.order[offset]):
-            return f"step {number} sees other rows"
+            return f"step {number} trains on other rows"
         rates = [float(step.groups[0].settings["lr"]) for step in (expected, got)]
         if rates[0] != rates[1]:
-            return f"the rate at step {number} is {rates[1]:.6g}, not {rates[0]:.6g}"
+            return f"the learning rate at step {number} is {rates[1]:.6g}, not {rates[0]:.6g}"
         if _differ(expected.after, got.after):
             same_order = whole.order[number - 1] == other.order[offset]
             return f"the parameters differ after step {number}{_cause(expected, got, same_order)}"
@@ -38,20 +38,20 @@ def describe_divergence(whole: RecordedRun, other: RecordedRun, done: int = 0) -
 
 
 def changed_after_last_step(run: RecordedRun) -> bool:
-    """Whether the model that a run leaves has other trained parameters than its last step made."""
+    """Whether the trained parameters of a run's model differ from those after its last optimizer step."""
     left = dict(run.model.named_parameters())
     return _differ({name: left[name].detach().cpu() for name in run.trained if name in left}, run.trained)
 
 
 def _cause(expected: Step, got: Step, same_order: bool) -> str:
-    """Why a step from the same parameters on the same rows leads elsewhere, as far as the recordings tell."""
+    """Why a step from equal parameters on the same rows gives other parameters; "" if the recordings do not show it."""
     if any(forward.training for forward in expected.forwards) and not any(f.training for f in got.forwards):
         return ": it ran in eval mode"
     lost = sum(bool(t.any()) and not (name in got.raw and got.raw[name].any()) for name, t in expected.raw.items())
     if lost:
         return f": {lost} of them have no gradient there"
     if not _differ(expected.clipped, got.clipped):
-        return " though its gradient is the same: the optimizer's moments or copies of the weights are other ones"
+        return " though its gradient is the same: the optimizer's moments or copies of the weights differ"
     if _differ(expected.raw, got.raw) and same_order:
         return ", and so does its gradient on the same rows: dropout drew other random numbers"
     return ""

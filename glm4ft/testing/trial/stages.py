@@ -1,4 +1,4 @@
-"""The stages of a training step, in order, and the two outcomes of a check that is not passed."""
+"""The stages that checks judge, in order, and the exceptions for a check that fails or does not apply."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ STAGES = (
 
 
 class CheckFailed(AssertionError):
-    """A claim does not hold; the message says what was found, where, and what was expected."""
+    """The claim does not hold; the message states what was found, where, and what was expected."""
 
 
 class NotApplicable(Exception):
-    """The claim says nothing about this subject; the message says why."""
+    """The claim does not apply to this subject or could not be judged; the message states why."""

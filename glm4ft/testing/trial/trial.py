@@ -1,4 +1,4 @@
-"""What a check is given: the subject, the base it was made on, and runs that are worth recording only once."""
+"""The trial that every check receives: the subject, its base, and recorded runs that several checks share."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from glm4ft.testing.trial.runs import RecordedRun
 from glm4ft.testing.trial.same_run import describe_divergence
 from glm4ft.testing.trial.stages import STAGES, CheckFailed, NotApplicable
 
-LOSS_LIMIT = 0.01  # of two conversations learnt by heart, nats per supervised token
+LOSS_LIMIT = 0.01  # the largest loss of two memorised conversations, in nats per supervised token
 RECORDED_STEPS = 8  # two epochs of the short conversations
-DROPOUT: dict[str, Any] = {"dropout": 0.1}  # what many recipes for LoRA have
+DROPOUT: dict[str, Any] = {"dropout": 0.1}  # the rate of many LoRA recipes
 
 
 @dataclass
@@ -34,16 +34,16 @@ class Trial:
     """One subject on one base.
 
     Args:
-        subject: a pipeline under test, made on ``base_dir``.
-        base_dir: Hugging Face model folder that the harness wrote.
-        folder: for whatever checks and subject write.
-        spec: ``MODULE:ATTR`` that gives another subject of the kind, on another base or in another process; by default
-            the subject's class, if it can be imported.
-        standard: changes of the standard plan that a base needs.
-        overfit_steps: that suffice to learn two conversations by heart.
-        keeps_models: whether every run keeps its model, or only the one that is learnt by heart, where a second one
-            does not fit.
-        shared: whatever else several checks need.
+        subject: The pipeline under test, made on ``base_dir``.
+        base_dir: The Hugging Face model folder of the base, written by the harness.
+        folder: The folder for the files of checks and subject.
+        spec: The subject as ``MODULE:ATTR``, to make it again on another base or in another process; by default its
+            class, if that can be imported.
+        standard: The changes of the standard plan that the base needs.
+        overfit_steps: The number of steps that suffices to memorise two conversations.
+        keeps_models: Whether every run keeps its model; if False, only the overfit run does, for bases of which two
+            do not fit into memory.
+        shared: Further results that several checks share, by key.
     """
 
     subject: Any
@@ -58,7 +58,7 @@ class Trial:
 
     @functools.cached_property
     def data(self) -> dict[str, Conversations]:
-        """Conversations by what they are for."""
+        """The sets of conversations, by name."""
         return all_conversations()
 
     @property
@@ -68,22 +68,22 @@ class Trial:
 
     @property
     def conversations(self) -> Conversations:
-        """Short conversations of unlike length, so that every way of batching has something to get wrong."""
+        """Short conversations of different lengths, so that a fault in any way of batching shows."""
         return self.data["short"]
 
     @functools.cached_property
     def lora_spec(self) -> LoraSpec:
-        """What the user asked for: the subject says so, or else its model's configuration.
+        """The requested adapter, from the subject's ``lora`` or else from its model's configuration.
 
         Raises:
-            NotApplicable: if the specification does not cover it.
+            NotApplicable: If neither states it, or the specification does not cover it.
         """
         asked = getattr(self.subject, "lora", None)
         if asked is None:
             configs = getattr(self.subject.build_model(str(self.base_dir), 0), "peft_config", {})
             asked = vars(next(iter(configs.values()))) if configs else None
         if asked is None:
-            raise NotApplicable("the subject has no lora, and its model no configuration of peft")
+            raise NotApplicable("the subject has no lora, and its model has no peft configuration")
         try:
             return LoraSpec.of(asked)
         except ValueError as error:
@@ -91,33 +91,33 @@ class Trial:
 
     @functools.cached_property
     def dtype(self) -> torch.dtype:
-        """Of the base as it is stored, and so of the runs on it."""
+        """The dtype in which the base is stored, and so that of the runs on it."""
         stored = json.loads((self.base_dir / "config.json").read_text("utf-8")).get("dtype")
         return torch.bfloat16 if stored == "bfloat16" else torch.float32
 
     @functools.cached_property
     def base_tokenizer(self) -> Any:
-        """As it lies beside the base; a subject may change its own."""
+        """The tokenizer in the base's folder; the subject's own may be a changed one."""
         return AutoTokenizer.from_pretrained(self.base_dir)
 
     @functools.cached_property
     def reference(self) -> Reference:
-        """The specification on this base, on the device where the subject trains."""
+        """The specification on this base, on the GPU if there is one, like the subject."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return Reference(self.base_dir, self.lora_spec, device)
 
     @property
     def overfit(self) -> RecordedRun:
-        """A run on the two bundled conversations, long enough to learn them by heart."""
+        """A run on the two bundled conversations, long enough to memorise them."""
         return self.run("demo", steps=self.overfit_steps)
 
     @property
     def trained(self) -> RecordedRun:
-        """A run whose model is at hand, for claims about what any training leaves."""
+        """A run that kept its model, for claims about the model after any training."""
         return self.run() if self.keeps_models else self.overfit
 
     def recorded(self, of: str) -> RecordedRun | None:
-        """The longest run on some data that a check has asked for so far, by the standard plan; None if none has."""
+        """The longest run so far with the standard plan on some data, of those that kept their model; None without one."""
         keys = [(key, *json.loads(key)) for key in self._runs]
         runs = [self._runs[key] for key, data, changes in keys if data == of and set(changes) <= {"steps"}]
         return max(
@@ -125,29 +125,29 @@ class Trial:
         )
 
     def new_folder(self, name: str) -> Path:
-        """A folder that nobody has used."""
+        """Make a new, empty folder."""
         number = len(list(self.folder.glob(f"{name}-*")))
         folder = self.folder / f"{name}-{number}"
         folder.mkdir(parents=True)
         return folder
 
     def rows(self, conversations: Conversations) -> list[LabelledIds]:
-        """What the subject makes of conversations."""
+        """The rows that the subject encodes conversations as."""
         encoded = [self.subject.encode(c["messages"], c.get("tools")) for c in conversations]
         return [(tuple(row["input_ids"]), tuple(row["labels"])) for row in encoded]
 
     def accepts(self, conversation: dict[str, Any]) -> bool:
-        """False if the subject says by ``NotImplementedError`` that it refuses or drops a conversation."""
+        """Whether the subject accepts a conversation; it refuses one by raising ``NotImplementedError``."""
         try:
             self.rows([conversation])
         except NotImplementedError:
             return False
-        except Exception:  # for the check that needs the row to report
+        except Exception:  # reported by the check that needs the row
             return True
         return True
 
     def copy_of_base(self, name: str) -> Path:
-        """The base in a folder of its own, to be changed there; weights are linked."""
+        """Copy the base into a new folder, where it may be changed; the weights are links."""
         folder = self.new_folder(name)
         for file in self.base_dir.iterdir():
             if file.suffix == ".safetensors":
@@ -157,10 +157,10 @@ class Trial:
         return folder
 
     def subject_on(self, base_dir: Path) -> Any:
-        """A subject of the same kind on another base.
+        """Make the subject again, on another base.
 
         Raises:
-            NotApplicable: if it cannot be made.
+            NotApplicable: If it cannot be made.
         """
         try:
             return load_subject(self.importable_spec, base_dir)
@@ -169,10 +169,10 @@ class Trial:
 
     @property
     def importable_spec(self) -> str:
-        """``MODULE:ATTR`` of the subject.
+        """The subject as ``MODULE:ATTR``.
 
         Raises:
-            NotApplicable: if it has none.
+            NotApplicable: If it cannot be imported by a name.
         """
         kind = type(self.subject)
         if not self.spec and "<locals>" in kind.__qualname__:
@@ -180,11 +180,11 @@ class Trial:
         return self.spec or f"{kind.__module__}:{kind.__qualname__}"
 
     def run(self, of: str = "short", **changes: Any) -> RecordedRun:
-        """Record a whole run, once for each data and plan.
+        """Record a whole run, or return the one already recorded with the same data and plan.
 
         Args:
-            of: key of ``data``.
-            **changes: of the standard plan, and ``dropout``.
+            of: The name of the conversations, a key of ``data``.
+            **changes: The changes of the standard plan, and ``dropout``.
         """
         key = json.dumps([of, changes], sort_keys=True)
         if key not in self._runs:
@@ -193,56 +193,62 @@ class Trial:
 
     @functools.cached_property
     def again(self) -> RecordedRun:
-        """The standard run, a second time."""
+        """A second recording of the standard run."""
         return self.run_anew()
 
     @functools.cached_property
     def noise(self) -> dict[str, Any]:
-        """What makes random numbers show that a run spends, loses or draws anew: dropout, where a run with it repeats.
+        """The change that makes a run depend on its random numbers: dropout, so that lost or extra draws show.
 
-        A run that is never the same twice says nothing of another one, so it is empty for a subject of that kind.
+        It is empty if two runs with dropout differ, since such runs cannot be compared.
         """
         return {} if describe_divergence(self.run(**DROPOUT), self.run_anew(**DROPOUT)) else DROPOUT
 
     def run_anew(self, of: str = "short", *, dropout: float = 0.0, **changes: Any) -> RecordedRun:
-        """Record a whole run, whether or not there is one like it.
+        """Record a whole run, even if an equal one has been recorded.
 
         Args:
-            of: key of ``data``.
-            dropout: share of the embeddings' entries that the harness drops in training, whatever the subject drops.
-            **changes: of the standard plan.
+            of: The name of the conversations, a key of ``data``.
+            dropout: The dropout probability that the harness applies to the embeddings in training, beside the subject's.
+            **changes: The changes of the standard plan.
+        Returns:
+            The recorded run.
         """
         plan = {"steps": RECORDED_STEPS, "output_dir": str(self.new_folder("run")), **self.standard, **changes}
         plan = make_plan(**plan)
         model = self.subject.build_model(str(self.base_dir), plan["seed"])
         rows = self.rows(self.data[of])
-        # a check may ask for the run where it has switched gradients off
+        # the check that asks for the run may have disabled gradients
         with torch.enable_grad(), record(model, plan["steps"]) as trace, _dropping(model, dropout):
             log = self.subject.train(model, self.data[of], plan)
         return RecordedRun(plan, rows, trace, list(log or []), model, self.reference)
 
     def release_models(self) -> None:
-        """Give back the models that are not kept."""
+        """Release the models of the runs that do not keep theirs."""
         for key, run in self._runs.items():
             if not self.keeps_models and json.loads(key) != ["demo", {"steps": self.overfit_steps}]:
                 run.model = None
 
     def replayed(self, **changes: Any) -> Verdict:
-        """What the replay of a run on the short conversations finds.
+        """The verdict of the replay of a run on the short conversations.
 
         Args:
-            **changes: of the standard plan.
+            **changes: The changes of the standard plan.
         """
         return self.run(**changes).verdict
 
     def require_stage(self, stage: str, of: str = "short", **changes: Any) -> RecordedRun:
         """Fail if the replay of a run departs at a stage.
 
+        Args:
+            stage: The stage that is judged.
+            of: The name of the conversations, a key of ``data``.
+            **changes: The changes of the standard plan.
         Returns:
             The run.
         Raises:
-            CheckFailed: with the departure.
-            NotApplicable: if it departs at an earlier stage, so that this one was not judged.
+            CheckFailed: If the run departs at this stage; the message is the departure.
+            NotApplicable: If it departs at an earlier stage, so that this one was not judged.
         """
         run = self.run(of, **changes)
         require_no_departure(run.verdict, stage, changes)
@@ -251,7 +257,7 @@ class Trial:
 
 @contextlib.contextmanager
 def _dropping(model: Any, share: float) -> Iterator[None]:
-    """Dropout on the embeddings, which every pipeline's own model can have put on from outside."""
+    """Apply dropout to the embeddings while the context is open, with hooks that work on any pipeline's model."""
 
     def drop(embedding: torch.nn.Module, _: Any, out: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.dropout(out, share, embedding.training)
@@ -269,12 +275,12 @@ def require_no_departure(verdict: Verdict, stage: str, changes: Mapping[str, Any
     """Fail if a verdict departs at a stage.
 
     Args:
-        verdict: of a replay.
-        stage: that is judged.
-        changes: of the standard plan, for the message.
+        verdict: The verdict of a replay.
+        stage: The stage that is judged.
+        changes: The changes of the standard plan, for the message.
     Raises:
-        CheckFailed: with the departure.
-        NotApplicable: if it departs at an earlier stage, so that this one was not judged.
+        CheckFailed: If the verdict departs at this stage; the message is the departure.
+        NotApplicable: If it departs at an earlier stage, so that this one was not judged.
     """
     departure = verdict.departure
     if departure is None or STAGES.index(departure.stage) > STAGES.index(stage):

@@ -1,4 +1,4 @@
-"""From the results of single checks to one word per stage."""
+"""Summarises the results of checks as one verdict per stage."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _WORDS = {
 
 
 def stage_verdicts(results: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """One word per stage, in the order of the stages.
+    """The verdict of each stage that has a check, in the order of the stages.
 
     Args:
-        results: stage and status of each check.
+        results: The stage and the status of each check.
     Returns:
-        Stage to ``failed``, ``expected failure``, ``passed``, or ``not judged`` if all its checks were skipped.
+        ``failed``, ``expected failure``, ``passed``, or ``not judged`` if all checks were skipped, by stage.
     """
     found: dict[str, set[str]] = {}
     for stage, status in results:

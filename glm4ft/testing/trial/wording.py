@@ -1,4 +1,4 @@
-"""What came of the checks of a subject, in plain words."""
+"""Words the results of a subject's checks as a headline for people."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from glm4ft.report.content import Headline, ShownCheck
 from glm4ft.report.plain_words import NOTHING_WRONG, sentence
 from glm4ft.testing.trial.stages import STAGES
 
-if TYPE_CHECKING:  # what judges the checks of a session may run where torch is missing
+if TYPE_CHECKING:  # a session's report may be written where torch is not installed
     from glm4ft.diagnosis.rules import Diagnosis
 
 
 class Judged(Protocol):
-    """The result of a check, wherever it comes from; members as in ``glm4ft.testing.trial.runner.Result``."""
+    """Any object with the result of a check; members as in ``glm4ft.testing.trial.runner.Result``."""
 
     @property
     def check(self) -> str: ...  # noqa: D102
@@ -32,32 +32,32 @@ LOOK_AT = {
     "batches": "collator, packing and sampler",
     "model": "how the base is loaded and the adapters are attached: targets, scale, dtype, mode",
     "gradient": "the loss: what it is divided by, over micro-batches and processes",
-    "clipping": "the clipping of the gradient: which norm, and when",
-    "schedule": "the schedule of the rate: warm-up, horizon, and how often it steps",
+    "clipping": "gradient clipping: which norm, and when",
+    "schedule": "the learning rate schedule: warm-up, horizon, and how often it steps",
     "update": "the optimizer: its parameters, betas, epsilon and weight decay",
-    "side-effects": "what logging, evaluating and saving leave behind",
+    "side-effects": "what logging, evaluating and saving change in the run",
     "persistence": "saving, loading, merging and resuming",
-    "outcome": "the stages before; if all of them hold, what is left is the data or the budget of steps",
+    "outcome": "the earlier stages; if all of them hold, the data or the number of steps",
 }
 
 
 def shown_check(result: Judged, why: str = "") -> ShownCheck:
-    """A result as a report shows it, with what motivates the check."""
+    """A result in the form that a report shows, with the motive of the check."""
     return ShownCheck(result.stage, result.check.replace("_", " "), result.status, result.message, why)
 
 
 def has_failed(results: Sequence[Judged], stage: str) -> bool:
-    """Whether a check of the stage failed, or broke down."""
+    """Whether a check of the stage failed, or the subject raised an error in it."""
     return any(result.stage == stage and result.status in WRONG for result in results)
 
 
 def headline(results: Sequence[Judged], supervised: str, diagnosis: Diagnosis | None = None) -> Headline:
-    """The verdict on a subject: the first stage that departs explains those after it.
+    """The verdict on a subject; the first stage that fails comes first, since it may explain the later ones.
 
     Args:
-        results: of its checks.
-        supervised: what it trains, in words.
-        diagnosis: of the run that did not learn.
+        results: The results of the subject's checks.
+        supervised: A sentence on which tokens the subject trains.
+        diagnosis: The diagnosis of the overfit run, if that did not learn; None otherwise.
     """
     wrong = sorted((r for r in results if r.status in WRONG), key=lambda result: STAGES.index(result.stage))
     judged = [result for result in results if result.status != "skipped"]
@@ -72,7 +72,7 @@ def headline(results: Sequence[Judged], supervised: str, diagnosis: Diagnosis | 
     told = tuple(f"{result.check.replace('_', ' ')}: {_first_line(result.message)}" for result in same[:3])
     text = f"{len(wrong)} of {len(judged)} claims fail, first at stage {first.stage}."
     later = [stage for stage in STAGES if any(r.stage == stage for r in wrong)][1:]
-    after = (f"Mend that first: failures at {', '.join(later)} may follow from it.",) if later else ()
+    after = (f"Fix that first: failures at {', '.join(later)} may follow from it.",) if later else ()
     todo = (f"Look at {LOOK_AT[first.stage]}.", *after)
     if diagnosis is None or diagnosis.verdict in NOTHING_WRONG:
         return Headline("bad", text, supervised, (*told, *not_judged), todo)

@@ -1,6 +1,6 @@
 """The bound under a frozen head is a bound, and a tight one: on random heads, in exact arithmetic and in bf16.
 
-Run: pytest tests/floors/test_floor_solver.py
+Run: pytest tests/floors/test_solver.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A run on the disk is found, whoever trained it, and explained; what it was trained on stays with it.
 
-Run: pytest tests/diagnosis/test_explain.py
+Run: pytest tests/diagnosis/test_run_folder.py
 """
 
 from __future__ import annotations

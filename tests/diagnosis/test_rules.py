@@ -1,6 +1,6 @@
 """Each rule finds what it is for in evidence of that, and nothing in evidence of a run that learnt.
 
-Run: pytest tests/diagnosis/test_diagnosis.py
+Run: pytest tests/diagnosis/test_rules.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A run repeats bit for bit, survives SIGKILL, does not depend on how its rows are batched, and stops when it must.
 
-Run: pytest tests/train/test_training_run.py
+Run: pytest tests/train/test_run.py
 """
 
 from __future__ import annotations
@@ -29,25 +29,27 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from glm4ft.data.batching import Collator
 from glm4ft.data.chat_format import ChatFormat
-from glm4ft.data.conversation import read_conversations
 from glm4ft.data.dataset import DEMO_DATA, prepare_rows
+from glm4ft.data.reader import read_conversations
 from glm4ft.errors import ConfigError, RunError
 from glm4ft.model.base_model import load_base
 from glm4ft.model.generation import greedy
 from glm4ft.model.loss import install_supervised_loss
+from glm4ft.report.observed_run import ObservedRun, train_observed
 from glm4ft.train.config import TrainConfig
-from glm4ft.train.run import RunResult, chat_format_of, run_training
-from glm4ft.train.trainer import COMPLETE_MARKER, ProgressBar, last_checkpoint, peak_memory_bytes
+from glm4ft.train.run import chat_format_of
+from glm4ft.train.run_folder import COMPLETE_MARKER, last_checkpoint
+from glm4ft.train.trainer import ProgressBar, peak_memory_bytes
 
 SHORT = TrainConfig(data=str(Path(__file__).with_name("two_short_talks.jsonl")), max_steps=8, save_every=0)
 SIXTY = replace(SHORT, max_steps=60, learning_rate=2e-3)
 
 
-def train(config: TrainConfig, output: Path, **kwargs: Any) -> RunResult:
-    return run_training(replace(config, output=str(output)), say=lambda _: None, **kwargs)
+def train(config: TrainConfig, output: Path, **kwargs: Any) -> ObservedRun:
+    return train_observed(replace(config, output=str(output)), say=lambda _: None, **kwargs)
 
 
-def figures(result: RunResult) -> list[tuple[float, ...]]:
+def figures(result: ObservedRun) -> list[tuple[float, ...]]:
     """What a trajectory says of the computation, without clocks and memory."""
     names = ("step", "loss", "grad_norm", "lr", "supervised_tokens", "tokens")
     return [tuple(row[name] for name in names) for row in result.trajectory.steps]
@@ -105,7 +107,7 @@ def test_run_killed_at_a_random_step_resumes_bit_for_bit(tmp_path: Path) -> None
 
 
 @pytest.fixture(scope="module")
-def twelve(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+def twelve(tmp_path_factory: pytest.TempPathFactory) -> ObservedRun:
     """An unbroken run of two epochs and a part of one, five steps each."""
     folder = tmp_path_factory.mktemp("twelve")
     config = replace(SHORT, data=str(many_talks(folder / "talks.jsonl")), max_steps=12, save_every=1)
@@ -114,7 +116,7 @@ def twelve(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
 
 @pytest.mark.parametrize("step", [4, 5, 6])
 def test_resume_at_and_around_an_epochs_end(
-    tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch, twelve: RunResult
+    tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch, twelve: ObservedRun
 ) -> None:
     """Five steps are an epoch; the rows of the rest come in the order of an unbroken run (accelerate 4071, 1466)."""
     config = replace(SHORT, data=str(many_talks(tmp_path / "talks.jsonl")), max_steps=12, save_every=1)
@@ -184,7 +186,7 @@ def test_complete_run_is_asked_again_for_the_round_trip_that_was_asked_for(tmp_p
     adapter = (whole.output / "adapter_model.safetensors").read_bytes()
     (whole.output / "report.html").unlink()
     resumed = train(config, whole.output, resume=True)
-    assert not whole.came_back
+    assert not whole.is_reproduced
     assert resumed.round_trips == whole.round_trips
     assert figures(resumed) == figures(whole)
     assert (whole.output / "adapter_model.safetensors").read_bytes() == adapter
@@ -203,6 +205,18 @@ def test_round_trip_asks_for_what_was_trained(tmp_path: Path) -> None:
     assert result.round_trips[-1].expected == "\nassistant 8<|user|>"
 
 
+def test_each_conversation_is_encoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training, round trip and report share the rows; every encoding more costs minutes on a large file."""
+    monkeypatch.setenv("GLM4FT_CACHE", str(tmp_path / "cache"))
+    encoded: list[int] = []
+    encode = ChatFormat.encode
+    monkeypatch.setattr(ChatFormat, "encode", lambda self, talk: encoded.append(talk.line) or encode(self, talk))
+    result = train(replace(SHORT, max_steps=1, round_trip=True), tmp_path / "run")
+    assert (tmp_path / "run" / "report.html").exists()
+    assert {turn.line for turn in result.round_trips} == set(encoded)
+    assert sorted(encoded) == [1, 2]
+
+
 def test_resume_refuses_other_data(tmp_path: Path) -> None:
     data = many_talks(tmp_path / "talks.jsonl")
     config = replace(SHORT, data=str(data), max_steps=2, save_every=1)
@@ -214,7 +228,7 @@ def test_resume_refuses_other_data(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def padded(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+def padded(tmp_path_factory: pytest.TempPathFactory) -> ObservedRun:
     """Sixty steps of padded batches, well past the target."""
     result = train(SIXTY, tmp_path_factory.mktemp("padded") / "run")
     assert result.trajectory.steps[-1]["loss"] < 0.01
@@ -230,7 +244,9 @@ def padded(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
     ],
     ids=lambda change: "-".join(change),
 )
-def test_way_of_computing_does_not_change_the_result(tmp_path: Path, change: dict[str, Any], padded: RunResult) -> None:
+def test_way_of_computing_does_not_change_the_result(
+    tmp_path: Path, change: dict[str, Any], padded: ObservedRun
+) -> None:
     """Accumulated, checkpointed and packed runs are the padded one, at 1e-6 relative in loss for 5 steps.
 
     Measured on an x86-64 CPU with torch 2.13: at most 1.5e-7 to step 5 and 3.9e-6 to step 60, where the loss is 0.0026;
@@ -242,7 +258,7 @@ def test_way_of_computing_does_not_change_the_result(tmp_path: Path, change: dic
         assert abs(a - b) <= (1e-6 if step <= 5 else 1e-4) * a, f"step {step}: {a} and {b}"
 
 
-def test_trajectory_keeps_the_contract(learnt: RunResult) -> None:
+def test_trajectory_keeps_the_contract(learnt: ObservedRun) -> None:
     lines = (learnt.output / "trajectory.jsonl").read_text().splitlines()
     header, *steps = [json.loads(line) for line in lines]
     assert header["type"] == "header"
@@ -269,7 +285,7 @@ def test_rate_follows_its_schedule(tmp_path: Path, schedule: Any, expected: list
     assert [row["lr"] for row in result.trajectory.steps] == pytest.approx([1e-3 * x for x in expected], abs=1e-12)
 
 
-def test_plain_peft_loads_the_adapter_and_says_the_same(learnt: RunResult) -> None:
+def test_plain_peft_loads_the_adapter_and_says_the_same(learnt: ObservedRun) -> None:
     """No code of ours: what adapter_config.json names is enough."""
     config = json.loads((learnt.output / "adapter_config.json").read_text())
     base = AutoModelForCausalLM.from_pretrained(config["base_model_name_or_path"])
@@ -332,7 +348,7 @@ def test_last_step_is_evaluated_whatever_ended_the_run(tmp_path: Path, target_lo
     assert [row["step"] for row in trajectory.evaluations] == [trajectory.steps[-1]["step"]]
 
 
-def loss_without_dropout(result: RunResult) -> float:
+def loss_without_dropout(result: ObservedRun) -> float:
     """Of the saved adapter on the run's rows."""
     rows, _ = prepare_rows(str(SHORT.data), chat_format_of(SHORT), max_length=SHORT.max_length)
     batch = Collator(0)([rows[i] for i in range(len(rows))])

@@ -1,6 +1,6 @@
 """Proves that every record is either read whole, verbatim, or refused with its file, line and field.
 
-Run: pytest tests/data/test_conversation.py
+Run: pytest tests/data/test_reader.py
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from glm4ft.data.conversation import Conversation, Message, from_messages, parse_conversation, read_conversations
+from glm4ft.data.conversation import Conversation, Message
+from glm4ft.data.reader import from_messages, parse_conversation, read_conversations
 from glm4ft.errors import DataError
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
@@ -490,7 +491,5 @@ def test_memory_holds_lines_not_the_file(tmp_path: Path) -> None:
 
 
 def test_the_module_loads_without_torch() -> None:
-    code = (
-        "import sys, glm4ft.data.conversation; sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"
-    )
+    code = "import sys, glm4ft.data.reader; sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -56,7 +56,7 @@ def run_checks(
         trial: The subject on its base.
         checks: The checks of the suite.
         expected_failures: Check names mapped to the reason why the check is known to fail, beside those that the
-            subject itself lists. They are strict: if the check passes, that is a failure, so outdated entries are noticed.
+            subject itself lists. They are strict: a check that passes is a failure, so outdated entries are noticed.
         stages: The stages to judge; checks of other stages are not run.
     Yields:
         One result per check, as soon as the check ends.

@@ -117,7 +117,7 @@ class Trial:
         return self.run() if self.keeps_models else self.overfit
 
     def recorded(self, of: str) -> RecordedRun | None:
-        """The longest run so far with the standard plan on some data, of those that kept their model; None without one."""
+        """The longest run with its model that a check has asked for on some data by the standard plan; None if none."""
         keys = [(key, *json.loads(key)) for key in self._runs]
         runs = [self._runs[key] for key, data, changes in keys if data == of and set(changes) <= {"steps"}]
         return max(
@@ -209,7 +209,8 @@ class Trial:
 
         Args:
             of: The name of the conversations, a key of ``data``.
-            dropout: The dropout probability that the harness applies to the embeddings in training, beside the subject's.
+            dropout: The dropout probability that the harness applies to the embeddings in training, in addition to
+                any dropout of the subject.
             **changes: The changes of the standard plan.
         Returns:
             The recorded run.

@@ -1,4 +1,4 @@
-"""Claims become results: healthy pipelines pass, the founding bug fails where it must, known failures have to fail.
+"""The runner turns checks into results: healthy pipelines pass, the founding bug fails, known failures must fail.
 
 Run: pytest tests/testing/trial/test_runner.py
 """
@@ -54,7 +54,7 @@ def results(*functions: Any, needs: frozenset[str] = frozenset(), **kwargs: Any)
 
 
 def test_each_outcome_has_its_status() -> None:
-    """A subject that breaks down is a result, not a crash of the suite."""
+    """A subject that raises an error gives a result, not a crash of the suite."""
     found = [(r.status, r.message) for r in results(passes, fails, breaks, does_not_apply, is_not_offered)]
     assert found == [
         ("passed", ""),
@@ -71,7 +71,7 @@ def test_check_that_needs_a_missing_part_is_skipped_with_the_reason() -> None:
 
 
 class Choosy:
-    """Takes no conversation with a system message; takes none at all if ``only`` says so."""
+    """Refuses conversations with a system message, and all conversations if ``only`` is "none"."""
 
     name, chat_format = "choosy", None
     tokenizer = SimpleNamespace(chat_template="", decode=lambda ids, **_: bytes(ids).decode())
@@ -94,7 +94,7 @@ def test_refused_conversation_is_left_out_but_refusing_all_proves_nothing(only: 
 
 
 def test_expected_failure_is_strict() -> None:
-    """One that passes is a failure: the entry goes when the fault does."""
+    """A check that is expected to fail but passes is a failure, so outdated entries are noticed."""
     failing, passing = results(fails, passes, expected_failures={"fails": "theirs", "passes": "theirs"})
     assert (failing.status, failing.message) == ("expected-failure", "theirs: found 2, expected 1")
     assert passing.status == "failed"
@@ -118,7 +118,7 @@ def test_checks_come_in_the_order_of_the_stages_and_say_why_they_exist() -> None
 def test_own_trainer_passes_every_check_and_the_results_keep_the_contract(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """None is skipped that could run, and with ``--json -`` nothing but the JSON is on stdout."""
+    """No check that could run is skipped, and with ``--json -`` only the JSON is on stdout."""
     assert run(["check", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["schema"] == 1
@@ -127,13 +127,13 @@ def test_own_trainer_passes_every_check_and_the_results_keep_the_contract(
     assert [check["check"] for check in report["checks"]] == [check.name for check in all_checks()]
     others = [(check["check"], check["message"]) for check in report["checks"] if check["status"] != "passed"]
     assert others == [
-        ("accuracy_is_that_of_the_supervised_tokens", "evaluate gives no accuracy"),
+        ("accuracy_is_that_of_the_supervised_tokens", "evaluate returns no accuracy"),
         ("evaluation_generates_from_the_serving_prompt", "evaluate generates nothing"),
     ]
 
 
 def test_founding_bug_fails_at_the_rows_and_still_at_the_outcome() -> None:
-    """Rows name the header and the missing terminator; without them the run itself gives the bug away."""
+    """The checks of rows name the header and the missing terminator; those of the outcome see the bug in the run."""
     found = list(check_subject(FOUNDING_BUG, all_checks(), stages=["rows", "outcome"]))
     failed = {stage: [r for r in found if r.status == "failed" and r.stage == stage] for stage in STAGES}
     text = "\n".join(r.message for r in failed["rows"])
@@ -151,7 +151,7 @@ def test_founding_bug_fails_at_the_rows_and_still_at_the_outcome() -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "says"),
+    ("spec", "message"),
     [
         ("no_colon", "MODULE:ATTR"),
         ("no.such.module:Subject", "No module named"),
@@ -159,8 +159,8 @@ def test_founding_bug_fails_at_the_rows_and_still_at_the_outcome() -> None:
         ("pathlib:PurePosixPath", "not a subject"),
     ],
 )
-def test_subject_that_is_none_is_refused(spec: str, says: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=says):
+def test_object_that_is_not_a_subject_is_refused(spec: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
         load_subject(spec, tmp_path)
 
 

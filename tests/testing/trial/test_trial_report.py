@@ -1,4 +1,4 @@
-"""Proves that the report of a trial tells what the subject supervises, what it learnt, and where to look.
+"""The report of a trial shows what the subject supervises, what the model learned, and where to look for the fault.
 
 Run: pytest tests/testing/trial/test_trial_report.py
 """
@@ -27,7 +27,7 @@ RESULTS = [
 
 @pytest.fixture(scope="module")
 def trial() -> Iterator[Trial]:
-    """The founding bug, trained on the bundled conversations for a while."""
+    """A trial of the founding bug with a run of 12 steps on the bundled conversations."""
     with trial_of(FOUNDING_BUG) as trial:
         trial.run("demo", steps=12)
         yield trial
@@ -46,7 +46,7 @@ def test_the_mask_is_judged_by_the_oracle(content: Content) -> None:
 
 
 def test_losses_and_turns_are_those_of_the_recorded_run(content: Content) -> None:
-    """What the harness measures on the final adapter lies a little below the last logged loss, one update before."""
+    """The loss measured with the final adapter is a little below the last logged one, of one update earlier."""
     losses = [row.losses[at] for row in content.rows for at in row.targets]
     mean = sum(loss for loss in losses if loss is not None) / len(losses)
     last = content.curves.loss[-1]

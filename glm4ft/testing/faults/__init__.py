@@ -1,1 +1,1 @@
-"""Real bugs, one class each, put into the plain loop at the place where they occurred; they prove the checks."""
+"""Real bugs, one class each, put into the plain training loop where they occurred; they prove that the checks work."""

@@ -23,7 +23,8 @@ fault = faults_at("batches")
     "pad-id-zero-is-falsy",
     evidence="unsloth-zoo 439",
     cause=r"pad",
-    because="the catalogue has it under tokenisation, but no row shows it: the pad id is first used in a padded batch",
+    because="no single row shows it, though the catalogue lists it under tokenisation: the pad id is first used in a "
+    "padded batch",
 )
 class PadIdZeroIsFalsy(Subject):
     """A pad id of 0 is mistaken for a missing one, and rows are padded with the end-of-text token."""
@@ -74,7 +75,7 @@ class AttentionMaskFromPadEquality(Subject):
     "position-ids-padded-badly",
     evidence="axolotl 2739; LLaMA-Factory 10737",
     cause=r"position",
-    simulated="zeros behind a row do nothing to a causal model on a CPU, so they are put before it, where the row is",
+    simulated="zeros after a row do not affect a causal model on a CPU, so they are put before the row",
 )
 class PositionIdsPaddedBadly(Subject):
     """Position ids are padded with zeros on a different side than the token ids."""

@@ -1,4 +1,4 @@
-"""Variations that change numbers or the way there, but nothing that is a fault: the suite has to stay silent."""
+"""Healthy variations of the plain loop that change numbers or methods: the suite must raise no alarm on them."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ Kind = TypeVar("Kind", bound=type[Subject])
 
 @dataclass(frozen=True)
 class Variation:
-    """A healthy pipeline that is unlike the plain one.
+    """A healthy pipeline that differs from the plain loop.
 
     Args:
-        id: as reports show it.
-        subject: the pipeline.
+        id: The id that reports show.
+        subject: The class of the pipeline.
     """
 
     id: str
@@ -35,12 +35,17 @@ class Variation:
 
     @property
     def story(self) -> str:
-        """What is different, in one sentence."""
+        """The difference from the plain loop, in one sentence."""
         return " ".join((self.subject.__doc__ or "").split("\n\n")[0].split())
 
 
 def variation(id: str, processes: int = 1) -> Callable[[Kind], Kind]:
-    """Register a variation; the checks of several processes take long, so only some are tried in more than one."""
+    """Decorator that registers a variation.
+
+    Args:
+        id: The id that reports show.
+        processes: 2 to run the checks of several processes too, which take long; 1 by default.
+    """
 
     def register(subject: Kind) -> Kind:
         subject.name, subject.distributed = id, processes > 1
@@ -150,7 +155,7 @@ class LeftPadding(Subject):
 
 @variation("rows-by-length")
 class RowsByLength(Subject):
-    """In the shuffled order, each pair of adjacent rows is reordered by index."""
+    """In the shuffled order, each pair of adjacent rows is sorted, as when batching by length."""
 
     def epoch_order(self, num_items: int, epoch: int, seed: int, rank: int) -> list[int]:
         order = super().epoch_order(num_items, epoch, seed, rank)
@@ -196,7 +201,7 @@ class SupervisedRowsOnly(Subject):
 
 @variation("clipping-by-hand")
 class ClippingByHand(Subject):
-    """The gradient is clipped without `torch.nn.utils.clip_grad_norm_`."""
+    """The gradient is clipped without ``torch.nn.utils.clip_grad_norm_``."""
 
     def clip(self, run: LoopState) -> float:
         parameters, limit = trained(run.model), run.plan["max_grad_norm"]

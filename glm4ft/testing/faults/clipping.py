@@ -1,4 +1,4 @@
-"""Faults of gradient clipping and of what is told of the gradient's norm."""
+"""Faults of gradient clipping and of the logged gradient norm."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ fault = faults_at("clipping")
 
 
 def norm_of(run: LoopState) -> float:
-    """Global norm of the gradient."""
+    """Global L2 norm of the gradient of all trained parameters."""
     return math.sqrt(sum(float(p.grad.pow(2).sum()) for p in trained(run.model) if p.grad is not None))
 
 
 def multiply(run: LoopState, factor: float) -> None:
-    """Scale the gradient."""
+    """Multiply the gradient of every trained parameter by a factor."""
     for parameter in trained(run.model):
         if parameter.grad is not None:
             parameter.grad.mul_(factor)

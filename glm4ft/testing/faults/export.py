@@ -83,7 +83,7 @@ def tensors(model: Any) -> list[tuple[str, Any]]:
     "tied-head-merge",
     evidence="PEFT 2025; ms-swift 5261; LLaMA-Factory 6446",
     cause=r"head|tie",
-    simulated="the base is not tied; its export says so, and holds one matrix for head and embedding",
+    simulated="the base's weights are not tied; its export states that they are, and stores one matrix for both",
 )
 class TiedHeadMerge(Subject):
     """An adapter on the head is merged, but saving ties the head to the embedding and loses it."""

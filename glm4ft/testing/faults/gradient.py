@@ -1,4 +1,4 @@
-"""Faults of the loss, its reduction over tokens, micro-batches and processes: the gradient is another's."""
+"""Faults of the loss and of its reduction over tokens, micro-batches and processes, which change the gradient."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from glm4ft.testing.subjects.plain_loop import LoopState, Subject, world_size
 from glm4ft.testing.subjects.plain_loop_data import Batch
 
 ESCAPES = (
-    "What happens only behind the recorded steps, or only in a kernel that a CPU does not run, is not seen; nor is a "
-    "loss that a reference in fp32 agrees with to a hundred-thousandth."
+    "Faults that occur only after the recorded steps, or only in a kernel that a CPU does not run, are not seen, nor "
+    "is a deviation of the loss below a hundred-thousandth of the reference in fp32."
 )
 
 fault = faults_at("gradient")
@@ -53,11 +53,11 @@ class IgnoreIndexUnused(Subject):
 
 
 class UnitGradient(torch.autograd.Function):
-    """A fused loss that has its gradient ready and does not ask what it is multiplied by."""
+    """A fused loss that computes its gradient in the forward pass and ignores the upstream gradient."""
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Sum of the cross entropy."""
+        """The summed cross entropy; saves its gradient for the backward pass."""
         with torch.enable_grad():
             leaf = logits.detach().requires_grad_(True)
             loss = F.cross_entropy(leaf, targets, ignore_index=IGNORED, reduction="sum")
@@ -67,7 +67,7 @@ class UnitGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> Any:
-        """The gradient that was saved, whatever comes in."""
+        """The saved gradient, whatever the upstream gradient is."""
         return ctx.saved_tensors[0], None
 
 

@@ -1,4 +1,4 @@
-"""What ``glm4ft faults`` does: try faults and variations, and show the matrix and the score."""
+"""The command ``glm4ft faults``: runs faults and variations against the suite and shows the matrix and the score."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ COLUMNS = ("stage", "first check that caught it", "verdict", "cause", "seconds")
 
 
 def try_all(ids: Sequence[str] = (), *, practices: bool = False, num_workers: int | None = None) -> Matrix:
-    """Try faults and variations in parallel, with a progress bar.
+    """Run faults and variations in parallel, with a progress bar.
 
     Args:
-        ids: of faults and variations; by default all.
-        practices: whether the common practices are tried too.
-        num_workers: processes; by default one per core.
+        ids: The ids of faults and variations to run; by default all.
+        practices: Whether to also measure which faults the common practices notice.
+        num_workers: The number of processes; by default one per core.
     Raises:
-        ConfigError: if an id is unknown.
+        ConfigError: If an id is unknown.
     """
     require_known_ids(ids)
     began_s, chosen = time.perf_counter(), list(ids) or [*all_faults(), *all_variations()]
@@ -65,19 +65,19 @@ def show_faults(
     practices: bool = False,
     num_workers: int | None = None,
 ) -> bool:
-    """Try faults and variations and print the matrix.
+    """Run faults and variations and print the matrix.
 
     Args:
-        ids: of faults and variations; by default all.
-        json_file: write the results here by contract; ``-`` is stdout, where nothing else goes then.
-        markdown: write the page of the documentation here.
-        practices: whether the common practices are tried too.
-        num_workers: processes; by default one per core.
+        ids: The ids of faults and variations to run; by default all.
+        json_file: The file for the results as JSON; ``-`` writes them to stdout and nothing else.
+        markdown: The file for the page of the documentation.
+        practices: Whether to also measure which faults the common practices notice.
+        num_workers: The number of processes; by default one per core.
     Returns:
         True if a fault was not caught at its stage, or a variation raised an alarm.
     """
     matrix = try_all(ids, practices=practices, num_workers=num_workers)
-    # a log file has no width of its own, and 80 columns would cut the ids that one looks for
+    # a log file has no width, and 80 columns would cut off the ids
     width = None if sys.stdout.isatty() else LOG_WIDTH
     _print(Console(highlight=False, quiet=json_file == "-", width=width), matrix)
     text = json.dumps(matrix_record(matrix), ensure_ascii=False, indent=1) + "\n"
@@ -91,7 +91,7 @@ def show_faults(
 
 
 def matrix_record(matrix: Matrix) -> dict[str, Any]:
-    """The results as ``glm4ft faults --json`` writes them."""
+    """The results in the form that ``glm4ft faults --json`` writes."""
     faults = [
         {
             "id": caught.id,

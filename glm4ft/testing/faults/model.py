@@ -1,4 +1,4 @@
-"""Faults of base and adapter set-up: another model is trained than was asked for."""
+"""Faults of base and adapter set-up: the trained model is not the requested one."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from glm4ft.testing.subjects.plain_loop import Subject, trained
 from glm4ft.testing.subjects.plain_loop_data import Batch
 
 ESCAPES = (
-    "The reference is a forward of transformers too, so a bug of that library's GLM-4 itself is shared by both sides; "
-    "and adapters of kinds that the reference does not know (DoRA and its like) are judged at the start only."
+    "The reference also uses the forward pass of transformers, so both sides share a bug of that library's GLM-4; and "
+    "adapters of kinds that the reference does not know (such as DoRA) are judged only before training."
 )
 
 fault = faults_at("model")
 
 
 class OtherConfig(Subject):
-    """A base whose configuration was changed on the way."""
+    """A pipeline that loads the base with a changed configuration."""
 
     def change(self, config: Any) -> None:
-        """Change it in place."""
+        """Change the configuration in place."""
 
     def load_base(self, base_dir: str) -> Any:
-        """The weights of the folder in a model of another configuration."""
+        """A model with the weights of the folder and the changed configuration."""
         config = AutoConfig.from_pretrained(base_dir)
         self.change(config)
         return AutoModelForCausalLM.from_pretrained(base_dir, config=config, dtype=torch.float32)
@@ -84,7 +84,7 @@ class SquareWeightTransposed(Subject):
 
 
 def set_lora_scale(model: Any, scale: float) -> None:
-    """Give every adapter a scale."""
+    """Set the scale of every adapter."""
     for module in model.modules():
         if isinstance(getattr(module, "scaling", None), dict):
             module.scaling["default"] = scale
@@ -138,7 +138,7 @@ class TargetsPartiallyMatched(Subject):
     "layer-index-regex-greedy",
     evidence="PEFT 3318",
     cause=r"layers\.\d",
-    simulated="GLM-4 has one number in a module's name, so the wrong layer is named outright",
+    simulated="names of GLM-4 modules contain only one number, so the wrong layer is configured directly",
 )
 class LayerIndexRegexGreedy(Subject):
     """A layer's number is read from the wrong part of a module's name, so other layers get the adapters."""
@@ -150,20 +150,20 @@ class LayerIndexRegexGreedy(Subject):
 
 
 class Frozen(Subject):
-    """A model in which nothing is trained, though the loop runs to its end."""
+    """A pipeline in which no parameter is trained, though the loop runs to its end."""
 
     def freeze(self, model: Any) -> Any:
-        """Switch every gradient off but that of the embedding's output, as checkpointing needs it."""
+        """Switch off every gradient except that of the embedding's output, which checkpointing needs."""
         model.requires_grad_(False)
         model.enable_input_require_grads()
         return model
 
     def parameter_groups(self, model: Any, plan: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The adapters by name, as they ask for no gradient."""
+        """The adapter parameters, found by name since none requires a gradient."""
         return [{"params": [p for name, p in model.named_parameters() if "lora_" in name]}]
 
     def clip(self, run: Any) -> float:
-        """Nothing to clip."""
+        """Skip clipping, since there is no gradient; returns a norm of 0."""
         return 0.0
 
 
@@ -216,7 +216,7 @@ class NewTokenRowsUntrained(Subject):
     "dora-magnitude-uninitialised",
     evidence="torchtune 1909, 2139",
     cause=r"magnitude|finite",
-    simulated="what empty memory holds is another thing each time, so it is filled with ten thousand",
+    simulated="the contents of uninitialised memory vary, so the vectors are filled with ten thousand",
 )
 class DoraMagnitudeUninitialised(Subject):
     """The magnitude vectors of DoRA are left uninitialised."""
@@ -250,7 +250,7 @@ class AdapterDtypeChanged(Subject):
     "cast-to-packed-dtype",
     evidence="unsloth-zoo 482",
     cause=r"dtype|activations",
-    simulated="the weight stays in floats, and what goes into it is cast to the integer type of a packed one",
+    simulated="the weight stays floating point, and its input is cast to the integer dtype of a packed weight",
 )
 class CastToPackedDtype(Subject):
     """Activations are cast to the dtype of a quantised weight, which is an integer type."""

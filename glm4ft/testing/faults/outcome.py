@@ -1,4 +1,4 @@
-"""Faults of figures and of generation: the run is right, what is said of it or made of it is not."""
+"""Faults of evaluation and generation: training is right, but the reported figures or the generated text are not."""
 
 from __future__ import annotations
 

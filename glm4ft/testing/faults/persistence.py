@@ -1,4 +1,4 @@
-"""Faults of saving, loading and resuming: what comes back from the disk is not what went there."""
+"""Faults of saving, loading and resuming: the loaded state is not the one that was to be saved."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from glm4ft.testing.faults.registry import faults_at
 from glm4ft.testing.subjects.plain_loop import LoopState, Subject, process_rank, trained, world_size
 
 ESCAPES = (
-    "Checkpoints of sharded training, and a resume with another number of processes or another batch size, are not "
-    "tried; random numbers that are not torch's show only where they decide about rows."
+    "Checkpoints of sharded training, and resuming with another number of processes or another batch size, are not "
+    "tried; random numbers of other libraries than torch are seen only if they affect the order of rows."
 )
 WEIGHTS = "adapter_model.safetensors"
 
@@ -94,7 +94,7 @@ class ResumeOptimizerLost(Subject):
 class ResumeDataRestarts(Subject):
     """After a resume, the data start again at the beginning."""
 
-    def behind_what_was_seen(self, stream: Iterator[int], num_items: int, run: LoopState) -> Iterator[int]:
+    def skip_seen_items(self, stream: Iterator[int], num_items: int, run: LoopState) -> Iterator[int]:
         return stream
 
 
@@ -102,7 +102,7 @@ class ResumeDataRestarts(Subject):
 class ResumeSkipEveryEpoch(Subject):
     """The rows seen before the resume are skipped in every later epoch too."""
 
-    def behind_what_was_seen(self, stream: Iterator[int], num_items: int, run: LoopState) -> Iterator[int]:
+    def skip_seen_items(self, stream: Iterator[int], num_items: int, run: LoopState) -> Iterator[int]:
         done = run.step * run.plan["accumulation"] * run.plan["micro_batch_size"] * world_size()
         first, skipped = divmod(done, num_items)
         for epoch in count(first):
@@ -149,6 +149,6 @@ class ResumeMasterWeightsStale(Subject):
 
 
 def steps_per_epoch(subject: Subject, run: LoopState) -> int:
-    """After how many steps every row has been seen once."""
+    """The number of optimizer steps after which every row has been seen once."""
     size = int(run.plan["accumulation"] * run.plan["micro_batch_size"]) * world_size()
     return max(1, len(subject.items(run.rows, run.plan["packing"])) // size)

@@ -1,4 +1,4 @@
-"""What the common practices notice of a fault: they see a run as its author does, through its log and its answers."""
+"""Measures which faults the common practices notice: they see only what a run logs and what its model answers."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from glm4ft.testing.trial.conversations import all_conversations
 from glm4ft.testing.trial.trial import LOSS_LIMIT
 
 STEPS = 60
-# A golden curve is compared to a relative 1e-3, as transformers' and torchtune's recipes do; the healthy loop repeats
-# itself bit by bit on one machine.
+# A golden curve is compared with a relative tolerance of 1e-3, as transformers' and torchtune's recipes do; the healthy
+# loop is reproduced bit by bit on one machine.
 CURVE_LIMIT = 1e-3
 LIMIT_OF_ANSWER = 128
 
 PRACTICES = (
     "overfit two conversations, finite gradient norms",
-    "... and the answers come back and stop",
+    "... and the answers are reproduced and stop",
     "... and loss and norm follow a golden curve",
 )
 
 
 @dataclass(frozen=True)
 class Noticed:
-    """What each practice, with those before it, says of a fault.
+    """Which practices notice a fault.
 
     Args:
-        id: of the fault.
-        by: whether it is noticed, for each of ``PRACTICES``.
+        id: The id of the fault.
+        by: Whether the fault is noticed, for each of ``PRACTICES`` together with those before it.
     """
 
     id: str
@@ -43,17 +43,21 @@ class Noticed:
 
 
 def try_practices(id: str) -> Noticed:
-    """Train a faulty pipeline on the two bundled conversations, as one would by hand, and look at what it shows."""
+    """Train a faulty pipeline on the two bundled conversations and apply each practice to the result.
+
+    Args:
+        id: The id of the fault.
+    """
     try:
         subject, model, log = overfit(all_faults()[id].subject)
-    except Exception:  # a run that breaks down is noticed by everyone
+    except Exception:  # every practice notices a run that raises an exception
         return Noticed(id, (True,) * len(PRACTICES))
-    found = [not is_overfit(log), not comes_back(subject, model), not follows(log, golden_curve())]
+    found = [not is_overfit(log), not reproduces_answers(subject, model), not follows(log, golden_curve())]
     return Noticed(id, tuple(any(found[: i + 1]) for i in range(len(found))))
 
 
 def overfit(kind: type[Subject]) -> tuple[Subject, Any, list[dict[str, Any]]]:
-    """The pipeline, its trained model and its log."""
+    """Train a pipeline on the two bundled conversations; returns the pipeline, its trained model and its log."""
     subject = kind(str(warm_base()))
     with tempfile.TemporaryDirectory(prefix="glm4ft-practice-") as folder:
         plan = make_plan(steps=STEPS, output_dir=folder)
@@ -62,12 +66,12 @@ def overfit(kind: type[Subject]) -> tuple[Subject, Any, list[dict[str, Any]]]:
 
 
 def is_overfit(log: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the logged loss ends below the limit, every logged norm being finite."""
+    """Whether the last logged loss is below the limit and every logged gradient norm is finite."""
     return log[-1]["loss"] < LOSS_LIMIT and all(math.isfinite(entry["grad_norm"]) for entry in log)
 
 
-def comes_back(subject: Subject, model: Any) -> bool:
-    """Whether the pipeline's own inference says every answer, and stops."""
+def reproduces_answers(subject: Subject, model: Any) -> bool:
+    """Whether the pipeline's own inference generates every trained answer and stops after it."""
     try:
         for conversation in all_conversations()["demo"]:
             for i, message in enumerate(conversation["messages"]):
@@ -77,18 +81,18 @@ def comes_back(subject: Subject, model: Any) -> bool:
                     said = str(subject.tokenizer.decode(ids[:-1], clean_up_tokenization_spaces=False))
                     if ids[-1] not in subject.stop_ids or not said.endswith(message["content"].split("\n")[-1]):
                         return False
-    except Exception:  # what cannot be generated from does not come back
+    except Exception:  # inference that fails does not reproduce the answers
         return False
     return True
 
 
 def follows(log: Sequence[Mapping[str, Any]], golden: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether loss and norm of every step are those of a recorded run."""
+    """Whether loss and gradient norm of every step equal those of a recorded run, within ``CURVE_LIMIT``."""
     pairs = [(entry[n], right[n]) for entry, right in zip(log, golden, strict=True) for n in ("loss", "grad_norm")]
     return all(abs(got - expected) <= CURVE_LIMIT * abs(expected) for got, expected in pairs)
 
 
 @cache
 def golden_curve() -> list[dict[str, Any]]:
-    """The log of the healthy loop."""
+    """The log of the healthy loop, recorded once per process."""
     return overfit(Subject)[2]

@@ -1,9 +1,8 @@
-"""Which checks can see a fault: those that use what the fault changes.
+"""Finds the checks that can see a fault: those that use a member of the plain loop which the fault overrides.
 
-``reach.json`` holds the members of the plain loop that each check uses, directly or through others, as measured on
-the healthy loop. A check that uses none of the members which a fault overrides says of the fault what it says of the
-healthy loop, so it need not be run. ``python -m glm4ft.testing.faults.reach`` measures anew, after a change of checks
-or loop.
+``reach.json`` lists the members of the plain loop that each check uses, directly or through others, as measured on
+the healthy loop. A check that uses none of the overridden members has the same result on the fault as on the healthy
+loop, so it need not be run. After a change of checks or loop, measure again: ``python -m glm4ft.testing.faults.reach``.
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ used: set[str] = set()
 
 
 class Watched(Subject):
-    """The healthy loop, which notes what is used of it."""
+    """The healthy loop, which adds the name of every member that is accessed to ``used``."""
 
     def __getattribute__(self, name: str) -> Any:
-        """The member."""
+        """The member; its name is noted as used."""
         used.add(name)
         return super().__getattribute__(name)
 
@@ -41,8 +40,8 @@ def reaching(subject: type[Subject], last_stage: str = STAGES[-1]) -> list[Check
     """The checks that can see what a subject changes, in the order of the stages.
 
     Args:
-        subject: a subclass of the plain loop.
-        last_stage: the last one whose checks are wanted.
+        subject: A subclass of the plain loop.
+        last_stage: The last stage whose checks are returned.
     """
     changed = {name for kind in subject.__mro__ if kind not in Subject.__mro__ for name in vars(kind)}
     stages = STAGES[: STAGES.index(last_stage) + 1]
@@ -56,18 +55,21 @@ def _can_see(check: Check, changed: set[str]) -> bool:
 
 @cache
 def known_reach() -> dict[str, list[str]]:
-    """Check to the members it uses; checks of several processes are missing, since they cannot be watched."""
+    """The members that each check uses, by the check's name.
+
+    Checks of several processes are missing, since they cannot be watched.
+    """
     reach: dict[str, list[str]] = json.loads(REACH_FILE.read_text("utf-8")) if REACH_FILE.exists() else {}
     return reach
 
 
 class WatchedTrial(Trial):
-    """A trial of one check, whose runs are shared with the trials of the others, with what was used to make them."""
+    """A trial of one check that shares its runs, and the members used to make them, with the trials of other checks."""
 
     made: ClassVar[dict[str, tuple[RecordedRun, set[str]]]] = {}
 
     def run(self, of: str = "short", **changes: Any) -> RecordedRun:
-        """The run; what it took counts as used, whoever had it made."""
+        """The run. The members used to make it count as used by this check, even if another check made it."""
         key = json.dumps([of, changes], sort_keys=True)
         if key not in self.made:
             before = set(used)
@@ -80,7 +82,7 @@ class WatchedTrial(Trial):
 
 
 def measure_reach() -> dict[str, list[str]]:
-    """RecordedRun every check on its own on the healthy loop and note what it uses."""
+    """Run every check on its own on the healthy loop and return the members that each uses."""
     with tempfile.TemporaryDirectory(prefix="glm4ft-reach-") as name:
         base_dir = write_tiny_base(Path(name) / "base")
         checks = [check for check in all_checks() if "distributed" not in check.needs]

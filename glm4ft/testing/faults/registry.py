@@ -1,7 +1,7 @@
-"""What a fault is: a healthy pipeline with one thing overridden, and what the suite has to say about it.
+"""The registry of faults: each is a healthy pipeline with one part overridden, and the verdict that it must get.
 
-Adding one takes a few lines in the module of its stage: a subclass of the plain loop whose docstring tells the story in
-one sentence. Stage and words of the cause are fixed before the fault is first run.
+To add one, define a subclass of the plain loop in the module of its stage, with a docstring that states the bug in one
+sentence. Stage and pattern of the cause are fixed before the fault is first run.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class Fault:
     """A bug that occurred in real code and did not stop the run.
 
     Args:
-        id: as in the catalogue.
-        stage: that the verdict has to name.
-        evidence: repositories with numbers of issues, pull requests or commits.
-        cause: regular expression that the message of the first failing check matches if it names the cause.
-        subject: the pipeline with the bug.
-        because: why the stage is another than the catalogue's heading says; "" if it is that one.
-        simulated: how the effect is put here, where the mechanism itself cannot be had on a CPU or in the plain loop.
+        id: The id in the catalogue.
+        stage: The stage that the verdict must name.
+        evidence: The repositories, with numbers of issues, pull requests or commits.
+        cause: A regular expression that the message of the first failing check matches if it names the cause.
+        subject: The class of the pipeline with the bug.
+        because: The reason if the stage differs from the catalogue's heading; "" if it does not.
+        simulated: How the effect is simulated, if the mechanism cannot occur on a CPU or in the plain loop; else "".
     """
 
     id: str
@@ -48,21 +48,27 @@ class Fault:
 
     @property
     def story(self) -> str:
-        """What is wrong, in one sentence."""
+        """The bug, in one sentence."""
         return " ".join((self.subject.__doc__ or "").split("\n\n")[0].split())
 
 
 def faults_at(stage: str) -> Callable[..., Callable[[Kind], Kind]]:
-    """The decorator of one stage's module."""
+    """Create the decorator that registers the faults of one stage.
+
+    Args:
+        stage: The stage that the verdict of these faults must name.
+    Raises:
+        ValueError: If there is no such stage.
+    """
     if stage not in STAGES:
-        raise ValueError(f"{stage} is no stage; the stages are {', '.join(STAGES)}")
+        raise ValueError(f"{stage} is not a stage; the stages are {', '.join(STAGES)}")
 
     def fault(
         id: str, *, evidence: str, cause: str, because: str = "", simulated: str = "", processes: int = 1
     ) -> Callable[[Kind], Kind]:
         def register(subject: Kind) -> Kind:
             if id in FAULTS:
-                raise ValueError(f"{id} is registered already")
+                raise ValueError(f"{id} is already registered")
             subject.name, subject.distributed = id, processes > 1
             FAULTS[id] = Fault(id, stage, evidence, cause, subject, because, simulated)
             return subject
@@ -73,14 +79,14 @@ def faults_at(stage: str) -> Callable[..., Callable[[Kind], Kind]]:
 
 
 def all_faults() -> dict[str, Fault]:
-    """Every fault by its id, in the order of the stages."""
+    """All faults by id, in the order of the stages."""
     for module in FAULT_MODULES:
         importlib.import_module(f"glm4ft.testing.faults.{module}")
     return dict(sorted(FAULTS.items(), key=lambda item: STAGES.index(item[1].stage)))
 
 
 class ServedRight(Subject):
-    """A pipeline whose training text is wrong while serving sends what it should."""
+    """A pipeline whose training text is wrong while its serving prompt is right."""
 
     @cached_property
     def healthy(self) -> Subject:
@@ -88,5 +94,5 @@ class ServedRight(Subject):
         return Subject(self.tokenizer.name_or_path)
 
     def prompt(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> list[int]:
-        """What the healthy pipeline sends."""
+        """The serving prompt of the healthy pipeline."""
         return self.healthy.prompt(messages, tools)

@@ -1,4 +1,4 @@
-"""What became of faults and variations: the data of the kill matrix."""
+"""Results of faults and variations: the data of the kill matrix."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from glm4ft.testing.replay.tolerances import Observation
 
 @dataclass(frozen=True)
 class Caught:
-    """What became of one fault.
+    """The result of one fault, whether it was caught or not.
 
     Args:
-        id: of the fault.
-        expected_stage: that the verdict has to name.
-        caught_by: the first check that failed; empty if none did.
-        diagnosed_stage: its stage; "" if none failed.
-        message: what it says.
-        names_cause: whether the message names the cause.
-        seconds: until the verdict.
-        errors: checks in which the pipeline broke down; that is no verdict.
-        over: numbers that were over their limits.
+        id: The id of the fault.
+        expected_stage: The stage that the verdict must name.
+        caught_by: The first check that failed; empty if none did.
+        diagnosed_stage: The stage of that check; "" if none failed.
+        message: The message of that check.
+        names_cause: Whether the message names the cause.
+        seconds: The time until the verdict.
+        errors: The checks in which the pipeline raised an exception, which is no verdict.
+        over: The numbers that were over their limits.
     """
 
     id: str
@@ -36,18 +36,18 @@ class Caught:
 
     @property
     def is_right(self) -> bool:
-        """Whether the verdict names the stage."""
+        """Whether the verdict names the expected stage."""
         return self.diagnosed_stage == self.expected_stage
 
 
 @dataclass(frozen=True)
 class Silence:
-    """What became of one benign variation.
+    """The result of one benign variation.
 
     Args:
-        id: of the variation.
-        alarms: checks that failed or broke down, each with what it says.
-        seconds: it took.
+        id: The id of the variation.
+        alarms: The checks that failed or raised another exception, each with its message.
+        seconds: The time that all its checks took.
     """
 
     id: str
@@ -60,10 +60,10 @@ class Matrix:
     """All results of one command.
 
     Args:
-        faults: in the order of the stages.
-        benign: in the order of their module.
-        noticed: what the common practices notice, by fault; empty if they were not tried.
-        seconds: that all of it took.
+        faults: The results of the faults, in the order of the stages.
+        benign: The results of the benign variations, in the order of their module.
+        noticed: The practices that notice each fault, by its id; empty if they were not tried.
+        seconds: The time that the command took.
     """
 
     faults: tuple[Caught, ...]
@@ -73,12 +73,12 @@ class Matrix:
 
     @property
     def failures(self) -> list[str]:
-        """Ids of faults that were not caught at their stage, and of variations with an alarm."""
+        """The ids of faults that were not caught at their stage, and of variations with an alarm."""
         wrong = [caught.id for caught in self.faults if not caught.is_right]
         return wrong + [silence.id for silence in self.benign if silence.alarms]
 
     def score(self) -> list[str]:
-        """The score, a line for each figure."""
+        """The score as lines of text, one for each figure."""
         count = len(self.faults)
         figures = {
             "caught": sum(bool(caught.caught_by) for caught in self.faults),

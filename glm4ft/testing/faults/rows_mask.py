@@ -1,4 +1,4 @@
-"""Faults of tokenisation, loss mask and truncation: the row's ids or targets are wrong."""
+"""Faults of tokenisation, loss mask and truncation: the ids or the targets of a row are wrong."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from glm4ft.testing.subjects.plain_loop import Subject
 from glm4ft.testing.subjects.plain_loop_data import Batch, Features, TextSegment
 
 ESCAPES = (
-    "A mask that is wrong only for a layout of messages which no conversation of the bank has, and that generated "
-    "conversations do not reach either, is not seen."
+    "A mask is not seen to be wrong if it is wrong only for a layout of messages that neither the conversations of the "
+    "bank nor generated ones contain."
 )
 DEFAULT_LENGTH = 512
 

@@ -1,4 +1,4 @@
-"""Faults of data format, loading and chat template: the row is not the conversation."""
+"""Faults of data format, loading and chat template: the row does not represent the conversation."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from glm4ft.testing.subjects.plain_loop import Conversations, Subject
 from glm4ft.testing.subjects.plain_loop_data import Features, TextSegment
 
 ESCAPES = (
-    "A rendering that is wrong in training and serving alike, and whose texts still stand in the row, escapes where no "
-    "chat template of the checkpoint is at hand to compare with."
+    "A rendering that is wrong in training and serving alike, but keeps all texts, escapes if the checkpoint has no "
+    "chat template to compare with."
 )
 
 fault = faults_at("rows")
@@ -69,14 +69,14 @@ class NullKeysInTools(Subject):
 
 
 def arguments_of(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that a tool declares, by name."""
+    """The declared arguments of a tool, by name."""
     found: dict[str, Any] = tool["function"]["parameters"]["properties"]
     return found
 
 
 @fault("merged-turns-lose-flags", evidence="ms-swift 9266", cause=r"loss false|should be ignored")
 class MergedTurnsLoseFlags(Subject):
-    """Adjacent messages of one role are merged, and the `loss: false` of one of them is lost."""
+    """Adjacent messages of one role are merged, and the ``loss: false`` of one of them is lost."""
 
     def ordered(self, messages: Sequence[Message]) -> list[Message]:
         merged: list[Message] = []
@@ -103,7 +103,7 @@ class StaleTokenCache(Subject):
 
 @fault("stop-token-owned-by-next-turn", evidence="TRL 6044, 5988", cause=r"terminator")
 class StopTokenOwnedByNextTurn(Subject):
-    """The role token that ends an answer is counted to the next message, so it is never a target."""
+    """The role token that ends an answer is attributed to the next message, so it is never a target."""
 
     def render(self, conversation: Conversation) -> list[TextSegment]:
         return [replace(s, supervised=s.supervised and not s.is_control) for s in super().render(conversation)]
@@ -137,7 +137,7 @@ class PerMessageSliceEatsHeader(Subject):
 
 @fault("template-not-prefix-preserving", evidence="TRL 5559, 6433", cause=r"change when more follows")
 class TemplateNotPrefixPreserving(ServedRight):
-    """The template cuts the beginning of every answer but the last, so earlier turns change as more follow."""
+    """The template cuts the beginning of every answer but the last, so earlier turns change when more follow."""
 
     def ordered(self, messages: Sequence[Message]) -> list[Message]:
         last = max((i for i, message in enumerate(messages) if message.role == "assistant"), default=-1)
@@ -154,7 +154,7 @@ class TemplateNotPrefixPreserving(ServedRight):
     cause=r"does not stand in the row|<think>.* became",
 )
 class ReasoningTagSplitWrong(Subject):
-    """Everything up to `</think>` is cut out as reasoning, even if there is no `<think>`."""
+    """Everything up to ``</think>`` is cut out as reasoning, even if there is no ``<think>``."""
 
     def body(self, message: Message) -> str:
         return super().body(replace(message, content=message.content.split("</think>")[-1]))

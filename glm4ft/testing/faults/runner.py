@@ -1,4 +1,4 @@
-"""Runs faults and benign variations against the suite, one warm process per core."""
+"""Runs faults and benign variations against the suite, in one prepared process per core."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from glm4ft.testing.trial.trial import Trial
 
 
 def run_faults(ids: Sequence[str], num_workers: int | None = None) -> Iterator[Caught | Silence]:
-    """Try faults and variations in parallel.
+    """Run faults and variations in parallel.
 
     Args:
-        ids: of both kinds.
-        num_workers: processes; by default one per core.
+        ids: The ids of faults and variations.
+        num_workers: The number of processes; by default one per core.
     Yields:
-        Results as they come.
+        The results, in the order in which they are completed.
     Raises:
-        ConfigError: if an id is unknown.
+        ConfigError: If an id is unknown.
     """
     require_known_ids(ids)
     yield from in_parallel(run_one, ids, num_workers)
 
 
 def require_known_ids(ids: Sequence[str]) -> None:
-    """Refuse an id that is neither a fault's nor a variation's.
+    """Require that every id belongs to a fault or a variation.
 
     Raises:
-        ConfigError: naming them.
+        ConfigError: If some do not; the message names them.
     """
     unknown = [id for id in ids if id not in all_faults() and id not in all_variations()]
     if unknown:
@@ -49,18 +49,18 @@ def require_known_ids(ids: Sequence[str]) -> None:
 
 
 def run_one(id: str) -> Caught | Silence:
-    """Try a fault up to its first verdict, or a variation to the end, in this process."""
+    """Run the checks on a fault until one fails, or all checks on a variation, in this process."""
     with tempfile.TemporaryDirectory(prefix="glm4ft-fault-") as folder, contextlib.redirect_stdout(io.StringIO()):
         return try_fault(id, Path(folder)) if id in all_faults() else try_variation(id, Path(folder))
 
 
 def try_fault(id: str, folder: Path, stages: Sequence[str] = STAGES) -> Caught:
-    """Run the checks that can see a fault, up to its stage and in order, until one fails.
+    """Run the checks that can see a fault, in order and up to the fault's stage, until one fails.
 
     Args:
-        id: of the fault.
-        folder: for whatever is written.
-        stages: that are judged.
+        id: The id of the fault.
+        folder: The folder for all files that are written.
+        stages: The stages whose checks are run.
     """
     fault, began_s, errors, failed = all_faults()[id], time.perf_counter(), list[str](), None
     trial = Trial(fault.subject(str(warm_base())), warm_base(), folder)
@@ -89,7 +89,12 @@ def _caught(
 
 
 def try_variation(id: str, folder: Path) -> Silence:
-    """Run the checks that can see a variation."""
+    """Run all checks that can see a variation.
+
+    Args:
+        id: The id of the variation.
+        folder: The folder for all files that are written.
+    """
     subject, began_s = all_variations()[id].subject, time.perf_counter()
     trial = Trial(subject(str(warm_base())), warm_base(), folder)
     results = [run_check(check, trial) for check in reaching(subject)]

@@ -1,4 +1,4 @@
-"""Faults of the learning rate's course."""
+"""Faults of the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from glm4ft.testing.faults.registry import faults_at
 from glm4ft.testing.subjects.plain_loop import Subject, world_size
 
-ESCAPES = "A schedule of a kind that the plan has no word for (restarts, a floor above zero) is not compared."
+ESCAPES = "Schedules that a plan cannot express (restarts, a floor above zero) are not compared."
 
 fault = faults_at("schedule")
 

@@ -11,7 +11,7 @@ import torch
 from glm4ft.testing.faults.registry import faults_at
 from glm4ft.testing.subjects.plain_loop import LoopState, Subject
 
-ESCAPES = "What a tracker, a callback or a second evaluation set changes is not seen: the suite runs with none."
+ESCAPES = "Changes by a tracker, a callback or a second evaluation set are not seen: the suite runs without them."
 
 fault = faults_at("side-effects")
 
@@ -57,7 +57,7 @@ class EvaluationSpendsRandomNumbers(Subject):
     because="the files are right; what is wrong is that saving changes the run, which is what this stage is about",
 )
 class SavingFreezesTraining(Subject):
-    """Saving sets `requires_grad` of the adapter in training to false."""
+    """Saving sets ``requires_grad`` to false on the adapter that is being trained."""
 
     def save(self, model: Any, folder: str) -> None:
         super().save(model, folder)

@@ -1,4 +1,4 @@
-"""Faults of the optimizer: what it holds, with which settings, and what its step does."""
+"""Faults of the optimizer: its parameters, its settings and its step."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from glm4ft.testing.faults.registry import faults_at
 from glm4ft.testing.subjects.plain_loop import LoopState, Subject, trained
 
 ESCAPES = (
-    "Optimizers other than AdamW and the settings that a plan does not carry (LoRA+ ratios, schedules of the decay) "
-    "have no reference to be compared with."
+    "Optimizers other than AdamW, and settings that a plan does not contain (LoRA+ ratios, schedules of the weight "
+    "decay), have no reference to be compared with."
 )
 
 fault = faults_at("update")
@@ -53,7 +53,7 @@ class OptimizerMissesSome(Subject):
 class LrGroupEmpty(Subject):
     """The parameter group with its own learning rate matches no parameter."""
 
-    ratio = 16  # of the rate of the matrices B, as LoRA+ has it
+    ratio = 16  # of the learning rate of the matrices B to that of the matrices A, as in LoRA+
 
     def parameter_groups(self, model: Any, plan: Mapping[str, Any]) -> list[dict[str, Any]]:
         found = [p for p in trained(model) if "lora_B" in type(p).__name__]  # the type of the parameter, not its name

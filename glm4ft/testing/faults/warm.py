@@ -1,4 +1,4 @@
-"""What each worker process keeps warm: the libraries and a base on the disk."""
+"""Worker processes that import the libraries and write a base once, and then run many tasks."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ Task = TypeVar("Task")
 def in_parallel(
     work: Callable[[Task], Output], tasks: Sequence[Task], num_workers: int | None = None
 ) -> Iterator[Output]:
-    """Results as they come, from one warm process per core.
+    """Apply a function to every task, in several prepared processes.
 
     Args:
-        work: a function that other processes can import.
-        tasks: its arguments.
-        num_workers: processes; by default one per core.
+        work: A function that other processes can import.
+        tasks: The arguments, one per call.
+        num_workers: The number of processes; by default one per core.
+    Yields:
+        The results, in the order in which they are completed.
     """
     workers = max(1, min(num_workers or os.cpu_count() or 1, len(tasks)))
-    # each process has one thread: two of two spinning threads were measured 15 times slower than two of one
+    # one thread per process: two processes of two spinning threads were measured 15 times slower than two of one
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with ProcessPoolExecutor(workers, get_context("spawn"), initializer=warm_up) as pool:
         for future in as_completed([pool.submit(work, task) for task in tasks]):
@@ -35,7 +37,7 @@ def in_parallel(
 
 @cache
 def warm_base(seed: int = 0) -> Path:
-    """The built-in base on the disk, written once per process and seed."""
+    """The folder of the built-in base, written once per process and seed."""
     from glm4ft.model.tiny import write_tiny_base
 
     return write_tiny_base(_folder().name + f"/{seed}", seed)
@@ -47,7 +49,7 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
 
 
 def warm_up() -> None:
-    """Import what takes long and quieten it."""
+    """Prepare a process: import the libraries, silence their logs and warnings, and write the base."""
     import warnings
 
     import torch
@@ -58,6 +60,6 @@ def warm_up() -> None:
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    warnings.simplefilter("ignore")  # the libraries' own, of each of a hundred pipelines
+    warnings.simplefilter("ignore")  # the libraries repeat theirs for each of a hundred pipelines
     warm_base()
     all_checks()

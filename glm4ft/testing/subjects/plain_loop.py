@@ -105,7 +105,7 @@ class Subject(Evaluation, Model):
         items = self.items(run.rows, packing)
         stream = self.stream(len(items), run)
         if run.step:
-            stream = self.behind_what_was_seen(stream, len(items), run)
+            stream = self.skip_seen_items(stream, len(items), run)
         while True:
             yield self.batch((items[i] for i in islice(stream, size)), packing)
 
@@ -114,7 +114,7 @@ class Subject(Evaluation, Model):
         order = (i for epoch in count() for i in self.epoch_order(num_items, epoch, run.plan["seed"], process_rank()))
         return islice(order, process_rank(), None, world_size())
 
-    def behind_what_was_seen(self, stream: Iterator[int], num_items: int, run: LoopState) -> Iterator[int]:
+    def skip_seen_items(self, stream: Iterator[int], num_items: int, run: LoopState) -> Iterator[int]:
         """The stream of a resumed run."""
         return islice(stream, run.step * run.plan["accumulation"] * run.plan["micro_batch_size"], None)
 

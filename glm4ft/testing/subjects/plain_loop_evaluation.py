@@ -42,7 +42,7 @@ class Evaluation(Data):
         """Loss and accuracy over all supervised tokens, and the share of last answers that come back word by word."""
         rows = [self.encode(c["messages"], c.get("tools")) for c in conversations]
         with self.evaluating(model):
-            exact = [self.comes_back(model, conversation) for conversation in conversations]
+            exact = [self.answers_exactly(model, conversation) for conversation in conversations]
             return {**self.score(model, rows), "exact": sum(exact) / len(exact)}
 
     @contextmanager
@@ -76,7 +76,7 @@ class Evaluation(Data):
         predictions, targets = self.shift(logits, labels)
         return int(((predictions.argmax(1) == targets) & (targets != IGNORED)).sum())
 
-    def comes_back(self, model: Any, conversation: Mapping[str, Any]) -> bool:
+    def answers_exactly(self, model: Any, conversation: Mapping[str, Any]) -> bool:
         """Whether a conversation's last answer is generated from what stands before it."""
         messages, tools = list(conversation["messages"]), conversation.get("tools")
         last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")

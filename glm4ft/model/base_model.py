@@ -7,7 +7,6 @@ therefore refused before the weights are read, all others right after.
 
 from __future__ import annotations
 
-import importlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,7 +165,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: If there is no tokenizer, it cannot be read, or it lacks a control token.
     """
-    tokenizer = _built_in().tiny_tokenizer() if model == TINY else _read_tokenizer(find_checkpoint(model))
+    tokenizer = _built_in_tokenizer() if model == TINY else _read_tokenizer(find_checkpoint(model))
     control_ids(tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = END_OF_TEXT
@@ -244,16 +243,21 @@ def _require_room_for(tokenizer: PreTrainedTokenizerBase, architecture: str, fol
 
 def write_built_in_base(folder: Path) -> None:
     """Write the built-in base as a checkpoint, so that others can load an adapter that was trained on it."""
-    _built_in().write_tiny_base(folder)
+    from glm4ft.model.tiny import write_tiny_base
+
+    write_tiny_base(folder)
 
 
-def _built_in() -> Any:
-    """The module that builds the tiny GLM-4; who trains on a real checkpoint never loads it."""
-    return importlib.import_module("glm4ft.model.tiny")
+def _built_in_tokenizer() -> PreTrainedTokenizerBase:
+    from glm4ft.model.tiny import tiny_tokenizer  # not loaded by whoever trains on a real checkpoint
+
+    return tiny_tokenizer()
 
 
 def _built_in_model(seed: int, dtype: torch.dtype) -> PreTrainedModel:
-    model: PreTrainedModel = _built_in().tiny_model(seed)
+    from glm4ft.model.tiny import tiny_model
+
+    model = tiny_model(seed)
     for parameter in model.parameters():  # not the buffers: rotary frequencies stay fp32, as in transformers
         parameter.data = parameter.data.to(dtype)
     return model

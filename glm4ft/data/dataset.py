@@ -38,14 +38,14 @@ class DataReport:
     """What became of the conversations of one file.
 
     Args:
-        path: the file.
-        conversations: as read.
-        rows: encoded conversations kept.
-        tokens: in all rows.
-        supervised_tokens: among them.
-        dropped: reason to the lines of the conversations dropped for it.
-        truncated: lines of the conversations that lost their oldest turns.
-        warnings: text to the lines it applies to.
+        path: The file.
+        conversations: The number of conversations read.
+        rows: The number of encoded conversations kept.
+        tokens: The number of tokens in all rows.
+        supervised_tokens: The number of supervised tokens among them.
+        dropped: Reasons mapped to the lines of the conversations dropped for them.
+        truncated: The lines of the conversations that lost their oldest turns.
+        warnings: Warnings mapped to the lines they apply to.
     """
 
     path: str
@@ -75,7 +75,7 @@ class Rows(RowSet):
     """Encoded rows of one file, read by memory map.
 
     Args:
-        folder: as written by ``prepare_rows``.
+        folder: The folder of the rows, as ``prepare_rows`` writes it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -88,7 +88,7 @@ class Rows(RowSet):
         self.lengths = np.diff(self.offsets)
 
     def sha256(self) -> str:
-        """Digest of the rows themselves, by which a resumed run knows its data again."""
+        """Digest of the rows themselves, by which a resumed run recognises its data."""
         digest = hashlib.sha256()
         for array in (self.input_ids, self.supervised, self.offsets):
             digest.update(np.ascontiguousarray(array).data)
@@ -123,15 +123,15 @@ def prepare_rows(
     """Encode a conversation file, or find the rows of an earlier run with the same input.
 
     Args:
-        path: JSONL of conversations.
-        chat_format: encodes them.
-        max_length: longest row, in tokens.
-        cache: folder of encoded files; by default ``$GLM4FT_CACHE`` or ``~/.cache/glm4ft``.
+        path: The JSONL file of conversations.
+        chat_format: The encoder.
+        max_length: The longest row, in tokens.
+        cache: The folder of encoded files; by default ``$GLM4FT_CACHE`` or ``~/.cache/glm4ft``.
     Returns:
         The rows and the report.
     Raises:
-        ConfigError: if the cache cannot be written.
-        DataError: for the first conversation that cannot be used, or if no row is left.
+        ConfigError: If the cache cannot be written.
+        DataError: For the first conversation that cannot be used, or if no row is left.
     """
     folder = (cache or default_cache()) / "rows" / _digest(path, chat_format, max_length)
     if not (folder / _REPORT).exists():
@@ -154,15 +154,15 @@ def data_path(data: str) -> Path:
 
 
 def fit_row(conversation: Conversation, chat_format: ChatFormat, max_length: int) -> tuple[EncodedRow | None, str]:
-    """Encode a conversation, dropping its oldest exchanges as far as needed to fit.
+    """Encode a conversation, without its oldest exchanges if it would not fit otherwise.
 
     Prefix, tools, system messages and the last assistant turn with its question stay; nothing is cut on the right, so
     no stop token is lost and none has to be invented.
 
     Args:
-        conversation: to encode.
-        chat_format: encodes it.
-        max_length: longest row, in tokens.
+        conversation: The conversation to encode.
+        chat_format: The encoder.
+        max_length: The longest row, in tokens.
     Returns:
         ``(row, "")``, or ``(None, reason)`` if the row has to be dropped. A row shorter than its conversation has
         fewer turns.
@@ -274,7 +274,7 @@ def _with_progress(conversations: Iterator[Conversation]) -> Iterator[Conversati
 
 
 def _digest(path: str | os.PathLike[str], chat_format: ChatFormat, max_length: int) -> str:
-    """Name of the cache entry: everything that the rows depend on, and nothing else."""
+    """Name of the cache entry: a digest of everything that the rows depend on, and of nothing else."""
     digest = hashlib.sha256()
     digest.update(_file_digest(path))
     options: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Rows as a run trained them: ids and labels, and whose token each is, read from the control tokens alone.
+"""Rows as a run trained them: ids and labels, and the turn of each token, read from the control tokens alone.
 
 The roles come from the ids and not from the conversation, so that they can be told for the rows of any trainer.
 """
@@ -26,9 +26,9 @@ class TrainedRow:
     """One row as the run trained it.
 
     Args:
-        line: of the conversation in its file, from 1; 0 if unknown.
-        input_ids: the row.
-        labels: unshifted; -100 where a token was not supervised.
+        line: The line of the conversation in its file, from 1; 0 if unknown.
+        input_ids: The token ids of the row.
+        labels: The labels, unshifted; -100 where a token was not supervised.
     """
 
     line: int
@@ -38,12 +38,13 @@ class TrainedRow:
 
 @dataclass(frozen=True)
 class TokenOrigin:
-    """Whose token it is.
+    """The turn and the part of it that a token belongs to.
 
     Args:
-        role: that speaks; a terminator is the assistant's, whose turn it ends; "" for the prefix and what no one says.
-        part: ``prefix``, ``header``, ``body`` or ``terminator``.
-        turn: number of the assistant turn, from 0; None elsewhere. The header belongs to its turn.
+        role: The role that acts; a terminator is the assistant's, whose turn it ends; "" for the prefix and whatever
+            belongs to no turn.
+        part: The part of the turn: ``prefix``, ``header``, ``body`` or ``terminator``.
+        turn: The number of the assistant turn, from 0; None elsewhere. The header belongs to its turn.
     """
 
     role: str
@@ -52,13 +53,13 @@ class TokenOrigin:
 
 
 def token_origins(input_ids: Sequence[int], control_ids: Mapping[str, int]) -> list[TokenOrigin]:
-    """Tell whose token each token of a row is.
+    """Find the turn and part of each token of a row.
 
     Args:
-        input_ids: the row.
-        control_ids: control token to id.
+        input_ids: The token ids of the row.
+        control_ids: Control tokens mapped to their ids.
     Returns:
-        A place for each token.
+        One origin per token.
     """
     headers = {control_ids[token]: role for role, token in HEADERS.items() if token in control_ids}
     outside = {control_ids[token] for token in PREFIX if token in control_ids}
@@ -105,7 +106,7 @@ def read_rows(path: Path) -> list[TrainedRow]:
     """Rows as ``write_rows`` or ``glm4ft inspect --json`` wrote them; dropped conversations are passed over.
 
     Raises:
-        DataError: if a line is no row.
+        DataError: If a line is no row.
     """
     rows = []
     with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Measures a run: its tokens one by one, its adapters, its curve and its floor."""
+"""Measures a run: each token, the adapters, the loss curve and the floor."""
 
 from __future__ import annotations
 
@@ -54,17 +54,17 @@ def gather_evidence(
     """Measure a run.
 
     Args:
-        model: as trained, a ``peft.PeftModel``; None if only rows and log are left of the run.
-        rows: as they were trained.
-        tokenizer: that made them.
-        log: a mapping per step with any of ``step``, ``loss``, ``grad_norm``, ``lr`` or ``learning_rate``.
-        round_trips: that were tried.
-        target_loss: that the run was to reach.
-        options: of the run; ``target_modules`` are compared with the adapters there are.
-        served: the same conversations as serving renders them, if they are known; found again by their lines.
-        num_dropped: conversations that were left out.
-        num_cut: conversations that were shortened.
-        num_rows: of the data set, where ``rows`` are not all of them.
+        model: The model as trained, a ``peft.PeftModel``; None if only rows and log are left of the run.
+        rows: The rows as they were trained.
+        tokenizer: The tokenizer that made them.
+        log: One mapping per step with any of ``step``, ``loss``, ``grad_norm``, ``lr`` or ``learning_rate``.
+        round_trips: The assistant turns that were tried.
+        target_loss: The loss that the run was to reach.
+        options: The options of the run; ``target_modules`` are compared with the adapters there are.
+        served: The same conversations as serving renders them, if they are known; matched by their lines.
+        num_dropped: The number of conversations that were left out.
+        num_cut: The number of conversations that were shortened.
+        num_rows: The number of rows in the data set, where ``rows`` are not all of them.
     Returns:
         The evidence.
     """
@@ -121,11 +121,11 @@ def gradient_health(curve: Sequence[CurvePoint]) -> GradientHealth | None:
 
 
 def audit_adapters(model: Any, wanted: Sequence[str] | str) -> AdapterAudit:
-    """Which adapters a model has, and which of them do nothing.
+    """Find which adapters a model has, and which of them do nothing.
 
     Args:
-        model: with its adapters.
-        wanted: names of the targets that were asked for; one regular expression or a catch-all is not compared.
+        model: The model with its adapters.
+        wanted: The names of the targets that were asked for; one regular expression or a catch-all is not compared.
     """
     adapters: dict[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
     targets: dict[str, int] = {}

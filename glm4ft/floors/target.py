@@ -42,11 +42,11 @@ def set_target(
     """Warn of what cannot be reached, and make ``floor+0.01`` a number.
 
     Args:
-        config: of the run.
-        rows: to train on.
-        model: with its adapters; whether it trains its head decides what the floor is.
-        tokenizer: of the base.
-        say: is given each warning.
+        config: The options of the run.
+        rows: The rows to train on.
+        model: The model with its adapters; whether it trains its head decides what the floor is.
+        tokenizer: The tokenizer of the base.
+        say: A function that is given each warning.
     Returns:
         The options, their target loss a number or None.
     """
@@ -73,7 +73,7 @@ def set_target(
 
 
 def describe_unreachable(floor: Floor, target_loss: float, blocking: list[TokenFloor]) -> str:
-    """Why a mean loss cannot be reached, with the tokens that keep it up."""
+    """Explain why a mean loss cannot be reached, with the tokens that keep it up."""
     named = ", ".join(f"{token.text} ({token.count:,} times, {token.floor:.2f} each)" for token in blocking[:_NAMED])
     more = f" and {len(blocking) - _NAMED:,} more" if len(blocking) > _NAMED else ""
     cause = "equal prompts go on differently" if floor.entropy > floor.head else "the frozen head cannot express them"
@@ -84,7 +84,7 @@ def describe_unreachable(floor: Floor, target_loss: float, blocking: list[TokenF
 
 
 def _stop_floors(rows: Rows, head: Head, tokenizer: Any, precision: Precision) -> list[TokenFloor]:
-    """The stop tokens among the targets, and what the head can make of them."""
+    """The floors of the stop tokens among the targets."""
     names = {token_id: name for name, token_id in tokenizer.get_added_vocab().items() if name in STOPS}
     ids, counts = np.unique(rows.input_ids[rows.supervised], return_counts=True)
     found = [(int(i), int(n)) for i, n in zip(ids, counts, strict=True) if int(i) in names]
@@ -93,7 +93,7 @@ def _stop_floors(rows: Rows, head: Head, tokenizer: Any, precision: Precision) -
 
 
 def stop_warnings(tokens: Iterable[TokenFloor]) -> Iterator[str]:
-    """What has to be said loudest: a model that cannot say its stop token never stops."""
+    """The loudest warnings: a model that cannot express its stop token never stops."""
     for token in tokens:
         if token.text in STOPS and token.head > HARD_TO_REACH:
             yield (

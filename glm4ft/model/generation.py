@@ -1,4 +1,4 @@
-"""Greedy round trip: does the model, prompted as serving prompts it, say each assistant turn and then stop?"""
+"""Greedy round trip: whether the model, prompted as in serving, reproduces each assistant turn and then stops."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from transformers import GenerationConfig, PreTrainedModel
 from glm4ft.data.chat_format import AssistantTurn, ChatFormat, EncodedRow, common_prefix_length
 from glm4ft.text.safe_text import visible
 
-# A turn that does not stop is given this many tokens to show how it goes on.
+# A turn that does not stop is generated this many tokens further, to show how it continues.
 OVERRUN = 16
 
 
 @dataclass(frozen=True)
 class TurnRoundTrip:
-    """What the model said in place of one assistant turn.
+    """What the model generated for one assistant turn.
 
     Args:
-        line: of the conversation in its file.
-        message: index of the turn in the conversation, without the turns that were cut to fit.
-        supervised: False if the turn was not trained, and so need not come back.
-        expected: text of the turn, its terminator by name.
-        generated: text that was generated, control tokens by name.
-        first_difference: position in the turn, in tokens, where the two part; None if the turn came back exactly,
-            terminator included.
-        stop: the stop token that ended the generation, or None if it had to be cut off.
+        line: The line of the conversation in its file.
+        message: The index of the turn in the conversation, without the turns that were cut to fit.
+        supervised: False if the turn was not trained, and so need not be reproduced.
+        expected: The text of the turn, its terminator by name.
+        generated: The text that was generated, control tokens by name.
+        first_difference: The position in the turn, in tokens, of the first difference; None if the turn was
+            reproduced exactly, terminator included.
+        stop: The stop token that ended the generation, or None if it had to be cut off.
     """
 
     line: int
@@ -42,11 +42,11 @@ class TurnRoundTrip:
 
     @property
     def exact(self) -> bool:
-        """True if every token came back, the terminator included."""
+        """True if every token was reproduced, the terminator included."""
         return self.first_difference is None
 
     def describe(self) -> str:
-        """The result as one line, or three where the turn did not come back."""
+        """The result as one line, or three where the turn was not reproduced."""
         place = f"line {self.line}, messages[{self.message}]"
         stop = f"stopped on {self.stop}" if self.stop else "did NOT stop"
         if self.exact:
@@ -65,9 +65,9 @@ def round_trip(
     """Generate every assistant turn from its inference prompt and compare.
 
     Args:
-        model: in any mode; left as it was.
-        chat_format: that the model was trained with.
-        rows: as trained; each of their assistant turns is tried after the true turns before it.
+        model: The model, in any mode; left in the mode it was in.
+        chat_format: The chat format that the model was trained with.
+        rows: The rows as trained; each of their assistant turns is tried after the true turns before it.
     Returns:
         One result per assistant turn, in order.
     """
@@ -85,10 +85,10 @@ def greedy(
     """Continue a prompt by the likeliest token each time.
 
     Args:
-        model: in eval mode.
-        prompt: ids.
-        stop_ids: generation ends after the first of these.
-        max_new_tokens: generation is cut off here at the latest.
+        model: The model, in eval mode.
+        prompt: The ids of the prompt.
+        stop_ids: The ids that end the generation; the first that is generated is kept.
+        max_new_tokens: The number of new tokens after which the generation is cut off.
     Returns:
         The new ids, a stop id included if one was generated.
     """

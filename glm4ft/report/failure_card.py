@@ -28,7 +28,7 @@ def explain_failure(content: Content) -> str:
     """The card, at most ``MAX_LINES`` lines; no line starts with text from the data.
 
     Args:
-        content: of the run.
+        content: What the report of the run shows.
     Returns:
         Text for a terminal or a log.
     """

@@ -18,37 +18,38 @@ class TrainConfig:
     """Everything that decides what a run computes.
 
     Args:
-        data: JSONL of conversations to train on.
-        model: base checkpoint: a folder, a hub id, or ``tiny`` for the built-in base.
-        output: folder for the adapter, trajectory and checkpoints; by default a new one below ``runs``.
-        eval_data: JSONL of held-out conversations.
-        chat_format: ``glm-4-9b-chat`` or ``glm-4-0414``; by default chosen from the checkpoint.
-        dtype: of the base; ``auto`` is bf16 on CUDA and fp32 elsewhere. Adapters are always fp32.
-        max_length: longest row in tokens; longer conversations lose their oldest turns.
-        packing: join rows into packs of max_length instead of padding them; samples stay isolated.
-        train_on: every assistant turn, or only the last one.
-        final_stop: token that ends a conversation: the next role's, or ``<|endoftext|>``.
-        allow_nonstop_terminator: accept an assistant turn followed by an assistant or system message, and train that
-            header as its end.
-        lora: the adapter.
-        learning_rate: peak of AdamW; by default 5e-3 for the built-in base and 2e-4 for a real one.
-        schedule: shape of the rate after the warm-up.
-        warmup_steps: steps over which the rate rises from 0.
-        weight_decay: decoupled, on the adapter matrices.
-        max_grad_norm: the gradient is scaled down to this global L2 norm; 0 switches clipping off.
-        epochs: passes over the data, unless max_steps is given.
-        max_steps: optimizer steps in all.
-        micro_batch_size: rows (packs, when packing) in one forward pass on one device.
-        accumulation: forward passes per optimizer step; the loss is the mean over all their supervised tokens.
-        gradient_checkpointing: recompute activations in the backward pass, for memory.
-        target_loss: stop as soon as a step's loss is below it; the run fails if it never is. ``floor+0.01`` is that
-            much above what the data and the frozen head let it reach.
-        round_trip: after training, generate every assistant turn and compare; the run fails if one differs.
-        eval_every: steps between evaluations; the last step is always followed by one.
-        save_every: steps between checkpoints; 0 keeps none, so a killed run starts again.
-        keep_checkpoints: how many of the latest stay on disk.
-        seed: of the adapter's weights, the order of the rows and dropout.
-        report_to: experiment trackers, by transformers' names (``tensorboard``, ``wandb``).
+        data: The JSONL file of conversations to train on.
+        model: The base checkpoint: a folder, a hub id, or ``tiny`` for the built-in base.
+        output: The folder for the adapter, trajectory and checkpoints; by default a new one below ``runs``.
+        eval_data: The JSONL file of held-out conversations.
+        chat_format: The chat format, ``glm-4-9b-chat`` or ``glm-4-0414``; by default chosen from the checkpoint.
+        dtype: The dtype of the base; ``auto`` is bf16 on CUDA and fp32 elsewhere. Adapters are always fp32.
+        max_length: The longest row in tokens; longer conversations lose their oldest turns.
+        packing: Whether rows are joined into packs of max_length instead of padded; samples stay isolated.
+        train_on: The assistant turns to train: all of them, or the last one only.
+        final_stop: The token that ends a conversation: the next role's, or ``<|endoftext|>``.
+        allow_nonstop_terminator: Whether an assistant turn may be followed by an assistant or system message, whose
+            header is then trained as its end.
+        lora: The adapter.
+        learning_rate: The peak learning rate; by default 5e-3 for the built-in base and 2e-4 for a real one.
+        schedule: The shape of the learning rate after the warm-up.
+        warmup_steps: The number of steps over which the learning rate rises from 0.
+        weight_decay: The decoupled weight decay of the adapter matrices.
+        max_grad_norm: The global L2 norm to which a larger gradient is scaled down; 0 switches clipping off.
+        epochs: The number of passes over the data, unless max_steps is given.
+        max_steps: The number of optimizer steps in all.
+        micro_batch_size: The number of rows (packs, when packing) in one forward pass on one device.
+        accumulation: The number of forward passes per optimizer step; the loss is the mean over all their supervised
+            tokens.
+        gradient_checkpointing: Whether activations are recomputed in the backward pass, which saves memory.
+        target_loss: The loss below which training stops; the run fails if no step reaches it. ``floor+0.01`` is that
+            much above the lowest loss that the data and the frozen head allow.
+        round_trip: Whether every assistant turn is generated after training and compared; the run fails if one differs.
+        eval_every: The number of steps between evaluations; the last step is always followed by one.
+        save_every: The number of steps between checkpoints; 0 writes none, so a killed run starts again.
+        keep_checkpoints: The number of latest checkpoints that stay on disk.
+        seed: The seed of the adapter's weights, the order of the rows and dropout.
+        report_to: The experiment trackers, by transformers' names (``tensorboard``, ``wandb``).
     """
 
     data: str | None = None
@@ -94,7 +95,7 @@ class TrainConfig:
 
     @property
     def peak_learning_rate(self) -> float:
-        """The rate after the warm-up, with the default of the base filled in."""
+        """The learning rate after the warm-up, with the default of the base filled in."""
         if self.learning_rate is not None:
             return self.learning_rate
         return 5e-3 if self.model == "tiny" else 2e-4

@@ -33,14 +33,14 @@ _TRAINING_ARGS_PICKLE = "training_args.bin"
 
 @dataclass
 class StepContents:
-    """What goes into one optimizer step.
+    """The contents of one optimizer step.
 
     Args:
-        lines: of the conversations on this process, in their file.
-        tokens: on all processes, padding not counted.
-        supervised_tokens: on all processes; the divisor of the loss.
-        loss: summed over the micro-batches run so far.
-        lr: of the update.
+        lines: The lines of this process's conversations in their file.
+        tokens: The number of tokens on all processes, padding not counted.
+        supervised_tokens: The number of supervised tokens on all processes; the divisor of the loss.
+        loss: The loss, summed over the micro-batches run so far.
+        lr: The learning rate of the update.
     """
 
     lines: list[int] = field(default_factory=list)
@@ -54,9 +54,9 @@ class SupervisedTrainer(Trainer):
     """Trains a model whose forward returns the token-mean loss of supervised rows (``install_supervised_loss``).
 
     Args:
-        record: is called with each trajectory row: ``type`` ``step`` or ``eval`` and its figures.
-        target_loss: training stops after the first step whose loss is below it.
-        **kwargs: of ``transformers.Trainer``; the data sets have ``lengths``, the collator yields ``lines``.
+        record: A function that is given each trajectory row: ``type`` ``step`` or ``eval`` and its figures.
+        target_loss: The loss below which training stops.
+        **kwargs: The arguments of ``transformers.Trainer``; data sets need ``lengths``, the collator yields ``lines``.
     """
 
     def __init__(
@@ -199,7 +199,7 @@ class _StepGuard(TrainerCallback):
         self.trainer.sampler.set_epoch(int(state.epoch or 0))
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note the rate, and refuse a gradient that is not finite."""
+        """Record the learning rate, and refuse a gradient that is not finite."""
         optimizer = kwargs["optimizer"]
         self.trainer.step_contents.lr = optimizer.param_groups[0]["lr"]
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

@@ -20,11 +20,11 @@ class Trajectory:
     """A trajectory as read from disk.
 
     Args:
-        header: what the run was: data digest, versions, device.
-        steps: rows with ``step`` from 1 upwards, ``loss`` in nats per supervised token before the update,
+        header: The identity of the run: data digest, versions, device.
+        steps: Rows with ``step`` from 1 upwards, ``loss`` in nats per supervised token before the update,
             ``grad_norm`` (global L2 norm before clipping), ``clipped``, ``lr`` of the update, ``supervised_tokens``,
             ``tokens``, ``step_s`` and ``peak_memory_bytes``. A number that was not finite is None.
-        evaluations: rows with ``step`` and ``eval_loss``.
+        evaluations: Rows with ``step`` and ``eval_loss``.
     """
 
     header: dict[str, Any]
@@ -36,8 +36,8 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
     """Write one row at the end of the file, whole, before returning.
 
     Args:
-        path: the trajectory file; created if it is missing.
-        row: floats that are not finite become null beside ``"finite": false``.
+        path: The trajectory file; created if it is missing.
+        row: The row; floats that are not finite become null beside ``"finite": false``.
     """
     with open(path, "a", encoding="utf-8") as file:
         file.write(dump_row(row) + "\n")
@@ -52,7 +52,7 @@ def read_trajectory(path: Path) -> Trajectory:
     """Read a trajectory; an unfinished last line, left by a killed run, is passed over.
 
     Raises:
-        DataError: if the file is missing, has no header, or holds a line that is no row.
+        DataError: If the file is missing, has no header, or holds a line that is no row.
     """
     rows = _read_rows(path)
     if not rows or rows[0].get("type") != "header":
@@ -65,8 +65,8 @@ def rewind(path: Path, step: int) -> None:
     """Drop all rows after a step, so that a resumed run appends where its checkpoint stands.
 
     Args:
-        path: the trajectory file; replaced atomically.
-        step: the last step to keep; 0 keeps the header alone.
+        path: The trajectory file; replaced atomically.
+        step: The last step to keep; 0 keeps the header alone.
     """
     kept = [row for row in _read_rows(path) if row.get("step", 0) <= step]
     write_atomically(path, "".join(dump_row(row) + "\n" for row in kept))

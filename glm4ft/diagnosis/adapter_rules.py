@@ -1,4 +1,4 @@
-"""Rules about what the updates reach: adapters that are missing or dead, rows that never count, decay."""
+"""Rules about updates: missing adapters, adapters without effect, rows that are never trained, weight decay."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from glm4ft.diagnosis.curve_rules import LEARNT_LOSS, LEAST_STEPS
 from glm4ft.diagnosis.evidence import Evidence
 from glm4ft.diagnosis.finding import Finding
 
-# A row is learnt below this mean loss, and not learnt above the other; clean runs have all rows on one side.
+# A row is learnt below the first mean loss, and not learnt above the second; clean runs have all rows on one side.
 ROW_LEARNT, ROW_NOT_LEARNT = 0.1, 0.5
-CONSTANT = 1e-6  # relative; two steps that change something differ by more in fp32
+CONSTANT = 1e-6  # relative difference below which losses are equal; steps that change the weights differ by more
 FLAT_STEPS = 5
 
 
 def adapters_missing(evidence: Evidence) -> Finding | None:
-    """There is no adapter, or not on all that was asked for."""
+    """There is no adapter, or a requested target has none."""
     adapters = evidence.adapters
     if adapters is None or (adapters.num_adapters and not adapters.wanted_but_missing):
         return None
@@ -33,7 +33,7 @@ def adapters_missing(evidence: Evidence) -> Finding | None:
 
 
 def adapters_dead(evidence: Evidence) -> Finding | None:
-    """Adapters add nothing: no update has ever reached them."""
+    """Adapters have no effect, because no update has ever reached them."""
     adapters = evidence.adapters
     if adapters is None or not adapters.num_adapters:
         return None
@@ -58,7 +58,7 @@ def adapters_dead(evidence: Evidence) -> Finding | None:
 
 
 def training_stopped(evidence: Evidence) -> Finding | None:
-    """The loss stands still to the last digit from some step on."""
+    """The loss is constant to the last digit from some step on."""
     losses = [(p.step, p.loss) for p in evidence.curve if p.loss is not None and math.isfinite(p.loss)]
     if len(losses) < LEAST_STEPS or not evidence.loss > LEARNT_LOSS:
         return None
@@ -77,7 +77,7 @@ def training_stopped(evidence: Evidence) -> Finding | None:
 
 
 def samples_not_learnt(evidence: Evidence) -> Finding | None:
-    """Some rows are known by heart and others not at all."""
+    """Some rows were memorised, and others were not learnt at all."""
     known = [row for row in evidence.rows if row.loss < ROW_LEARNT]
     unknown = [row for row in evidence.rows if row.loss > ROW_NOT_LEARNT]
     if not evidence.is_whole or not known or not unknown:
@@ -95,7 +95,7 @@ def samples_not_learnt(evidence: Evidence) -> Finding | None:
 
 
 def held_by_decay(evidence: Evidence) -> Finding | None:
-    """The loss has come to rest well above the floor, though gradients still flow."""
+    """The loss has converged well above its floor, although gradients are not zero."""
     decay = float(evidence.options.get("weight_decay") or 0)
     losses = [p.loss for p in evidence.curve if p.loss is not None and math.isfinite(p.loss)]
     floor = evidence.floor.floor if evidence.floor else 0.0

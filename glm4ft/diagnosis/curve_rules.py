@@ -1,4 +1,4 @@
-"""Rules about how training went: numbers that are not finite, a wrong start, the rate, the schedule, too few steps."""
+"""Rules about the training curve: non-finite numbers, a wrong start, learning rate, schedule, too few steps."""
 
 from __future__ import annotations
 
@@ -11,25 +11,27 @@ from glm4ft.diagnosis.evidence import CurvePoint, Evidence
 from glm4ft.diagnosis.finding import Finding
 from glm4ft.diagnosis.forecast import forecast
 
-# Of the overfit test: what is below it has been learnt by heart.
+# The limit of the overfit test: conversations with a loss below it are memorised.
 LEARNT_LOSS = 0.01
-# Least steps from which a curve has a shape.
+# The fewest steps from which a curve is judged.
 LEAST_STEPS = 8
-# The first logged loss, of one batch, beside the base's over all rows: on the two conversations of the demo, a batch of
-# one differs by 6 % at most (4 seeds of the built-in base, x86-64 CPU, 2026-11-25).
+# Largest relative difference between the first logged loss, of one batch, and the base's over all rows: on the two
+# conversations of the demo, a batch of one differs by 6 % at most (4 seeds of the built-in base, x86-64 CPU,
+# 2026-11-25).
 START_DIFFERENCE = 0.3
-# The same where the first step saw all rows: fresh adapters add nothing, so the two are one number. Between fp32 and
+# The same if the first step saw all rows: fresh adapters have no effect, so the two losses are equal. Between fp32 and
 # bf16 the loss of the demo differs by 0.04 % at most (3 seeds of the built-in base, x86-64 CPU, 2026-11-25).
 WHOLE_START_DIFFERENCE = 0.02
-# The rate has ended where it is below this share of its peak.
+# The share of its peak below which the learning rate is taken as zero.
 ENDED = 0.02
-# Of the way to the floor: what a run has to have covered, or it has hardly begun.
+# The share of the way from the first loss to the floor below which the loss has hardly fallen.
 HARDLY_BEGUN = 0.2
-# The log says much less than the saved model loses: a quarter. On clean runs the two differ by one step's progress, a
-# factor of 1.04 at a loss of 0.002 on the built-in base; the median of the last logged ones evens out the batches.
+# The saved model differs from the logged one if the log's last loss is less than a quarter of the measured one. On
+# clean runs the two differ by one step's progress, a factor of 1.04 at a loss of 0.002 on the built-in base; the median
+# of the last logged losses evens out the batches.
 LOGGED_SHARE, DIFFERENT_LOSS = 0.25, 0.02
-LAST_SHARE = 12  # the last twelfth of the steps
-NEVER = 10  # times the steps already made: a forecast of more is a rate that is too low, not a run that is too short
+LAST_SHARE = 12  # the last logged losses are the last twelfth
+NEVER = 10  # times the steps already made: a longer forecast means a learning rate too low, not a run too short
 
 
 def numerics(evidence: Evidence) -> Finding | None:
@@ -57,13 +59,13 @@ def numerics(evidence: Evidence) -> Finding | None:
 
 
 def wrong_start(evidence: Evidence) -> Finding | None:
-    """The first loss is not that of the base, so the model that is trained is not the base."""
+    """The first loss differs from that of the base, so the trained model is not the base."""
     first = evidence.first_loss
     is_known = first.logged is not None and first.base is not None and math.isfinite(first.logged)
-    # a log that begins later holds a mean over steps, or a loss of a resumed run
+    # a log that begins at a later step holds a mean over steps, or the loss of a resumed run
     if not is_known or evidence.curve[0].step != 1 or first.logged is None or first.base is None:
         return None
-    # the base's loss is known of the measured rows alone, and the first step of a large data set saw others
+    # the base's loss is known for the measured rows only, and the first step of a large data set saw others
     is_whole = evidence.is_whole and int(evidence.options.get("rows_per_step") or 0) >= len(evidence.rows)
     limit = WHOLE_START_DIFFERENCE if is_whole else START_DIFFERENCE
     if not abs(first.logged / first.base - 1) > limit:
@@ -86,7 +88,7 @@ def wrong_start(evidence: Evidence) -> Finding | None:
 
 
 def reload_differs(evidence: Evidence) -> Finding | None:
-    """What was saved, put on the base, does not do what the run logged."""
+    """The saved adapter on its base has a much larger loss than the run logged."""
     losses = _losses(evidence.curve)
     measured = [token.loss for token in evidence.supervised if not math.isnan(token.loss)]
     if evidence.adapters is None or not losses or not measured:
@@ -125,7 +127,7 @@ def _is_only_padded(evidence: Evidence) -> bool:
 
 
 def rate_too_high(evidence: Evidence) -> Finding | None:
-    """The loss jumps about or climbs instead of falling."""
+    """The loss fluctuates or rises instead of falling."""
     losses = _losses(evidence.curve)
     if len(losses) < LEAST_STEPS or not evidence.loss > LEARNT_LOSS:
         return None
@@ -135,7 +137,7 @@ def rate_too_high(evidence: Evidence) -> Finding | None:
     if not (evidence.is_whole or is_climbing):
         return None
     is_up = statistics.median(tail) > max(2 * best, best + 0.1) or statistics.median(tail) > 1.2 * losses[0]
-    # of all movement, how much is upwards: a half is a walk without direction
+    # the share of all movement that is upwards; it is a half for a walk without direction
     turmoil = rises / max(rises + losses[0] - losses[-1] + rises, 1e-30) if losses[-1] < losses[0] else 1.0
     if not is_up or not turmoil > 0.2:
         return None
@@ -156,7 +158,7 @@ def rate_too_high(evidence: Evidence) -> Finding | None:
 
 
 def schedule_ended_early(evidence: Evidence) -> Finding | None:
-    """The rate was all but zero while there was still something to learn."""
+    """The learning rate was almost zero before the data were learnt."""
     points = [p for p in evidence.curve if p.loss is not None and p.lr is not None]
     if len(points) < LEAST_STEPS or not evidence.loss > LEARNT_LOSS:
         return None
@@ -176,7 +178,7 @@ def schedule_ended_early(evidence: Evidence) -> Finding | None:
 
 
 def rate_too_low(evidence: Evidence) -> Finding | None:
-    """The loss falls steadily, but hardly."""
+    """The loss falls steadily, but very slowly."""
     losses, fallen = _losses(evidence.curve), _way(evidence)
     if (
         not evidence.is_whole
@@ -198,7 +200,7 @@ def rate_too_low(evidence: Evidence) -> Finding | None:
 
 
 def still_falling(evidence: Evidence) -> Finding | None:
-    """Nothing is wrong but the number of steps."""
+    """The loss is still falling, so the only fault is the number of steps."""
     losses = _losses(evidence.curve)
     floor = evidence.floor.floor if evidence.floor else 0.0
     target = evidence.target_loss or floor + LEARNT_LOSS
@@ -229,7 +231,7 @@ def _losses(curve: Sequence[CurvePoint]) -> list[float]:
 
 
 def _way(evidence: Evidence) -> float | None:
-    """Share of the way from the first loss to the floor that was covered."""
+    """Return the share of the way from the first loss to the floor that was covered."""
     losses = _losses(evidence.curve)
     floor = evidence.floor.floor if evidence.floor else 0.0
     if not losses or not losses[0] > floor:

@@ -1,6 +1,6 @@
-"""What is known of a run: the record that a diagnosis is drawn from, and that a report shows.
+"""The evidence of a run: the measurements that a diagnosis is based on and a report shows.
 
-Losses are in nats. Texts of tokens are as they may be printed (``glm4ft.text.token_text``); HTML needs its escapes.
+Losses are in nats. Texts of tokens are safe to print (``glm4ft.text.token_text``); in HTML they must still be escaped.
 """
 
 from __future__ import annotations
@@ -17,25 +17,26 @@ from glm4ft.model.generation import TurnRoundTrip
 
 @dataclass(frozen=True)
 class TokenEvidence:
-    """One token of a row and what the trained model makes of it.
+    """One token of a row and the trained model's prediction of it.
 
     Args:
-        line: of the conversation in its file; 0 if unknown.
-        turn: number of the assistant turn it belongs to, from 0; None outside assistant turns.
-        position: in the row.
-        id: of the token.
-        text: of the token; control tokens by name.
-        role: whose token it is; a terminator belongs to the assistant, whose turn it ends; "" for the prefix.
-        part: of the message.
-        supervised: True if the run trained it.
-        label: what the run trained here, if not the token itself; -100 where nothing.
-        loss: of the trained model on the token itself, in nats.
-        probability: ``exp(-loss)``.
-        predicted_id: the token the model holds likeliest here.
-        predicted: its text.
-        base_loss: of the base without the adapter, in nats.
-        share: of the summed loss of all supervised tokens; 0 if not supervised.
-        floor: certified lower bound of the loss here, in nats; None if not computed or not supervised.
+        line: The line of the conversation in its file, from 1; 0 if unknown.
+        turn: The number of the token's assistant turn, from 0; None outside assistant turns.
+        position: The position of the token in its row.
+        id: The id of the token.
+        text: The text of the token; the name of a control token.
+        role: The role of the token's message; "" for the prefix. A terminator belongs to the assistant, whose turn it
+            ends.
+        part: The part of the message that the token belongs to.
+        supervised: True if the run trained the token.
+        label: The id that the run trained at this position; -100 if none.
+        loss: The trained model's loss on the token, in nats.
+        probability: The trained model's probability of the token, ``exp(-loss)``.
+        predicted_id: The id of the token that the model finds likeliest at this position.
+        predicted: The text of that token.
+        base_loss: The loss of the base without the adapter, in nats.
+        share: The token's share of the summed loss of all supervised tokens; 0 if not supervised.
+        floor: The certified lower bound of the loss at this position, in nats; None if not computed or not supervised.
     """
 
     line: int
@@ -58,12 +59,12 @@ class TokenEvidence:
 
 @dataclass(frozen=True)
 class RowEvidence:
-    """One row.
+    """The tokens of one row and their mean loss.
 
     Args:
-        line: of the conversation in its file; 0 if unknown.
-        tokens: all but the first of the row, in order: the first is never predicted.
-        loss: mean over its supervised tokens; NaN if it has none, or nothing was measured.
+        line: The line of the conversation in its file, from 1; 0 if unknown.
+        tokens: All tokens of the row but the first, which is never predicted, in order.
+        loss: The mean loss over the supervised tokens, in nats; NaN if there are none, or nothing was measured.
     """
 
     line: int
@@ -72,19 +73,19 @@ class RowEvidence:
 
     @property
     def length(self) -> int:
-        """Tokens of the row."""
+        """The number of tokens of the row, the first one included."""
         return len(self.tokens) + 1
 
 
 @dataclass(frozen=True)
 class RenderingDifference:
-    """Where a row departs from what serving makes of the same conversation.
+    """The first difference between a row as trained and the same conversation as serving encodes it.
 
     Args:
-        line: of the conversation in its file.
-        position: of the first id that differs.
-        trained: text of the row from there on, a few tokens of it.
-        served: what serving has there.
+        line: The line of the conversation in its file.
+        position: The position of the first id that differs.
+        trained: The text of the next few tokens of the trained row.
+        served: The text of the next few tokens as serving encodes them.
     """
 
     line: int
@@ -95,13 +96,13 @@ class RenderingDifference:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """One logged step; None where the log has no number, NaN or infinite where it was not finite.
+    """One logged step; a value is None if the log does not have it, and NaN or infinite if it was not finite.
 
     Args:
-        step: from 1.
-        loss: as logged, nats per supervised token.
-        grad_norm: global L2 norm before clipping.
-        lr: of the update.
+        step: The number of the step, from 1.
+        loss: The logged loss, nats per supervised token.
+        grad_norm: The global L2 norm of the gradient before clipping.
+        lr: The learning rate of the update.
     """
 
     step: int
@@ -112,17 +113,17 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class GradientHealth:
-    """The gradient norms of a run in a few figures.
+    """A summary of a run's gradient norms.
 
     Args:
-        first: norm of the first step.
-        last: of the last.
-        median: of all that are finite.
-        largest: of all that are finite.
-        largest_step: where it stands.
-        spike_ratio: largest ratio of a norm to the median of its neighbourhood.
-        spike_step: where it stands.
-        non_finite_steps: steps whose loss or norm is not finite.
+        first: The norm of the first step.
+        last: The norm of the last step.
+        median: The median of the finite norms.
+        largest: The largest finite norm.
+        largest_step: The step of the largest norm.
+        spike_ratio: The largest ratio of a norm to the running median of the norms before it.
+        spike_step: The step of that ratio.
+        non_finite_steps: The steps whose loss or norm is not finite.
     """
 
     first: float
@@ -137,15 +138,15 @@ class GradientHealth:
 
 @dataclass(frozen=True)
 class AdapterAudit:
-    """Which adapters there are, and whether they do anything.
+    """The adapters of a model, and those among them that have no effect.
 
     Args:
-        num_adapters: adapted modules.
-        targets: last name of the adapted modules to their number.
-        dead: names of adapters that add nothing: A or B is zero.
-        non_finite: names of adapters with an entry that is not finite.
-        num_trainable: parameters that require a gradient; None where the adapter was read from disk.
-        wanted_but_missing: target names of the configuration that no adapter has.
+        num_adapters: The number of adapted modules.
+        targets: A mapping of the modules' last name components to their numbers of adapters.
+        dead: The names of adapters without effect, because A or B is zero.
+        non_finite: The names of adapters with an entry that is not finite.
+        num_trainable: The number of parameters that require a gradient; None if the adapter was read from disk.
+        wanted_but_missing: The configured targets that have no adapter.
     """
 
     num_adapters: int
@@ -158,12 +159,12 @@ class AdapterAudit:
 
 @dataclass(frozen=True)
 class FirstLoss:
-    """Where the run began, beside where it should have begun.
+    """The first loss of a run, and the losses to compare it with, in nats.
 
     Args:
-        logged: loss of the first step; None without a log.
-        base: mean loss of the base alone on the supervised tokens; None if it was not computed.
-        uniform: ``ln V``, the loss of a model that knows nothing.
+        logged: The loss of the first step; None without a log.
+        base: The mean loss of the base alone on the supervised tokens; None if it was not computed.
+        uniform: The loss of a uniform prediction, ``ln V``.
     """
 
     logged: float | None
@@ -173,22 +174,23 @@ class FirstLoss:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Everything that was measured of one run.
+    """All measurements of one run.
 
     Args:
-        curve: the logged steps.
-        rows: token by token, for as many rows as were measured.
-        first_loss: where the run began.
-        gradients: None without logged norms.
-        adapters: None without an adapter.
-        round_trips: one per assistant turn tried; ``exact`` says whether it came back.
-        floor: of the data as they were trained; None if it could not be computed.
-        target_loss: that the run was to reach, or None.
-        options: of the run as far as they are known, by our names (``learning_rate``, ``schedule``, ``max_steps``).
-        differences: of rows whose ids are not those that serving sends and expects; empty also where that is not known.
-        num_dropped: conversations that were left out.
-        num_cut: conversations that lost turns, or their end, to the length limit.
-        num_rows: of the data set, those that were not measured included; 0 if all were.
+        curve: The logged steps.
+        rows: The rows that were measured, token by token.
+        first_loss: The first loss of the run, and the losses to compare it with.
+        gradients: The summary of the gradient norms; None without logged norms.
+        adapters: The audit of the adapters; None without an adapter.
+        round_trips: The results of the assistant turns that were generated again; ``exact`` is True for a turn that was
+            reproduced.
+        floor: The floor of the data as trained; None if it could not be computed.
+        target_loss: The loss that the run was to reach; None if it had no target.
+        options: The known options of the run, by our names (``learning_rate``, ``schedule``, ``max_steps``).
+        differences: The rows whose ids differ from those that serving sends and expects; empty also if unknown.
+        num_dropped: The number of conversations that were left out.
+        num_cut: The number of conversations that lost turns, or their end, to the length limit.
+        num_rows: The number of rows of the data set, unmeasured ones included; 0 if all were measured.
     """
 
     curve: tuple[CurvePoint, ...]
@@ -207,21 +209,22 @@ class Evidence:
 
     @property
     def is_whole(self) -> bool:
-        """Whether all rows were measured: so few that they are learnt by heart, and the loss comes down to its floor.
+        """Whether all rows were measured.
 
-        Of a larger data set a model learns what its conversations have in common. Where its loss comes to rest nobody
-        can say, batches differ, and some rows are easy from the start.
+        A data set that small can be memorised, so its loss falls to the floor. From a larger data set a model learns
+        what its conversations have in common: the final loss cannot be predicted, batches differ, and some rows are
+        easy from the start.
         """
         return len(self.rows) >= self.num_rows
 
     @property
     def supervised(self) -> Iterator[TokenEvidence]:
-        """The tokens that were trained."""
+        """The supervised tokens of all measured rows."""
         return (token for row in self.rows for token in row.tokens if token.supervised)
 
     @property
     def loss(self) -> float:
-        """Mean loss of the trained model over the supervised tokens; where nothing was measured, the last logged."""
+        """The trained model's mean loss over the supervised tokens; the last logged loss if none was measured."""
         losses = [token.loss for token in self.supervised if not math.isnan(token.loss)]
         if losses:
             return sum(losses) / len(losses)
@@ -229,5 +232,5 @@ class Evidence:
 
     @property
     def worst_tokens(self) -> list[TokenEvidence]:
-        """The supervised tokens that were measured, those that hold most of the loss first."""
+        """The supervised tokens that were measured, the largest losses first."""
         return sorted((t for t in self.supervised if not math.isnan(t.loss)), key=lambda token: -token.loss)

@@ -1,4 +1,4 @@
-"""What a rule of the diagnosis finds in the evidence of a run."""
+"""The type of a finding, which a rule of the diagnosis draws from the evidence of a run."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from dataclasses import dataclass
 
 from glm4ft.diagnosis.evidence import Evidence
 
-CERTAIN = 0.5  # strength from which a finding can be the verdict, in the order of the rules
+CERTAIN = 0.5  # smallest strength of a finding that can be the verdict
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong, or right, with a run.
+    """A fault of a run, or the statement that it has none.
 
     Args:
-        verdict: slug, as ``header-supervised``.
-        stage: slug of the stage of training it belongs to, as in ``glm4ft check``.
-        text: what is the matter, in one or two sentences for someone who does not know the code.
-        evidence: the figures it rests on, a sentence each.
-        remedy: what to do.
-        strength: from 0 to 1; how sure the evidence makes it.
+        verdict: The slug of the finding, such as ``header-supervised``.
+        stage: The slug of its stage of training, as in ``glm4ft check``.
+        text: A description of the fault in one or two sentences, for readers who do not know the code.
+        evidence: The figures that support the finding, a sentence each.
+        remedy: The advice to the user.
+        strength: The certainty of the finding, from 0 to 1.
     """
 
     verdict: str

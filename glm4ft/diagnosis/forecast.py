@@ -1,4 +1,4 @@
-"""How many more steps a falling loss needs: an extrapolation, with an interval that says how far to trust it."""
+"""A forecast of the further steps that a falling loss needs to reach its target, with an interval."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import numpy as np
 MOST_STEPS = 100_000
 _LEAST_POINTS = 6
 _PARTS = (2, 3, 4)  # the last half, third and quarter of a curve
-_RIVAL = 4.0  # a fit counts as long as its squared error is at most this many times the best one's
-_EXACT = 1e-8  # squared error per point below which fits are as good as each other
+_RIVAL = 4.0  # a fit is considered if its squared error is at most this many times that of the best one
+_EXACT = 1e-8  # squared error per point below which all fits are considered equally good
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """When a target loss will be reached if the curve goes on as it went.
+    """The number of further steps to a target loss, if the curve continues as before.
 
     Args:
-        steps: further steps, by the fit that suits the curve best.
-        earliest: by the steepest fit that the curve allows.
-        latest: by the flattest one; None if that never gets there.
+        steps: The number by the fit that suits the curve best.
+        earliest: The number by the steepest plausible fit.
+        latest: The number by the flattest plausible fit; None if that never reaches the target.
     """
 
     steps: int
@@ -31,7 +31,7 @@ class Forecast:
     latest: int | None
 
     def describe(self) -> str:
-        """The forecast in words."""
+        """Format the forecast in words."""
         if self.latest is None:
             return f"about {self.steps:,} more steps (at least {self.earliest:,}; the curve sets no upper bound)"
         return f"about {self.steps:,} more steps (between {self.earliest:,} and {self.latest:,})"
@@ -39,15 +39,28 @@ class Forecast:
 
 @dataclass(frozen=True)
 class _Fit:
-    """A straight line through logarithms of the distance to the floor, over steps or over their logarithms."""
+    """A straight line through the logarithms of the distance to the floor, over steps or their logarithms.
+
+    Args:
+        slope: The slope of the line.
+        slope_error: The standard error of the slope.
+        squared_error: The mean squared error per point.
+        is_power_law: True if the line is over the logarithms of the steps.
+    """
 
     slope: float
     slope_error: float
-    squared_error: float  # per point
+    squared_error: float
     is_power_law: bool
 
     def steps(self, distance: float, at: int, num_errors: float) -> int | None:
-        """Further steps after step ``at`` until the distance has fallen by a factor ``exp(distance)``."""
+        """Return the number of steps until the distance to the floor is reached; None if it never is.
+
+        Args:
+            distance: The logarithm of the factor by which the distance to the floor has to fall.
+            at: The number of the last step.
+            num_errors: The number of standard errors to add to the slope.
+        """
         slope = self.slope + num_errors * self.slope_error
         if not slope < 0:
             return None
@@ -60,15 +73,15 @@ class _Fit:
 def forecast(losses: Sequence[float], target: float, floor: float = 0.0) -> Forecast | None:
     """Extrapolate the distance from the floor, as an exponential and as a power of the step.
 
-    Which of the two the curve follows, and how steadily, it says itself: both are fitted to its last half, third and
-    quarter, and the interval spans all fits that suit it nearly as well as the best, with twice their standard error.
+    Both are fitted to the last half, third and quarter of the curve. The interval spans all fits that are nearly as
+    good as the best one, with twice their standard error.
 
     Args:
-        losses: of the steps, finite.
-        target: loss to reach.
-        floor: certified floor of the loss.
+        losses: The finite losses of the steps.
+        target: The loss to reach.
+        floor: The certified floor of the loss.
     Returns:
-        The forecast; None if the loss does not fall, the target is reached, or is not above the floor.
+        The forecast; None if the loss does not fall, or the target is reached or is not above the floor.
     """
     distances = np.array([loss - floor for loss in losses], dtype=np.float64)
     if len(distances) < _LEAST_POINTS or not target > floor or not losses[-1] > target or not (distances > 0).all():
@@ -95,7 +108,7 @@ def _fits(logs: np.ndarray[Any, Any]) -> Iterator[_Fit]:
 
 
 def _fit(at: np.ndarray[Any, Any], logs: np.ndarray[Any, Any], *, is_power_law: bool) -> _Fit:
-    """By least squares."""
+    """Fit a line by least squares."""
     at = at - at.mean()
     slope = float(at @ logs / (at @ at))
     residual = logs - logs.mean() - slope * at

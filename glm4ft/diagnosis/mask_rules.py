@@ -1,4 +1,4 @@
-"""Rules about what is trained: the wrong tokens, too few of them, or such as nobody can learn."""
+"""Rules about the targets of training: the wrong tokens, too few of them, or tokens that cannot be learnt."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from glm4ft.diagnosis.evidence import Evidence, RowEvidence, TokenEvidence
 from glm4ft.diagnosis.finding import Finding
 from glm4ft.floors.floor import HARD_TO_REACH
 
-# A token is learnt once its probability is above 0.9. Where the demo has reached a mean of 0.01, the worst token has
-# 0.038 nats (2 seeds of the built-in base, x86-64 CPU, 2026-11-25).
+# A token is learnt once its probability is above 0.9. When the demo has reached a mean loss of 0.01, the worst token
+# has 0.038 nats (2 seeds of the built-in base, x86-64 CPU, 2026-11-25).
 LEARNT_TOKEN = 0.1
 INSPECT = "glm4ft inspect shows the mask"
-# Share of the loss from which its certified part explains a run that does not get lower. Clean runs have none.
+# The share of the loss from which its certified part explains why a run does not get lower. Clean runs have none.
 EXPLAINS = 0.5
-# Of the targets, how many the model answers with another token of the row. A run that learnt answers all with the next;
-# texts repeat a letter here and there, so that a few per cent agree with a neighbour by chance.
+# The share of targets at which the model predicts another token of the row. A run that learnt predicts the next token
+# at all of them; texts repeat letters, so a few per cent agree with a neighbour by chance.
 SAYS_ANOTHER = 0.5
 
 
 def zero_targets(evidence: Evidence) -> Finding | None:
-    """No token is supervised, in all rows or in some."""
+    """Some or all rows have no supervised token."""
     empty = [row for row in evidence.rows if not any(token.supervised for token in row.tokens)]
     if not empty:
         return None
@@ -39,7 +39,7 @@ def zero_targets(evidence: Evidence) -> Finding | None:
 
 
 def header_supervised(evidence: Evidence) -> Finding | None:
-    """The assistant's header is a target, though inference gives it."""
+    """The assistant's header is a target, although the prompt contains it at inference."""
     headers = [token for token in evidence.supervised if token.role == "assistant" and token.part == "header"]
     if not headers:
         return None
@@ -67,7 +67,7 @@ def header_supervised(evidence: Evidence) -> Finding | None:
 
 
 def prompt_supervised(evidence: Evidence) -> Finding | None:
-    """Text of the system, the user or a tool is a target."""
+    """Text of a system, user or tool message is a target."""
     wrong = [token for token in evidence.supervised if token.role != "assistant"]
     if not wrong:
         return None
@@ -80,7 +80,7 @@ def prompt_supervised(evidence: Evidence) -> Finding | None:
         f"Tokens of the prompt ({roles}) are trained as targets: the model learns to write its own questions.",
         (*facts, *_floor_facts(evidence)),
         f"set the labels of everything but assistant turns to -100; {INSPECT}",
-        # where headers are missing from a row, its roles cannot be told
+        # roles cannot be identified in a row whose headers are missing
         0.4 if evidence.differences else 1.0,
     )
 
@@ -107,7 +107,7 @@ def truncated_answers(evidence: Evidence) -> Finding | None:
 
 
 def terminator_never_learned(evidence: Evidence) -> Finding | None:
-    """The token that ends an assistant turn is missing, or not trained, or not learnt while the words are."""
+    """The token that ends an assistant turn is missing, or not trained, or not learnt although the text is."""
     ends, open_rows = _untrained_ends(evidence), [row for row in evidence.rows if _is_open(row)]
     unlearnt = [] if ends or open_rows else _unlearnt_ends(evidence)
     if not (ends or open_rows or unlearnt):
@@ -130,7 +130,7 @@ def terminator_never_learned(evidence: Evidence) -> Finding | None:
 
 
 def turns_not_trained(evidence: Evidence) -> Finding | None:
-    """Some assistant turns carry no target at all."""
+    """Some assistant turns have no target at all."""
     turns = [(row, turn, tokens) for row in evidence.rows for turn, tokens in _turns(row) if len(tokens) > 1]
     left_out = [(row, turn, tokens) for row, turn, tokens in turns if not any(t.supervised for t in tokens)]
     if not left_out or len(left_out) == len(turns):
@@ -152,7 +152,7 @@ def turns_not_trained(evidence: Evidence) -> Finding | None:
 
 
 def not_as_served(evidence: Evidence) -> Finding | None:
-    """The rows are not what serving sends and expects, though each may be right in itself."""
+    """The rows differ from the ids that serving sends and expects, although each may be consistent in itself."""
     found = evidence.differences
     if not found:
         return None
@@ -169,7 +169,7 @@ def not_as_served(evidence: Evidence) -> Finding | None:
 
 
 def contradictory_samples(evidence: Evidence) -> Finding | None:
-    """Equal prompts go on differently, so nobody can be right every time."""
+    """Equal prompts have different continuations, so no model can be right every time."""
     floor = evidence.floor
     if floor is None or not floor.entropy > 1e-3:
         return None
@@ -186,7 +186,7 @@ def contradictory_samples(evidence: Evidence) -> Finding | None:
 
 
 def unreachable_target(evidence: Evidence) -> Finding | None:
-    """The frozen head cannot express what is trained."""
+    """The frozen head cannot express some targets."""
     floor = evidence.floor
     if floor is None or not floor.head > 1e-3:
         return None
@@ -205,7 +205,7 @@ def unreachable_target(evidence: Evidence) -> Finding | None:
 
 
 def labels_shifted(evidence: Evidence) -> Finding | None:
-    """What was minimised is not the loss of the next token but of one beside it."""
+    """The minimised loss is not that of the next token but of one beside it."""
     other = [token for token in evidence.supervised if token.label != token.id]
     said = {name: _said(evidence, offset) for name, offset in (("the next", 0), ("after the next", 1), ("its own", -1))}
     name = max(said, key=said.__getitem__)
@@ -227,7 +227,7 @@ def labels_shifted(evidence: Evidence) -> Finding | None:
 
 
 def _said(evidence: Evidence, offset: int) -> float:
-    """At how many of the targets the model says the token that stands ``offset`` further on."""
+    """Return the share of targets at which the model predicts the token ``offset`` positions after the target."""
     hits = [
         row.tokens[i + offset].id == token.predicted_id
         for row in evidence.rows
@@ -238,7 +238,7 @@ def _said(evidence: Evidence, offset: int) -> float:
 
 
 def _untrained_ends(evidence: Evidence) -> list[TokenEvidence]:
-    """Terminators that are not supervised although their turn is, and are not known anyway."""
+    """List the terminators that are not supervised although their turn is, and that the model does not predict."""
     return [
         token
         for row in evidence.rows
@@ -247,13 +247,13 @@ def _untrained_ends(evidence: Evidence) -> list[TokenEvidence]:
         if token.part == "terminator"
         and not token.supervised
         and any(t.supervised for t in tokens)
-        # NaN, where nothing could be measured, counts as not known
+        # NaN, where nothing could be measured, counts as not predicted
         and not token.loss < LEARNT_TOKEN
     ]
 
 
 def _unlearnt_ends(evidence: Evidence) -> list[TokenEvidence]:
-    """Supervised terminators that stay unlikely while the words before them are learnt."""
+    """List the supervised terminators that stay unlikely although the text before them is learnt."""
     body = [token.loss for token in evidence.supervised if token.part == "body"]
     ends = [token for token in evidence.supervised if token.part == "terminator"]
     if not body or not ends or not _average(body) < LEARNT_TOKEN:
@@ -275,7 +275,7 @@ def _turns(row: RowEvidence) -> Iterable[tuple[int, list[TokenEvidence]]]:
 
 
 def _explained(part: float, loss: float) -> float:
-    """1 where a certified part makes up most of the loss, less where most of the loss is something else."""
+    """Return the strength with which a certified part explains the loss: 1 if it makes up most of it, else 0.4."""
     if not math.isfinite(loss):
         return 0.4
     return 1.0 if part >= EXPLAINS * loss else 0.4

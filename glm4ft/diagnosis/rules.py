@@ -1,6 +1,6 @@
 """The rules of a diagnosis, in the order in which their findings become the verdict.
 
-What is trained comes before how it is trained: a wrong target explains a bad curve, a curve explains no target.
+Rules about the targets come before rules about the curve: a wrong target explains a bad curve, but not vice versa.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from glm4ft.diagnosis.mask_rules import (
 )
 from glm4ft.files import finite_or_null
 
-SHOWN_TOKENS = 20  # in the JSON; the evidence has all
+SHOWN_TOKENS = 20  # in the JSON; the evidence holds all tokens
 
 RULES: tuple[Rule, ...] = (
     zero_targets,
@@ -71,11 +71,11 @@ RULES: tuple[Rule, ...] = (
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What is the matter with a run.
+    """The findings about a run.
 
     Args:
-        findings: the verdict first; the others in the order in which they should be looked at. Never empty.
-        evidence: what they were drawn from.
+        findings: The findings, never empty: the verdict first, the others in the order in which to examine them.
+        evidence: The evidence that the findings are based on.
     """
 
     findings: tuple[Finding, ...]
@@ -83,21 +83,21 @@ class Diagnosis:
 
     @property
     def verdict(self) -> str:
-        """Slug of the first finding."""
+        """The slug of the first finding."""
         return self.findings[0].verdict
 
     @property
     def stage(self) -> str:
-        """Stage of the first finding."""
+        """The stage of the first finding."""
         return self.findings[0].stage
 
     @property
     def text(self) -> str:
-        """The first finding in plain words."""
+        """The description of the first finding."""
         return self.findings[0].text
 
     def record(self) -> dict[str, Any]:
-        """The object that ``glm4ft explain --json`` writes."""
+        """Return the object that ``glm4ft explain --json`` writes."""
         return {
             "schema": 1,
             "verdict": self.verdict,
@@ -114,10 +114,10 @@ def diagnose(evidence: Evidence) -> Diagnosis:
     """Judge a run.
 
     Args:
-        evidence: what was measured of it.
+        evidence: The measurements of the run.
     Returns:
-        The diagnosis. Its verdict is the first finding, in the order of the rules, that the evidence makes certain;
-        weaker ones follow.
+        The diagnosis. Its verdict is the first finding, in the order of the rules, with a strength of at least
+        ``CERTAIN``; weaker findings follow.
     """
     findings = [finding for rule in RULES if (finding := rule(evidence)) is not None]
     findings.sort(key=lambda finding: finding.strength < CERTAIN)
@@ -127,7 +127,7 @@ def diagnose(evidence: Evidence) -> Diagnosis:
 
 
 def nothing_found(evidence: Evidence) -> Finding:
-    """What is left when no rule is certain of anything."""
+    """Return the finding for a run about which no rule is certain."""
     wrong = [turn for turn in evidence.round_trips if turn.supervised and not turn.exact]
     if wrong and evidence.loss < LEARNT_LOSS:
         return Finding(

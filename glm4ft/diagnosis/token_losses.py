@@ -1,4 +1,4 @@
-"""What a model makes of the targets of a row: the loss of each, and what it finds likeliest in its place."""
+"""A model's loss on each target of a row, and its likeliest token at the same position."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from glm4ft.model.loss import MAX_LOGITS
 def measure_targets(
     model: Any, input_ids: Sequence[int], targets: Sequence[int]
 ) -> tuple[list[float | None], list[int | None]]:
-    """Loss and likeliest token at some positions of a row, given the true tokens before each.
+    """Measure the loss and the likeliest token at some positions of a row, given the true tokens before each.
 
     Args:
-        model: a causal language model or a PEFT model around one; left in the mode it was in.
-        input_ids: of the row.
-        targets: positions to measure, from 1 upwards.
+        model: A causal language model or a PEFT model around one; its train or eval mode is kept.
+        input_ids: The token ids of the row.
+        targets: The positions to measure, from 1; others are ignored.
     Returns:
-        ``(losses, likeliest)``, each as long as the row, None where nothing was measured. Losses are fp32 nats.
+        ``(losses, likeliest)``, each as long as the row and None at positions that were not measured. Losses are in
+        nats, computed in fp32.
     """
     losses: list[float | None] = [None] * len(input_ids)
     likeliest: list[int | None] = [None] * len(input_ids)
@@ -43,5 +44,5 @@ def measure_targets(
 
 
 def _chunk(base: Any) -> int:
-    """Targets whose logits are in memory at once: all of a true head's for a long row would take gigabytes."""
+    """Return how many targets to compute logits for at once: all of a long row's would take gigabytes."""
     return max(1, MAX_LOGITS // int(base.config.vocab_size))

@@ -1,1 +1,1 @@
-"""What a person reads: text in the terminal, one HTML file, plots."""
+"""Reports for people: text in the terminal, Markdown, and a single HTML file with charts."""

@@ -1,6 +1,6 @@
-"""Curves as inline SVG: one line per series over the optimizer steps, on a logarithmic or a linear scale.
+"""Charts as inline SVG: a curve over the optimizer steps, on a logarithmic or a linear scale.
 
-Colours and strokes are classes of the page's style sheet, so a chart follows light, dark and print.
+Colours and strokes are classes of the page's style sheet, so a chart adapts to light mode, dark mode and print.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 WIDTH, HEIGHT = 640, 240
-LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 28  # room for the labels, in the units of the view box
-MAX_POINTS = 400  # more steps than this are drawn by the extremes of their neighbourhoods, so that no spike is lost
+LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 28  # margins for the labels, in units of the view box
+MAX_POINTS = 400  # longer curves are drawn by the extremes of their stretches, so that no spike is lost
 MAX_DOTS = 80
 
 
 @dataclass(frozen=True)
 class Line:
-    """A value that the curve is to be seen against.
+    """A horizontal reference line of a chart.
 
     Args:
-        name: written at the line.
-        value: where it is drawn.
-        kind: class of the style sheet: ``goal``, which somebody set, or ``bound``, which nothing can pass.
+        name: The label of the line.
+        value: The value at which the line is drawn.
+        kind: The class in the style sheet: ``goal`` for a chosen value, ``bound`` for one that no run can pass.
     """
 
     name: str
@@ -37,13 +37,13 @@ class Chart:
     """One quantity over the steps.
 
     Args:
-        name: what it is, with its unit.
-        steps: numbers of the steps, ascending.
-        values: None where there is none, which is marked.
-        is_log: use a logarithmic scale; values that are not above 0 count as missing then.
-        lines: values to draw across.
-        points: steps and values of a second, sparse series.
-        points_name: what those are.
+        name: The name of the quantity, with its unit.
+        steps: The numbers of the steps, ascending.
+        values: The value at each step; None if it is missing, which is marked.
+        is_log: Whether the scale is logarithmic; values that are not above 0 then count as missing.
+        lines: The horizontal reference lines.
+        points: The steps and values of a second, sparse series.
+        points_name: The name of the second series.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Chart:
     points_name: str = ""
 
     def describe(self) -> str:
-        """The curve in words, for whoever cannot see it."""
+        """Describe the curve in words, for readers who cannot see it."""
         known = [(step, value) for step, value in zip(self.steps, self.values, strict=True) if value is not None]
         if not known:
             return f"{self.name}: no finite value"
@@ -69,7 +69,7 @@ class Chart:
         return text + (f"; not finite at step {missing[0]}" if missing else "")
 
     def svg(self) -> Markup:
-        """The chart as an ``svg`` element."""
+        """Draw the chart as an ``svg`` element."""
         return Markup("").join([_open(self), *_grid(self, scale := _Scale.of(self)), *_curve(self, scale), _CLOSE])
 
 
@@ -78,7 +78,7 @@ _CLOSE = Markup("</svg>")
 
 @dataclass(frozen=True)
 class _Scale:
-    """Where steps and values lie in the view box."""
+    """Maps steps and values to coordinates of the view box."""
 
     first: int
     last: int
@@ -159,7 +159,7 @@ def _grid(chart: Chart, scale: _Scale) -> list[Markup]:
 
 
 def _is_clear_at_the_end(chart: Chart, line: Line, scale: _Scale) -> bool:
-    """Whether the curve ends further from the line than it begins, so that a name there does not lie on the curve."""
+    """Whether the curve's end is at least as far from the line as its start, so that the label fits at the end."""
     known = [value for value in chart.values if value is not None and (value > 0 or not scale.is_log)]
     return not known or abs(scale.y(known[-1]) - scale.y(line.value)) >= abs(scale.y(known[0]) - scale.y(line.value))
 
@@ -183,7 +183,7 @@ def _curve(chart: Chart, scale: _Scale) -> list[Markup]:
 
 
 def _series(chart: Chart) -> list[tuple[int, float | None]]:
-    """All points, or the lowest and the highest of each stretch; a stretch with a missing value shows that too."""
+    """Return all points of a short curve; otherwise the lowest, highest and missing points of each stretch."""
     points = list(zip(chart.steps, chart.values, strict=True))
     if len(points) <= MAX_POINTS:
         return points

@@ -1,6 +1,6 @@
-"""What a report shows, as plain data: the same for the page, the summary in Markdown and the card of a failed check.
+"""The content of a report as plain data, shared by the HTML page, the Markdown summary and the failure card.
 
-Texts are as they come, conversations included; whoever renders them makes them safe. Losses are in nats per token.
+Texts, conversations included, are raw: the renderers make them safe. Losses are in nats per token.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from typing import Any, Literal
 from glm4ft.files import finite
 
 Tone = Literal["good", "bad", "unsure"]
-# Statuses of a check in order of weight: the first that a stage has among its checks decides how the stage is shown.
+# Statuses of a check, the most severe first: a stage is shown with the most severe status of its checks.
 STATUSES = ("error", "failed", "expected-failure", "passed", "skipped")
 
 
 @dataclass(frozen=True)
 class Headline:
-    """What somebody reads who reads nothing else.
+    """The verdict of a report, for readers who read nothing else.
 
     Args:
-        tone: whether to worry.
-        text: the verdict in one sentence.
-        supervised: what was trained, in one sentence.
-        happened: what came of it, or what went wrong, a sentence each.
-        remedies: what to do, a sentence each.
+        tone: The kind of verdict.
+        text: The verdict in one sentence.
+        supervised: The supervised tokens, in one sentence.
+        happened: The results or faults of the run, a sentence each.
+        remedies: The advice to the user, a sentence each.
     """
 
     tone: Tone
@@ -38,17 +38,17 @@ class Headline:
 
 @dataclass(frozen=True)
 class Curves:
-    """One entry per optimizer step; None where a value was not finite or is not known.
+    """The curves of a run, with one entry per optimizer step; None if a value was not finite or is not known.
 
     Args:
-        steps: numbers of the steps.
-        loss: mean over the step's supervised tokens.
-        grad_norm: global L2 norm before clipping.
-        rate: of the update.
-        evaluations: step and loss of each evaluation.
-        target: loss that was to be reached.
-        floor: certified bound that the loss cannot go below; None if there is none.
-        clip: norm to which gradients were scaled down; None if they were not.
+        steps: The numbers of the steps.
+        loss: The mean loss over each step's supervised tokens.
+        grad_norm: The global L2 norm of the gradient before clipping.
+        rate: The learning rate of each update.
+        evaluations: The step and loss of each evaluation.
+        target: The loss to reach; None if there is no target.
+        floor: The certified lower bound of the loss; None if there is none.
+        clip: The norm to which gradients were clipped; None if they were not.
     """
 
     steps: tuple[int, ...] = ()
@@ -64,12 +64,13 @@ class Curves:
     def of(
         cls, rows: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]] = (), **lines: Any
     ) -> Curves:
-        """From the rows of a trajectory, or of transformers' log.
+        """Make curves from the rows of a trajectory, or of transformers' log.
 
         Args:
-            rows: with ``loss``, ``grad_norm``, ``lr`` or ``learning_rate``, and ``step`` unless they are numbered.
-            evaluations: with ``step`` and ``eval_loss``.
-            **lines: ``target``, ``floor`` and ``clip``.
+            rows: Mappings with ``loss``, ``grad_norm``, and ``lr`` or ``learning_rate``; rows without ``step`` are
+                numbered from 1.
+            evaluations: Mappings with ``step`` and ``eval_loss``.
+            **lines: The fields ``target``, ``floor`` and ``clip``.
         """
         return cls(
             steps=tuple(int(row.get("step", number)) for number, row in enumerate(rows, 1)),
@@ -83,16 +84,16 @@ class Curves:
 
 @dataclass(frozen=True)
 class ShownRow:
-    """One conversation as the model saw it; all sequences are as long as ``input_ids``, or empty where not known.
+    """One conversation as the model saw it; all sequences are as long as ``input_ids``, or empty if not known.
 
     Args:
-        title: which one it is.
-        input_ids: token ids.
-        supervised: True where the loss counted the token as a target.
-        expected: what should have been supervised.
-        losses: of each token given what is before it; None for the first.
-        floors: certified bound of that loss; None where there is no target.
-        said: id of the token that the model found likeliest in its place.
+        title: The name of the conversation, such as its line.
+        input_ids: The token ids.
+        supervised: True at each token that the loss counted as a target.
+        expected: True at each token that should have been supervised.
+        losses: The loss of each token given the tokens before it; None for the first.
+        floors: The certified lower bound of each loss; None if the token is not a target.
+        said: The id of the token that the model found likeliest at each position.
     """
 
     title: str
@@ -105,12 +106,12 @@ class ShownRow:
 
     @property
     def targets(self) -> list[int]:
-        """Positions that were supervised."""
+        """The positions of the supervised tokens."""
         return [at for at, keep in enumerate(self.supervised) if keep]
 
     @property
     def mean_loss(self) -> float | None:
-        """Over the supervised tokens; None without losses or targets."""
+        """The mean loss over the supervised tokens; None if there are none or a loss is not known."""
         known = [self.losses[at] for at in self.targets] if self.losses else []
         values = [loss for loss in known if loss is not None]
         return math.fsum(values) / len(values) if values and len(values) == len(known) else None
@@ -118,15 +119,15 @@ class ShownRow:
 
 @dataclass(frozen=True)
 class ShownTurn:
-    """An assistant turn that was to be said back.
+    """The result of generating an assistant turn again.
 
     Args:
-        title: which one it is.
-        expected: text, control tokens by name.
-        generated: what came instead.
-        exact: whether all of it came back, the stop token included.
-        trained: False if nobody taught it.
-        stop: token on which generation stopped; None if it had to be cut off.
+        title: The title of the turn.
+        expected: The text of the turn, with control tokens by name.
+        generated: The generated text.
+        exact: True if the whole turn was reproduced, the stop token included.
+        trained: False if the turn was not trained.
+        stop: The token on which generation stopped; None if it was cut off.
     """
 
     title: str
@@ -139,7 +140,15 @@ class ShownTurn:
 
 @dataclass(frozen=True)
 class ShownCheck:
-    """A claim about a pipeline and what became of it; ``status`` as in the results' JSON."""
+    """The result of a check of a pipeline.
+
+    Args:
+        stage: The stage of training that the check belongs to.
+        claim: The claim about the pipeline, in words.
+        status: The status of the check, as in the results' JSON.
+        message: The message of a check that did not pass.
+        why: The known incident behind the claim, such as an upstream issue; "" if there is none.
+    """
 
     stage: str
     claim: str
@@ -150,7 +159,13 @@ class ShownCheck:
 
 @dataclass(frozen=True)
 class ShownOption:
-    """An option, its value, and where the value came from."""
+    """A resolved option.
+
+    Args:
+        name: The name of the option.
+        value: The value of the option.
+        source: The source of the value, such as the command line or the default.
+    """
 
     name: str
     value: str
@@ -159,23 +174,23 @@ class ShownOption:
 
 @dataclass(frozen=True)
 class Content:
-    """All that a report may show; what is empty is left out.
+    """The content of a report; empty parts are left out.
 
     Args:
-        title: kind and name of what is reported on.
-        headline: the verdict.
-        tokenizer: names the tokens of ``rows``; None if there are none.
-        curves: of the run.
-        runs: names and curves of further runs.
-        counts: kind of token to how many there are, how many were supervised, and how many should have been (or
-            None).
-        rows: conversations that are shown.
-        num_rows: conversations in all.
-        turns: of the round trip.
-        checks: of the conformance suite.
-        facts: name and value of what else is known of the run: adapter, data, device, versions.
-        options: as resolved.
-        command: reproduces it.
+        title: The kind and name of the subject of the report.
+        headline: The verdict.
+        tokenizer: The tokenizer of ``rows``; None if there are no rows.
+        curves: The curves of the run.
+        runs: The names and curves of further runs.
+        counts: A mapping of each kind of token to the number of tokens, of supervised tokens, and of tokens that should
+            have been supervised (None if not known).
+        rows: The conversations to show.
+        num_rows: The number of all conversations.
+        turns: The turns of the round trip.
+        checks: The checks of the conformance suite.
+        facts: The names and values of further facts about the run: adapter, data, device, versions.
+        options: The resolved options.
+        command: The command that reproduces the run or the check.
     """
 
     title: str

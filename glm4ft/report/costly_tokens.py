@@ -1,4 +1,4 @@
-"""Which tokens hold the loss: every token's part in its conversation, and the targets that cost most."""
+"""The targets with the largest share of the loss, and the part of the conversation that each token belongs to."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ PART_NAMES = {
 
 @dataclass(frozen=True)
 class CostlyToken:
-    """All targets with one id and one part.
+    """All targets with the same id and the same part of the conversation.
 
     Args:
-        text: the token as it may be shown.
-        part: in words.
-        count: how often it is a target.
-        loss: mean over its occurrences.
-        share: of the sum of all targets' losses.
-        floor: mean certified bound; None if it is not known.
-        said: what the model finds likeliest in its place, most often.
+        text: The text of the token, safe to show.
+        part: The part of the conversation, in words.
+        count: The number of times the token is a target.
+        loss: The mean loss over its occurrences.
+        share: The share of the sum of all targets' losses, from 0 to 1.
+        floor: The mean certified lower bound of the loss; None if not known.
+        said: The token that the model most often finds likelier; "" if there is none.
     """
 
     text: str
@@ -46,13 +46,14 @@ class CostlyToken:
 
 
 def token_parts(input_ids: Sequence[int], tokenizer: Any) -> list[str]:
-    """Each token's part: ``prefix``, ``header`` (the assistant's apart), ``terminator``, or the body's role.
+    """Label each token with its part of the conversation.
 
     Args:
-        input_ids: of one row, in a format where headers and ``<|endoftext|>`` delimit the turns.
-        tokenizer: names the control tokens.
+        input_ids: The token ids of one row, in a format where headers and ``<|endoftext|>`` delimit the turns.
+        tokenizer: The tokenizer, whose added tokens are the control tokens.
     Returns:
-        One label per token; ``token`` throughout where the tokenizer has no ``<|assistant|>``.
+        One label per token: ``prefix``, ``assistant header``, ``header``, ``terminator``, or the role of the body. All
+        labels are ``token`` if the tokenizer has no ``<|assistant|>``.
     """
     control_ids = tokenizer.get_added_vocab()
     if HEADERS["assistant"] not in control_ids:
@@ -67,12 +68,14 @@ def _part_name(place: TokenOrigin) -> str:
 
 
 def costly_tokens(rows: Iterable[ShownRow], tokenizer: Any, *, limit: int = 10) -> list[CostlyToken]:
-    """The targets that hold most of the loss: each at least ``LEAST_SHARE`` of it and ``LEAST_LOSS`` nats.
+    """Find the targets with the largest shares of the loss.
 
     Args:
-        rows: those with losses count.
-        tokenizer: names the tokens.
-        limit: number of tokens, most expensive first.
+        rows: The conversations; those without losses are ignored.
+        tokenizer: The tokenizer of the conversations.
+        limit: The largest number of tokens.
+    Returns:
+        The tokens, largest share first, each with at least ``LEAST_SHARE`` of the loss and ``LEAST_LOSS`` nats.
     """
     decoder, groups = TokenDecoder(tokenizer), dict[tuple[int, str], list[tuple[float, float | None, int | None]]]()
     for row in rows:
@@ -87,7 +90,7 @@ def costly_tokens(rows: Iterable[ShownRow], tokenizer: Any, *, limit: int = 10) 
 
 
 def part_counts(rows: Iterable[ShownRow], tokenizer: Any) -> Mapping[str, tuple[int, int, int | None]]:
-    """Part to the number of tokens, of supervised ones, and of those that should be (None if that is not known)."""
+    """Count the tokens of each part, those supervised, and those that should be (None if that is not known)."""
     counts: dict[str, tuple[int, int, int | None]] = {}
     for row in rows:
         expected: Sequence[bool | None] = row.expected or [None] * len(row.input_ids)
@@ -99,7 +102,7 @@ def part_counts(rows: Iterable[ShownRow], tokenizer: Any) -> Mapping[str, tuple[
 
 
 def _costs(row: ShownRow, tokenizer: Any) -> Iterator[tuple[int, str, float]]:
-    """Position, part and loss of each target whose loss is known."""
+    """Yield the position, part and loss of each target whose loss is known."""
     parts = token_parts(row.input_ids, tokenizer)
     for at in row.targets if row.losses else ():
         loss = row.losses[at]
@@ -125,6 +128,6 @@ def _costly(
 
 
 def show_id(token_id: int, decoder: TokenDecoder) -> str:
-    """One token by its name, or by its text in quotes, on one line."""
+    """Format one token on one line: a control token by its name, any other by its text in quotes."""
     (unit,) = decoder.units([token_id])
     return visible(unit.text, newlines=False) if unit.is_control else f"'{decoder.show(unit.text, newlines=False)}'"

@@ -1,4 +1,4 @@
-"""Shows a diagnosis in a terminal: the verdict, what it rests on, and the tokens that hold the loss."""
+"""Shows a diagnosis in a terminal: the verdict, the figures that support it, and the most costly tokens."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from glm4ft.report.plain_words import NOTHING_WRONG
 from glm4ft.text.safe_text import Ruled, visible
 
 _TOKENS = 10
-_LEAST_LOSS = 0.05  # a token that loses less is not worth a row
+_LEAST_LOSS = 0.05  # tokens with a smaller loss are not listed
 
 
 def show_diagnosis(diagnosis: Diagnosis, *, json_file: str | None = None) -> None:
     """Print a diagnosis, or write it as JSON.
 
     Args:
-        diagnosis: of a run.
-        json_file: write it here by contract; ``-`` is stdout, where nothing else goes then.
+        diagnosis: The diagnosis of a run.
+        json_file: The file to write the diagnosis to as JSON; ``-`` writes only the JSON to stdout.
     """
     text = json.dumps(diagnosis.record(), ensure_ascii=False, allow_nan=False) + "\n"
     if json_file == "-":
@@ -46,7 +46,7 @@ def show_diagnosis(diagnosis: Diagnosis, *, json_file: str | None = None) -> Non
 
 
 def facts(evidence: Evidence) -> Iterator[str]:
-    """Figures that every diagnosis is read beside, a line each."""
+    """Yield the general figures that are shown with every diagnosis, a line each."""
     first, gradients, adapters, floor = evidence.first_loss, evidence.gradients, evidence.adapters, evidence.floor
     began = "not logged" if first.logged is None else f"{first.logged:.4f}"
     base = "not measured" if first.base is None else f"{first.base:.4f}"
@@ -69,11 +69,11 @@ def facts(evidence: Evidence) -> Iterator[str]:
 
 
 def token_table(evidence: Evidence) -> Table | None:
-    """The tokens that hold the loss; None if none does."""
+    """Make a table of the supervised tokens with the largest losses; None if no loss is above the limit."""
     worst = [token for token in evidence.worst_tokens if token.loss > _LEAST_LOSS][:_TOKENS]
     if not worst:
         return None
-    # a rule at the left of every line, so that no line starts with text from the data
+    # a border at the left of every line, so that no line starts with text from the data
     table = Table("line", "at", "part", "token", "loss", "floor", "p", "model says", "share", box=box.SQUARE)
     for token in worst:
         floor = "" if token.floor is None else f"{token.floor:.2f}"
@@ -84,7 +84,7 @@ def token_table(evidence: Evidence) -> Table | None:
 
 
 def print_finding(console: Console, finding: Finding) -> None:
-    """One finding, in green where it finds nothing wrong."""
+    """Print one finding, in green if it finds nothing wrong."""
     is_certain = finding.strength >= CERTAIN
     style = "green" if finding.verdict in NOTHING_WRONG else "bold red" if is_certain else "yellow"
     head = f"{finding.verdict} ({finding.stage})" if is_certain else f"perhaps: {finding.verdict} ({finding.stage})"

@@ -1,4 +1,4 @@
-"""A report on the disk: the page, and beside it the summary for the job page of a CI system."""
+"""Writes a report to disk: the HTML page, and the Markdown summary for the job page of a CI system."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ HTML_FILE, SUMMARY_FILE = "report.html", "summary.md"
 
 
 def write_report(folder: Path, content: Content) -> Path:
-    """Write ``report.html`` and ``summary.md`` into a folder; each appears whole or not at all.
+    """Write ``report.html`` and ``summary.md`` into a folder, each of them atomically.
 
+    Args:
+        folder: The folder, created if missing.
+        content: The content of the report.
     Returns:
-        The page.
+        The path of ``report.html``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / SUMMARY_FILE, render_summary(content))

@@ -1,4 +1,4 @@
-"""What ``glm4ft floor`` does: bound the loss of a conversation file from below, and show what keeps it up."""
+"""Implements ``glm4ft floor``: bounds the loss of a conversation file from below, and shows what causes the bound."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from glm4ft.floors.target import stop_warnings
 from glm4ft.text.safe_text import Ruled, visible
 
 _SHOWN = 10
-_TOO_SMALL = 5e-5  # would be shown as 0.0000
+_TOO_SMALL = 5e-5  # smaller floors would be shown as 0.0000
 
 
 def show_floor(
@@ -40,14 +40,14 @@ def show_floor(
     """Print the certified floor of a file's conversations.
 
     Args:
-        data: JSONL of conversations.
-        chat_format: encodes them.
-        head: of the base; None where head or final norm are trained.
-        max_length: longest row, in tokens.
-        bf16: bound what a bf16 forward pass can reach.
-        json_file: write the floor here by contract; ``-`` is stdout, where nothing else goes then.
+        data: The JSONL file of conversations.
+        chat_format: The chat format that encodes them.
+        head: The head of the base; None if head or final norm are trained.
+        max_length: The length of the longest row, in tokens.
+        bf16: Whether the bound is for bf16 forward passes instead of exact arithmetic.
+        json_file: The file to write the floor to as JSON; ``-`` writes only the JSON to stdout.
     Raises:
-        DataError: for the first conversation that cannot be used, or if no token is supervised.
+        DataError: If a conversation cannot be used, or no token is supervised.
     """
     rows = encoded_rows(data, chat_format, max_length)
     if bf16 and head is not None:
@@ -63,7 +63,7 @@ def show_floor(
 
 
 def encoded_rows(data: Path, chat_format: ChatFormat, max_length: int) -> Iterator[TrainedRow]:
-    """The rows of a file as training sees them, those that are dropped left out."""
+    """Encode the conversations of a file as for training; yield the rows that are not dropped."""
     for conversation in read_conversations(data):
         row, _ = fit_row(conversation, chat_format, max_length)
         if row is not None:
@@ -71,7 +71,7 @@ def encoded_rows(data: Path, chat_format: ChatFormat, max_length: int) -> Iterat
 
 
 def print_floor(floor: Floor, name: str, console: Console) -> None:
-    """The floor for people: loudest what keeps a model from stopping, then the total, then where it comes from."""
+    """Print the floor: warnings about stop tokens that cannot be learnt, then the total, then its sources."""
     for warning in stop_warnings(floor.tokens):
         console.print(Ruled(Text(warning, style="bold red")))
     num_tokens = sum(sample.supervised_tokens for sample in floor.samples)
@@ -93,7 +93,7 @@ def print_floor(floor: Floor, name: str, console: Console) -> None:
 
 
 def _token_table(tokens: list[TokenFloor], total: float) -> Table:
-    # a rule at the left of every line, so that no line starts with text from the data
+    # a border at the left of every line, so that no line starts with text from the data
     table = Table("token", "times", "floor each", "by the head", "share", box=box.SQUARE)
     for token in tokens:
         share = token.floor * token.count / total

@@ -1,7 +1,7 @@
-"""A conversation as stretches of text for the page: what was supervised, how much each target costs, what is folded.
+"""Splits a conversation into stretches of text for the page, marked by supervision and loss, some of them folded.
 
-Colour never stands alone: a target is underlined, the more heavily the more it costs, the dearest have their loss
-written after them, and every token says all of it when pointed at.
+Colour is never the only cue: targets are underlined, more heavily for larger losses, the largest losses are written
+after their tokens, and every token has a tooltip with all its figures.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from glm4ft.text.token_text import TokenDecoder, Unit
 # Upper ends, in nats, of the levels below the last: probabilities above 95 %, 61 % and 14 %.
 LEVELS = (0.05, 0.5, 2.0)
 LEVEL_NAMES = ("learnt", "nearly learnt", "poorly learnt", "not learnt")
-CONTEXT_TOKENS = 12  # shown around whatever is worth a look
+CONTEXT_TOKENS = 12  # shown around each token of interest
 LEAST_FOLDED = 24
-NUMBERED = 12  # targets of a conversation with their loss written after them
+NUMBERED = 12  # largest number of targets per conversation with their loss written after them
 LEAST_NUMBERED = 0.05
-MAX_LISTED = 400  # targets in the table of a conversation
+MAX_LISTED = 400  # largest number of tokens in the table of a conversation
 
 NOT_A_TARGET, MISSED = "trained, should not be", "not trained, should be"
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Neighbouring tokens that are drawn alike; their text may be shown.
+    """Neighbouring tokens that are drawn alike.
 
     Args:
-        text: with real newlines.
-        is_control: a control token.
-        supervised: a target.
-        level: index into ``LEVEL_NAMES``; None if the loss is not known or nobody counts it.
-        number: loss written after the text, or "".
-        wrong: ``NOT_A_TARGET`` or ``MISSED`` where the label is wrong, else "".
-        title: everything known of it, for whoever points at it.
+        text: The text, safe to show, with real newlines.
+        is_control: True for a control token.
+        supervised: True for a target.
+        level: The index into ``LEVEL_NAMES``; None if the token is not a target or its loss is not known.
+        number: The loss to write after the text, or "".
+        wrong: ``NOT_A_TARGET`` or ``MISSED`` if the label is wrong, else "".
+        title: The tooltip with all figures of the tokens.
     """
 
     text: str
@@ -53,7 +53,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Stretch:
-    """Pieces that stand open, or behind a fold with a label."""
+    """Pieces of text that are shown together, or folded behind a label if there is one."""
 
     pieces: tuple[Piece, ...]
     label: str = ""
@@ -61,7 +61,17 @@ class Stretch:
 
 @dataclass(frozen=True)
 class ListedToken:
-    """A line of the table below a conversation."""
+    """A row of the table below a conversation.
+
+    Args:
+        position: The position of the token.
+        text: The text of the token, safe to show.
+        part: The part of the conversation that the token belongs to.
+        loss: The loss of the token; None if not known.
+        floor: The certified lower bound of the loss; None if not known.
+        said: The token that the model finds likelier; "" if there is none.
+        wrong: ``NOT_A_TARGET`` or ``MISSED`` if the label is wrong, else "".
+    """
 
     position: int
     text: str
@@ -73,7 +83,7 @@ class ListedToken:
 
 
 def stretches(row: ShownRow, tokenizer: Any) -> list[Stretch]:
-    """The conversation in order; what is folded says how much it is and whose."""
+    """Split a conversation into stretches; the label of a fold states the number, kind and parts of its tokens."""
     decoder, parts = TokenDecoder(tokenizer), token_parts(row.input_ids, tokenizer)
     units = list(decoder.units(row.input_ids))
     numbered = _dearest(row, units)
@@ -88,7 +98,7 @@ def stretches(row: ShownRow, tokenizer: Any) -> list[Stretch]:
 
 
 def listed_tokens(row: ShownRow, tokenizer: Any) -> list[ListedToken]:
-    """Every target, and every token whose label is wrong, with its figures; the first ``MAX_LISTED``."""
+    """List the figures of the first ``MAX_LISTED`` tokens that are targets or have a wrong label."""
     decoder, parts = TokenDecoder(tokenizer), token_parts(row.input_ids, tokenizer)
     listed = []
     for unit in decoder.units(row.input_ids):
@@ -104,12 +114,12 @@ def listed_tokens(row: ShownRow, tokenizer: Any) -> list[ListedToken]:
 
 
 def level_of(loss: float) -> int:
-    """Index into ``LEVEL_NAMES``; what is not a number is not learnt."""
+    """Return the index of a loss into ``LEVEL_NAMES``; NaN counts as not learnt."""
     return next((level for level, end in enumerate(LEVELS) if loss < end), len(LEVELS))
 
 
 def _cost(row: ShownRow, unit: Unit) -> float | None:
-    """Loss of the unit's dearest target; None if it has none, or it is not known."""
+    """Return the largest loss of the unit's targets; None if it has none, or no loss is known."""
     span = range(unit.start, unit.end)
     losses = [row.losses[at] for at in span if row.supervised[at]] if row.losses else []
     known = [loss for loss in losses if loss is not None]
@@ -117,13 +127,13 @@ def _cost(row: ShownRow, unit: Unit) -> float | None:
 
 
 def _dearest(row: ShownRow, units: Iterable[Unit]) -> set[int]:
-    """First positions of the units whose loss is written after them."""
+    """Return the first positions of the units with the largest losses, which are written after them."""
     costs = [(cost, unit.start) for unit in units if (cost := _cost(row, unit)) is not None and cost >= LEAST_NUMBERED]
     return {start for _, start in sorted(costs, reverse=True)[:NUMBERED]}
 
 
 def _worth_a_look(row: ShownRow, units: Sequence[Unit], numbered: set[int]) -> list[bool]:
-    """True near the ends of the row, near control tokens and ends of targets, and near everything dear or wrong."""
+    """Mark positions near the row's ends, control tokens, boundaries of targets, large losses and wrong labels."""
     size = len(row.input_ids)
     spots = {0, size - 1, *numbered} | {at for at in range(size) if _wrong(row, at)}
     spots |= {unit.start for unit in units if unit.is_control}
@@ -191,7 +201,7 @@ def _describe(row: ShownRow, at: int, part: str, decoder: TokenDecoder) -> str:
 
 
 def _said(row: ShownRow, at: int, decoder: TokenDecoder) -> str:
-    """What the model finds likelier than the true token; "" if that is the likeliest."""
+    """Format the token that the model finds likelier than the true one; "" if the true token is the likeliest."""
     said = row.said[at] if row.said else None
     return "" if said is None or said == row.input_ids[at] else show_id(said, decoder)
 

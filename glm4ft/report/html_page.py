@@ -1,4 +1,4 @@
-"""The report as one HTML file: no scripts, no network, and a policy that would forbid both."""
+"""Renders the report as one HTML file without scripts and network access; its security policy forbids both."""
 
 from __future__ import annotations
 
@@ -20,18 +20,17 @@ from glm4ft.report.costly_tokens import PART_NAMES, costly_tokens
 from glm4ft.report.heat_map import LEVEL_NAMES, LEVELS, listed_tokens, stretches
 from glm4ft.text.safe_text import visible
 
-OPEN_TOKENS = 2000  # conversations stand open until this many tokens are on the page
+OPEN_TOKENS = 2000  # conversations are unfolded until this many tokens are on the page
 TONE_NAMES = {"good": "Right", "bad": "Wrong", "unsure": "Unsure"}
-# In order of weight: the first that a stage has among its checks is its verdict.
 
 
 def render_page(content: Content) -> str:
-    """The report as HTML.
+    """Render the report as HTML.
 
     Args:
-        content: what to show; texts are made visible and escaped here.
+        content: The content of the report; its texts are made visible and escaped here.
     Returns:
-        A complete document. Its policy allows its own style sheet, by digest, and nothing else.
+        A complete document. Its content security policy allows its own style sheet, by digest, and nothing else.
     """
     rows = list(_rows(content))
     return _environment().get_template("page.html").render(
@@ -55,7 +54,7 @@ def render_page(content: Content) -> str:
 
 
 def charts_of(curves: Curves) -> list[Chart]:
-    """Loss, gradient norm and rate, as far as they were recorded."""
+    """Make charts of loss, gradient norm and learning rate, as far as they were recorded."""
     wanted = (Line("target", curves.target or 0.0), Line("certified floor", curves.floor or 0.0, "bound"))
     lines = [line for line in wanted if line.value > 0]
     clip = [Line("clipped to", curves.clip)] if curves.clip else []
@@ -87,7 +86,7 @@ def _summary(row: ShownRow) -> str:
 
 
 def _turn(turn: ShownTurn) -> dict[str, Any]:
-    """The turn with what is the same in both texts told apart."""
+    """Describe a turn for the template, with the common beginning of both texts separate from the rest."""
     pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(turn.expected, turn.generated, strict=False))
     same = sum(1 for _ in pairs)
     stop = f"stopped on {turn.stop}" if turn.stop else "did not stop"
@@ -123,7 +122,7 @@ def _level_ranges() -> list[str]:
 
 @functools.cache
 def _style() -> Markup:
-    """The style sheet: ours, so it needs no escaping, and could bear none, for its digest is the policy's."""
+    """The style sheet. It is ours, so it needs no escaping, which would change the digest in the policy."""
     return Markup((Path(__file__).parent / "page" / "page.css").read_text("utf-8"))
 
 

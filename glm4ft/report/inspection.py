@@ -1,4 +1,4 @@
-"""What ``glm4ft inspect`` does: encode each conversation as training would, and show it or write it as JSON."""
+"""Implements ``glm4ft inspect``: encodes each conversation as for training, and shows it or writes it as JSON."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ def inspect_conversations(
     """Show which tokens of a file's conversations are supervised.
 
     Args:
-        data: JSONL of conversations.
-        chat_format: encodes them.
-        max_length: longest row, in tokens.
-        boundaries: add a table of the tokens around each turn's start and end.
-        limit: conversations to show; all of them count in the totals.
-        json_file: write one JSON line per conversation here; ``-`` is stdout, where nothing else goes then.
+        data: The JSONL file of conversations.
+        chat_format: The chat format that encodes them.
+        max_length: The length of the longest row, in tokens.
+        boundaries: Whether to add a table of the tokens around each turn's start and end.
+        limit: The number of conversations to show; the totals count all of them.
+        json_file: The file to write one JSON line per conversation to; ``-`` writes only the JSON to stdout.
     Raises:
-        ConfigError: if the JSON file cannot be written; it is left as it was.
-        DataError: for the first conversation that cannot be used; a JSON file is left as it was.
+        ConfigError: If the JSON file cannot be written; it is left unchanged.
+        DataError: If a conversation cannot be used; the JSON file is left unchanged.
     """
     console, totals = Console(highlight=False, quiet=json_file == "-"), Totals()
     with _json_output(json_file) as output:
@@ -71,7 +71,7 @@ def _drop(line: int, reason: str) -> Text:
 
 @contextlib.contextmanager
 def _json_output(name: str | None) -> Iterator[TextIO | None]:
-    """Where the JSON lines go; a file appears only when all of them are written."""
+    """Open the output for the JSON lines; a file is replaced only when all of them are written."""
     if name is None:
         yield None
     elif name == "-":

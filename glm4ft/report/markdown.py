@@ -1,7 +1,7 @@
-"""The report in Markdown, for the job page of a CI system.
+"""Renders the report in Markdown, for the job page of a CI system.
 
-Whatever comes from outside becomes a code span, or prose in which every mark that Markdown, HTML or a CI runner could
-obey is a character reference. No line starts with text from outside.
+External text becomes a code span, or prose in which every character that Markdown, HTML or a CI runner could interpret
+is a character reference. No line starts with external text.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from glm4ft.text.safe_text import visible
 
 TONES = {"good": "✅", "bad": "❌", "unsure": "⚠️"}
 MARKS = {"passed": "✅", "failed": "❌", "error": "❌", "skipped": "➖", "expected-failure": "⚠️"}
-# What Markdown or HTML could act on; a full stop or a colon only where it could be part of an address.
+# Characters that Markdown or HTML could interpret; full stops and colons only where they could be part of an address.
 _ACTIVE = re.compile(r"[!\"#$&*+;<=>?@\[\\\]^_`{|}~-]|[.:](?=[^\s\d])")
 
 
 def render_summary(content: Content) -> str:
-    """The report as GitHub-flavoured Markdown, short enough for a job page."""
+    """Render the report as GitHub-flavoured Markdown, short enough for a job page."""
     parts = (_headline, _curves, _runs, _counts, _tokens, _checks, _turns, _footer)
     return "\n".join(line for part in parts for line in part(content)) + "\n"
 
 
 def prose(text: str) -> str:
-    """Text that reads the same and acts as nothing."""
+    """Escape text so that it reads the same, but no Markdown or HTML in it is interpreted."""
     return _ACTIVE.sub(lambda match: f"&#{ord(match[0])};", visible(text, newlines=False))
 
 
 def code(text: str, *, in_table: bool = False) -> str:
-    """Text as a code span; in a table a bar would end the cell."""
+    """Format text as a code span; in a table ``|`` is escaped, since it would end the cell."""
     shown = visible(text, newlines=False)
     shown = shown.replace("|", "\\|") if in_table else shown
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", shown)), default=0))

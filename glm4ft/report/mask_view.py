@@ -1,9 +1,9 @@
 """Shows which tokens of a row are supervised: as text with cues, as tables around each turn, as totals, as JSON.
 
-The cues come from ``EncodedRow.supervised``, what the loss is given; segments only say whose tokens they are. A
-supervised run is green *and* in ``⟦…⟧``, and a line that begins inside one has a heavier rule at its left, so it can
-be read without colour. All text of a conversation goes through ``safe_text``: what looks like a cue, a fold or a
-control token is one.
+The cues come from ``EncodedRow.supervised``, from which the labels are made; segments only state whose tokens they are.
+A supervised run is green *and* in ``⟦…⟧``, and a line that begins inside one has a heavier rule at its left, so it can
+be read without colour. All text of a conversation passes through ``safe_text``, so that it cannot imitate a cue, a fold
+or a control token.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ FOLD_OPEN, FOLD_CLOSE = "⟨…", "…⟩"
 SUPERVISED, IGNORED, WRONG = "bold green", "dim", "bold red"
 CONTROL = {True: "bold cyan", False: "cyan"}
 CONTEXT_TOKENS = 12  # shown at both ends of a folded run
-LEAST_FOLDED = 8  # a fold that hides fewer tokens than its own label is long saves nothing
+LEAST_FOLDED = 8  # a fold of fewer tokens would save nothing, because its label is as long
 BOUNDARY_TOKENS = 3  # shown on each side of a boundary
-FIRST_LINES = 5  # of the file, shown for each reason or warning
-WARNING_KINDS = 20  # counted apart; warnings quote names from the data, so a file could have a new kind on every line
+FIRST_LINES = 5  # line numbers shown for each reason or warning
+WARNING_KINDS = 20  # kinds counted separately; warnings quote names from the data, so every line could have its own
 
-# Whose tokens the totals count; a role stands for its bodies alone, so that a supervised header cannot hide in one.
+# The kinds of tokens in the totals. The label of a role covers its bodies only, so that a supervised header is visible.
 LABELS = ("prefix", "header", "system", "user", "observation", "assistant", "terminator")
 NEVER_SUPERVISED = LABELS[:5]
 
@@ -53,19 +53,19 @@ class _Run:
 
 
 def mask_record(index: int, row: EncodedRow | None, *, line: int, dropped: str | None) -> dict[str, Any]:
-    """One conversation as ``glm4ft inspect --json`` writes it.
+    """Make the object that ``glm4ft inspect --json`` writes for one conversation.
 
     Args:
-        index: of the conversation as read, from 0.
-        row: its row; None if it was dropped.
-        line: its line in the file, from 1.
-        dropped: why there is no row; None if there is one.
+        index: The index of the conversation as read, from 0.
+        row: The row of the conversation; None if it was dropped.
+        line: The line of the conversation in the file, from 1.
+        dropped: The reason why the conversation was dropped; None if there is a row.
 
     Returns:
         An object for ``json.dumps``; ``labels`` are unshifted, -100 where a token is not supervised.
 
     Raises:
-        ValueError: unless exactly one of ``row`` and ``dropped`` is given.
+        ValueError: If not exactly one of ``row`` and ``dropped`` is given.
     """
     if (row is None) == (dropped is None):
         raise ValueError(f"conversation {index}: exactly one of row and dropped is needed")
@@ -76,7 +76,7 @@ def mask_record(index: int, row: EncodedRow | None, *, line: int, dropped: str |
 
 
 def render_legend() -> Text:
-    """One line that explains the cues."""
+    """Render one line that explains the cues."""
     return Text.assemble(
         (f"{OPEN}supervised{CLOSE}", SUPERVISED), " ", ("ignored", IGNORED), " ", ("<|control token|>", CONTROL[False]),
         f" ↵ newline ⇥ tab {FOLD_OPEN} folded {FOLD_CLOSE} \\x1b escape",
@@ -84,15 +84,15 @@ def render_legend() -> Text:
 
 
 def render_row(row: EncodedRow, chat_format: ChatFormat, *, boundaries: bool = False) -> RenderableType:
-    """A row for the terminal or a log, at any width, with or without colour.
+    """Render a row for the terminal or a log, at any width, with or without colour.
 
     Args:
-        row: to show.
-        chat_format: that encoded it; its tokenizer names the tokens.
-        boundaries: add a table of the tokens around each assistant turn's start and end.
+        row: The row to show.
+        chat_format: The chat format that encoded the row.
+        boundaries: Whether to add a table of the tokens around each assistant turn's start and end.
 
     Returns:
-        A renderable for ``Console.print``. Every line with text of the conversation starts with a rule.
+        A renderable for ``Console.print``. Every line with text of the conversation starts with a vertical rule.
     """
     text = Ruled(mask_text(row, chat_format), cues=OPEN + CLOSE, style=SUPERVISED)
     tables = _boundary_tables(row, _decoder(chat_format)) if boundaries else ()
@@ -100,16 +100,16 @@ def render_row(row: EncodedRow, chat_format: ChatFormat, *, boundaries: bool = F
 
 
 def mask_text(row: EncodedRow, chat_format: ChatFormat, *, context_tokens: int = CONTEXT_TOKENS) -> Text:
-    """The row's text with its cues, not yet broken into lines of the terminal.
+    """Format the row's text with its cues, not yet broken into lines of the terminal.
 
     Args:
-        row: to show.
-        chat_format: that encoded it.
-        context_tokens: left at both ends of a long ignored run when it is folded.
+        row: The row to show.
+        chat_format: The chat format that encoded the row.
+        context_tokens: The number of tokens shown at both ends of a long ignored run when it is folded.
 
     Returns:
-        Text; what stands between ``⟦`` and ``⟧`` is exactly what is supervised. To print it use ``render_row``: a
-        line that a terminal width breaks could start with what a CI runner obeys.
+        Text in which exactly the supervised tokens are between ``⟦`` and ``⟧``. To print it use ``render_row``: if the
+        terminal breaks a line, the next one could start with a command to a CI runner.
     """
     decoder = _decoder(chat_format)
     text, is_open = Text(), False
@@ -130,18 +130,18 @@ def mask_text(row: EncodedRow, chat_format: ChatFormat, *, context_tokens: int =
 
 @dataclass
 class Lines:
-    """Where something happened.
+    """The number of occurrences of an event, and the lines of the first ones.
 
     Args:
-        count: how often.
-        first: the first few lines of the file.
+        count: The number of occurrences.
+        first: The first few line numbers in the file.
     """
 
     count: int = 0
     first: list[int] = field(default_factory=list)
 
     def add(self, line: int) -> None:
-        """Count one more."""
+        """Count an occurrence on the given line."""
         self.count += 1
         if len(self.first) < FIRST_LINES and line not in self.first:
             self.first.append(line)
@@ -152,15 +152,15 @@ class Lines:
 
 @dataclass
 class Totals:
-    """What a whole file comes to; memory does not grow with the number of conversations.
+    """The totals of a file; their memory does not grow with the number of conversations.
 
     Args:
-        conversations: as read.
-        rows: those not dropped.
-        tokens: by label.
-        supervised: among them, by label.
-        dropped: by reason.
-        warnings: by text, without the message's index.
+        conversations: The number of conversations read.
+        rows: The number of conversations that were not dropped.
+        tokens: The number of tokens by label.
+        supervised: The number of supervised tokens by label.
+        dropped: The lines of dropped conversations by reason.
+        warnings: The lines of warnings by text, without the message's index.
     """
 
     conversations: int = 0
@@ -176,13 +176,13 @@ class Totals:
         """Count one conversation.
 
         Args:
-            row: its row; None if it was dropped.
-            line: its line in the file.
-            dropped: why there is no row.
-            warnings: of the conversation.
+            row: The row of the conversation; None if it was dropped.
+            line: The line of the conversation in the file.
+            dropped: The reason why the conversation was dropped; None if there is a row.
+            warnings: The warnings of the conversation.
 
         Raises:
-            ValueError: unless exactly one of ``row`` and ``dropped`` is given.
+            ValueError: If not exactly one of ``row`` and ``dropped`` is given.
         """
         if (row is None) == (dropped is None):
             raise ValueError(f"line {line}: exactly one of row and dropped is needed")
@@ -204,7 +204,7 @@ class Totals:
 
 
 def render_totals(totals: Totals) -> Table:
-    """The totals as tables: tokens by label, then what was dropped and what was warned about."""
+    """Render the totals as tables: tokens by label, then dropped conversations and warnings."""
     outer = Table.grid()
     outer.add_row(Text(f"{_plural(totals.conversations, 'conversation')}, {_plural(totals.rows, 'row')}"))
     counts = _table("tokens of", "all", "supervised", "share")
@@ -245,12 +245,12 @@ def _plural(number: int, noun: str) -> str:
 
 
 def _percent(part: int, whole: int) -> str:
-    """Rounded down, so that only all is 100%; only none is 0%."""
+    """Format a percentage, rounded down so that 100% means all; only zero is shown as 0%."""
     return "<1%" if 0 < part * 100 < whole else f"{part * 100 // max(whole, 1)}%"
 
 
 def _table(*columns: str, title: Text | None = None) -> Table:
-    """A table with a rule at the left of every line, so that no line starts with text from the data."""
+    """Make a table with a border at the left of every line, so that no line starts with text from the data."""
     table = Table(box=box.SQUARE, title=title, title_justify="left", title_style="")
     for name in columns:
         table.add_column(name, overflow="fold")
@@ -271,7 +271,7 @@ def _runs(row: EncodedRow, decoder: TokenDecoder) -> Iterator[_Run]:
 
 
 def _fold(run: _Run, context_tokens: int) -> tuple[tuple[Unit, ...], int, tuple[Unit, ...]]:
-    """The units before the fold, the number of tokens in it, and the units after it."""
+    """Return the units before the fold, the number of tokens in the fold, and the units after it."""
     end = run.units[-1].end
     head = tuple(unit for unit in run.units if unit.end - run.start <= context_tokens)
     tail = tuple(unit for unit in run.units if end - unit.start <= context_tokens)
@@ -286,7 +286,7 @@ def _append_units(text: Text, units: tuple[Unit, ...], supervised: bool, decoder
         if is_control:
             text.append("".join(visible(unit.text, newlines=False) for unit in group), CONTROL[supervised])
         else:
-            # together: whether a joiner or a "::" is harmless depends on its neighbours
+            # escaped together: whether a joiner or a "::" is harmless depends on its neighbours
             shown = decoder.show("".join(unit.text for unit in group))
             text.append(shown, SUPERVISED if supervised else IGNORED)
 
@@ -304,7 +304,7 @@ def _summary(row: EncodedRow) -> Text:
 
 
 def _boundary_tables(row: EncodedRow, decoder: TokenDecoder) -> Iterator[Table]:
-    """A table for each assistant turn: the tokens around its start and its end."""
+    """Yield a table for each assistant turn, with the tokens around its start and its end."""
     units = [unit for run in _runs(row, decoder) for unit in run.units for _ in _span(unit)]
     segments = [segment for segment in row.segments for _ in _span(segment)]
     near = BOUNDARY_TOKENS

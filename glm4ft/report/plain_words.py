@@ -1,11 +1,11 @@
-"""What every text for people shares."""
+"""Words and helpers shared by all texts for people."""
 
 from __future__ import annotations
 
 NOTHING_WRONG = ("learnt", "trained")  # verdicts of a diagnosis
-OPEN_VERDICTS = ("unexplained", "still-falling")  # they find no fault
+OPEN_VERDICTS = ("unexplained", "still-falling")  # verdicts that name no fault
 
 
 def sentence(text: str) -> str:
-    """The text with a capital and a full stop."""
+    """Return the text with a capital at its start and a full stop at its end."""
     return f"{text[:1].upper()}{text[1:]}".rstrip(".") + "."

@@ -1,4 +1,4 @@
-"""A curve in one line of text."""
+"""Draws a curve in one line of text."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ def sparkline(values: Sequence[float | None], *, width: int = 40) -> str:
     """Draw a curve between its first and its last value.
 
     Args:
-        values: one per step; None, or what is not finite, is drawn as ``×``. If all are positive the scale is
-            logarithmic, since a loss that falls to 0.01 is flat on a linear one after ten steps.
-        width: at most this many characters; each stands for the highest value of its steps, so that no spike is lost.
+        values: The value of each step; None and non-finite values are drawn as ``×``. If all values are positive the
+            scale is logarithmic, since a loss that falls to 0.01 is flat on a linear one after ten steps.
+        width: The largest number of characters; each shows the highest value of its steps, so that no spike is lost.
     Returns:
-        ``8.41 █▅▂▁ 0.0081``; "" for an empty curve.
+        The first value, the curve and the last value, as in ``8.41 █▅▂▁ 0.0081``; "" for an empty curve.
     """
     if not values:
         return ""
@@ -38,7 +38,7 @@ def _scale(value: float | None, *, is_log: bool) -> float | None:
 
 
 def _highest(cells: Sequence[float | None]) -> float | None:
-    """None as soon as one is: what is not finite must not hide behind its neighbours."""
+    """Return the highest value; None if any is None, so that a non-finite value stays visible."""
     return None if None in cells else max(cell for cell in cells if cell is not None)
 
 

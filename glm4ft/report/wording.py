@@ -1,4 +1,4 @@
-"""What came of a run in plain words, for whoever reads one sentence."""
+"""The result of a run in plain words, as the headline of a report."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ NAMES = {
 
 
 def supervised_sentence(data: DataReport, counts: Counts, *, num_shown: int) -> str:
-    """What was trained.
+    """Describe the supervised tokens in one sentence.
 
     Args:
-        data: totals over all conversations.
-        counts: of the conversations shown, by part.
-        num_shown: how many those are.
+        data: The totals over all conversations.
+        counts: The token counts of the conversations shown, by part.
+        num_shown: The number of conversations shown.
     """
     total = f"{data.supervised_tokens:,} of {data.tokens:,} tokens in {_number(data.rows, 'conversation')}"
     where = "" if num_shown == data.rows else f" in the {num_shown} shown"
@@ -40,7 +40,7 @@ def supervised_sentence(data: DataReport, counts: Counts, *, num_shown: int) -> 
 
 
 def parts_sentence(counts: Counts) -> str:
-    """How much of each part was supervised, and whether that is right."""
+    """Describe how many tokens of each part were supervised, and how many should have been if that differs."""
     told = []
     for part, (tokens, supervised, should) in counts.items():
         wrong = f" (should be {_all(should, tokens)})" if should is not None and should != supervised else ""
@@ -52,7 +52,7 @@ def parts_sentence(counts: Counts) -> str:
 def finished_run(
     steps: Sequence[Mapping[str, Any]], target: float | None, round_trips: Sequence[TurnRoundTrip], supervised: str
 ) -> Headline:
-    """A run that came to its end."""
+    """Make the headline of a run that finished."""
     last = steps[-1]["loss"]
     wrong = [turn for turn in round_trips if turn.supervised and not turn.exact]
     happened = [f"The loss went from {steps[0]['loss']:.3g} to {last:.3g} in {_number(len(steps), 'step')}."]
@@ -71,11 +71,11 @@ def finished_run(
 
 
 def diagnosed_run(diagnosis: Diagnosis, account: Headline) -> Headline:
-    """What a diagnosis says of a run.
+    """Make the headline of a run that was diagnosed.
 
     Args:
-        diagnosis: of the run.
-        account: what came of it, as ``finished_run`` or ``failed_run`` has it; its tone stays where nothing was found.
+        diagnosis: The diagnosis of the run.
+        account: The headline from ``finished_run`` or ``failed_run``, which is returned if no fault was found.
     """
     first, *others = diagnosis.findings
     sure = [finding for finding in others if finding.strength >= CERTAIN][:MORE_FINDINGS]
@@ -95,7 +95,7 @@ def diagnosed_run(diagnosis: Diagnosis, account: Headline) -> Headline:
 
 
 def failed_run(error: str, supervised: str) -> Headline:
-    """A run that had to stop."""
+    """Make the headline of a run that had to stop."""
     first, _, rest = error.partition("; ")
     return Headline("bad", f"The run stopped: {first}", supervised, (error,) if rest else ())
 

@@ -1,4 +1,4 @@
-"""Draws the report of the founding bug for the README.
+"""Takes a picture of the report of the founding bug, for the README.
 
 Run: python docs/draw_report.py        (needs Debian's chromium; writes docs/report.png)
 """

@@ -1,4 +1,4 @@
-"""Draws the founding case: the same run with the right mask and with the founding bug, over its certified floor.
+"""Draws the founding case: the loss of one run with the right mask and with the founding bug, and its certified floor.
 
 Run: python docs/plot_founding_case.py        (needs matplotlib; writes docs/founding_case.svg)
 """
@@ -27,14 +27,14 @@ RUN = TrainConfig(data="demo", learning_rate=5e-3, schedule="constant", max_step
 
 
 def train(chat_format: type[ChatFormat], folder: Path) -> ObservedRun:
-    """The demo for 150 steps, its data encoded by the given format."""
+    """Train 150 steps on the demo conversations, encoded by the given format."""
     environment = mock.patch.dict(os.environ, GLM4FT_CACHE=str(folder / "cache"))
     with environment, mock.patch("glm4ft.train.run.ChatFormat", chat_format):
         return train_observed(TrainConfig(**{**vars(RUN), "output": str(folder / "run")}), say=lambda _: None)
 
 
 def certified_floor(chat_format: type[ChatFormat]) -> Floor:
-    """What no adapter gets below, known before training."""
+    """The certified lower bound of the loss for any adapter, known before training."""
     tokenizer, name = load_format("tiny")
     return find_floor(
         encoded_rows(DEMO_DATA, chat_format(name, tokenizer), RUN.max_length), tokenizer, read_head("tiny")
@@ -42,7 +42,7 @@ def certified_floor(chat_format: type[ChatFormat]) -> Floor:
 
 
 def main() -> None:
-    """Train both and draw their losses."""
+    """Train with both masks and draw the losses."""
     matplotlib.rcParams.update({"svg.hashsalt": "glm4ft", "font.family": "sans-serif", "font.size": 11})
     figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
     curves = [

@@ -1,9 +1,9 @@
-"""Writes docs/scoreboard.md: every peer judged by every check, in the environment that it asks for.
+"""Writes docs/scoreboard.md: every peer judged by every check, in the tox environment that it needs.
 
-Run: python docs/scoreboard.py [NAME ...]      (needs tox; without names all of the peers: 13 minutes on two cores)
+Run: python docs/scoreboard.py [NAME ...]      (needs tox; without names it runs all peers: 13 minutes on two cores)
 
-A peer's results are kept in docs/scoreboard.json, so that one can be renewed alone. Exit status 1 if a peer fails what
-it is not known to fail, or passes what it is known to fail.
+Results are kept in docs/scoreboard.json, so that a single peer can be run again. The exit status is 1 if a peer fails a
+check that it is not known to fail, or passes one that it is known to fail.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class Peer:
     """A pipeline on the scoreboard.
 
     Args:
-        name: as the table shows it.
-        subject: ``MODULE:ATTR`` of its adapter.
-        env: tox environment it runs in.
-        packages: whose versions are told.
-        failures: that are known.
-        about: what is on trial, in a sentence.
+        name: The name that the table shows.
+        subject: ``MODULE:ATTR`` of the subject.
+        env: The tox environment in which it runs.
+        packages: The packages whose versions are stated.
+        failures: The known failures.
+        about: The configuration that is judged, in a sentence.
     """
 
     name: str
@@ -59,7 +59,7 @@ PEERS = (
         "trl",
         HF,
         known_failures.TRANSFORMERS,
-        "The trainer alone: its rows are encoded by glm4ft, since it has no opinion on them.",
+        "The trainer alone: its rows are encoded by glm4ft, since it expects encoded rows.",
     ),
     Peer(
         "TRL",
@@ -67,8 +67,8 @@ PEERS = (
         "trl",
         ("trl", *HF),
         known_failures.TRL,
-        "`SFTTrainer` with conversational prompt-completion data, the road that its documentation leaves for a model "
-        "whose template it does not know. `max_length` is 32,768: the default of 1,024 cuts without a word.",
+        "`SFTTrainer` with conversational prompt-completion data, the documented way for a model whose template it "
+        "does not know. `max_length` is 32,768: the default of 1,024 cuts without a warning.",
     ),
     Peer(
         "LLaMA-Factory",
@@ -77,9 +77,10 @@ PEERS = (
         ("llamafactory", *HF, "trl"),
         known_failures.LLAMA_FACTORY,
         "`stage: sft`, `template: glm4`, `lora_target: all`; `neat_packing` where it packs. `cutoff_len` is 32,768 "
-        "where it does not: the default of 2,048 cuts without a word. `use_reentrant_gc` is off, since the suite can't "
-        "follow gradients through the other kind. torchvision is not installed, and torchaudio's compiled extension, "
-        "which needs CUDA, is taken away; text uses neither. Evaluation is not on trial: the adapter has none.",
+        "where it does not: the default of 2,048 cuts without a warning. `use_reentrant_gc` is off, since the suite "
+        "can't follow gradients through reentrant checkpointing. torchvision is not installed, and torchaudio's "
+        "compiled extension, which needs CUDA, is removed; text uses neither. Evaluation is not judged: the subject "
+        "has none.",
     ),
     Peer(
         "ms-swift",
@@ -87,9 +88,9 @@ PEERS = (
         "ms-swift",
         ("ms-swift", *HF),
         known_failures.MS_SWIFT,
-        "`swift sft` with model type and template `glm4`, `target_modules: all-linear`. `lora_dropout` is 0, since a "
-        "replay needs it, and `data_seed` the seed. Its packing needs flash attention, so a CUDA GPU; evaluation is "
-        "not on trial: the adapter has none.",
+        "`swift sft` with model type and template `glm4`, `target_modules: all-linear`. `lora_dropout` is 0, as a "
+        "replay requires, and `data_seed` is the seed. Packing is not judged, since it needs flash attention and so a "
+        "CUDA GPU, nor is evaluation: the subject has none.",
     ),
     Peer(
         "official script",
@@ -97,7 +98,7 @@ PEERS = (
         "trl",
         HF,
         known_failures.OFFICIAL_SCRIPT,
-        "The label rules of `finetune/finetune.py` (THUDM/GLM-4 at 9c0e421) re-stated, `combine: false`: not the "
+        "The label rules of `finetune/finetune.py` (THUDM/GLM-4 at 9c0e421), restated for `combine: false`; not the "
         "script itself. Trained by plain `transformers.Trainer`.",
     ),
     Peer(
@@ -111,23 +112,24 @@ PEERS = (
 )
 INTRODUCTION = f"""# Scoreboard
 
-Trainers that we did not write, judged by `glm4ft check` on the built-in base, on a CPU, in fp32. Each runs in the
-versions that it asks for, with its own encoding, collation and training code, in the configuration that it documents
-for dense GLM-4; where it departs from a default, the peer's section says so. No code of a peer is patched.
-`python docs/scoreboard.py` writes this page.
+Trainers by others, and ours for comparison, judged by `glm4ft check` on the built-in base, on a CPU, in fp32. Each runs
+with the library versions that it requires, with its own encoding, collation and training code, in the configuration
+that it documents for dense GLM-4; the peer's section states every departure from a default. No code of a peer is
+patched. `python docs/scoreboard.py` writes this page.
 
 {SIGNS["passed"]} all checks of the stage passed · {SIGNS["fault"]} a fault, with the number of checks that see it ·
 {SIGNS["alternative"]} a convention that differs from the suite's and works · {SIGNS["skipped"]} not judged: the peer
-does not offer it, or it cannot be told here
+does not offer it, or it cannot be determined here
 
-A check that a peer is known to fail is data in
-[`known_failures.py`](../glm4ft/testing/subjects/known_failures.py), and strict: once it passes, the peer's lane is red
-until the entry goes. Something wrong with a row? Its adapter lies beside that file, in at most 60 lines of code.
+The checks that a peer is known to fail are listed in
+[`known_failures.py`](../glm4ft/testing/subjects/known_failures.py). The list is strict: when a listed check passes, the
+peer's CI lane fails until the entry is removed. If you find a mistake in a row, see the peer's subject, a file of at
+most 60 lines of code in the same folder.
 """
 
 
 def main(names: Sequence[str]) -> int:
-    """Judge the named peers, or all, and write the page."""
+    """Judge the named peers, or all without names, and write the page; returns the exit status."""
     store = DOCS / "scoreboard.json"
     results = json.loads(store.read_text("utf-8")) if store.exists() else {}
     for peer in PEERS:
@@ -144,7 +146,7 @@ def main(names: Sequence[str]) -> int:
 
 
 def judge(peer: Peer) -> dict[str, Any]:
-    """Run a peer's checks in its environment."""
+    """Run the checks of a peer in its tox environment."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "results.json"
         inside = ["python", str(Path(__file__)), "--collect", peer.name, str(file)]
@@ -154,7 +156,7 @@ def judge(peer: Peer) -> dict[str, Any]:
 
 
 def collect(peer: Peer, file: Path) -> None:
-    """What ``judge`` has a peer's environment do: run the checks and encode the minimal conversations."""
+    """Run the checks and encode the minimal conversations; called by ``judge`` in the peer's environment."""
     from glm4ft.model.tiny import write_tiny_base
     from glm4ft.testing.checks import all_checks
     from glm4ft.testing.subject import load_subject
@@ -171,7 +173,7 @@ def collect(peer: Peer, file: Path) -> None:
 
 
 def show_row(subject: Any, failure: KnownFailure) -> str:
-    """The last tokens of a minimal conversation; what is trained in brackets, with the label where it is another."""
+    """The last tokens of a minimal conversation; trained ones in brackets, with the label if it differs from the id."""
     row = subject.encode([dict(message) for message in failure.messages], list(failure.tools) or None)
     pairs = list(zip(row["input_ids"], row["labels"], strict=True))
     words = [_word(subject.tokenizer, *pair) for pair in pairs[-SHOWN_TOKENS:]]
@@ -186,12 +188,12 @@ def _word(tokenizer: Any, token: int, label: int) -> str:
 
 
 def unexpected(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """The checks that say something new."""
+    """The checks whose failure, or whose passing, is not in the list of known failures."""
     return [check for check in result["checks"] if check["status"] in ("failed", "error")]
 
 
 def table(peers: Sequence[Peer], results: dict[str, Any]) -> Iterator[str]:
-    """Peers by stages."""
+    """The lines of the table of peers and stages."""
     yield "| peer | " + " | ".join(STAGES) + " |"
     yield "|---" * (len(STAGES) + 1) + "|"
     for peer in peers:
@@ -200,7 +202,7 @@ def table(peers: Sequence[Peer], results: dict[str, Any]) -> Iterator[str]:
 
 
 def cells(peer: Peer, result: dict[str, Any]) -> Iterator[str]:
-    """One sign per stage, the heaviest first."""
+    """One sign per stage, that of its worst check."""
     kinds = {failure.check: failure.kind for failure in peer.failures}
     for stage in STAGES:
         found = [_kind(check, kinds) for check in result["checks"] if check["stage"] == stage]
@@ -215,7 +217,7 @@ def _kind(check: dict[str, Any], kinds: dict[str, Any]) -> str:
 
 
 def detail(peer: Peer, result: dict[str, Any]) -> str:
-    """What is behind a peer's row."""
+    """The section of a peer: versions, counts and failures."""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     counts = [sum(check["status"] == status for check in result["checks"]) for status in ("passed", "skipped")]
     told = f"{result['date']}: {versions}. {counts[0]} checks passed, {counts[1]} were not judged, "
@@ -230,7 +232,7 @@ def detail(peer: Peer, result: dict[str, Any]) -> str:
 
 
 def explain(peer: Peer, failure: KnownFailure, check: dict[str, Any], row: str) -> Iterable[str]:
-    """One failure: what, on which conversation, what it means, how to avoid it, how to see it."""
+    """The lines of one failure: what it is, a conversation, the consequence, the remedy, and how to reproduce it."""
     yield f"**{SIGNS[failure.kind]} {failure.check.replace('_', ' ')}** ({check['stage']})\n"
     yield f"- What: {failure.what}."
     if failure.messages:

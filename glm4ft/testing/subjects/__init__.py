@@ -1,1 +1,1 @@
-"""Pipelines that are put on trial: this project's own, and others."""
+"""The subjects: pipelines that the suite judges, this project's own and those of others."""

@@ -1,8 +1,8 @@
-"""What adapters of trainers have in common. A subject needs none of it; an adapter gets shorter with it.
+"""Base classes and functions from which a subject can be built; all of them are optional.
 
-``class Subject(PeftSubject)`` has ``build_model``, ``save``, ``load`` and ``merge``; ``EncodedHere`` adds ``encode``
-and ``prompt``, ``Generates`` ``generate``; ``training_arguments`` translates a plan, ``json_chat`` and
-``sharegpt_chat`` a conversation.
+``PeftSubject`` provides ``build_model``, ``save``, ``load`` and ``merge``; ``EncodedHere`` provides ``encode`` and
+``prompt``; ``Generates`` provides ``generate``. ``training_arguments`` translates a plan, ``json_chat`` and
+``sharegpt_chat`` translate a conversation.
 """
 
 from __future__ import annotations
@@ -21,56 +21,56 @@ from glm4ft.data.reader import from_messages
 
 
 class PeftSubject:
-    """A subject's model and its way to the disk and back, in plain peft and transformers."""
+    """The members of a subject that build, save, load and merge its model, in plain peft and transformers."""
 
     tokenizer: Any
     lora: Mapping[str, Any]
 
     def build_model(self, base_dir: str, seed: int) -> Any:
-        """The base with the adapters that ``lora`` asks for."""
+        """Load the base and attach the LoRA adapters that ``lora`` requests."""
         set_seed(seed)
         base = AutoModelForCausalLM.from_pretrained(base_dir)
         return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **self.lora))
 
     def save(self, model: Any, folder: str) -> None:
-        """Write the adapter, and the tokenizer beside it, as ``Trainer`` does for its ``processing_class``."""
+        """Write the LoRA adapter and the tokenizer, as ``Trainer`` does with its ``processing_class``."""
         model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
     def load(self, base_dir: str, folder: str) -> Any:
-        """The base with a saved adapter."""
+        """Load the base with a saved LoRA adapter."""
         return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_dir), folder)
 
     def merge(self, base_dir: str, folder: str, output: str) -> None:
-        """Write a merged checkpoint."""
+        """Write the base with the LoRA adapter merged into it, and the tokenizer."""
         self.load(base_dir, folder).merge_and_unload().save_pretrained(output)
         self.tokenizer.save_pretrained(output)
 
 
 class EncodedHere:
-    """The rows of a subject that leaves them to glm4ft."""
+    """The members ``encode`` and ``prompt`` of a subject whose rows are encoded by glm4ft."""
 
     format: ChatFormat
 
     def encode(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> dict[str, list[int]]:
-        """Ids and labels of one conversation."""
+        """Encode one conversation as ``input_ids`` and ``labels``."""
         row = self.format.encode(from_messages(messages, tools))
         return {"input_ids": row.input_ids, "labels": row.labels}
 
     def prompt(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> list[int]:
-        """The ids that serving sends to have the next assistant turn generated."""
-        # a conversation needs an answer to be valid; this one is taken off again
+        """The ids that a server sends to the model to generate the next assistant turn."""
+        # a conversation needs an answer to be valid; this one is removed again
         conversation = from_messages([*messages, {"role": "assistant", "content": "."}], tools)
         return self.format.prompt(conversation.messages[:-1], conversation.tools)
 
 
 class Generates:
-    """The inference side of a subject that has ``prompt``, in plain transformers."""
+    """The member ``generate`` of a subject that has ``prompt``, in plain transformers."""
 
     prompt: Any
 
     def generate(self, model: Any, messages: Any, tools: Any, max_new_tokens: int) -> list[int]:
-        """The next assistant turn, by greedy decoding; where it stops, the base's generation config says."""
+        """Generate the next assistant turn by greedy decoding, up to a stop id of the base's generation config."""
         was_training, ids = model.training, torch.tensor([self.prompt(messages, tools)], device=model.device)
         options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": max_new_tokens}
         try:
@@ -82,14 +82,14 @@ class Generates:
 
 
 def training_arguments(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """A plan in the names of ``transformers.TrainingArguments``, which most trainers take.
+    """Translate a plan into arguments of ``transformers.TrainingArguments``, which most trainers accept.
 
     Args:
-        plan: as ``train`` gets it.
+        plan: The plan that ``train`` receives.
     Returns:
         Keyword arguments; ``output_dir`` is a new folder if the plan names none.
     """
-    # named only where asked for: transformers is renaming the option, and says so at every mention
+    # only included if requested: transformers is renaming the option and warns at every use
     checkpointing = {"gradient_checkpointing": True} if plan["gradient_checkpointing"] else {}
     return {
         **checkpointing,
@@ -117,16 +117,17 @@ def training_arguments(plan: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def json_chat(conversation: Mapping[str, Any], *, call_role: str, result_role: str) -> dict[str, Any]:
-    """A conversation in the shape in which most trainers take tools: a role for calls, and JSON inside of text.
+    """Convert a conversation to the form in which most trainers accept tools: a role for calls, with JSON as text.
 
     Args:
-        conversation: as ``train`` gets it: a call is an assistant message with the tool's name in ``metadata``.
-        call_role: of a call, whose content becomes its name and arguments.
-        result_role: of what a tool answered.
+        conversation: A conversation as ``train`` receives it, in which a call is an assistant message with the tool's
+            name in ``metadata``.
+        call_role: The role of a tool call; its content becomes a JSON object of name and arguments.
+        result_role: The role of a tool's result.
     Returns:
-        ``messages`` and ``tools``, a JSON list; "" without tools.
+        A dictionary of ``messages`` and ``tools``; the latter is a JSON list as text, or "" without tools.
     Raises:
-        NotImplementedError: if the arguments of a call are no JSON.
+        NotImplementedError: If the arguments of a call are not valid JSON.
     """
     messages = [_json_message(message, call_role, result_role) for message in conversation["messages"]]
     tools = conversation.get("tools")
@@ -134,15 +135,18 @@ def json_chat(conversation: Mapping[str, Any], *, call_role: str, result_role: s
 
 
 def sharegpt_chat(conversation: Mapping[str, Any]) -> dict[str, Any]:
-    """A conversation in the ShareGPT shape: ``conversations`` with ``from`` and ``value``, and tools as JSON in text.
+    """Convert a conversation to the ShareGPT format: ``conversations`` with ``from`` and ``value``, tools as JSON text.
 
     Args:
-        conversation: as ``train`` gets it.
+        conversation: A conversation as ``train`` receives it.
+    Returns:
+        A dictionary of ``conversations`` and ``tools``.
     Raises:
-        NotImplementedError: if the loss of a message is switched off, for which the shape has no place.
+        NotImplementedError: If a message has ``loss: false``, which the format cannot express, or if the arguments of
+            a call are not valid JSON.
     """
     if any(message.get("loss") is False for message in conversation["messages"]):
-        raise NotImplementedError("the ShareGPT shape has no flag for the loss of one message")
+        raise NotImplementedError("the ShareGPT format has no flag for the loss of one message")
     names = {"user": "human", "assistant": "gpt"}
     chat = json_chat(conversation, call_role="function_call", result_role="observation")
     turns = [{"from": names.get(m["role"], m["role"]), "value": m["content"]} for m in chat["messages"]]
@@ -156,5 +160,5 @@ def _json_message(message: Mapping[str, Any], call_role: str, result_role: str) 
     try:
         call = {"name": message["metadata"], "arguments": json.loads(message["content"])}
     except json.JSONDecodeError as error:
-        raise NotImplementedError(f"arguments of a call that are no JSON: {error}") from error
+        raise NotImplementedError(f"the arguments of a tool call are not valid JSON: {error}") from error
     return {**rest, "role": call_role, "content": json.dumps(call, ensure_ascii=False)}

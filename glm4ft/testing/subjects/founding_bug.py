@@ -1,4 +1,4 @@
-"""The founding bug as a subject: right in everything but the labels. It has to fail, or the suite is worth nothing."""
+"""The founding bug as a subject: a pipeline with right ids and wrong labels, which the suite must reject."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from glm4ft.testing.subjects import own
 
 
 class FoundingBugFormat(ChatFormat):
-    """Supervises each assistant turn from its header to the token before its terminator.
+    """Supervises each assistant turn from its header to the token before its terminator, which is wrong on both ends.
 
-    The header is given at inference, so training it is useless; the frozen head cannot express it, so the loss has a
-    floor; and the terminator is never learnt, so the model does not stop. Every suite has to notice.
+    Inference provides the header, so training it is useless; the frozen head cannot express it, so the loss has a
+    floor; and the terminator is never learnt, so the model does not stop.
     Source: the label rule of ``finetune_demo/finetune_vision.py`` at commit b5683f2 of THUDM/GLM-4.
     """
 
     def encode(self, conversation: Conversation) -> EncodedRow:
-        """Encode with the wrong labels; the ids are right."""
+        """Encode a conversation with right ids and wrong labels."""
         row = super().encode(conversation)
         supervised = [False] * len(row.input_ids)
         for turn in row.turns:
@@ -28,7 +28,7 @@ class FoundingBugFormat(ChatFormat):
 
 
 class Subject(own.Subject):
-    """glm4ft with the label rule of zai-org/GLM-4 issue 342: header in, terminator out."""
+    """glm4ft with the label rule of zai-org/GLM-4 issue 342: the header is supervised, the terminator is not."""
 
     name = "founding-bug"
 

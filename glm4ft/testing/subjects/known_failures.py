@@ -1,7 +1,7 @@
-"""What the peers are known to fail, with the evidence and what it means for a user.
+"""The checks that the peers are known to fail, with the evidence and the consequence for a user.
 
-Data, not excuses: an entry whose check passes makes ``glm4ft check`` fail, so a peer that is mended turns its lane red
-until the entry goes. ``docs/scoreboard.py`` prints all of it.
+If a listed check passes, ``glm4ft check`` fails: when a peer is fixed, its CI lane is red until the entry is removed.
+``docs/scoreboard.py`` prints all entries.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ class KnownFailure:
     """A check that a peer fails.
 
     Args:
-        check: its name.
-        kind: ``alternative`` is a convention that differs from the suite's and works.
-        what: the peer does.
-        consequence: for a user.
-        remedy: the configuration that avoids it; "" if none is known.
-        messages: a minimal conversation that shows it; () where it shows in any.
-        tools: of that conversation.
+        check: The name of the check.
+        kind: ``fault``, or ``alternative`` for a convention that differs from the suite's and works.
+        what: What the peer does.
+        consequence: What that means for a user.
+        remedy: The configuration that avoids it; "" if none is known.
+        messages: A minimal conversation that shows it; () if any conversation does.
+        tools: The tools of that conversation.
     """
 
     check: str
@@ -35,7 +35,7 @@ class KnownFailure:
 
 
 def reasons(failures: Sequence[KnownFailure]) -> dict[str, str]:
-    """The failures as ``expected_failures`` of a subject."""
+    """The failures in the form of a subject's ``expected_failures``: the reason by name of the check."""
     return {failure.check: f"{failure.kind}, {failure.what}" for failure in failures}
 
 
@@ -67,27 +67,27 @@ INJECTION = KnownFailure(
     messages=MARKERS,
 )
 
-# Measured with transformers 5.23, and 1.16 of TRL, whose trainer is a subclass.
+# Measured with transformers 5.23, and with TRL 1.16, whose trainer is a subclass of transformers'.
 TRAINER_EVALUATES = (
     KnownFailure(
         check="logging_and_saving_do_not_change_the_run",
         kind="fault",
         what="the loader of an evaluation draws a seed from torch's global generator",
-        consequence="with dropout, a run that evaluates is another run than one that does not",
+        consequence="with dropout, a run that evaluates differs from one that does not",
         remedy="compare runs that evaluate at the same steps",
     ),
     KnownFailure(
         check="evaluating_and_saving_leave_the_model_unchanged",
         kind="alternative",
-        what="`evaluate` leaves the model in eval mode; the next training step puts it back",
-        consequence="only who trains on by a loop of their own is without dropout",
+        what="`evaluate` leaves the model in eval mode; the next training step restores training mode",
+        consequence="dropout stays off only for users who continue training with a loop of their own",
     ),
 )
 NO_TARGETS = KnownFailure(
     check="rows_without_targets_do_not_count",
     kind="fault",
-    what="a step without any target is taken, on gradients of nothing (as in TRL 6668)",
-    consequence="the log shows a loss of 0.0, and nothing says that nothing was trained",
+    what="takes a step even if its rows have no target at all (as in TRL 6668)",
+    consequence="the log shows a loss of 0.0, and no message reports that nothing was trained",
     remedy="drop rows without targets before training",
 )
 TRANSFORMERS = (NO_TARGETS, *TRAINER_EVALUATES)
@@ -97,15 +97,15 @@ LLAMA_FACTORY = (
         kind="alternative",
         what="trains `<|endoftext|>` as the stop of every turn; inside of a conversation it is the label over the next "
         "turn's `<|user|>` or `<|observation|>` (`efficient_eos`)",
-        consequence="generation stops, since `<|endoftext|>` is a stop id of GLM-4; whoever reads the stop token to "
-        "tell a tool call (`<|observation|>`) from an answer (`<|user|>`) cannot",
+        consequence="generation stops, since `<|endoftext|>` is a stop id of GLM-4; but the stop token does not "
+        "distinguish a tool call (`<|observation|>`) from an answer (`<|user|>`)",
         messages=TWO_TURNS,
     ),
     INJECTION,
     KnownFailure(
         check="every_turn_has_learned_to_stop",
         kind="alternative",
-        what="the token that stands at the end of a turn is not the one that is trained there: see above",
+        what="the token at the end of a turn is not the one that is trained there: see above",
         consequence="as above",
     ),
     KnownFailure(
@@ -115,11 +115,11 @@ LLAMA_FACTORY = (
         consequence="as above",
     ),
 )
-NEWLINE = "puts the line break behind `<|assistant|>` into the prompt and does not train it"
+NEWLINE = "puts the line break after `<|assistant|>` into the prompt and does not train it"
 NEWLINE_CONSEQUENCE = (
-    "serving sends no line break, so the model has to sample it, or a tool's name, as its first token: the choice "
-    "between answering and calling is never trained, and an adapter that has learnt its data by heart does not begin "
-    "its answers"
+    "serving sends no line break, so the first token that the model must sample is a line break or a tool's name: the "
+    "choice between answering and calling is never trained, and an adapter that has learnt its data by heart does not "
+    "begin its answers"
 )
 MS_SWIFT = (
     KnownFailure(
@@ -139,8 +139,8 @@ MS_SWIFT = (
     KnownFailure(
         check="every_turn_is_reproduced_and_stops",
         kind="fault",
-        what="the untrained first token leads astray",
-        consequence="greedy decoding from the serving prompt does not say the answer that was learnt",
+        what="goes wrong at the first token of an answer, which is never trained",
+        consequence="greedy decoding from the serving prompt does not generate the learnt answer",
     ),
     INJECTION,
     KnownFailure(
@@ -158,8 +158,8 @@ MS_SWIFT = (
             check=check,
             kind="fault",
             what="as above: the saved chat template writes a tool call's arguments as JSON",
-            consequence="a server that renders by the template sends other prompts than were trained, once a tool was "
-            "called",
+            consequence="once a tool was called, a server that renders by the template sends prompts that were not "
+            "trained",
             messages=(*CALL, {"role": "observation", "content": "31"}, {"role": "assistant", "content": "warm"}),
             tools=(WEATHER_TOOL,),
         )
@@ -169,8 +169,8 @@ MS_SWIFT = (
         check="loss_flag_is_honoured",
         kind="fault",
         what="`loss: false` on the last message leaves its stop token supervised",
-        consequence="one token of a turn that was to be left out is trained",
-        remedy="cut the conversation before a last turn that is not to be trained",
+        consequence="one token of a turn that should not be trained is trained",
+        remedy="cut the conversation before a last turn that should not be trained",
         messages=(*TWO_TURNS[:3], {**TWO_TURNS[3], "loss": False}),
     ),
     KnownFailure(
@@ -184,7 +184,7 @@ MS_SWIFT = (
         KnownFailure(
             check=check,
             kind="alternative",
-            what="as above: the row has one header more than the conversation",
+            what="as above: the row has one more header than the conversation",
             consequence="none",
             messages=TWO_TURNS[:3],
         )
@@ -194,17 +194,17 @@ MS_SWIFT = (
     KnownFailure(
         check="logged_learning_rate_is_the_one_applied",
         kind="fault",
-        what="logs the rate of the next step: 0.0025 for an update at 0, in the first step of a warm-up",
-        consequence="curves of the rate are one step ahead of the run",
+        what="logs the learning rate of the next step: 0.0025 instead of 0 in the first step of a warm-up",
+        consequence="the logged learning-rate curve is one step ahead of the run",
     ),
     # Measured with ms-swift 4.6.0: passes with either remedy.
     KnownFailure(
         check="resumed_run_equals_the_uninterrupted_run",
         kind="fault",
-        what="resumed within an epoch, a run makes its loader anew for the next one, which draws a seed from torch's "
-        "global generator; the loader of the whole run lives on (`dataloader_persistent_workers`, on by default) and "
-        "draws none",
-        consequence="with dropout, a resumed run is another run from the next epoch on",
+        what="a run resumed within an epoch creates a new data loader for the next epoch, which draws a seed from "
+        "torch's global generator; an uninterrupted run keeps its loader (`dataloader_persistent_workers`, on by "
+        "default) and draws none",
+        consequence="with dropout, a resumed run differs from the uninterrupted one from the next epoch on",
         remedy="`dataloader_persistent_workers: false` or `dataloader_num_workers: 0`",
     ),
 )
@@ -215,9 +215,9 @@ OFFICIAL_SCRIPT = (
         check="every_turn_ends_in_one_stop",
         kind="fault",
         what="ends a conversation with `<|user|>`, also one that ends with a tool call",
-        consequence="the model learns to give the turn to the user where the tool should answer; a server that waits "
-        "for `<|observation|>` waits in vain",
-        remedy="only train conversations that end with an answer",
+        consequence="after a tool call the model learns to stop for the user, not for the tool; a server that waits "
+        "for `<|observation|>` never receives it",
+        remedy="train only conversations that end with an answer",
         messages=CALL,
         tools=(WEATHER_TOOL,),
     ),
@@ -238,8 +238,8 @@ OFFICIAL_SCRIPT_COMBINED = (
         check="mask_is_what_the_model_must_sample",
         kind="fault",
         what=COMBINE,
-        consequence="training the last turn only is what the mode is for; but the first token must be sampled at "
-        "inference and is never trained",
+        consequence="the mode is meant to train only the last turn; but its first token must be sampled at inference "
+        "and is never trained",
         remedy="`combine: false`",
         messages=TWO_TURNS,
     ),
@@ -254,37 +254,37 @@ OFFICIAL_SCRIPT_COMBINED = (
     KnownFailure(
         check="conversation_without_targets_is_not_trained",
         kind="fault",
-        what="trains whatever follows the last `<|assistant|>`, also a user's message that nobody answered",
+        what="trains everything after the last `<|assistant|>`, including a user message without an answer",
         consequence="the model learns to speak as the user",
-        remedy="`combine: false`, or cut conversations behind their last answer",
+        remedy="`combine: false`, or cut conversations after their last answer",
         messages=TWO_TURNS[:3],
     ),
     KnownFailure(
         check="every_turn_ends_in_one_stop",
         kind="alternative",
         what="turns before the last are not trained, so neither are their stop tokens",
-        consequence="as the mode says",
+        consequence="as intended by the mode",
         messages=TWO_TURNS,
     ),
     KnownFailure(
         check="earlier_turns_do_not_change",
         kind="alternative",
-        what="a turn is trained only as long as none follows",
-        consequence="as the mode says",
+        what="a turn is trained only if it is the last one",
+        consequence="as intended by the mode",
         messages=TWO_TURNS,
     ),
     KnownFailure(
         check="every_turn_has_learned_to_stop",
         kind="alternative",
         what="turns before the last are not trained",
-        consequence="as the mode says",
+        consequence="as intended by the mode",
     ),
     *(
         KnownFailure(
             check=check,
             kind="fault",
-            what="the untrained first token leads astray",
-            consequence="greedy decoding from the serving prompt does not say the answer that was learnt",
+            what="goes wrong at the first token of an answer, which is never trained",
+            consequence="greedy decoding from the serving prompt does not generate the learnt answer",
             remedy="`combine: false`",
         )
         for check in ("every_turn_is_reproduced_and_stops", "own_inference_reproduces_every_turn")
@@ -292,14 +292,14 @@ OFFICIAL_SCRIPT_COMBINED = (
 )
 # Measured with trl 1.16.0 on the built-in base: after 60 steps the loss is 0.0007 and the stop token's is 11.2 nats.
 NO_STOP = (
-    "trains the completion as the template renders it; GLM-4's renders the stop token of a turn, the next role's, only "
-    "before a next message, so nothing ends the last answer (as in TRL 3091, and TRL 6044 for GLM-4-MoE)"
+    "trains the completion as the template renders it; GLM-4's template renders a turn's stop token (the next role's) "
+    "only before another message, so the last answer has none (as in TRL 3091, and TRL 6044 for GLM-4-MoE)"
 )
 NO_STOP_REMEDY = (
     "prepare ids and labels yourself, with the next role's token as the last of each answer: TRL trains `input_ids` "
     "and `labels` as they are"
 )
-LAST_ONLY = "a completion is the last answer alone: earlier answers are prompt, and a longer conversation untrains them"
+LAST_ONLY = "only the last answer is the completion: earlier answers belong to the prompt and are not trained"
 TRL = (
     INJECTION,
     *(
@@ -325,7 +325,7 @@ TRL = (
         check="earlier_turns_do_not_change",
         kind="alternative",
         what=LAST_ONLY,
-        consequence="as the shape of the data says: make one row of each answer to train them all",
+        consequence="as intended by this data format: make one row per answer to train all answers",
         messages=TWO_TURNS,
     ),
 )

@@ -1,4 +1,4 @@
-"""LLaMA-Factory as its documentation sets it up for GLM-4: template ``glm4``, LoRA on all linear layers."""
+"""LLaMA-Factory as its documentation configures it for GLM-4: template ``glm4``, LoRA on all linear layers."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from glm4ft.testing.subjects.building_blocks import PeftSubject, json_chat, shar
 from glm4ft.testing.subjects.known_failures import LLAMA_FACTORY, reasons
 
 INFO = {"formatting": "sharegpt", "columns": {"messages": "conversations", "tools": "tools"}, "file_name": "chats.json"}
-# Recomputation is on by default; of its two kinds the suite can follow gradients through this one alone.
+# Gradient checkpointing is on by default; the suite can follow gradients only through its non-reentrant kind.
 LORA = {"stage": "sft", "finetuning_type": "lora", "lora_target": "all", "lora_rank": 8, "use_reentrant_gc": False}
 
 
 class Subject(PeftSubject):
-    """``llamafactory-cli train`` with ``stage: sft``, part by part.
+    """The parts of ``llamafactory-cli train`` with ``stage: sft``.
 
     Args:
-        base_dir: Hugging Face model folder.
+        base_dir: The Hugging Face model folder of the base.
     """
 
     name, chat_format, expected_failures = "LLaMA-Factory", "glm-4-0414", reasons(LLAMA_FACTORY)
@@ -51,27 +51,27 @@ class Subject(PeftSubject):
         return get_dataset(self.template, *self.args[:3], stage="sft", **self.modules)["train_dataset"]
 
     def encode(self, messages: Any, tools: Any = None) -> dict[str, list[int]]:
-        """Ids and labels of one conversation, through dataset file, converter, template and processor."""
+        """Encode one conversation with LLaMA-Factory's dataset file, converter, template and processor."""
         try:
             row = self._rows([{"messages": messages, "tools": tools}])[0]
-        except RuntimeError as error:  # NotImplementedError, one of them, included
+        except RuntimeError as error:  # includes NotImplementedError, a subclass
             raise NotImplementedError(f"the conversation is dropped: {error}") from error
         return {"input_ids": row["input_ids"], "labels": row["labels"]}
 
     def prompt(self, messages: Any, tools: Any = None) -> list[int]:
-        """What its Hugging Face engine makes of a history."""
+        """The ids that LLaMA-Factory's Hugging Face engine makes of a history."""
         chat = json_chat({"messages": messages, "tools": tools}, call_role="function", result_role="observation")
         system = chat["messages"].pop(0)["content"] if messages[0]["role"] == "system" else ""
         history = [*chat["messages"], {"role": "assistant", "content": ""}]
         return list(self.template.encode_oneturn(self.tokenizer, history, system, chat["tools"])[0])
 
     def build_model(self, base_dir: str, seed: int) -> Any:
-        """The base with adapters on all linear layers."""
+        """Load the base with LoRA adapters on all linear layers."""
         self._configure(base_dir, make_plan(seed=seed))
         return load_model(self.tokenizer, self.args[0], self.args[3], is_trainable=True)
 
     def train(self, model: Any, conversations: Any, plan: Any) -> list[dict[str, Any]]:
-        """Train in place, by the plan."""
+        """Train the model in place according to the plan."""
         self._configure(self.args[0].model_name_or_path, plan)
         more = {"template": self.template, "model": model, "pad_to_multiple_of": 8, "compute_dtype": model.dtype}
         more |= {**dict.fromkeys(("neat_packing", "block_diag_attn"), plan["packing"]), **self.modules}
@@ -79,7 +79,7 @@ class Subject(PeftSubject):
         job["data_collator"] = SFTDataCollatorWith4DAttentionMask(**more)
         trainer = CustomSeq2SeqTrainer(model=model, **job, **self.modules)
         trainer.train(resume_from_checkpoint=plan["resume_from"])
-        self._configure(self.args[0].model_name_or_path, make_plan())  # what is encoded next is not packed
+        self._configure(self.args[0].model_name_or_path, make_plan())  # later calls of encode must not pack
         return list(trainer.state.log_history)
 
     def merge(self, base_dir: str, folder: str, output: str) -> None:

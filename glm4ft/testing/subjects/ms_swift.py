@@ -1,4 +1,4 @@
-"""ms-swift as its documentation sets it up for GLM-4-0414: template ``glm4``, LoRA on all linear layers."""
+"""ms-swift as its documentation configures it for GLM-4-0414: template ``glm4``, LoRA on all linear layers."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from glm4ft.testing.subjects.known_failures import MS_SWIFT, reasons
 
 
 class Subject(PeftSubject):
-    """``swift sft``, part by part.
+    """The parts of ``swift sft``.
 
     Args:
-        base_dir: Hugging Face model folder.
+        base_dir: The Hugging Face model folder of the base.
     """
 
     name, chat_format = "ms-swift", "glm-4-0414"
@@ -36,7 +36,7 @@ class Subject(PeftSubject):
 
     def _pipeline(self, plan: Any, conversations: Any) -> Any:
         if plan["packing"]:
-            raise NotImplementedError("packing needs flash attention, so a CUDA GPU")
+            raise NotImplementedError("packing needs flash attention, which needs a CUDA GPU")
         self.data.write_text("".join(json.dumps(_chat(c)) + "\n" for c in conversations), "utf-8")
         base = {"model": self.base, "model_type": "glm4", "template": "glm4", "torch_dtype": "float32"}
         lora = {"tuner_type": "lora", "lora_rank": 8, "lora_dropout": 0.0, "target_modules": ["all-linear"]}
@@ -45,23 +45,23 @@ class Subject(PeftSubject):
         return SwiftSft(SftArguments(**base, **lora, **data, **job))
 
     def encode(self, messages: Any, tools: Any = None) -> dict[str, list[int]]:
-        """Ids and labels of one conversation, through the template in training mode."""
+        """Encode one conversation with ms-swift's template in training mode."""
         row = self.pipeline.template.encode(_chat({"messages": messages, "tools": tools}))
         return {"input_ids": row["input_ids"], "labels": row["labels"]}
 
     def prompt(self, messages: Any, tools: Any = None) -> list[int]:
-        """What the inference engine makes of a history, with the same template in inference mode."""
+        """The ids that ms-swift's inference engine makes of a history, with the same template in inference mode."""
         template = self.pipeline.args.get_template(self.pipeline.processor)
         return list(template.encode(_chat({"messages": messages, "tools": tools}))["input_ids"])
 
     def build_model(self, base_dir: str, seed: int) -> Any:
-        """The base with adapters on all linear layers."""
+        """Load the base with LoRA adapters on all linear layers."""
         self.base = base_dir
         pipeline = self._pipeline(make_plan(seed=seed), [])
         return pipeline.prepare_model(pipeline.args, pipeline.model, template=pipeline.template)
 
     def train(self, model: Any, conversations: Any, plan: Any) -> list[dict[str, Any]]:
-        """Train in place, by the plan."""
+        """Train the model in place according to the plan."""
         pipeline = self._pipeline(plan, conversations)
         rows, _ = pipeline._prepare_dataset()
         trainer = TrainerFactory.get_trainer_cls(pipeline.args)(

@@ -1,7 +1,7 @@
-"""The label rules of the official GLM-4 script, re-stated in both of its modes, on plain ``transformers.Trainer``.
+"""The label rules of the official GLM-4 script, restated for both of its modes, with plain ``transformers.Trainer``.
 
-Source: ``finetune/finetune.py`` of THUDM/GLM-4 at commit 9c0e421; ``combine: false`` is its default. Adapters and
-hyperparameters are the harness's: only the rows are on trial. The script for vision models had the founding bug: see
+Source: ``finetune/finetune.py`` of THUDM/GLM-4 at commit 9c0e421; ``combine: false`` is its default. LoRA adapters and
+hyperparameters are the harness's, so only the rows are judged. The script for vision models had the founding bug: see
 ``founding_bug.py``.
 """
 
@@ -15,10 +15,10 @@ from glm4ft.testing.subjects.known_failures import OFFICIAL_SCRIPT, OFFICIAL_SCR
 
 
 class Subject(transformers_trainer.Subject):
-    """``combine: false``: messages are rendered one by one, and those of the assistant are trained.
+    """The mode ``combine: false``: messages are rendered one by one, and those of the assistant are trained.
 
     Args:
-        base_dir: Hugging Face model folder.
+        base_dir: The Hugging Face model folder of the base.
     """
 
     name = "official script"
@@ -29,7 +29,7 @@ class Subject(transformers_trainer.Subject):
         self.tokenizer.padding_side = "left"
 
     def encode(self, messages: Any, tools: Any = None) -> dict[str, list[int]]:
-        """Ids and labels of one conversation; ``<|user|>`` is appended, and the labels move right by one token."""
+        """Encode one conversation; ``<|user|>`` is appended, and the mask is shifted right by one token."""
         if any(message.get("loss") is False for message in messages):
             raise NotImplementedError("the script has no flag for the loss of one message")
         ids, trained = self._render(messages, tools)
@@ -48,7 +48,10 @@ class Subject(transformers_trainer.Subject):
 
 
 class Combined(Subject):
-    """``combine: true``: a conversation is rendered at once; trained is what follows its last ``<|assistant|>``."""
+    """The mode ``combine: true``: a conversation is rendered at once, and all after the last header is trained.
+
+    The first token after the header is not: the mask is shifted by one token.
+    """
 
     name = "official script, combine"
     expected_failures = reasons(OFFICIAL_SCRIPT_COMBINED)

@@ -1,4 +1,4 @@
-"""glm4ft itself as a subject."""
+"""This project's own trainer as a subject."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from glm4ft.train.run import make_trainer
 
 
 class MemoryRows(RowSet):
-    """Encoded rows that need no file."""
+    """Encoded rows in memory, instead of in a file."""
 
     def __init__(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> None:
         self.items = [
@@ -42,7 +42,7 @@ class Subject(EncodedHere):
     """This project's trainer on a base folder.
 
     Args:
-        base_dir: Hugging Face model folder.
+        base_dir: The Hugging Face model folder of the base.
     """
 
     name = "glm4ft"
@@ -55,20 +55,20 @@ class Subject(EncodedHere):
         self.stop_ids = self.format.stop_ids
 
     def collate(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, torch.Tensor]:
-        """A padded batch."""
+        """A padded batch, without the line numbers that the project's collator adds."""
         items = MemoryRows(rows)
         batch = Collator(self.tokenizer.pad_token_id)([items[i] for i in range(len(items))])
         return {name: tensor for name, tensor in batch.items() if name != "lines"}
 
     def build_model(self, base_dir: str, seed: int) -> PeftModel:
-        """The base with adapters on GLM-4's six targets."""
+        """Load the base with LoRA adapters on the six linear layers of a GLM-4 block."""
         base = load_base(base_dir, dtype=_stored_dtype(base_dir))
         install_supervised_loss(base.model)
         return attach_lora(base.model, self.options, seed=seed)
 
     @property
     def lora(self) -> dict[str, Any]:
-        """The adapter that ``build_model`` is to attach, by peft's names."""
+        """The options of the LoRA adapter that ``build_model`` must attach, by peft's names."""
         options = self.options
         asked = {"r": options.rank, "lora_alpha": options.alpha, "target_modules": list(options.targets)}
         return {**asked, **options.options}
@@ -76,7 +76,7 @@ class Subject(EncodedHere):
     def train(
         self, model: PeftModel, conversations: Sequence[Mapping[str, Any]], plan: Mapping[str, Any]
     ) -> list[dict[str, Any]]:
-        """Train in place, by the plan; the log is transformers'."""
+        """Train the model in place according to the plan; returns the log of transformers' trainer."""
         rows = MemoryRows([self.encode(c["messages"], c.get("tools")) for c in conversations])
         output = Path(plan["output_dir"] or tempfile.mkdtemp())
         config = TrainConfig(
@@ -104,7 +104,7 @@ class Subject(EncodedHere):
         return list(trainer.state.log_history)
 
     def evaluate(self, model: PeftModel, conversations: Sequence[Mapping[str, Any]]) -> float:
-        """Mean loss over all supervised tokens."""
+        """The mean loss over all supervised tokens."""
         rows = MemoryRows([self.encode(c["messages"], c.get("tools")) for c in conversations])
         with tempfile.TemporaryDirectory() as folder:
             trainer = make_trainer(TrainConfig(output=folder), self._base(model), model, rows, rows, Path(folder))
@@ -117,7 +117,7 @@ class Subject(EncodedHere):
     def generate(
         self, model: PeftModel, messages: Sequence[Mapping[str, Any]], tools: Any, max_new_tokens: int
     ) -> list[int]:
-        """The next assistant turn, by greedy decoding."""
+        """Generate the next assistant turn by greedy decoding."""
         was_training = model.training
         try:
             return greedy(model.eval(), self.prompt(messages, tools), self.stop_ids, max_new_tokens)
@@ -125,19 +125,19 @@ class Subject(EncodedHere):
             model.train(was_training)
 
     def save(self, model: PeftModel, folder: str) -> None:
-        """Write the adapter."""
+        """Write the LoRA adapter and the tokenizer."""
         model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
     def load(self, base_dir: str, folder: str) -> PeftModel:
-        """The base with a saved adapter."""
+        """Load the base with a saved LoRA adapter."""
         return PeftModel.from_pretrained(load_base(base_dir, dtype=_stored_dtype(base_dir)).model, folder)
 
     def merge(self, base_dir: str, folder: str, output: str) -> None:
-        """Write a merged checkpoint."""
+        """Write the base with the LoRA adapter merged into it."""
         merge_adapter(Path(folder), Path(output), model=base_dir)
 
 
 def _stored_dtype(base_dir: str) -> str:
-    """The dtype of a run is that of the base on the disk, here as with every other subject."""
+    """The dtype of the base on the disk, in which a run loads it, as every other subject does."""
     return "bf16" if read_json(Path(base_dir) / "config.json").get("dtype") == "bfloat16" else "fp32"

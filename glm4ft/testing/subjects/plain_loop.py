@@ -1,7 +1,7 @@
-"""A plain torch training loop as a subject: no framework, one small method per thing that can go wrong.
+"""A plain torch training loop as a subject: no framework, and one small method for each part that can go wrong.
 
-It is the example to start from when a trainer of your own goes on trial, and the healthy body that every fault of
-:mod:`glm4ft.testing.faults` is put into.
+It is the example to start from when you put a trainer of your own on trial, and the healthy pipeline that every fault
+of :mod:`glm4ft.testing.faults` overrides.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ Conversations = Sequence[Mapping[str, Any]]
 
 @dataclass
 class LoopState:
-    """What a run carries from step to step.
+    """The state of a training run.
 
     Args:
-        model: with its adapters.
-        wrapped: the same behind what averages gradients over processes.
-        optimizer: of the trained parameters.
-        plan: as ``train`` got it.
-        rows: to train on, and to evaluate on.
-        step: optimizer steps done.
-        log: an entry per step that is logged.
+        model: The model with its LoRA adapters.
+        wrapped: The same model, wrapped in DDP if there are several processes.
+        optimizer: The optimizer of the trained parameters.
+        plan: The plan that ``train`` received.
+        rows: The encoded rows, used for training and for evaluation.
+        step: The number of optimizer steps taken.
+        log: The entries of all logged steps.
     """
 
     model: Any
@@ -64,7 +64,7 @@ class Subject(Evaluation, Model):
     # --- the loop ---
 
     def train(self, model: Any, conversations: Conversations, plan: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Train in place, by the plan; returns the log."""
+        """Train the model in place according to the plan; returns the log."""
         run = self.begin(model, conversations, plan)
         batches = self.batches(run)
         while run.step < self.last_step(run):
@@ -79,7 +79,7 @@ class Subject(Evaluation, Model):
         return run.log
 
     def begin(self, model: Any, conversations: Conversations, plan: Mapping[str, Any]) -> LoopState:
-        """Everything that a run has before its first step."""
+        """Prepare a run: processes, seed, model, rows, optimizer and, when resuming, the checkpoint."""
         join_processes()
         torch.manual_seed(plan["seed"])
         if plan["gradient_checkpointing"]:
@@ -92,15 +92,15 @@ class Subject(Evaluation, Model):
         return run
 
     def wrap(self, model: Any) -> Any:
-        """What averages the gradients over processes, where there are several."""
+        """Wrap the model so that gradients are averaged over processes, if there are several."""
         return DistributedDataParallel(model) if world_size() > 1 else model
 
     def last_step(self, run: LoopState) -> int:
-        """The step after which the run ends."""
+        """The number of optimizer steps after which the run ends."""
         return int(run.plan["steps"])
 
     def batches(self, run: LoopState) -> Iterator[Batch]:
-        """This process's micro-batches, epoch after epoch, from where the run stands."""
+        """The micro-batches of this process, epoch after epoch, starting at the run's current step."""
         size, packing = run.plan["micro_batch_size"], run.plan["packing"]
         items = self.items(run.rows, packing)
         stream = self.stream(len(items), run)
@@ -110,16 +110,16 @@ class Subject(Evaluation, Model):
             yield self.batch((items[i] for i in islice(stream, size)), packing)
 
     def stream(self, num_items: int, run: LoopState) -> Iterator[int]:
-        """Indices of this process's items; the processes take turns, so together they see each once per epoch."""
+        """Indices of this process's items; the processes take turns, so together they see each item once per epoch."""
         order = (i for epoch in count() for i in self.epoch_order(num_items, epoch, run.plan["seed"], process_rank()))
         return islice(order, process_rank(), None, world_size())
 
     def skip_seen_items(self, stream: Iterator[int], num_items: int, run: LoopState) -> Iterator[int]:
-        """The stream of a resumed run."""
+        """The stream without the items that a resumed run has already seen."""
         return islice(stream, run.step * run.plan["accumulation"] * run.plan["micro_batch_size"], None)
 
     def evaluate_in_training(self, run: LoopState) -> dict[str, float]:
-        """Loss and accuracy on the training rows."""
+        """Loss and accuracy on the training rows, in eval mode."""
         with self.evaluating(run.model):
             return self.score(run.model, run.rows)
 
@@ -137,60 +137,60 @@ class Subject(Evaluation, Model):
         return self.log_entry(run, loss, grad_norm)
 
     def zero_grad(self, run: LoopState) -> None:
-        """Forget the last step's gradient."""
+        """Clear the gradient of the last step."""
         run.optimizer.zero_grad()
 
     def count_targets(self, batches: Sequence[Batch]) -> int:
-        """Supervised tokens of the step: over all its micro-batches and processes."""
+        """The number of supervised tokens of the step, over all its micro-batches and processes."""
         own = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches)
         return int(sum_over_processes(torch.tensor(own)))
 
     def train_micro_batch(self, run: LoopState, batch: Batch, num_targets: int, num_micro_batches: int) -> torch.Tensor:
-        """Forward and backward; returns this micro-batch's part of the step's loss."""
+        """Run forward and backward pass; returns this micro-batch's part of the step's loss."""
         loss = self.loss_sum(self.forward(run.wrapped, batch), batch["labels"])
         self.backward(loss * self.loss_factor(batch, num_targets, num_micro_batches))
         return loss.detach() / num_targets
 
     def loss_factor(self, batch: Batch, num_targets: int, num_micro_batches: int) -> float:
-        """What makes the summed loss a mean over the step's tokens; the wrapper averages over processes."""
+        """The factor that makes the summed loss a mean over the step's tokens, after DDP averages over processes."""
         return world_size() / num_targets
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add to the gradient."""
+        """Add the gradient of the loss to that of the parameters."""
         loss.backward()
 
     def clip(self, run: LoopState) -> float:
-        """Scale the gradient down to the limit; returns its norm before."""
+        """Clip the gradient to the plan's global norm; returns the norm before clipping."""
         norm = torch.nn.utils.clip_grad_norm_(trained(run.model), run.plan["max_grad_norm"] or math.inf)
         return float(norm)
 
     def update(self, run: LoopState) -> None:
-        """Move the parameters."""
+        """Take the optimizer step."""
         run.optimizer.step()
 
     def log_entry(self, run: LoopState, loss: float, grad_norm: float) -> dict[str, Any]:
-        """What is told of a step."""
+        """The log entry of a step: number, loss, gradient norm and learning rate."""
         rate = run.optimizer.param_groups[0]["lr"]
         return {"step": run.step + 1, "loss": loss, "grad_norm": grad_norm, "learning_rate": rate}
 
     # --- optimizer and schedule ---
 
     def make_optimizer(self, model: Any, plan: Mapping[str, Any]) -> torch.optim.Optimizer:
-        """AdamW on what is trained."""
+        """AdamW with the plan's settings on the trained parameters."""
         groups = self.parameter_groups(model, plan)
         return torch.optim.AdamW(groups, lr=plan["learning_rate"], betas=tuple(plan["betas"]), eps=plan["eps"])
 
     def parameter_groups(self, model: Any, plan: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Parameters and their decay; LoRA matrices are all of one kind."""
+        """The optimizer's parameter groups: one group, since all LoRA matrices have the same weight decay."""
         return [{"params": trained(model), "weight_decay": plan["weight_decay"]}]
 
     def set_rate(self, run: LoopState) -> None:
-        """Give the optimizer the rate of the step that it is about to take."""
+        """Set the learning rate for the step that the optimizer is about to take."""
         for group in run.optimizer.param_groups:
             group["lr"] = run.plan["learning_rate"] * self.rate_factor(run.step, run.plan)
 
     def rate_factor(self, step: int, plan: Mapping[str, Any]) -> float:
-        """Share of the peak rate after ``step`` steps: a linear warm-up from 0, then the schedule's shape."""
+        """Fraction of the peak learning rate after ``step`` steps: linear warm-up from 0, then the schedule's shape."""
         warmup = int(plan["warmup_steps"])
         if step < warmup:
             return step / warmup
@@ -199,36 +199,36 @@ class Subject(Evaluation, Model):
         return shapes[str(plan["schedule"])]
 
     def horizon(self, plan: Mapping[str, Any]) -> int:
-        """The step at which a falling schedule arrives at 0."""
+        """The step at which a decaying schedule reaches 0."""
         return int(plan["steps"])
 
     # --- checkpoints: safetensors and JSON, so that reading one cannot run code ---
 
     def save_checkpoint(self, run: LoopState, folder: Path) -> None:
-        """Write what a run needs to go on as if nothing had happened."""
+        """Write everything that a resumed run needs to equal an uninterrupted one."""
         self.save(run.model, str(folder))
         save_file(self.optimizer_state(run), folder / "optimizer.safetensors")
         save_file({"torch": torch.get_rng_state()}, folder / "rng.safetensors")
         (folder / "state.json").write_text(json.dumps({"step": run.step}), "utf-8")
 
     def resume(self, run: LoopState, folder: Path) -> None:
-        """Go on where a checkpoint was written."""
+        """Restore adapters, optimizer, random state and step from a checkpoint."""
         self.load_weights(run.model, folder)
         self.load_optimizer(run, folder)
         torch.set_rng_state(load_file(folder / "rng.safetensors")["torch"])
         run.step = json.loads((folder / "state.json").read_text("utf-8"))["step"]
 
     def load_weights(self, model: Any, folder: Path) -> None:
-        """Adapters from a checkpoint into a model that is already built."""
+        """Load the adapters of a checkpoint into a model that is already built."""
         model.load_adapter(str(folder), "default", is_trainable=True)
 
     def optimizer_state(self, run: LoopState) -> dict[str, torch.Tensor]:
-        """AdamW's moments and step counts, by parameter."""
+        """AdamW's moments and step counts, by name of the parameter and of the entry."""
         states = [(name, run.optimizer.state[p]) for name, p in run.model.named_parameters() if p.requires_grad]
         return {f"{name}/{key}": value for name, state in states for key, value in state.items()}
 
     def load_optimizer(self, run: LoopState, folder: Path) -> None:
-        """The same, back into the optimizer."""
+        """Restore AdamW's moments and step counts from a checkpoint."""
         parameters = dict(run.model.named_parameters())
         for key, value in load_file(folder / "optimizer.safetensors").items():
             name, entry = key.rsplit("/", 1)
@@ -236,28 +236,28 @@ class Subject(Evaluation, Model):
 
 
 def trained(model: Any) -> list[torch.nn.Parameter]:
-    """The parameters that are trained."""
+    """The parameters that require a gradient."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def join_processes() -> None:
-    """Join the others, if torchrun or the harness started several."""
+    """Join the process group, if torchrun or the harness started several processes."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         dist.init_process_group("gloo")
 
 
 def process_rank() -> int:
-    """This process's number."""
+    """The rank of this process; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes there are."""
+    """The number of processes; 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum, on every process."""
+    """The sum of a tensor over all processes, available on each of them."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor

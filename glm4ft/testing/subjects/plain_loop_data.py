@@ -1,4 +1,4 @@
-"""The data half of the plain loop: conversations to rows, rows to batches, in the order of an epoch.
+"""The data part of the plain loop: encodes conversations to rows and collates rows to batches, epoch by epoch.
 
 Shapes: B rows of a batch, T positions.
 """
@@ -26,9 +26,9 @@ class TextSegment:
     """A piece of a rendered conversation.
 
     Args:
-        text: of one control token, or of a body.
-        is_control: True for a control token; a body is plain text whatever it says.
-        supervised: True if the model has to sample it.
+        text: The text of one control token, or the body of a message.
+        is_control: True for a control token; a body is encoded as plain text even if it contains marker text.
+        supervised: True if the model must sample the segment.
     """
 
     text: str
@@ -37,15 +37,15 @@ class TextSegment:
 
 
 class Data:
-    """Encodes conversations in the format of GLM-4-0414 and makes batches of them.
+    """Encodes conversations in the format of GLM-4-0414 and collates them to batches.
 
     Args:
-        base_dir: Hugging Face model folder, of which the tokenizer is used.
+        base_dir: The Hugging Face model folder whose tokenizer is used.
     """
 
     chat_format = "glm-4-0414"
-    max_length = 32768  # tokens; a longer conversation is refused rather than cut
-    pack_length = 4  # capacity of a pack, in lengths of the longest row
+    max_length = 32768  # tokens; a longer conversation is refused, not cut
+    pack_length = 4  # capacity of a pack, as a multiple of the longest row's length
 
     def __init__(self, base_dir: str) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(base_dir)
@@ -56,21 +56,21 @@ class Data:
     # --- conversation to row ---
 
     def encode(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> Features:
-        """Ids and labels of one conversation."""
+        """Encode one conversation as ``input_ids`` and ``labels``."""
         return self.fit(self.label(self.render(self.read(messages, tools))))
 
     def prompt(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> list[int]:
-        """The ids that serving sends: the conversation so far, then the header of the turn to generate."""
-        # a conversation needs an answer to be valid; the stand-in and its stop token are taken off again
+        """The ids that a server sends to the model: the conversation so far, then the header of the next answer."""
+        # a conversation needs an answer to be valid; this one and its stop token are removed again
         segments = self.render(self.read([*messages, {"role": "assistant", "content": "."}], tools))
         return self.label(segments[:-2])["input_ids"]
 
     def read(self, messages: Sequence[Mapping[str, Any]], tools: Any) -> Conversation:
-        """Validated messages."""
+        """Validate the messages and make a conversation of them."""
         return from_messages(messages, tools)
 
     def render(self, conversation: Conversation) -> list[TextSegment]:
-        """Prefix, then header and body of each message; what follows an answer is the token that ends it."""
+        """The prefix, then header and body of each message; the header after an answer is also its stop token."""
         messages = self.ordered(conversation.messages)
         self.require_stops(messages)
         segments = [TextSegment(token, True, False) for token in PREFIX]
@@ -89,25 +89,25 @@ class Data:
         return segments
 
     def ordered(self, messages: Sequence[Message]) -> list[Message]:
-        """System messages first, as the template of GLM-4-0414 has them."""
+        """The messages with system messages first, as in the template of GLM-4-0414."""
         return sorted(messages, key=lambda message: message.role != "system")
 
     def require_stops(self, messages: Sequence[Message]) -> None:
-        """Refuse an answer that is followed by a header which is no stop token."""
+        """Refuse an answer that is followed by a header other than a stop token."""
         for message, following in pairwise(messages):
             if message.role == "assistant" and following.role not in ("user", "observation"):
                 raise NotImplementedError(f"an assistant turn is followed by role {following.role}")
 
     def is_trained(self, message: Message | None) -> bool:
-        """Whether the model has to sample this message."""
+        """Whether the model must sample this message."""
         return message is not None and message.role == "assistant" and message.loss
 
     def body(self, message: Message) -> str:
-        """What stands below a header; a tool call has the tool's name on the first line."""
+        """The text after a header; for a tool call its first line is the tool's name."""
         return f"{message.metadata}\n{message.content}"
 
     def tool_text(self, tools: Sequence[Mapping[str, Any]]) -> str:
-        """The tool block's body, in the words of the tokenizer's own template."""
+        """The body of the system block that declares the tools, as the tokenizer's chat template renders it."""
         declared: list[Any] = list(tools)
         text = self.tokenizer.apply_chat_template([{"role": "user", "content": ""}], tools=declared, tokenize=False)
         return str(text).split("<|system|>", 1)[1].rsplit("<|user|>", 1)[0]
@@ -117,7 +117,7 @@ class Data:
         return "<|observation|>" if message.is_call else "<|user|>"
 
     def label(self, segments: Sequence[TextSegment]) -> Features:
-        """Tokenise the segments; a token is labelled if its segment is supervised."""
+        """Tokenise the segments; a token has a label if its segment is supervised."""
         row: Features = {"input_ids": [], "labels": []}
         for segment in segments:
             ids = self.tokenise(segment)
@@ -126,13 +126,13 @@ class Data:
         return row
 
     def tokenise(self, segment: TextSegment) -> list[int]:
-        """Ids of one segment; a body is encoded by a tokenizer that knows no control tokens."""
+        """The ids of one segment; a body is encoded by a tokenizer without control tokens."""
         if segment.is_control:
             return [self.control_ids[segment.text]]
         return list(self._plain.encode(segment.text, add_special_tokens=False).ids)
 
     def fit(self, row: Features) -> Features:
-        """A row as it may be trained."""
+        """Refuse a row that is longer than ``max_length``."""
         if len(row["input_ids"]) > self.max_length:
             raise NotImplementedError(f"a conversation of {len(row['input_ids'])} tokens is refused, not cut")
         return row
@@ -141,15 +141,15 @@ class Data:
 
     @property
     def pad_id(self) -> int:
-        """What fills the slots behind shorter rows."""
+        """The id that pads shorter rows."""
         return int(self.tokenizer.pad_token_id)
 
     def items(self, rows: Sequence[Features], packing: bool) -> list[list[Features]]:
-        """What is shuffled: packs of rows, or single rows."""
+        """The items that are shuffled: packs of rows, or single rows."""
         return self.pack(rows) if packing else [[row] for row in rows]
 
     def pack(self, rows: Sequence[Features]) -> list[list[Features]]:
-        """Whole rows in packs of bounded length, in the order in which they come."""
+        """Pack whole rows, in their given order, into packs of limited length."""
         capacity = self.pack_length * max(len(row["input_ids"]) for row in rows)
         packs: list[list[Features]] = [[]]
         for row in rows:
@@ -159,17 +159,17 @@ class Data:
         return packs
 
     def epoch_order(self, num_items: int, epoch: int, seed: int, rank: int) -> list[int]:
-        """The order of one epoch, another in each and the same on every rank."""
+        """The order of the items in one epoch: different in each epoch, the same on every rank."""
         generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
         return torch.randperm(num_items, generator=generator).tolist()
 
     def batch(self, items: Iterable[Sequence[Features]], packing: bool) -> Batch:
-        """A micro-batch."""
+        """Collate items to a micro-batch."""
         rows = list(chain.from_iterable(items))
         return self.collate_packed(rows) if packing else self.collate(rows)
 
     def collate(self, rows: Sequence[Features]) -> Batch:
-        """Pad on the right. The mask comes from lengths: the pad token may be a target elsewhere."""
+        """Pad rows on the right. The mask is made from lengths, since the pad token may be a target elsewhere."""
         lengths = torch.tensor([len(row["input_ids"]) for row in rows])
         return {
             "input_ids": self.pad([row["input_ids"] for row in rows], self.pad_id),
@@ -178,14 +178,14 @@ class Data:
         }
 
     def pad(self, lists: Sequence[Sequence[int]], value: int) -> torch.Tensor:
-        """(B, T) from lists of unlike length."""
+        """Pad lists of different lengths to a tensor of shape (B, T)."""
         return torch.nn.utils.rnn.pad_sequence([torch.tensor(x) for x in lists], True, float(value))
 
     def collate_packed(self, rows: Sequence[Features]) -> Batch:
-        """One row of rows. The model keeps them apart by their positions, if it is given no attention mask."""
+        """Concatenate rows to one sequence. Without an attention mask, the model separates them by their positions."""
         batch = {name: torch.tensor([list(chain.from_iterable(row[name] for row in rows))]) for name in rows[0]}
         return {**batch, "position_ids": self.positions(rows)}
 
     def positions(self, rows: Sequence[Features]) -> torch.Tensor:
-        """(1, T), starting anew at each row."""
+        """Position ids of shape (1, T) that restart at each row."""
         return torch.cat([torch.arange(len(row["input_ids"])) for row in rows])[None]

@@ -1,4 +1,4 @@
-"""The half of the plain loop that scores and generates: what training and evaluation have in common, and evaluation.
+"""The part of the plain loop that computes losses, evaluates and generates.
 
 Shapes: B rows of a batch, T positions, V vocabulary.
 """
@@ -18,28 +18,28 @@ from glm4ft.testing.subjects.plain_loop_data import Batch, Data, Features
 
 
 class Evaluation(Data):
-    """Loss, accuracy and generation."""
+    """Computes loss and accuracy, and generates answers."""
 
     eval_batch_size = 4
-    overrun = 16  # tokens that a turn which does not stop is given before it is cut off
+    overrun = 16  # additional tokens that an answer may have before generation is cut off
 
     def forward(self, model: Any, batch: Batch) -> torch.Tensor:
-        """(B, T, V) logits. With a cache, transformers would not look for packed rows in the positions."""
+        """The logits, of shape (B, T, V). With a cache, transformers would not infer packed rows from the positions."""
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         logits: torch.Tensor = model(**inputs, use_cache=False).logits
         return logits
 
     def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Cross entropy of the next tokens, in fp32, summed over the supervised ones."""
+        """Cross entropy of the next tokens, in fp32, summed over supervised tokens."""
         predictions, targets = self.shift(logits, labels)
         return F.cross_entropy(predictions.float(), targets, ignore_index=IGNORED, reduction="sum")
 
     def shift(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Each position's prediction beside the token that follows it."""
+        """The prediction of each position and the label of the token after it, both flattened."""
         return logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
 
     def evaluate(self, model: Any, conversations: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-        """Loss and accuracy over all supervised tokens, and the share of last answers that come back word by word."""
+        """Loss and accuracy over all supervised tokens, and the share of last answers that are reproduced exactly."""
         rows = [self.encode(c["messages"], c.get("tools")) for c in conversations]
         with self.evaluating(model):
             exact = [self.answers_exactly(model, conversation) for conversation in conversations]
@@ -47,7 +47,7 @@ class Evaluation(Data):
 
     @contextmanager
     def evaluating(self, model: Any) -> Iterator[None]:
-        """Without dropout and gradients; the model's mode is put back."""
+        """Context without dropout and gradients; the model's mode is restored at its end."""
         was_training = model.training
         model.eval()
         try:
@@ -57,7 +57,7 @@ class Evaluation(Data):
             model.train(was_training)
 
     def score(self, model: Any, rows: Sequence[Features]) -> dict[str, float]:
-        """Loss and accuracy, each a sum over tokens divided at the end, so that batches do not matter."""
+        """Loss and accuracy, summed over tokens and divided at the end, so that batching makes no difference."""
         loss, hits, num_targets = 0.0, 0, 0
         for batch in self.eval_batches(rows):
             logits = self.forward(model, batch)
@@ -67,17 +67,17 @@ class Evaluation(Data):
         return {"loss": loss / num_targets, "accuracy": hits / num_targets}
 
     def eval_batches(self, rows: Sequence[Features]) -> Iterator[Batch]:
-        """The rows in order."""
+        """Batches of the rows, in their order."""
         for start in range(0, len(rows), self.eval_batch_size):
             yield self.collate(rows[start : start + self.eval_batch_size])
 
     def count_hits(self, logits: torch.Tensor, labels: torch.Tensor) -> int:
-        """Supervised tokens that are the likeliest."""
+        """The number of supervised tokens that have the highest probability."""
         predictions, targets = self.shift(logits, labels)
         return int(((predictions.argmax(1) == targets) & (targets != IGNORED)).sum())
 
     def answers_exactly(self, model: Any, conversation: Mapping[str, Any]) -> bool:
-        """Whether a conversation's last answer is generated from what stands before it."""
+        """Whether a conversation's last answer is generated exactly from the messages before it."""
         messages, tools = list(conversation["messages"]), conversation.get("tools")
         last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
         prompt = self.eval_prompt(messages, last, tools)
@@ -85,14 +85,14 @@ class Evaluation(Data):
         return self.answer(model, prompt, len(answer) + self.overrun) == answer
 
     def eval_prompt(self, messages: Sequence[Mapping[str, Any]], last: int, tools: Any) -> list[int]:
-        """What the answer at index ``last`` is generated from."""
+        """The prompt from which the answer at index ``last`` is generated."""
         return self.prompt(messages[:last], tools)
 
     def generate(self, model: Any, messages: Sequence[Mapping[str, Any]], tools: Any, max_new_tokens: int) -> list[int]:
-        """The next assistant turn, by greedy decoding."""
+        """Generate the next assistant turn by greedy decoding."""
         with self.evaluating(model):
             return self.answer(model, self.prompt(messages, tools), max_new_tokens)
 
     def answer(self, model: Any, prompt: list[int], max_new_tokens: int) -> list[int]:
-        """New ids, up to and including a stop token."""
+        """The generated ids, up to and including a stop token."""
         return greedy(model, prompt, self.stop_ids, max_new_tokens)

@@ -1,4 +1,4 @@
-"""The model half of the plain loop: base, adapters, and their way to the disk and back."""
+"""The model part of the plain loop: builds, saves, loads and merges a base with LoRA adapters."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ class Model:
     tokenizer: Any
 
     def build_model(self, base_dir: str, seed: int) -> Any:
-        """The base with adapters that do nothing yet."""
+        """Load the base and attach untrained adapters."""
         return self.attach(self.load_base(base_dir), seed)
 
     def load_base(self, base_dir: str) -> Any:
-        """The base, in fp32."""
+        """Load the base in fp32."""
         return AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
 
     def attach(self, base: Any, seed: int) -> Any:
-        """Freeze the base and put the adapters on it."""
+        """Freeze the base and attach adapters, drawn from ``seed``."""
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             return get_peft_model(base, self.lora_config())
 
     def lora_config(self) -> LoraConfig:
-        """The adapter that was asked for."""
+        """The peft configuration of the requested adapters."""
         return LoraConfig(task_type="CAUSAL_LM", **self.lora)
 
     def save(self, model: Any, folder: str) -> None:
-        """Write the adapter and the tokenizer that belongs to it."""
+        """Write the adapter and its tokenizer."""
         model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
     def load(self, base_dir: str, folder: str) -> Any:
-        """The base with a saved adapter."""
+        """Load the base with a saved adapter."""
         return PeftModel.from_pretrained(self.load_base(base_dir), folder)
 
     def merge(self, base_dir: str, folder: str, output: str) -> None:
@@ -51,5 +51,5 @@ class Model:
         AutoTokenizer.from_pretrained(folder).save_pretrained(output)
 
     def merged(self, model: Any) -> Any:
-        """The base alone, its weights changed by what the adapters say."""
+        """The base without adapter modules, with the adapters merged into its weights."""
         return model.merge_and_unload()

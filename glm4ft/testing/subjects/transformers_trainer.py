@@ -1,4 +1,4 @@
-"""Plain ``transformers.Trainer`` with the seq2seq collator, as people wire it up by hand."""
+"""Plain ``transformers.Trainer`` with the seq2seq collator, as people commonly use it."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from glm4ft.testing.subjects.known_failures import TRANSFORMERS, reasons
 
 
 class Subject(EncodedHere, PeftSubject, Generates):
-    """transformers.Trainer on a base folder; the rows are encoded by glm4ft, since Trainer has no opinion on them.
+    """``transformers.Trainer`` on a base folder; glm4ft encodes the rows, since Trainer expects encoded rows.
 
     Args:
-        base_dir: Hugging Face model folder.
+        base_dir: The Hugging Face model folder of the base.
     """
 
     name = "transformers.Trainer"
@@ -40,25 +40,25 @@ class Subject(EncodedHere, PeftSubject, Generates):
         self.stop_ids = self.format.stop_ids
 
     def collate(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, torch.Tensor]:
-        """A padded batch, by the seq2seq collator."""
+        """A padded batch, made by the seq2seq collator."""
         collator = DataCollatorForSeq2Seq(self.tokenizer, label_pad_token_id=IGNORED)
         return dict(collator([dict(row) for row in rows], return_tensors="pt"))
 
     def train(
         self, model: Any, conversations: Sequence[Mapping[str, Any]], plan: Mapping[str, Any]
     ) -> list[dict[str, Any]]:
-        """Train in place, by the plan; it has no packing of its own, so rows are padded."""
+        """Train the model in place according to the plan. Trainer cannot pack, so rows are always padded."""
         trainer = self.make_trainer(model, [self.encode(c["messages"], c.get("tools")) for c in conversations], plan)
         trainer.train(resume_from_checkpoint=plan["resume_from"])
         return list(trainer.state.log_history)
 
     def evaluate(self, model: Any, conversations: Sequence[Mapping[str, Any]]) -> float:
-        """Mean loss, as ``Trainer.evaluate`` reports it."""
+        """The mean loss that ``Trainer.evaluate`` reports."""
         rows = [self.encode(c["messages"], c.get("tools")) for c in conversations]
         return float(self.make_trainer(model, rows, make_plan()).evaluate()["eval_loss"])
 
     def make_trainer(self, model: Any, rows: list[dict[str, list[int]]], plan: Mapping[str, Any]) -> Trainer:
-        """The trainer that the plan asks for."""
+        """A trainer with the settings of the plan."""
         use_cpu = not torch.cuda.is_available()
         args = TrainingArguments(**training_arguments(plan), use_cpu=use_cpu, remove_unused_columns=False)
         collator = DataCollatorForSeq2Seq(self.tokenizer, label_pad_token_id=IGNORED)

@@ -1,7 +1,7 @@
-"""TRL's SFTTrainer, as its documentation recommends it for a model whose template it does not know.
+"""TRL's SFTTrainer, used as its documentation recommends for a model whose template it does not know.
 
-Dense GLM-4 is in none of TRL's template lists, so ``assistant_only_loss`` raises for want of generation markers. The
-road that its documentation leaves is the conversational prompt-completion dataset, trained on the completion alone.
+Dense GLM-4 is in none of TRL's template lists, so ``assistant_only_loss`` raises for lack of generation markers. The
+remaining documented way is a conversational prompt-completion dataset, of which only the completion is trained.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from glm4ft.testing.subject import make_plan
 from glm4ft.testing.subjects.building_blocks import Generates, PeftSubject, training_arguments
 from glm4ft.testing.subjects.known_failures import TRL, reasons
 
-MAX_LENGTH = 32_768  # the context of GLM-4-0414; TRL's default of 1,024 cuts without a word
+MAX_LENGTH = 32_768  # the context of GLM-4-0414; TRL's default of 1,024 cuts without a warning
 
 
 class Subject(PeftSubject, Generates):
-    """``trl.SFTTrainer`` on a base folder; rows are those of its own dataset preparation.
+    """``trl.SFTTrainer`` on a base folder; its own dataset preparation encodes the rows.
 
     Args:
-        base_dir: Hugging Face model folder.
+        base_dir: The Hugging Face model folder of the base.
     """
 
     name = "trl"
@@ -45,13 +45,13 @@ class Subject(PeftSubject, Generates):
         self.preparer = self.make_trainer(base, [example], make_plan())
 
     def encode(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> dict[str, list[int]]:
-        """Ids and labels of one conversation."""
+        """Encode one conversation as ``input_ids`` and ``labels``."""
         data = dataset([{"messages": messages, "tools": tools}]).to_iterable_dataset()
         (row,) = self.preparer._prepare_dataset(data, self.tokenizer, self.preparer.args, False, None, "train")
         return {"input_ids": list(row["input_ids"]), "labels": list(row["labels"])}
 
     def prompt(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> list[int]:
-        """The ids that serving sends, by the checkpoint's template."""
+        """The ids that a server sends to the model, rendered by the checkpoint's chat template."""
         options: dict[str, Any] = {"tools": tools, "add_generation_prompt": True, "return_dict": False}
         return list(self.tokenizer.apply_chat_template(list(messages), **options))
 
@@ -60,13 +60,13 @@ class Subject(PeftSubject, Generates):
         return dict(self.preparer.data_collator([dict(row) for row in rows]))
 
     def train(self, model: Any, conversations: Any, plan: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Train in place, by the plan."""
+        """Train the model in place according to the plan."""
         trainer = self.make_trainer(model, conversations, plan)
         trainer.train(resume_from_checkpoint=plan["resume_from"])
         return list(trainer.state.log_history)
 
     def make_trainer(self, model: Any, conversations: Any, plan: Mapping[str, Any]) -> SFTTrainer:
-        """The trainer that the plan asks for; packing is TRL's default kind, best fit without cutting."""
+        """A trainer with the settings of the plan; packing is TRL's default kind, best fit without cutting."""
         options = {"max_length": MAX_LENGTH, "packing": plan["packing"], "bf16": False, "gradient_checkpointing": False}
         args = SFTConfig(**{**options, **training_arguments(plan)}, use_cpu=not torch.cuda.is_available())
         data = dataset(conversations)
@@ -75,17 +75,17 @@ class Subject(PeftSubject, Generates):
         return trainer
 
     def evaluate(self, model: Any, conversations: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-        """Loss and token accuracy, as ``SFTTrainer.evaluate`` reports them."""
+        """The loss and the token accuracy that ``SFTTrainer.evaluate`` reports."""
         found = self.make_trainer(model, conversations, make_plan()).evaluate()
         return {"loss": found["eval_loss"], "accuracy": found["eval_mean_token_accuracy"]}
 
 
 def dataset(conversations: Sequence[Mapping[str, Any]]) -> Dataset:
-    """Prompt and completion: the last answer, and all that is before it. Tools are JSON, as TRL takes them."""
+    """A prompt-completion dataset: the completion is the last answer, the prompt all before it; tools are JSON text."""
     if any(message.get("loss") is False for c in conversations for message in c["messages"]):
         raise NotImplementedError("TRL has no flag for the loss of one message")
     if any(c["messages"][-1]["role"] != "assistant" for c in conversations):
-        raise NotImplementedError("a completion is trained whole: a last message that nobody answers has no place")
+        raise NotImplementedError("a completion is trained whole, so the last message must be an answer")
     pairs = [{"prompt": list(c["messages"][:-1]), "completion": list(c["messages"][-1:])} for c in conversations]
     tools = [json.dumps(c["tools"]) if c.get("tools") else None for c in conversations]
     return Dataset.from_list([{**pair, "tools": t} for pair, t in zip(pairs, tools, strict=True)])

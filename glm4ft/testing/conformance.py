@@ -7,11 +7,11 @@ A repository with a fine-tuning pipeline describes it as a subject (``glm4ft.tes
     @parametrize_with_checks("my_trainer.adapter:Subject", expected_failures={"loss_flag_is_honoured": "our issue 12"})
     def test_conformance(glm4ft_check): glm4ft_check()
 
-Every check is a test of its own, named ``stage-check``: ``pytest -k rows`` runs the checks of a stage. A known failure
-is data with a reason, reported as xfailed, and strict: when its check passes the test fails, so the entry has to go.
-Checks that do not apply are skipped with the reason. ``--glm4ft-subject MODULE:ATTR`` names the subject of a
+Every check is one test, named ``stage-check``: ``pytest -k rows`` runs the checks of a stage. A known failure is listed
+with a reason and reported as xfailed. It is strict: if its check passes, the test fails until the entry is removed.
+Checks that do not apply are skipped with the reason. ``--glm4ft-subject MODULE:ATTR`` names the subject for a
 ``parametrize_with_checks()`` that names none, ``--glm4ft-model`` the base. Checks share the runs that they judge, so
-with pytest-xdist give ``--dist loadfile``: otherwise every worker trains them anew.
+with pytest-xdist pass ``--dist loadfile``: otherwise every worker trains the runs again.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ from glm4ft.text.safe_text import visible
 
 
 class SubjectBrokeDown(Exception):
-    """The pipeline raised an error in a check, instead of giving a right or a wrong result."""
+    """The pipeline raised an error in a check instead of giving a result."""
 
 
 @dataclass
 class Trials:
-    """Where trials are held: one per subject and dtype, made when the first check asks for it.
+    """The trials of a session: one per subject and dtype, made when the first check needs it.
 
     Args:
-        bases: the base in each dtype.
-        folder: for what checks and subjects write.
-        default_subject: ``MODULE:ATTR`` for checks that name none.
+        bases: The base in each dtype.
+        folder: The folder for the files of checks and subjects.
+        default_subject: The subject as ``MODULE:ATTR`` for checks that name none.
     """
 
     bases: Bases
@@ -56,7 +56,7 @@ class Trials:
     _trials: dict[tuple[str, str], Trial] = field(default_factory=dict)
 
     def trial(self, spec: str, dtype: str) -> Trial:
-        """The trial of a subject."""
+        """The trial of a subject on the base in a dtype."""
         if (spec, dtype) not in self._trials:
             self._trials[spec, dtype] = self._make(spec, dtype)
         return self._trials[spec, dtype]
@@ -70,7 +70,7 @@ class Trials:
         return trial
 
     def run(self, check: Check, spec: str, dtype: str, expected_failures: Mapping[str, str]) -> Result:
-        """Run a check on a subject, unless the base is one on which it is left out."""
+        """Run a check on a subject; it is skipped if it is left out on this base."""
         reason = why_left_out(self.bases.spec, check.name, dtype)
         if reason:
             return Result(check.name, check.stage, "skipped", reason, 0.0)
@@ -83,13 +83,13 @@ class Trials:
 
 @dataclass(frozen=True)
 class BoundCheck:
-    """A check with the subject it is meant for.
+    """A check together with the subject and the dtype that it runs on.
 
     Args:
-        check: to run.
-        subject: ``MODULE:ATTR``; "" for the one that the command line names.
-        expected_failures: check to the reason why it is known to fail.
-        dtype: of the base, ``bf16`` or ``fp32``; "" as it is.
+        check: The check to run.
+        subject: The subject as ``MODULE:ATTR``; "" for the one that the command line names.
+        expected_failures: Check names mapped to the reason why the check is known to fail.
+        dtype: The dtype of the base, ``bf16`` or ``fp32``; "" for that of the base as it is.
     """
 
     check: Check
@@ -98,7 +98,7 @@ class BoundCheck:
     dtype: str
 
     def run(self, node: pytest.Item, trials: Trials) -> None:
-        """Run the check and give pytest the outcome; the result is attached to the report of the test."""
+        """Run the check, attach the result to the report of the test, and pass the outcome to pytest."""
         __tracebackhide__ = True
         spec = self.subject or trials.default_subject
         result = trials.run(self.check, spec, self.dtype, self.expected_failures)
@@ -112,11 +112,11 @@ class BoundCheck:
 
     @property
     def id(self) -> str:
-        """As pytest shows it."""
+        """The id of the test that pytest shows."""
         return f"{self.check.stage}-{self.check.name}"
 
     def explain(self) -> str:
-        """What the check claims, and why it exists."""
+        """Lines that state what the check claims, which incident motivates it, and the subject."""
         claim = " ".join((self.check.run.__doc__ or "").split())
         facts = {"claim": claim, "incident": self.check.incident, "subject": self.subject}
         return "\n".join(f"{label + ':':<10}{visible(text, newlines=False)}" for label, text in facts.items() if text)
@@ -132,14 +132,16 @@ def parametrize_with_checks(
     """Make a test function run once per check.
 
     Args:
-        subject: ``MODULE:ATTR``; by default the one that ``--glm4ft-subject`` names.
-        expected_failures: check to the reason why it is known to fail, beside those that the subject itself lists.
-        stages: to judge.
-        dtypes: ``fp32`` and ``bf16`` run all checks once on a base in each; by default a base is taken as it is.
+        subject: The subject as ``MODULE:ATTR``; by default the one that ``--glm4ft-subject`` names.
+        expected_failures: Check names mapped to the reason why the check is known to fail, beside those that the
+            subject itself lists.
+        stages: The stages to judge.
+        dtypes: The dtypes of the base, ``fp32`` or ``bf16``; all checks run once in each. By default the base keeps
+            its own.
     Returns:
-        A decorator for a function that takes ``glm4ft_check`` and calls it.
+        A decorator for a function that accepts ``glm4ft_check`` and calls it.
     Raises:
-        ConfigError: if an expected failure names no check.
+        ConfigError: If an expected failure names no check.
     """
     suite, expected = all_checks(), expected_failures or {}
     require_known_checks(expected, suite)
@@ -150,7 +152,7 @@ def parametrize_with_checks(
 
 
 def _show_card(node: pytest.Item, spec: str, result: Result, trial: Trial) -> None:
-    """Once per trial: the other claims that the same run fails have the same card."""
+    """Add the failure card of the overfit run to the test's report, once per trial: all its failures have the same."""
     card = explain_trial(spec, [result], trial)
     if card and not trial.shared.get("card is shown"):
         trial.shared["card is shown"] = True

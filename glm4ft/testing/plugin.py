@@ -1,7 +1,7 @@
-"""The pytest plugin: where a real checkpoint is, which tests need a GPU, what tests have to show beside pass or fail.
+"""The pytest plugin: options for base, subject and GPU, the fixtures of the conformance suite, and a summary.
 
-pytest loads this module in every environment that has glm4ft installed, so it imports nothing heavy: torch only once
-a test marked ``gpu`` has been collected, glm4ft's own modules only inside fixtures and in the summary.
+pytest loads this module in every environment that has glm4ft installed, so it imports nothing heavy: torch only after
+a test marked ``gpu`` has been collected, most of glm4ft only inside fixtures and for the summary.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from glm4ft.testing.session.gpu_lane import Bases
 
 MARKERS = (
-    "gpu: needs a CUDA GPU, is skipped without one; selected by -m gpu",
-    "overfit: trains until a few conversations are known by heart",
+    "gpu: needs a CUDA GPU and is skipped without one; selected by -m gpu",
+    "overfit: trains until a few conversations are memorised",
     "slow: takes longer than ten seconds",
 )
 COLLECTED = pytest.StashKey[Collected]()
@@ -37,12 +37,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
-    """Register the hook that hands on what the tests attached."""
+    """Register the hook that receives everything that tests attached."""
     pluginmanager.add_hookspecs(hooks)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the markers, refuse options that cannot be meant, choose the device before torch looks for one."""
+    """Register the markers, refuse invalid options, and choose the device before torch looks for one."""
     for marker in MARKERS:
         config.addinivalue_line("markers", marker)
     options.require_legal(config)
@@ -57,7 +57,7 @@ def _is_worker(config: pytest.Config) -> bool:
 
 
 def _choose_device(config: pytest.Config) -> None:
-    """Show torch, and with it every trainer under test, the one device that was asked for."""
+    """Make only the requested device visible to torch, and so to every trainer under test."""
     kind, _, number = DEVICE.value(config).partition(":")
     if kind != "cpu" and not number:
         return
@@ -73,7 +73,7 @@ def _choose_device(config: pytest.Config) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
-    """Name each option with its source, and what a run of the gpu lane will judge."""
+    """Show each option with its source and, if gpu tests are selected, which checks the base gets."""
     lines = options.describe(config)
     expression = str(config.getoption("markexpr"))
     if "gpu" in expression and "not gpu" not in expression:
@@ -88,7 +88,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 @pytest.hookimpl(tryfirst=True)  # before xdist starts its workers
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Where a GPU is required, do not begin without one."""
+    """Stop the session before it begins if a GPU is required but missing."""
     config = session.config
     if GPU.value(config) != "require" or _is_worker(config) or config.getoption("collectonly"):
         return
@@ -98,7 +98,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         pytest.exit(reason, returncode=pytest.ExitCode.TESTS_FAILED)
 
 
-@pytest.hookimpl(trylast=True)  # after -m and -k have deselected: who runs no gpu test does not wait for torch
+@pytest.hookimpl(trylast=True)  # after -m and -k have deselected: without a gpu test, torch is not imported
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip the tests marked ``gpu`` where they cannot run."""
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
@@ -111,14 +111,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _why_no_gpu_test(config: pytest.Config) -> str:
     if GPU.value(config) == "never":
         return f"{GPU.flag}=never (from {GPU.source(config)})"
-    if DEVICE.value(config) == "cpu":  # a rehearsal of the lane
+    if DEVICE.value(config) == "cpu":  # the user asked to run the gpu tests on a CPU
         return ""
     found = why_cuda_is_missing()
     return f"needs a CUDA GPU; found {found}" if found else ""
 
 
 def why_cuda_is_missing() -> str:
-    """Why tests cannot run on CUDA, or "" if they can."""
+    """The reason why tests cannot run on CUDA; "" if they can."""
     try:
         import torch
     except ImportError as error:
@@ -132,13 +132,13 @@ def why_cuda_is_missing() -> str:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_call(item: pytest.Item) -> None:
-    """Note on the report that a gpu test ran; whether it skipped itself, the report says."""
+    """Attach to the report that a gpu test ran; the report itself shows whether it skipped itself."""
     if item.get_closest_marker("gpu"):
         item.user_properties.append((GPU_RAN, DEVICE.value(item.config)))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A lane that ran nothing is red, and what was collected goes to whoever wants it."""
+    """Fail the session if a GPU was required but no gpu test ran; pass the attachments to the hook and the report."""
     config = session.config
     collected = config.stash.get(COLLECTED, None)
     if collected is None or config.getoption("collectonly"):
@@ -172,7 +172,7 @@ def pytest_runtest_makereport(
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Verdicts per stage and curves of runs."""
+    """Show the verdict of each subject by stage, the curves of runs, and whether a required gpu test is missing."""
     collected = config.stash.get(COLLECTED, None)
     if collected is None:
         return
@@ -180,7 +180,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if REPORT.value(config) and not config.getoption("collectonly"):
         lines.append(f"report: {Path(REPORT.value(config)) / 'report.html'}")
     if _lane_ran_nothing(config, collected) and not config.getoption("collectonly"):
-        reason = "no test marked gpu ran, so nothing was proven on a GPU"
+        reason = "no test marked gpu ran, so nothing was tested on a GPU"
         lines.append(f"FAILED: {GPU.flag}=require (from {GPU.source(config)}): {reason}")
     if lines:
         terminalreporter.section("glm4ft")
@@ -192,7 +192,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.fixture(scope="session")
 def glm4ft_bases(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bases]:
-    """The base given by ``--glm4ft-model``, in each dtype; what was written goes when the session ends."""
+    """The base given by ``--glm4ft-model`` in each dtype; bases that were written are deleted after the session."""
     from glm4ft.testing.session.gpu_lane import Bases
 
     folder = tmp_path_factory.mktemp("glm4ft-bases")
@@ -202,13 +202,13 @@ def glm4ft_bases(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(scope="session")
 def glm4ft_model(glm4ft_bases: Bases) -> str:
-    """The base given by ``--glm4ft-model``: a folder that exists, or a hub id; the built-in base is written first."""
+    """The base given by ``--glm4ft-model``, by default the built-in one: the path of an existing folder or a hub id."""
     return glm4ft_bases.get()
 
 
 @pytest.fixture(scope="session")
 def glm4ft_tokenizer(pytestconfig: pytest.Config) -> str:
-    """The folder given by ``--glm4ft-tokenizer``; a test that needs one is skipped without it."""
+    """The folder given by ``--glm4ft-tokenizer``; without the option, a test that uses this fixture is skipped."""
     given = TOKENIZER.value(pytestconfig)
     if not given:
         pytest.skip(f"needs a real GLM-4 tokenizer; found neither {TOKENIZER.flag} nor {TOKENIZER.variable}")
@@ -217,9 +217,10 @@ def glm4ft_tokenizer(pytestconfig: pytest.Config) -> str:
 
 @pytest.fixture
 def glm4ft_record_run(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """Attach curves: ``glm4ft_record_run(steps, name="")``, a mapping per step with ``loss`` and ``grad_norm``.
+    """A function ``glm4ft_record_run(steps, name="")`` that attaches a run's curves to the report of the test.
 
-    They are drawn at the end of the session, and handed to ``pytest_glm4ft_collected``.
+    ``steps`` has one mapping per optimizer step with ``loss`` and ``grad_norm``. The curves are drawn at the end of the
+    session and passed to the hook ``pytest_glm4ft_collected``.
     """
 
     def record(steps: Iterable[Mapping[str, Any]], name: str = "") -> None:
@@ -230,7 +231,7 @@ def glm4ft_record_run(request: pytest.FixtureRequest) -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def glm4ft_trials(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory, glm4ft_bases: Bases) -> Trials:
-    """Makes the trial of each subject, once in a session; a check of ``parametrize_with_checks`` needs it."""
+    """The trials of the session, one per subject and dtype; the checks of ``parametrize_with_checks`` use them."""
     from glm4ft.testing.conformance import Trials
 
     folder = tmp_path_factory.mktemp("glm4ft-checks")
@@ -239,6 +240,6 @@ def glm4ft_trials(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture
 def glm4ft_check(request: pytest.FixtureRequest, glm4ft_trials: Trials) -> Callable[[], None]:
-    """A check of the conformance suite, ready to be called; the parameter comes from ``parametrize_with_checks``."""
+    """A function that runs one check of the conformance suite; ``parametrize_with_checks`` chooses the check."""
     bound: BoundCheck = request.param
     return lambda: bound.run(request.node, glm4ft_trials)

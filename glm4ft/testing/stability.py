@@ -1,4 +1,4 @@
-"""Gradient-norm stability, as assertions a user can read."""
+"""Assertions on the stability of gradient norms, with readable messages."""
 
 from __future__ import annotations
 
@@ -9,27 +9,31 @@ from collections.abc import Sequence
 from glm4ft.diagnosis.gradient_norms import WINDOW, spike_ratios
 from glm4ft.testing.replay.tolerances import within
 
-# Largest ratio of healthy overfit runs at 5e-3 on the built-in base: 2.4 on all but two seeds of the many runs of the
-# benign variations, and 5.1 at most (docs/thresholds.md); the limit leaves a factor of 4. A jump as in zai-org/GLM-4
-# issue 342, from 0.01 to 32.75, is three orders of magnitude.
-# At 2e-2 over 150 steps (tests/sweeps/stability_control.py, seeds 0 to 5, 2026-11-25) the right mask shows 1.57, 1.50,
-# 3.28, 1.15, 1.32, 1.52 and the founding bug 27.8, 24.2, 11.2, 1.26, 6.8, 15.6: mostly apart, but no verdict by itself.
+# The largest ratio of a norm to the running median before it. Healthy overfit runs at a learning rate of 5e-3 on the
+# built-in base reach 2.4 on all but two seeds of the many runs of the benign variations, and 5.1 at most
+# (docs/thresholds.md); the limit leaves a factor of 4. A jump as in zai-org/GLM-4 issue 342, from 0.01 to 32.75, is
+# three orders of magnitude.
+# At 2e-2 over 150 steps (tests/sweeps/stability_control.py, seeds 0 to 5, 2026-11-25) the correct mask gives 1.57,
+# 1.50, 3.28, 1.15, 1.32, 1.52 and the founding bug 27.8, 24.2, 11.2, 1.26, 6.8, 15.6: mostly apart, but the ratio alone
+# is no verdict.
 SPIKE_LIMIT = 20.0
-# On an overfit run the norm falls with the loss: to 0.03 of the first step's at a loss of 0.01 (same 8 runs).
+# The largest ratio of the last norm to the first. On an overfit run the norm falls with the loss: to 0.03 of the first
+# step's at a loss of 0.01 (8 healthy runs).
 DECAY_LIMIT = 0.2
 
-# Share of clipped steps on an overfit run at max_grad_norm 1: 0.2 of 60 steps at 5e-3 (same runs).
+# The largest share of clipped steps on an overfit run at max_grad_norm 1; the same healthy runs clipped 0.2 of 60 steps
+# at a learning rate of 5e-3.
 CLIPPED_LIMIT = 0.5
 
 
 def assert_grad_norms_stable(grad_norms: Sequence[float | None], *, spike_limit: float = SPIKE_LIMIT) -> None:
-    """Every norm is finite and none jumps out of its neighbourhood.
+    """Assert that every norm is finite and none is far above those before it.
 
     Args:
-        grad_norms: global L2 norm before clipping, per step; None where it was not finite.
-        spike_limit: largest ratio of a norm to the running median before it.
+        grad_norms: The global L2 norm of the gradient before clipping, per step; None where it was not finite.
+        spike_limit: The largest ratio of a norm to the running median before it.
     Raises:
-        AssertionError: naming the first bad step.
+        AssertionError: If a norm is not finite or too large; the message names the first such step.
     """
     __tracebackhide__ = True
     norms: list[float] = []
@@ -47,13 +51,13 @@ def assert_grad_norms_stable(grad_norms: Sequence[float | None], *, spike_limit:
 
 
 def assert_grad_norms_decay(grad_norms: Sequence[float], *, decay_limit: float = DECAY_LIMIT) -> None:
-    """On an overfit run the gradient dies away with the loss.
+    """Assert that the gradient norm of an overfit run falls with the loss.
 
     Args:
-        grad_norms: global L2 norm before clipping, per step.
-        decay_limit: largest ratio of the last norm to the first.
+        grad_norms: The global L2 norm of the gradient before clipping, per step.
+        decay_limit: The largest ratio of the last norm to the first.
     Raises:
-        AssertionError: with both norms.
+        AssertionError: If the ratio is larger; the message states both norms.
     """
     __tracebackhide__ = True
     first, last = grad_norms[0], grad_norms[-1]
@@ -67,14 +71,14 @@ def assert_grad_norms_decay(grad_norms: Sequence[float], *, decay_limit: float =
 def assert_few_steps_clipped(
     grad_norms: Sequence[float], max_grad_norm: float, *, share_limit: float = CLIPPED_LIMIT
 ) -> None:
-    """Clipping is for the exceptional step; a run that is always clipped trains at another rate than it says.
+    """Assert that only few steps are clipped; clipping every step changes the effective learning rate.
 
     Args:
-        grad_norms: global L2 norm before clipping, per step.
-        max_grad_norm: that they are clipped to; 0 for none.
-        share_limit: largest share of clipped steps.
+        grad_norms: The global L2 norm of the gradient before clipping, per step.
+        max_grad_norm: The norm that gradients are clipped to; 0 for no clipping.
+        share_limit: The largest share of clipped steps.
     Raises:
-        AssertionError: with the share.
+        AssertionError: If the share is larger; the message states it.
     """
     __tracebackhide__ = True
     clipped = sum(norm > max_grad_norm for norm in grad_norms) if max_grad_norm else 0

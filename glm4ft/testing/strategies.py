@@ -1,8 +1,8 @@
-"""Hypothesis strategies for conversations: whatever the data reader accepts, with the text that breaks encoders.
+"""Hypothesis strategies for conversations that the data reader accepts, with text that breaks encoders.
 
-Everything drawn is legal, so that a test needs no ``assume``; the widest legal domain is the default and callers
-narrow it by keyword. The simplest conversation is one user message "a" and one reply "a". Usage errors are raised
-when a value is drawn, as in Hypothesis itself.
+Every drawn value is legal, so a test needs no ``assume``. By default the whole legal domain is drawn; keywords narrow
+it. The simplest conversation is one user message "a" and one reply "a". Usage errors are raised when a value is drawn,
+as in Hypothesis itself.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hypothesis.strategies import SearchStrategy
 
 from glm4ft.data.conversation import Conversation, Message, Role
 
-# Control tokens of the whole GLM-4 family, the ones that only GLM-4.5 knows included.
+# Control tokens of the whole GLM-4 family, including those that only GLM-4.5 has.
 MARKERS = (
     "<|user|>", "<|assistant|>", "<|system|>", "<|observation|>", "<|endoftext|>", "[gMASK]", "<sop>", "[gMASK]<sop>",
     "[MASK]", "[sMASK]", "<eop>", "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>",
@@ -43,22 +43,22 @@ BUILT_IN_TOOLS = ("python", "simple_browser", "cogview")
 
 
 def text_contents() -> SearchStrategy[str]:
-    """Non-empty text of a message: every script, white space of every kind, JSON, and text that imitates markers.
+    """Non-empty texts of a message: many scripts, all kinds of white space, JSON, markers and look-alikes of markers.
 
     Returns:
-        Strings that UTF-8 can encode, from one character to a few thousand.
+        A strategy for strings that UTF-8 can encode, from one character to a few thousand.
     """
     return _joined((*_WHITE_SPACE, *MARKER_LOOK_ALIKES, *MARKERS))
 
 
 def marker_free_contents(*, markers: Iterable[str] = MARKERS) -> SearchStrategy[str]:
-    """As ``text_contents``, but free of markers: what a chat template can render without making control tokens of it.
+    """The texts of ``text_contents`` without markers, so that no chat template turns them into control tokens.
 
     Args:
-        markers: strings that must not occur.
+        markers: The strings that must not occur.
 
     Returns:
-        Strings without any of them.
+        A strategy for strings without any of the markers.
     """
     unwanted = tuple(markers)
     return _joined((*_WHITE_SPACE, *MARKER_LOOK_ALIKES)).filter(lambda text: not _holds(text, unwanted))
@@ -68,10 +68,10 @@ def tool_names(contents: SearchStrategy[str] | None = None) -> SearchStrategy[st
     """Names of tools: identifiers, and any other text of one line that is not blank.
 
     Args:
-        contents: where the other text is taken from; by default ``text_contents()``.
+        contents: The strategy for the other text; by default ``text_contents()``.
 
     Returns:
-        Strings that GLM-4 can write on a header's line.
+        A strategy for strings that fit on the line of a GLM-4 header.
     """
     common = st.sampled_from(["f", "g", "get_weather", "search-web", "查询天气", "a.b"])
     return common | _contents(contents).map(_first_line).filter(bool)
@@ -83,15 +83,15 @@ def tool_definitions(
     names: SearchStrategy[str] | None = None,
     built_in: bool | None = None,
 ) -> SearchStrategy[dict[str, Any]]:
-    """Declared tools, in the form the data reader gives them.
+    """Declared tools, in the form that the data reader returns.
 
     Args:
-        contents: text of descriptions; by default ``text_contents()``.
-        names: of functions; by default ``tool_names(contents)``.
-        built_in: True for the built-in tools of glm-4-9b-chat only, False for functions only, None for both.
+        contents: The strategy for descriptions; by default ``text_contents()``.
+        names: The strategy for names of functions; by default ``tool_names(contents)``.
+        built_in: True for only the built-in tools of glm-4-9b-chat, False for only functions, None for both.
 
     Returns:
-        Objects with ``type`` and, for a function, ``function``.
+        A strategy for objects with ``type`` and, for a function, ``function``.
     """
     texts = _contents(contents)
     values = st.sampled_from([0, -1, 0.1, 1e300, True, {}, {"a": [None]}]) | texts
@@ -112,15 +112,15 @@ def tool_calls(
     names: SearchStrategy[str] | None = None,
     loss: bool | None = None,
 ) -> SearchStrategy[Message]:
-    """Assistant messages that call a tool, with JSON or any other text (code, say) as arguments.
+    """Assistant messages that call a tool, with JSON or any other text (such as code) as arguments.
 
     Args:
-        contents: texts within the arguments; by default ``text_contents()``.
-        names: of the tools; by default ``tool_names(contents)``.
-        loss: the loss flag; None for either.
+        contents: The strategy for texts within the arguments; by default ``text_contents()``.
+        names: The strategy for names of tools; by default ``tool_names(contents)``.
+        loss: The loss flag of the messages; None for either.
 
     Returns:
-        Messages whose ``metadata`` is not empty.
+        A strategy for messages whose ``metadata`` is not empty.
     """
     texts = _contents(contents)
     arguments = st.just("{}") | st.dictionaries(st.sampled_from(["x", "城市"]), texts).map(_as_json) | texts
@@ -146,23 +146,24 @@ def conversations(
     loss: bool | None = None,
     nonstop_terminators: bool = False,
 ) -> Conversation:
-    """Conversations of any order of roles that the reader accepts and every chat format can encode.
+    """Conversations with any order of roles that the reader accepts and every chat format can encode.
 
     Args:
-        draw: given by Hypothesis.
-        contents: every text in it; by default ``text_contents()``.
-        min_turns: fewest assistant messages, at least 1.
-        max_turns: most assistant messages.
+        draw: The function that Hypothesis passes to draw values.
+        contents: The strategy for every text in a conversation; by default ``text_contents()``.
+        min_turns: The smallest number of assistant messages, at least 1.
+        max_turns: The largest number of assistant messages.
         tools: True if tools are declared, and perhaps called; False if not; None for either.
         system: True if the conversation begins with system messages, False if not, None for either.
-        late_system: whether system messages may stand further down, where an assistant turn has no part in it.
+        late_system: Whether system messages may also come later; directly after an assistant message only with
+            ``nonstop_terminators``.
         trailing: True if messages follow the last assistant message, False if not, None for either.
-        loss: the loss flag of all assistant messages; None for any mixture.
-        nonstop_terminators: whether an assistant message may be followed by an assistant or a system message, whose
+        loss: The loss flag of all assistant messages; None for any mixture.
+        nonstop_terminators: Whether an assistant message may be followed by an assistant or a system message, whose
             header is not a stop token. Chat formats refuse that by default.
 
     Returns:
-        Conversations with ``min_turns`` to ``max_turns`` assistant messages.
+        A strategy for conversations with ``min_turns`` to ``max_turns`` assistant messages.
     """
     if not 1 <= min_turns <= max_turns:
         raise InvalidArgument(f"1 <= min_turns <= max_turns is needed, not {min_turns=}, {max_turns=}")
@@ -187,10 +188,10 @@ def conversations(
 
 @functools.lru_cache(maxsize=32)
 def _steps(contents: SearchStrategy[str], loss: bool | None, calls: bool) -> SearchStrategy[list[Message]]:
-    """Messages without regard to their order, in proportions that make every pattern likely once they are put right.
+    """Messages in any order, in proportions that make every pattern likely after ``_Rules.legalised``.
 
-    Drawn that way, Hypothesis can leave out any one of them when it shrinks; an exchange of several messages is more
-    than it removes in one go. Metadata that is a number stands for a declared tool.
+    Because they are drawn one by one, Hypothesis can remove each message alone when it shrinks; it does not remove an
+    exchange of several messages at once. Metadata that is a number stands for a declared tool.
     """
     roles: tuple[Role, ...] = ("user", "system", "observation", "observation")
     contexts = [contents.map(functools.partial(Message, role)) for role in roles]
@@ -213,7 +214,7 @@ def _replies(contents: SearchStrategy[str], loss: bool | None) -> SearchStrategy
 
 
 def _resolved(message: Message, declared: list[dict[str, Any]]) -> Message:
-    """A call of a declared tool where a number stands for it."""
+    """The message, with the name of a declared tool in place of the number that stands for it."""
     if not message.metadata.isdecimal():
         return message
     tool = declared[int(message.metadata) % len(declared)]
@@ -222,20 +223,20 @@ def _resolved(message: Message, declared: list[dict[str, Any]]) -> Message:
 
 @dataclass(frozen=True)
 class _Rules:
-    """Which message may follow which, under the options of ``conversations``."""
+    """The rules for which message may follow which, under the options of ``conversations``."""
 
     max_turns: int
     late_system: bool
     nonstop: bool
-    may_open: bool  # with a system message
+    may_open: bool  # whether the conversation may begin with a system message
 
     def legalised(self, steps: list[Message], may_speak_first: bool) -> list[Message]:
-        """The same texts in the same order, with another role where theirs may not stand; no call that may not."""
+        """Make the order of roles legal: a message in an illegal role gets another one, an illegal call is dropped."""
         messages: list[Message] = []
         for step in steps:
             if self._may_follow(messages, step, may_speak_first):
                 messages.append(step)
-            elif not step.is_call:  # what a call says is made of arguments, not of contents
+            elif not step.is_call:  # the text of a call consists of arguments, not of contents
                 answers_a_call = bool(messages) and messages[-1].is_call and step.role == "assistant"
                 messages.append(Message("observation" if answers_a_call else "user", step.content))
         return messages
@@ -270,7 +271,7 @@ def _flags(wanted: bool | None) -> SearchStrategy[bool]:
 
 @functools.cache
 def _joined(odd: tuple[str, ...]) -> SearchStrategy[str]:
-    """Whole fragments, and fragments and free text put together: anything odd stands at every place of a text."""
+    """Single fragments, and fragments joined with free text, so that odd text occurs at every position."""
     fragments = st.sampled_from(_TEXTS) | st.sampled_from(odd)
     return fragments | st.lists(fragments | st.text(min_size=1, max_size=6), min_size=1, max_size=5).map("".join)
 
@@ -284,7 +285,7 @@ def _holds(text: str, markers: Iterable[str]) -> bool:
 
 
 def _first_line(text: str) -> str:
-    """The first line if it can name a tool, else "": the reader refuses blank names and every kind of line break."""
+    """The first line if it can name a tool, else ""; the reader refuses blank names and names with line breaks."""
     line = (text.splitlines() or [""])[0]
     return line if line.strip() else ""
 

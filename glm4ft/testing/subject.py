@@ -1,46 +1,47 @@
-"""What a fine-tuning pipeline has to offer to be put on trial.
+"""The interface of a subject: the members that a fine-tuning pipeline provides so that the checks can judge it.
 
-A *subject* is any object with the members below; no type of ours has to be imported to write one. Its parts are found
-by presence: a check that needs a part the subject lacks is skipped and counted. Named ``MODULE:ATTR`` on the command
-line, the attribute is a subject, or a function that is given ``base_dir`` and returns one.
+A *subject* is any object with the members below; no type of glm4ft has to be imported to write one. Members are
+detected by their presence: a check that needs one the subject lacks is skipped and counted. In ``MODULE:ATTR`` on the
+command line, the attribute is a subject, or a function or class that is called with ``base_dir`` and returns one.
 
 Required
-    ``name``: shown in reports.
+    ``name``: the name that reports show.
     ``tokenizer``: a transformers tokenizer.
-    ``encode(messages, tools=None)``: ``{"input_ids": [...], "labels": [...]}``, plain lists, labels unshifted, -100
-    where a token is not supervised.
+    ``encode(messages, tools=None)``: returns ``{"input_ids": [...], "labels": [...]}``, plain lists, labels unshifted,
+    -100 where a token is not supervised.
 
 Optional
     ``chat_format``: ``"glm-4-9b-chat"`` or ``"glm-4-0414"``; without it only rules that hold for every template apply.
-    ``stop_ids``: ids that end generation.
-    ``prompt(messages, tools=None)``: ids that serving sends for the next assistant turn.
-    ``collate(rows)``: a batch of tensors from what ``encode`` returned.
-    ``build_model(base_dir, seed)``: the base with adapters attached, on its device.
-    ``lora``: what the user asked for, by peft's names (``r``, ``lora_alpha``, ``target_modules``, ``use_rslora``,
-    ``rank_pattern``, ``alpha_pattern``, ``layers_to_transform``); without it the model's own configuration is believed.
+    ``stop_ids``: the ids that end generation.
+    ``prompt(messages, tools=None)``: returns the ids that serving sends for the next assistant turn.
+    ``collate(rows)``: returns a batch of tensors from rows that ``encode`` returned.
+    ``build_model(base_dir, seed)``: returns the base with adapters attached, on its device.
+    ``lora``: the LoRA options that the user requested, by peft's names (``r``, ``lora_alpha``, ``target_modules``,
+    ``use_rslora``, ``rank_pattern``, ``alpha_pattern``, ``layers_to_transform``); without it they are read from the
+    model's own configuration.
     ``train(model, conversations, plan)``: trains in place. A conversation is ``{"messages": [...], "tools": [...]}``.
-    ``plan["seed"]`` seeds all its random numbers: checks of what a save, an evaluation or a resume changes put dropout
-    on the embeddings from outside, and give it up where two such runs are not the same.
+    ``plan["seed"]`` seeds all its random numbers: to see whether a save, an evaluation or a resume changes a run,
+    checks apply dropout to the embeddings with hooks, unless two such runs differ anyway.
     It may return its log: a mapping per optimizer step with any of ``step``, ``loss``, ``grad_norm`` (before clipping),
-    ``learning_rate``, and ``eval_loss`` where it evaluated. Logged figures are not judged without it.
+    ``learning_rate``, and ``eval_loss`` where it evaluated. Without a log, logged figures are not judged.
     ``distributed``: True if ``train`` can run as one of several processes in the environment that torchrun sets
-    (``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR``, ...), where it joins the process group by itself, on a CPU with gloo.
+    (``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR``, ...), where it joins the process group itself, on a CPU with gloo.
     ``micro_batch_size`` and ``accumulation`` are then those of one process.
-    ``evaluate(model, conversations)``: the mean loss over all supervised tokens, or ``{"loss": ..., "accuracy": ...}``,
-    the accuracy being the share of supervised tokens that are the likeliest.
-    ``generate(model, messages, tools, max_new_tokens)``: the new ids of the next assistant turn, decoded greedily by
-    the subject's own inference path; the stop id included if one came.
-    ``save(model, folder)``, ``load(base_dir, folder)``: an adapter to disk and back.
-    ``merge(base_dir, folder, output)``: a merged checkpoint from a base and a saved adapter.
-    ``expected_failures``: check to the reason why the pipeline is known to fail it, with the evidence. An entry whose
-    check passes is a failure, so that it goes when the fault does.
+    ``evaluate(model, conversations)``: returns the mean loss over all supervised tokens, or ``{"loss": ..., "accuracy":
+    ...}``, the accuracy being the share of supervised tokens to which the model gives the highest probability.
+    ``generate(model, messages, tools, max_new_tokens)``: returns the new ids of the next assistant turn, decoded
+    greedily by the subject's own inference path, including the stop id if one was generated.
+    ``save(model, folder)``, ``load(base_dir, folder)``: write an adapter, and return the base with the saved adapter.
+    ``merge(base_dir, folder, output)``: writes a merged checkpoint from a base and a saved adapter.
+    ``expected_failures``: check names mapped to the reason why the pipeline is known to fail the check, with the
+    evidence. If the check passes, that is a failure, so outdated entries are noticed.
 
-A member that raises ``NotImplementedError`` says that the pipeline does not offer what it was asked for: a conversation
-that it refuses or drops is left out, and a check that cannot do without is skipped, with the error's message.
+A member that raises ``NotImplementedError`` states that the pipeline does not offer what was requested: a conversation
+that it refuses or drops is left out, and a check that cannot run without it is skipped, with the error's message.
 
 ``base_dir`` is a Hugging Face model folder that the harness wrote, so the harness knows the base and can load it on
 its own. ``plan`` is a plain mapping with the keys of :data:`PLAN`. Checkpoints are folders ``checkpoint-<step>`` below
-its ``output_dir``. With ``eval_every`` it is the training conversations that are evaluated, in whatever batches.
+its ``output_dir``. With ``eval_every``, the training conversations are evaluated, in batches of any kind.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ PLAN: Mapping[str, Any] = {
     "steps": 10,  # optimizer steps
     "micro_batch_size": 2,  # rows in one forward pass
     "accumulation": 1,  # forward passes per optimizer step
-    "learning_rate": 5e-3,
+    "learning_rate": 5e-3,  # the peak
     "schedule": "constant",  # or "linear", "cosine"
     "warmup_steps": 0,
     "max_grad_norm": 1.0,  # 0: no clipping
@@ -80,7 +81,7 @@ PLAN: Mapping[str, Any] = {
     "save_every": 0,  # steps between checkpoints in output_dir; 0: none. All of them are kept.
     "resume_from": None,  # a checkpoint to continue from, in another output_dir
 }
-# Adapters of this package for what it does not install.
+# How to install the libraries that this package's own subjects need but it does not depend on, by module.
 PEER_ENVIRONMENTS = {
     "trl": "pip install 'glm4ft[peers]', or tox run -e trl",
     "llamafactory": "tox run -e llamafactory",
@@ -89,10 +90,10 @@ PEER_ENVIRONMENTS = {
 
 
 def make_plan(**changes: Any) -> dict[str, Any]:
-    """A plan with some keys changed.
+    """Make a plan: the standard one with some keys changed.
 
     Raises:
-        ConfigError: if a key is not one of a plan's.
+        ConfigError: If a plan has no such key.
     """
     for key in changes:
         if key not in PLAN:
@@ -101,15 +102,15 @@ def make_plan(**changes: Any) -> dict[str, Any]:
 
 
 def load_subject(spec: str, base_dir: Path) -> Any:
-    """Find a subject by name.
+    """Load a subject by name.
 
     Args:
-        spec: ``MODULE:ATTR``; modules of the working directory are found too.
-        base_dir: given to the attribute if it is a function.
+        spec: The subject as ``MODULE:ATTR``; modules in the working directory are found too.
+        base_dir: The model folder of the base, passed to the attribute if that is a function or class.
     Returns:
         The subject.
     Raises:
-        ConfigError: if there is no such attribute, or it is no subject.
+        ConfigError: If the attribute cannot be imported, or is not a subject.
     """
     module_name, colon, attribute = spec.partition(":")
     if not (module_name and colon and attribute):
@@ -136,14 +137,14 @@ def _how_to_import(module: str) -> str:
     package, _, name = module.rpartition(".")
     if package == "glm4ft.testing.subjects" and name in PEER_ENVIRONMENTS:
         return f"it needs an environment of its own: {PEER_ENVIRONMENTS[name]}"
-    return f"see what `python -c 'import {module}'` says here; modules of the working directory are found"
+    return f"run `python -c 'import {module}'` here to see the cause; modules in the working directory are found"
 
 
 def require_subject(subject: Any, spec: str = "") -> None:
-    """Refuse an object that lacks a required member.
+    """Refuse an object that lacks a required member of a subject.
 
     Raises:
-        ConfigError: naming what is missing.
+        ConfigError: If a member is missing; the message names it.
     """
     missing = [name for name in REQUIRED if getattr(subject, name, None) is None]
     if missing:
@@ -157,5 +158,5 @@ def require_subject(subject: Any, spec: str = "") -> None:
 
 
 def parts(subject: Any) -> frozenset[str]:
-    """The members a subject has, required and optional; ``distributed`` only counts if it is true."""
+    """The names of the members that a subject has, required and optional; ``distributed`` only if it is true."""
     return frozenset(name for name in (*REQUIRED, *OPTIONAL) if getattr(subject, name, None) not in (None, False))

@@ -23,7 +23,7 @@ from glm4ft.testing.conformance import parametrize_with_checks
 @parametrize_with_checks({arguments})
 def test_conformance(glm4ft_check): glm4ft_check()
 """
-# trains every token but the first, and breaks down where it is to build a model
+# a subject that trains every token but the first, and raises an error where it should build a model
 SUBJECT = """
 from types import SimpleNamespace
 from glm4ft.model.tiny import tiny_tokenizer
@@ -63,14 +63,14 @@ def test_every_check_is_a_test_with_its_stage_and_name(pytester: pytest.Pytester
 
 
 def test_a_failed_check_is_explained_in_a_section(pytester: pytest.Pytester) -> None:
-    """What it claims, which incident motivates it, and no traceback through the harness."""
+    """The section has the claim, the incident that motivates the check, and no traceback through the harness."""
     result = run(pytester, "'bad_pipeline:subject', stages=['rows']", "-k", MASK)
     result.assert_outcomes(failed=1, deselected=len([c for c in all_checks() if c.stage == "rows"]) - 1)
     result.stdout.fnmatch_lines(
         [
             "conversation 1 (reply), wrong labels: *",
             f"*glm4ft: rows, {MASK}*",
-            "claim:    All that follows*",
+            "claim:    Exactly the tokens after*",
             "incident: GLM-4 issue 342*",
             "subject:  bad_pipeline:subject",
             "bad_pipeline:subject: rows failed",
@@ -113,7 +113,7 @@ def test_the_command_line_names_the_subject_of_a_suite_that_names_none(pytester:
 
 
 def test_text_of_conversations_reaches_no_log_as_it_is(pytester: pytest.Pytester) -> None:
-    """A terminal obeys escape sequences, a CI runner lines that begin with two colons."""
+    """Escape sequences would act on a terminal, and lines that begin with two colons on a CI runner."""
     pytester.makepyfile(bad_pipeline=SUBJECT.replace('KeyError("lora")', 'NotImplementedError("a \\x1b[31m\\n::stop")'))
     result = run(pytester, "'bad_pipeline:subject', stages=['update']", "-rs")
     result.stdout.fnmatch_lines(["SKIPPED*does not offer this: a \\x1b*31m"])

@@ -1,4 +1,4 @@
-"""Faults that leave their trace in a run on the disk are explained from it; the whole list is a sweep.
+"""Faults that are visible in the files of a run are explained from these files; the whole list is a sweep.
 
 Run: pytest tests/testing/test_explained_faults.py        (all: python tests/sweeps/explain_faults.py)
 """

@@ -40,7 +40,7 @@ def minimal(strategy: SearchStrategy[T], condition: Callable[[T], bool] = lambda
 
 
 def never_drawn(strategy: SearchStrategy[T], conditions: dict[str, Callable[[T], bool]]) -> set[str]:
-    """Names of the conditions that none of up to 10,000 examples meets; drawing stops once all of them are met."""
+    """The names of the conditions that none of up to 10,000 examples meets; drawing stops once all are met."""
     left = dict(conditions)
 
     def all_are_met(value: T) -> bool:
@@ -210,7 +210,7 @@ def test_the_simplest_part_is_short(strategy: SearchStrategy[Any], simplest: Any
 
 
 def test_a_found_text_shrinks_to_three_messages() -> None:
-    """Messages around it go away, and what stays becomes trivial."""
+    """Shrinking removes the messages around the marker and makes the remaining ones trivial."""
     found = minimal(conversations(), CONVERSATIONS["marker-in-an-observation"])
     assert letters(found) in ("uro", "uco")
     assert found.messages[0].content == "a"

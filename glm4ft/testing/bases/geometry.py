@@ -1,4 +1,4 @@
-"""The true geometries of GLM-4 checkpoints, and how many parameters a configuration has; no torch needed."""
+"""The geometries of the published GLM-4 checkpoints, and their numbers of parameters; needs no torch."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ GEOMETRIES: Mapping[str, Mapping[str, Any]] = {
 
 
 def geometry(spec: str) -> dict[str, Any]:
-    """The geometry that ``random:NAME`` stands for.
+    """The geometry that ``random:NAME`` names, as values of ``config.json``.
 
     Raises:
-        ConfigError: if there is none of this name.
+        ConfigError: If there is no geometry of this name.
     """
     name = spec.removeprefix(RANDOM_PREFIX)
     if name not in GEOMETRIES:
@@ -59,10 +59,10 @@ def geometry(spec: str) -> dict[str, Any]:
 
 
 def num_parameters(config: Mapping[str, Any]) -> int:
-    """Parameters of a dense GLM-4 with untied embeddings.
+    """The number of parameters of a dense GLM-4 with untied embeddings.
 
     Args:
-        config: values of ``config.json``.
+        config: The values of ``config.json``, with the model class as ``architecture``.
     """
     hidden, heads, head_dim = (config[key] for key in ("hidden_size", "num_attention_heads", "head_dim"))
     query, key_value = heads * head_dim, config["num_key_value_heads"] * head_dim
@@ -74,12 +74,12 @@ def num_parameters(config: Mapping[str, Any]) -> int:
 
 
 def size_of(spec: str) -> float:
-    """Parameters of a base, as far as that is known without a download.
+    """The number of parameters of a base, as far as it is known without a download.
 
     Args:
-        spec: ``tiny``, ``random:NAME``, a folder or a hub id, as for ``--glm4ft-model``.
+        spec: The base, as for ``--glm4ft-model``: ``tiny``, ``random:NAME``, a folder or a hub id.
     Returns:
-        The number; infinite for a hub id, and for a folder whose configuration does not tell.
+        The number; 0 for ``tiny``, infinite for a hub id and for a folder whose configuration does not determine it.
     """
     if spec == "tiny":
         return 0

@@ -1,8 +1,9 @@
-"""Bases of the true geometry with constructed weights: the size of a checkpoint without the checkpoint.
+"""Writes bases that have the geometry of a published checkpoint but constructed weights, so none is downloaded.
 
 The recipe is that of the built-in base (``glm4ft.model.tiny``), shared head rows included, so that a wrong mask is as
-visible on them. Head rows shrink with the root of the width, so that logits spread as on the built-in base: rows of one
-scale would spread those of a base 4,096 wide 5.7 times as far, and its first loss would be the distance of the largest.
+visible on them. Head rows are scaled by one over the root of the hidden size, so that the logits spread as on the
+built-in base: at a fixed scale, those of a base 4,096 wide would spread 5.7 times as far, and its first loss would be
+the distance to the largest logit.
 """
 
 from __future__ import annotations
@@ -19,17 +20,17 @@ from glm4ft.model.base_model import MODEL_CLASSES
 from glm4ft.model.tiny import STOP_TOKENS, constructed_weights, never_sampled_ids, tiny_tokenizer
 from glm4ft.testing.bases.geometry import geometry
 
-# GLM-4 ends its vocabulary with 209 rows for no token: ids 151,343 to 151,551.
+# The number of rows at the end of GLM-4's vocabulary that belong to no token: ids 151,343 to 151,551.
 NUM_PADDING_IDS = 209
 
 
 def random_config(spec: str, tokenizer: PreTrainedTokenizerBase, **changes: Any) -> PreTrainedConfig:
-    """The configuration of a geometry.
+    """The transformers configuration of a geometry.
 
     Args:
-        spec: ``random:NAME``.
-        tokenizer: whose stop and pad tokens it names.
-        **changes: of the geometry, in the names of ``config.json``, for a smaller copy.
+        spec: The base as ``random:NAME``.
+        tokenizer: The tokenizer whose stop and pad tokens the configuration names.
+        **changes: The changes of the geometry, by the names of ``config.json``, for a smaller copy.
     """
     values: dict[str, Any] = {**geometry(spec), **changes}
     architecture, theta = values.pop("architecture"), values.pop("rope_theta")
@@ -48,15 +49,15 @@ def random_config(spec: str, tokenizer: PreTrainedTokenizerBase, **changes: Any)
 def write_random_base(
     spec: str, folder: Path, *, dtype: torch.dtype, tokenizer: Any = None, seed: int = 0, **changes: Any
 ) -> Path:
-    """Write a base of a true geometry in the file layout of a checkpoint.
+    """Write a base with the geometry of a published checkpoint, in a checkpoint's file layout.
 
     Args:
-        spec: ``random:NAME``.
-        folder: is created.
-        dtype: of the stored weights; each tensor is drawn in fp32 and rounded.
-        tokenizer: a real GLM-4 one; by default the built-in one, whose ids use the first rows of the vocabulary.
-        seed: of the weights.
-        **changes: of the geometry, for a smaller copy.
+        spec: The base as ``random:NAME``.
+        folder: The folder to create and write to.
+        dtype: The dtype of the stored weights; each tensor is drawn in fp32 and rounded.
+        tokenizer: A real GLM-4 tokenizer; by default the built-in one, whose ids use the first rows of the vocabulary.
+        seed: The seed of the weights.
+        **changes: The changes of the geometry, by the names of ``config.json``, for a smaller copy.
     Returns:
         The folder.
     """

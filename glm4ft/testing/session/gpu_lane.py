@@ -1,6 +1,6 @@
-"""The base that tests run on, and what they judge on one of the true size.
+"""The base that tests run on, and the reduced set of checks for a base of the true size.
 
-The header of a test run asks here, so nothing heavy is imported before a base is written.
+The header of every test run imports this module, so heavy imports wait until a base is written.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from typing import Any
 from glm4ft.testing.bases.geometry import RANDOM_PREFIX, size_of
 
 TINY = "tiny"
-# From this many parameters on, a run loads gigabytes, and a GPU of 80 GB holds one model beside the specification.
+# The number of parameters from which a base counts as large: a run then loads gigabytes, and a GPU of 80 GB holds only
+# one model beside the specification.
 LARGE = 1e9
 
-# What is judged on a large base. The other checks would need further runs, a second model or processes of their own,
-# and what they find does not depend on the size.
+# The checks that run on a large base. The others would need further runs, a second model or several processes, and
+# their results do not depend on the size.
 REDUCED = frozenset(
     {
         "lists_have_one_length_and_labels_equal_ids_where_supervised",
@@ -53,28 +54,29 @@ REDUCED = frozenset(
         "gradient_norms_are_stable",
     }
 )
-# Rate and steps for a large base. A rate of 1e-3 learns the two conversations by heart in 37 steps at hidden 512 with
-# 8 layers (random:glm-4-9b-0414 scaled down, x86-64 CPU, 2026-11-25); at the true size this is not measured yet.
+# The learning rate and the steps of the overfit run for a large base. A learning rate of 1e-3 memorises the two
+# conversations in 37 steps at hidden size 512 with 8 layers (random:glm-4-9b-0414 scaled down, x86-64 CPU, 2026-11-25);
+# at the true size this is not measured yet.
 LARGE_PLAN: Mapping[str, Any] = {"learning_rate": 1e-3}
 LARGE_OVERFIT_STEPS = 150
 
 
 def is_large(spec: str) -> bool:
-    """Whether a base gets the reduced set of checks.
+    """Whether a base is so large that it gets the reduced set of checks.
 
     Args:
-        spec: of the base, as for ``--glm4ft-model``.
+        spec: The base, as for ``--glm4ft-model``.
     """
     return size_of(spec) >= LARGE
 
 
 def why_left_out(spec: str, check: str, dtype: str) -> str:
-    """Why a check is left out on a base, or "" if it runs.
+    """The reason why a check is left out on a base; "" if it runs.
 
     Args:
-        spec: of the base, as for ``--glm4ft-model``.
-        check: its name.
-        dtype: ``bf16`` or ``fp32``; "" for the base as it is.
+        spec: The base, as for ``--glm4ft-model``.
+        check: The name of the check.
+        dtype: The requested dtype, ``bf16`` or ``fp32``; "" for that of the base.
     """
     if is_large(spec) and check not in REDUCED:
         return f"not in the reduced set, which {spec} gets for its size"
@@ -85,7 +87,7 @@ def why_left_out(spec: str, check: str, dtype: str) -> str:
 
 
 def stored_dtype(spec: str) -> str:
-    """``bf16`` or ``fp32`` for a checkpoint's folder; "" for a base that is yet to be written, and for a hub id."""
+    """The dtype of a checkpoint's folder, ``bf16`` or ``fp32``; "" for a base that is not written yet or a hub id."""
     config = Path(spec).expanduser() / "config.json"
     if not config.is_file():
         return ""
@@ -94,7 +96,7 @@ def stored_dtype(spec: str) -> str:
 
 
 def describe_lane(spec: str) -> str:
-    """One line on what is judged on a base: the full set of checks or the reduced one."""
+    """One line that states whether a base gets the full or the reduced set of checks."""
     if not is_large(spec):
         return f"full set of checks on {spec}"
     size = size_of(spec)
@@ -103,11 +105,11 @@ def describe_lane(spec: str) -> str:
 
 
 class Bases:
-    """The base of a session in each dtype that tests ask for, written once.
+    """The base of a session, written once for each dtype that tests request.
 
     Args:
-        spec: ``tiny``, ``random:NAME``, a folder or a hub id.
-        folder: for what has to be written; it is created.
+        spec: The base: ``tiny``, ``random:NAME``, a folder or a hub id.
+        folder: The folder for the bases that are written; it is created.
     """
 
     def __init__(self, spec: str, folder: Path) -> None:
@@ -117,10 +119,10 @@ class Bases:
         """Make the base available.
 
         Args:
-            dtype: ``bf16`` or ``fp32``, of what is written, by default fp32, and bf16 for a large base; a checkpoint
-                stays as it is.
+            dtype: The dtype of a base that is written, ``bf16`` or ``fp32``; by default fp32, or bf16 for a large base.
+                A checkpoint keeps its own.
         Returns:
-            A folder; or the hub id, which is downloaded by whoever loads it.
+            The folder of the base; or the hub id, which is downloaded when it is loaded.
         """
         if self.spec != TINY and not self.spec.startswith(RANDOM_PREFIX):
             return self.spec

@@ -1,4 +1,4 @@
-"""Hooks that the plugin calls; a conftest.py or another plugin may implement them."""
+"""The hooks that the plugin calls; a conftest.py or another plugin may implement them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import pytest
 def pytest_glm4ft_collected(
     config: pytest.Config, checks: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]]
 ) -> None:
-    """Everything that tests attached, once, at the end of the session; under xdist on the controller alone.
+    """Receive everything that tests attached, once, at the end of the session; under xdist only on the controller.
 
     Args:
-        config: of the session.
-        checks: of the conformance suite, in the order in which they ended: ``subject``, ``check``, ``stage``,
-            ``status``, ``message`` and ``seconds`` as ``glm4ft check`` has them, ``dtype`` where the suite runs in
-            several, else "", and ``test``, the node id; with one that failed ``supervised``, what the subject trains.
-        runs: recorded by ``glm4ft_record_run``: ``test``, ``name``, and the equally long lists ``loss`` and
-            ``grad_norm`` with an entry per optimizer step, None where a value was not finite.
+        config: The configuration of the session.
+        checks: The results of the conformance suite, in the order in which the checks ended. Each has ``subject``,
+            ``check``, ``stage``, ``status``, ``message`` and ``seconds`` as in ``glm4ft check --json``; ``dtype``, ""
+            unless the suite runs in several; ``test``, the node id; and, if the check failed, ``supervised``, a
+            sentence on which tokens the subject trains.
+        runs: The runs recorded by ``glm4ft_record_run``. Each has ``test``, ``name``, and the equally long lists
+            ``loss`` and ``grad_norm`` with one entry per optimizer step, None for a value that was not finite.
     """

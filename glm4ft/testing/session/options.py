@@ -1,4 +1,4 @@
-"""The plugin's options, and where the value of each came from: command line, environment, ini file or default."""
+"""The plugin's options, and the source of each value: command line, environment, ini file or default."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Option:
     """An option that is looked up on the command line, then in the environment, then in the ini file.
 
     Args:
-        name: without the prefix that all of ours have.
-        metavar: of the value.
-        default: the value where none is given; "" for none.
-        help: for ``pytest --help``.
+        name: The name of the option without the prefix ``glm4ft``.
+        metavar: The placeholder of the value in the help text.
+        default: The value if none is given; "" for no value.
+        help: The help text for ``pytest --help``.
     """
 
     name: str
@@ -33,21 +33,21 @@ class Option:
 
     @property
     def flag(self) -> str:
-        """As the command line has it."""
+        """The name of the option on the command line."""
         return f"--glm4ft-{self.name}"
 
     @property
     def variable(self) -> str:
-        """As the environment has it."""
+        """The name of the option's environment variable."""
         return f"GLM4FT_{self.name.upper()}"
 
     @property
     def ini(self) -> str:
-        """As the ini file has it."""
+        """The name of the option's key in the ini file."""
         return f"glm4ft_{self.name}"
 
     def register(self, parser: pytest.Parser) -> None:
-        """Make the option known to pytest."""
+        """Register the option with pytest."""
         group = parser.getgroup("glm4ft", "GLM-4 fine-tuning")
         text = f"{self.help} (environment: {self.variable}, ini: {self.ini}, default: {self.default or 'none'})"
         group.addoption(self.flag, metavar=self.metavar, help=text)
@@ -58,29 +58,38 @@ class Option:
         return self._found(config)[0]
 
     def source(self, config: pytest.Config) -> str:
-        """Where the value came from: the flag, the variable, the ini key, or ``default``."""
+        """The source of the value: the flag, the environment variable, the ini key, or ``default``."""
         return self._found(config)[1]
 
     def _found(self, config: pytest.Config) -> tuple[str, str]:
-        places = (
+        sources = (
             (config.getoption(self.flag), self.flag),
             (os.environ.get(self.variable), self.variable),
             (config.getini(self.ini), f"{self.ini} in {config.inipath.name if config.inipath else 'ini'}"),
         )
-        return next(((str(value), place) for value, place in places if value), (self.default, "default"))
+        return next(((str(value), source) for value, source in sources if value), (self.default, "default"))
 
 
-MODEL = Option("model", "BASE", "tiny", "base of the tests that need a model: folder, hub id, tiny or random:glm-4-9b")
-TOKENIZER = Option("tokenizer", "PATH", "", "folder of a real GLM-4 tokenizer: one more lane of the format tests")
-SUBJECT = Option("subject", "MODULE:ATTR", OWN_SUBJECT, "pipeline that parametrize_with_checks() puts on trial")
-DEVICE = Option("device", "DEVICE", "auto", "cpu, cuda or cuda:N; a gpu test runs on cpu only where this says so")
-GPU = Option("gpu", "|".join(GPU_MODES), "auto", "require: fail without a GPU, or if no gpu test ran; never: skip them")
-REPORT = Option("report", "DIR", "", "write report.html and summary.md of the session into this folder")
+MODEL = Option(
+    "model", "BASE", "tiny", "base model for the tests that need one: a folder, a hub id, tiny, or random:glm-4-9b"
+)
+TOKENIZER = Option(
+    "tokenizer", "PATH", "", "folder of a real GLM-4 tokenizer, on which the format tests then run as well"
+)
+SUBJECT = Option("subject", "MODULE:ATTR", OWN_SUBJECT, "pipeline for a parametrize_with_checks() that names none")
+DEVICE = Option("device", "DEVICE", "auto", "cpu, cuda or cuda:N; tests marked gpu run on a CPU only with cpu")
+GPU = Option(
+    "gpu",
+    "|".join(GPU_MODES),
+    "auto",
+    "tests marked gpu: auto skips them without a GPU, require fails without a GPU or if none ran, never skips them",
+)
+REPORT = Option("report", "DIR", "", "folder into which report.html and summary.md of the session are written")
 OPTIONS = (MODEL, TOKENIZER, SUBJECT, DEVICE, GPU, REPORT)
 
 
 def describe(config: pytest.Config) -> list[str]:
-    """Lines for the header of a test run: each option with its value and its source."""
+    """The lines for the header of a test run: each option with its value and its source."""
     given = [option for option in OPTIONS if option.source(config) != "default"]
     lines = [f"glm4ft: {option.name}={option.value(config)} (from {option.source(config)})" for option in given]
     rest = [f"{option.name}={option.value(config) or 'none'}" for option in OPTIONS if option not in given]
@@ -88,10 +97,10 @@ def describe(config: pytest.Config) -> list[str]:
 
 
 def require_legal(config: pytest.Config) -> None:
-    """Refuse values that no test could be run with.
+    """Refuse values of options that no test could run with.
 
     Raises:
-        pytest.UsageError: with the mistake, what it would lead to, and what to do.
+        pytest.UsageError: If a value is refused; the message states the mistake and what to give instead.
     """
     _require_equals_signs(config)
     if GPU.value(config) not in GPU_MODES:
@@ -100,7 +109,7 @@ def require_legal(config: pytest.Config) -> None:
     if not (device in ("auto", "cpu", "cuda") or device.removeprefix("cuda:").isdigit()):
         _refuse(config, DEVICE, "there is no such device", "give cpu, cuda or cuda:N")
     if device == "cpu" and GPU.value(config) == "require":
-        told = f"{GPU.flag}=require (from {GPU.source(config)}) asks for a GPU that may not be used then"
+        told = f"{GPU.flag}=require (from {GPU.source(config)}) needs a GPU, which may not be used on this device"
         _refuse(config, DEVICE, told, "drop one of the two")
     folder = TOKENIZER.value(config)
     if folder and not (Path(folder) / "tokenizer.json").is_file():
@@ -112,16 +121,16 @@ def require_legal(config: pytest.Config) -> None:
         except ConfigError as error:
             _refuse(config, MODEL, error.message, f"give {error.expected}")
     if ":" not in SUBJECT.value(config):
-        _refuse(config, SUBJECT, "not the name of a subject, so nothing could be put on trial", "give MODULE:ATTR")
+        _refuse(config, SUBJECT, "not the name of a subject, so no check could run", "give MODULE:ATTR")
 
 
 def _require_equals_signs(config: pytest.Config) -> None:
-    """A path behind a space misleads pytest, which looks for the ini file before it knows our options."""
+    """Refuse a path given after a space: pytest looks for the ini file before it knows our options, and misses it."""
     arguments = config.invocation_params.args
     for option in (MODEL, TOKENIZER, REPORT):
         value = str(config.getoption(option.flag) or "")
         if config.inipath is None and value in arguments and Path(value).exists():
-            problem = "pytest took the path for one of tests, and so found no ini file"
+            problem = "pytest took this for the path of a test, and so found no ini file"
             raise pytest.UsageError(f"{option.flag} {value}: {problem}; write {option.flag}={value}")
 
 

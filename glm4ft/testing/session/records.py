@@ -1,7 +1,7 @@
-"""What tests attach to their reports, as plain strings, and what the controller makes of it.
+"""Attaches results to the reports of tests as plain strings, and collects them on the controller.
 
-An attachment is JSON in ``user_properties``: that crosses from an xdist worker to the controller, lands in a JUnit file
-as a property, and cannot bring down a worker as a tensor or a NumPy number would.
+An attachment is JSON in ``user_properties``: it reaches the controller from an xdist worker, appears in a JUnit file as
+a property, and cannot crash a worker as a tensor or a NumPy number would.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ def attach_check(node: pytest.Item, subject: str, result: Result, dtype: str = "
     """Attach the result of a check to the report of the test that ran it.
 
     Args:
-        node: the test.
-        subject: ``MODULE:ATTR``.
-        result: of the check.
-        dtype: of the base, where the suite runs in several; else "".
-        supervised: what the subject trains, in words; "" where nobody needs to know.
+        node: The test that ran the check.
+        subject: The subject as ``MODULE:ATTR``.
+        result: The result of the check.
+        dtype: The dtype of the base, if the suite runs in several; "" otherwise.
+        supervised: A sentence on which tokens the subject trains, for a check that failed; "" otherwise.
     """
     names = ("check", "stage", "status", "message", "seconds")
     more = {"supervised": supervised} if supervised else {}
@@ -38,12 +38,13 @@ def attach_check(node: pytest.Item, subject: str, result: Result, dtype: str = "
 
 
 def attach_run(node: pytest.Item, name: str, steps: Iterable[Mapping[str, Any]]) -> None:
-    """Attach the curves of a run.
+    """Attach the curves of a run to the report of the test that ran it.
 
     Args:
-        node: the test.
-        name: of the run, if the test has several; else "".
-        steps: a mapping per optimizer step with ``loss`` and ``grad_norm``, numbers of any kind; others are left out.
+        node: The test.
+        name: The name of the run, if the test has several; "" otherwise.
+        steps: One mapping per optimizer step with ``loss`` and ``grad_norm``, numbers of any kind; mappings without a
+            loss are left out.
     """
     rows = [step for step in steps if "loss" in step]
     curves = {key: [finite(row.get(key)) for row in rows] for key in ("loss", "grad_norm")}
@@ -56,12 +57,12 @@ def _attach(node: pytest.Item, key: str, content: dict[str, Any]) -> None:
 
 @dataclass(eq=False)  # older versions of pytest hash their plugins
 class Collected:
-    """What the reports of a session brought along; fed on the controller, or in the only process.
+    """Collects the attachments of a session's reports, on the controller or in the only process.
 
     Args:
-        checks: as for ``pytest_glm4ft_collected``.
-        runs: likewise.
-        gpu_ran: number of gpu tests that ran, passed or failed.
+        checks: The results of checks, as for ``pytest_glm4ft_collected``.
+        runs: The recorded runs, as for ``pytest_glm4ft_collected``.
+        gpu_ran: The number of gpu tests that ran, passed or failed.
     """
 
     checks: list[dict[str, Any]] = field(default_factory=list)
@@ -69,7 +70,7 @@ class Collected:
     gpu_ran: int = 0
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Take what a test attached: all of it is there when the test has been torn down."""
+        """Collect a test's attachments from its teardown report, which has all of them."""
         if report.when == "call" and not report.skipped:
             self.gpu_ran += any(key == GPU_RAN for key, _ in report.user_properties)
         if report.when != "teardown":
@@ -81,7 +82,7 @@ class Collected:
 
 
 def summary_lines(collected: Collected) -> list[str]:
-    """The end of a session in a few lines: a verdict per stage of each subject, a curve per run."""
+    """The lines of the terminal summary: the verdict of each subject by stage, and the curves of each run."""
     return [*_verdict_lines(collected.checks), *(_run_line(run) for run in collected.runs)]
 
 

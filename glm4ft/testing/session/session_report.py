@@ -18,12 +18,12 @@ from glm4ft.testing.trial.stages import STAGES
 from glm4ft.testing.trial.wording import headline, shown_check
 
 OTHER_TESTS = "other tests"
-LONGEST_MESSAGE = 8000  # characters of a failed test that are shown: its end, where the reason stands
+LONGEST_MESSAGE = 8000  # the number of characters shown of a failed test: its end, where the reason is
 
 
 @dataclass(frozen=True)
 class _Result:
-    """A check as a test attached it."""
+    """The result of a check, from the attachment of a test."""
 
     check: str
     stage: str
@@ -34,15 +34,15 @@ class _Result:
 def write_session_report(
     folder: Path, config: pytest.Config, checks: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]]
 ) -> Path:
-    """Write ``report.html`` and ``summary.md``.
+    """Write ``report.html`` and ``summary.md`` of a session.
 
     Args:
-        folder: for both; created if it is missing.
-        config: of the session that ends.
-        checks: as for ``pytest_glm4ft_collected``.
-        runs: likewise.
+        folder: The folder for both; created if it is missing.
+        config: The configuration of the session.
+        checks: The results of checks, as for ``pytest_glm4ft_collected``.
+        runs: The recorded runs, as for ``pytest_glm4ft_collected``.
     Returns:
-        The page.
+        The path of ``report.html``.
     """
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     stats: Mapping[str, Sequence[Any]] = reporter.stats if reporter is not None else {}
@@ -55,7 +55,14 @@ def session_content(
     checks: Sequence[Mapping[str, Any]],
     runs: Sequence[Mapping[str, Any]],
 ) -> Content:
-    """What the report shows; arguments as above, and pytest's reports by outcome."""
+    """Gather the content of a session's report.
+
+    Args:
+        config: The configuration of the session.
+        stats: The reports of pytest's terminal reporter, by outcome.
+        checks: The results of checks, as for ``pytest_glm4ft_collected``.
+        runs: The recorded runs, as for ``pytest_glm4ft_collected``.
+    """
     failed = [report for kind in ("failed", "error") for report in stats.get(kind, ()) if not _is_check(report)]
     judged = [_Result(c["check"], c["stage"], c["status"], c["message"]) for c in checks]
     subjects = list(dict.fromkeys(str(check["subject"]) for check in checks))
@@ -73,7 +80,7 @@ def session_content(
 def _headline(
     stats: Mapping[str, Sequence[Any]], failed: Sequence[Any], judged: Sequence[_Result], supervised: str
 ) -> Headline:
-    """The subjects' verdict, or that of the other tests where one of them failed."""
+    """The verdict on the subjects, or on the other tests if only one of those failed."""
     verdict = headline(judged, supervised) if judged else None
     if not failed:
         passed = len(stats.get("passed", ()))
@@ -81,17 +88,17 @@ def _headline(
     text = f"{len(failed):,} {'test' if len(failed) == 1 else 'tests'} failed: {failed[0].nodeid}"
     if verdict is None or verdict.tone != "bad":
         return Headline("bad", text, happened=tuple(_reason(report) for report in failed[:3]))
-    return replace(verdict, happened=(*verdict.happened, f"Beside the claims, {text}"))
+    return replace(verdict, happened=(*verdict.happened, f"Apart from the claims, {text}"))
 
 
 def _supervised(checks: Sequence[Mapping[str, Any]]) -> str:
-    """What each subject of which a check failed makes of the bundled conversations."""
+    """The sentences on which tokens the subjects train, for each subject that failed a check."""
     told = {check["subject"]: check["supervised"] for check in checks if check.get("supervised")}
     return " ".join(text if len(told) == 1 else f"{subject}: {text}" for subject, text in told.items())
 
 
 def _claims(checks: Sequence[Mapping[str, Any]], judged: Sequence[_Result], num_subjects: int) -> list[ShownCheck]:
-    """In the order of the stages; the subject is named where there are several."""
+    """The judged claims in the order of the stages; each names its subject if there are several."""
     shown = [shown_check(result) for result in judged]
     if num_subjects > 1:
         pairs = zip(shown, checks, strict=True)
@@ -104,7 +111,7 @@ def _failed_test(report: Any) -> ShownCheck:
 
 
 def _reason(report: Any) -> str:
-    """The last line of a failure that says something: pytest puts the exception's text before the place."""
+    """The first line of a failure's exception text, which pytest marks with ``E``; the node id if there is none."""
     lines = [line.removeprefix("E").strip() for line in report.longreprtext.split("\n") if line.startswith("E ")]
     return next((line for line in lines if line), str(report.nodeid))
 

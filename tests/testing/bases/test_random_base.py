@@ -1,4 +1,4 @@
-"""Random bases have the geometry of the checkpoints they stand for, and the head that makes a wrong mask visible.
+"""Random bases have the geometry of published checkpoints, and a head that makes a wrong mask visible.
 
 Run: pytest tests/testing/bases/test_random_base.py
 """
@@ -21,7 +21,7 @@ from glm4ft.testing.bases.geometry import GEOMETRIES, geometry, num_parameters, 
 from glm4ft.testing.bases.random_base import NUM_PADDING_IDS, random_config, write_random_base
 from glm4ft.testing.session.gpu_lane import Bases
 
-# a copy that takes a tenth of a second to write
+# changes that make a copy so small that it is written in a tenth of a second
 SMALL = {
     "hidden_size": 256,
     "intermediate_size": 64,
@@ -36,7 +36,7 @@ SMALL = {
     ("name", "billions"), [("glm-4-9b", 9.400), ("glm-4-9b-0414", 9.400), ("glm-4-32b-0414", 32.566)]
 )
 def test_a_geometry_is_that_of_its_checkpoint(name: str, billions: float) -> None:
-    """The parameters that transformers makes of it are as many as the formula and the published count say."""
+    """The number of parameters of transformers' model equals the formula's and the published one."""
     architecture = geometry(f"random:{name}")["architecture"]
     config = random_config(f"random:{name}", tiny_tokenizer(architecture))
     with torch.device("meta"):
@@ -79,7 +79,7 @@ def test_a_random_base_is_a_checkpoint_like_any_other(small: Any) -> None:
 
 
 def test_tokens_that_are_never_sampled_share_a_head_row_and_no_other_does(small: Any) -> None:
-    """As on the built-in base: what is trained of them has a floor that no adapter below the head can lower."""
+    """As on the built-in base: their loss has a floor that no adapter below the head can lower."""
     head = small.model.lm_head.weight.float()
     alike = [*never_sampled_ids(small.tokenizer), *range(len(head) - NUM_PADDING_IDS, len(head))]
     common = head[alike].mean(0)
@@ -91,7 +91,7 @@ def test_tokens_that_are_never_sampled_share_a_head_row_and_no_other_does(small:
 
 
 def test_logits_spread_alike_at_any_width(small: Any) -> None:
-    """At hidden 256 as on the built-in base with 128; rows of one scale would begin with losses that grow with it."""
+    """Logits spread at hidden size 256 as on the built-in base with 128; at a fixed scale the first loss would grow."""
     hidden_norm = math.sqrt(small.model.config.hidden_size)  # of the final norm's output
     assert float(small.model.lm_head.weight.float().std()) * hidden_norm == pytest.approx(0.2 * math.sqrt(128), rel=0.1)
 
@@ -112,7 +112,7 @@ def test_a_checkpoint_stays_where_it_is(tmp_path: Path) -> None:
 
 
 def test_a_base_is_written_once(tmp_path: Path) -> None:
-    """In fp32 where nothing else is asked for: one of the true size takes half a minute and 19 GB."""
+    """The default dtype is fp32; writing a base of the true size takes half a minute and 19 GB."""
     bases = Bases("tiny", tmp_path)
     assert bases.get() == bases.get("fp32")
     assert [folder.name for folder in tmp_path.iterdir()] == ["tiny-fp32"]

@@ -1,7 +1,7 @@
-"""The GPU lane: all checks in bf16 and fp32 on the base that is given, a reduced set on one of the true size.
+"""The GPU lane: all checks in bf16 and fp32 on the given base, or a reduced set on a base of the true size.
 
 Run: pytest tests/testing/session/test_gpu_lane.py -m gpu --glm4ft-model=PATH
-On a CPU it is rehearsed with --glm4ft-device=cpu.
+With --glm4ft-device=cpu the same tests run on a CPU.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def test_a_pipeline_conforms_on_a_gpu(glm4ft_check: Callable[[], None]) -> None:
 
 
 def test_the_reduced_set_names_checks_of_every_stage() -> None:
-    """A check that is renamed must not fall out of the lane."""
+    """A check that is renamed must not drop out of the reduced set."""
     checks = {check.name: check.stage for check in all_checks()}
     assert set(checks) >= REDUCED
     assert {checks[name] for name in REDUCED} == set(checks.values())
@@ -35,7 +35,7 @@ def test_the_reduced_set_names_checks_of_every_stage() -> None:
 
 @pytest.mark.parametrize("spec", ["random:glm-4-9b", "random:glm-4-32b-0414", "zai-org/GLM-4-9B-0414"])
 def test_a_base_of_the_true_size_gets_the_reduced_set(spec: str) -> None:
-    """One whose size is unknown too: a suite that takes hours helps nobody."""
+    """A base of unknown size gets it too, so that the suite does not take hours."""
     assert is_large(spec)
     assert why_left_out(spec, "mask_reaches_the_loss", "bf16") == ""
     assert "reduced set" in why_left_out(spec, "processes_train_as_one_process_would", "bf16")
@@ -56,10 +56,10 @@ def test_a_checkpoint_is_judged_in_the_dtype_that_it_is_stored_in(tmp_path: Path
     assert why_left_out(str(tmp_path), "mask_reaches_the_loss", "") == ""
 
 
-def test_on_a_large_base_rate_and_steps_are_others_and_models_are_given_back(
+def test_on_a_large_base_learning_rate_and_steps_differ_and_models_are_released(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One model at a time fits beside the specification; the one that is learnt by heart is used to the end."""
+    """Only one model fits beside the specification; that of the overfit run is kept for the later checks."""
     monkeypatch.setattr("glm4ft.testing.session.gpu_lane.LARGE", 0)
     trials = Trials(Bases("tiny", tmp_path / "bases"), tmp_path, "glm4ft.testing.subjects.own:Subject")
     check = next(check for check in all_checks() if check.name == "prefix_occurs_once")

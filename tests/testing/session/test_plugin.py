@@ -1,4 +1,4 @@
-"""The plugin loads fast, says where each option came from, and why a GPU test was skipped or a GPU lane is red.
+"""The plugin loads fast, shows the source of each option, and why a GPU test was skipped or a GPU lane failed.
 
 Run: pytest tests/testing/session/test_plugin.py
 """
@@ -31,7 +31,7 @@ def _nothing_given(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """What looks like a tokenizer's folder."""
+    """A folder that looks like that of a tokenizer."""
     (tmp_path / "tokenizer.json").write_text("{}")
     return tmp_path
 
@@ -94,7 +94,7 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_required_gpu_that_is_missing_stops_the_run_before_it_begins(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A skip has the colour of a pass; a lane that found no GPU must be red, and say what it found."""
+    """A skipped test does not fail the session, so a lane without a GPU must fail and report what it found."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     pytester.makepyfile("def test_it(): pass\n" + GPU_TEST)
     result = pytester.runpytest_inprocess("--glm4ft-gpu=require")
@@ -103,7 +103,7 @@ def test_a_required_gpu_that_is_missing_stops_the_run_before_it_begins(
     result.stdout.no_fnmatch_line("*passed*")
 
 
-NOTHING_RAN = "FAILED: --glm4ft-gpu=require (from GLM4FT_GPU): no test marked gpu ran, so nothing was proven on a GPU"
+NOTHING_RAN = "FAILED: --glm4ft-gpu=require (from GLM4FT_GPU): no test marked gpu ran, so nothing was tested on a GPU"
 SKIPS_ITSELF = "import pytest\n@pytest.mark.gpu\ndef test_on_gpu(): pytest.skip('not today')\n"
 
 
@@ -128,7 +128,7 @@ def test_a_gpu_lane_that_ran_is_as_green_as_its_tests(pytester: pytest.Pytester)
     pytester.makepyfile(GPU_TEST)
     result = pytester.runpytest_inprocess("--glm4ft-gpu=require")
     assert result.ret == pytest.ExitCode.OK
-    result.stdout.no_fnmatch_line("*nothing was proven*")
+    result.stdout.no_fnmatch_line("*nothing was tested*")
 
 
 @pytest.mark.usefixtures("pretended_gpu")
@@ -141,7 +141,7 @@ def test_a_gpu_is_left_alone_where_that_is_asked_for(pytester: pytest.Pytester) 
 def test_gpu_tests_are_rehearsed_on_a_cpu_that_is_asked_for(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And torch, with every trainer under test, is shown no GPU."""
+    """No GPU is visible to torch then, and so to no trainer under test."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     code = "import os, pytest\n@pytest.mark.gpu\ndef test_it(): assert os.environ['CUDA_VISIBLE_DEVICES'] == ''\n"
     pytester.makepyfile(code)
@@ -167,7 +167,7 @@ SHOW = "def test_it(glm4ft_tokenizer): print('found', glm4ft_tokenizer)\n"
 def test_the_command_line_goes_before_the_environment_and_that_before_the_ini_file(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:
-    """And the header says where each value came from."""
+    """The header shows the source of each value."""
     monkeypatch.setenv(TOKENIZER.variable, "/nowhere")
     monkeypatch.setenv(MODEL.variable, "zai-org/model")
     pytester.makeini("[pytest]\nglm4ft_tokenizer = /nowhere\nglm4ft_model = /nowhere\nglm4ft_gpu = never\n")
@@ -203,7 +203,7 @@ def test_a_folder_without_a_tokenizer_is_a_usage_error(pytester: pytest.Pytester
 def test_a_path_behind_a_space_that_hid_the_ini_file_is_a_usage_error(
     pytester: pytest.Pytester, folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """pytest looks for the ini file where its arguments lie, before it knows which of them are values of options."""
+    """pytest looks for the ini file next to its arguments before it knows which of them are values of options."""
     pytester.makeini("[pytest]\nglm4ft_gpu = never\n")
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     result = pytester.runpytest_inprocess(MODEL.flag, str(elsewhere))
@@ -226,7 +226,7 @@ def test_a_path_behind_a_space_that_hid_the_ini_file_is_a_usage_error(
 def test_an_option_that_cannot_be_meant_is_a_usage_error(
     pytester: pytest.Pytester, arguments: list[str], says: str
 ) -> None:
-    """With the mistake, where it was made, and what to give."""
+    """The error names the option, the source of its value, the mistake and what to give instead."""
     result = pytester.runpytest_inprocess(*arguments)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines([says])

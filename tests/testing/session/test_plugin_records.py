@@ -1,4 +1,4 @@
-"""What tests attach crosses to the controller as plain strings, is drawn there, and handed to whoever wants it.
+"""Attachments of tests reach the controller as plain strings, are drawn there, and are passed to the hook.
 
 Run: pytest tests/testing/session/test_plugin_records.py
 """
@@ -39,7 +39,7 @@ def _nothing_given(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_curves_of_a_run_are_drawn_at_the_end(pytester: pytest.Pytester) -> None:
-    """On a logarithmic scale; a step that was not finite is a cross. What is no optimizer step is left out."""
+    """The scale is logarithmic, a value that is not finite is a cross, and entries without a loss are left out."""
     pytester.makepyfile(RECORDS)
     result = pytester.runpytest_inprocess()
     result.stdout.fnmatch_lines(
@@ -79,14 +79,14 @@ def test_on_gpu(request):
     result = SimpleNamespace(check="x", stage="rows", status="failed", message="<|user|>", seconds=0.5)
     attach_check(request.node, "my:subject", result)
 """
-# what stands for torch in processes that would take seconds to import it
+# a stand-in for torch, which would take each process seconds to import
 PRETENDED_TORCH = "from types import SimpleNamespace\ncuda = SimpleNamespace(is_available=lambda: True)\n"
 
 
 def test_workers_attach_and_the_controller_reports(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """All that crosses processes, in one session: options, curves, results of checks, gpu tests that ran."""
+    """Everything that is passed between processes: options, curves, results of checks, the gpu tests that ran."""
     (tmp_path / "tokenizer.json").write_text("{}")
     (pytester.mkdir("pretended") / "torch.py").write_text(PRETENDED_TORCH)
     monkeypatch.setenv("PYTHONPATH", str(pytester.path / "pretended"), prepend=":")
@@ -136,7 +136,7 @@ def test_other(glm4ft_record_run):
 
 
 def test_a_report_of_the_session_is_written_where_it_is_asked_for(pytester: pytest.Pytester) -> None:
-    """Verdict, claims, other failures, curves and options; nothing of it acts."""
+    """The report has verdict, claims, other failures, curves and options; markup in them is shown, not executed."""
     pytester.makepyfile(FAILING)
     result = pytester.runpytest_inprocess("--glm4ft-report=out")
     result.assert_outcomes(failed=2)

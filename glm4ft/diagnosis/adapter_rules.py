@@ -45,14 +45,14 @@ def adapters_dead(evidence: Evidence) -> Finding | None:
     return Finding(
         "adapters-dead",
         "model",
-        f"{'All' if is_all else num_dead} of {adapters.num_adapters} adapters are exactly as they began and add "
-        f"nothing: no update has reached them.{frozen}",
+        f"{'All' if is_all else num_dead} of {adapters.num_adapters} adapters still have their initial values and no "
+        f"effect: no update has reached them.{frozen}",
         (
             f"first: {adapters.dead[0]}",
             f"the trained model's loss is {evidence.loss:.4f}, the base's {_base(evidence)}",
         ),
-        "make the optimizer from the parameters that require a gradient, after the adapters are attached; load an "
-        "adapter that is to be trained with is_trainable=True",
+        "create the optimizer from the parameters that require a gradient, after the adapters are attached; to train a "
+        "loaded adapter, load it with is_trainable=True",
         1.0 if is_all else 0.6,
     )
 
@@ -86,10 +86,10 @@ def samples_not_learnt(evidence: Evidence) -> Finding | None:
     return Finding(
         "samples-not-learnt",
         "gradient",
-        f"{len(unknown)} of {len(evidence.rows)} rows were not learnt at all while others are known by heart: their "
+        f"{len(unknown)} of {len(evidence.rows)} rows were not learnt at all, although others were memorised: their "
         "gradient never reached an update.",
         (f"not learnt: {lines}", f"learnt: {len(known)} rows, mean loss {statistics.fmean(r.loss for r in known):.4f}"),
-        "clear gradients once per optimizer step, not per micro-batch, and see that every row is fed",
+        "clear gradients once per optimizer step, not per micro-batch, and check that every row is trained",
         0.8,
     )
 
@@ -107,14 +107,14 @@ def held_by_decay(evidence: Evidence) -> Finding | None:
         return None
     resting, before = statistics.median(tail), statistics.median(middle)
     cause = (
-        f"weights decay by {decay:g}, and decay and gradient hold each other in balance"
+        f"the gradient and a weight decay of {decay:g} balance each other"
         if decay
-        else ("nothing in the data or the head holds it there")
+        else ("neither the data nor the head explains why")
     )
     return Finding(
         "held-by-decay" if decay else "resting-above-floor",
         "update",
-        f"The loss rests at {evidence.loss:.4f}, well above its floor of {floor:.4f}: {cause}.",
+        f"The loss has converged at {evidence.loss:.4f}, well above its floor of {floor:.4f}: {cause}.",
         (f"median of the last {len(tail)} losses {resting:.4f}, before {before:.4f}",),
         "use decoupled decay (AdamW), or weight_decay 0 for LoRA"
         if decay

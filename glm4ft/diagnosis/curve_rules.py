@@ -53,8 +53,8 @@ def numerics(evidence: Evidence) -> Finding | None:
         "model",
         f"The numbers are not finite, {when if bad else 'in the adapters'}; nothing can be learnt from there on.",
         tuple(facts),
-        "train in bf16 or fp32 with adapters in fp32, never fp16; check initialisation, and lower the rate if it began "
-        "well",
+        "train in bf16 or fp32 with adapters in fp32, never fp16; check the initialisation, and lower the learning "
+        "rate if the first steps were finite",
     )
 
 
@@ -76,8 +76,8 @@ def wrong_start(evidence: Evidence) -> Finding | None:
     return Finding(
         "wrong-start",
         "model",
-        f"Training began at a loss of {first.logged:.4g}, where the base itself has {first.base:.4g}: what is trained "
-        "is not the base, or not these tokens.",
+        f"Training began at a loss of {first.logged:.4g}, but the base itself has {first.base:.4g} on these rows: the "
+        "trained model is not the base, or the trained tokens are not these.",
         (
             f"the first step saw {'all' if is_whole else 'some of the'} rows",
             f"ln V, the loss of a model that knows nothing, is {first.uniform:.2f}",
@@ -96,13 +96,13 @@ def reload_differs(evidence: Evidence) -> Finding | None:
     now, logged = statistics.fmean(measured), statistics.median(losses[-max(1, len(losses) // LAST_SHARE) :])
     if not now > DIFFERENT_LOSS or not logged < LOGGED_SHARE * now:
         return None
-    facts = (f"the log ends at {logged:.4f}, the supervised tokens lose {now:.4f}", _start(evidence))
+    facts = (f"last logged loss {logged:.4f}, measured loss of the supervised tokens {now:.4f}", _start(evidence))
     if _is_only_padded(evidence):
         return Finding(
             "rows-depend-on-their-batch",
             "batches",
-            "The longest row was learnt and the shorter ones were not, though the log says so: in a batch, padding or "
-            "neighbours change what the model sees of a row.",
+            "The longest row was learnt, but the shorter ones were not, although the log shows a low loss: in a batch, "
+            "padding or neighbours change what the model sees of a row.",
             facts,
             "mask padding by length, restart positions at each row, and compare each row's loss alone and in its batch",
             0.9,
@@ -143,16 +143,16 @@ def rate_too_high(evidence: Evidence) -> Finding | None:
         return None
     rates = [point.lr for point in evidence.curve if point.lr]
     facts = [f"lowest loss {best:.4f}, median of the last {len(tail)} steps {statistics.median(tail):.4f}"]
-    facts += [f"peak rate {max(rates):.2g}"] if rates else []
+    facts += [f"peak learning rate {max(rates):.2g}"] if rates else []
     if evidence.gradients and evidence.gradients.spike_ratio > 3:
         g = evidence.gradients
         facts.append(f"gradient norm jumps to {g.spike_ratio:.0f} times its neighbourhood at step {g.spike_step}")
     return Finding(
         "rate-too-high",
         "update",
-        "The loss jumps about or climbs instead of falling: the learning rate is too high for these adapters.",
+        "The loss fluctuates or rises instead of falling: the learning rate is too high for these adapters.",
         tuple(facts),
-        "divide the rate by 3 to 10, warm up over some steps, and keep clipping at 1",
+        "divide the learning rate by 3 to 10, warm up over some steps, and keep clipping at 1",
         0.9,
     )
 
@@ -169,10 +169,10 @@ def schedule_ended_early(evidence: Evidence) -> Finding | None:
     return Finding(
         "schedule-ended-early",
         "schedule",
-        f"The learning rate had ended by step {ended[0].step} of {points[-1].step}, while the loss was still "
+        f"The learning rate was almost zero by step {ended[0].step} of {points[-1].step}, while the loss was still "
         f"{ended[0].loss:.4f}: the remaining steps changed nothing.",
-        (f"peak rate {peak:.2g}, last rate {points[-1].lr:.2g}", f"loss now {evidence.loss:.4f}"),
-        "give the schedule the number of optimizer steps that are really made, or use schedule: constant",
+        (f"learning rate: peak {peak:.2g}, last {points[-1].lr:.2g}", f"loss now {evidence.loss:.4f}"),
+        "give the schedule the actual number of optimizer steps, or use schedule: constant",
         0.9,
     )
 
@@ -192,9 +192,9 @@ def rate_too_low(evidence: Evidence) -> Finding | None:
     return Finding(
         "rate-too-low",
         "schedule",
-        f"The loss falls steadily but hardly: from {losses[0]:.2f} to {losses[-1]:.2f} in {len(losses)} steps.",
-        (f"that is {fallen:.1%} of the way to the floor", *([f"peak rate {max(rates):.2g}"] if rates else [])),
-        "multiply the rate by 10; 2e-4 is usual for LoRA on a 9B base, 5e-3 for the built-in one",
+        f"The loss falls steadily but too slowly: from {losses[0]:.2f} to {losses[-1]:.2f} in {len(losses)} steps.",
+        (f"that is {fallen:.1%} of the way to the floor", *([f"peak learning rate {max(rates):.2g}"] if rates else [])),
+        "multiply the learning rate by 10; 2e-4 is usual for LoRA on a 9B base, 5e-3 for the built-in one",
         0.8,
     )
 
@@ -212,9 +212,9 @@ def still_falling(evidence: Evidence) -> Finding | None:
     return Finding(
         "still-falling",
         "outcome",
-        f"The loss is still falling. Give it {found.describe()} to reach {target:.4g}.",
+        f"The loss is still falling. It needs {found.describe()} to reach {target:.4g}.",
         (f"loss {losses[-1]:.4f} after {len(losses)} steps, floor {floor:.4f}",),
-        f"train on with a schedule over about {len(losses) + (found.latest or 2 * found.steps):,} steps",
+        f"continue with a schedule over about {len(losses) + (found.latest or 2 * found.steps):,} steps in all",
         0.6,
     )
 

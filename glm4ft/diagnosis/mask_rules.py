@@ -199,7 +199,7 @@ def unreachable_target(evidence: Evidence) -> Finding | None:
         f"{floor.floor:.4f}.",
         (f"certified floor {floor.floor:.4f} (gap {floor.gap:.1g}) of a loss of {evidence.loss:.4f}", f"by {names}"),
         "take these tokens out of the targets, train the head's rows (modules_to_save: [lm_head]), or use tokens that "
-        "the base has learnt to say",
+        "the base was trained to predict",
         _explained(floor.head, evidence.loss),
     )
 
@@ -212,16 +212,19 @@ def labels_shifted(evidence: Evidence) -> Finding | None:
     is_beside = name != "the next" and said[name] > SAYS_ANOTHER > said["the next"]
     if not other and not is_beside:
         return None
-    facts = [f"{len(other)} labels are not the token in whose place they stand"] if other else []
+    facts = [f"{len(other)} labels differ from the token at their position"] if other else []
     if is_beside:
-        facts.append(f"at {said[name]:.0%} of the targets it says the token {name}, at {said['the next']:.0%} the next")
+        facts.append(
+            f"at {said[name]:.0%} of the targets the model predicts the token {name}, "
+            f"at {said['the next']:.0%} the next"
+        )
     return Finding(
         "labels-shifted",
         "gradient",
-        "The model has learnt to say another token than the next one: labels and predictions are shifted against each "
-        "other.",
+        "The model has learnt to predict a token other than the next one: labels and predictions are shifted against "
+        "each other.",
         tuple(facts),
-        "labels stand where their tokens stand, and exactly one of data code and model shifts them",
+        "put each label at the position of its token, and let exactly one of data code and model shift them",
         1.0 if is_beside else 0.6,
     )
 

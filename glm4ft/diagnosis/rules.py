@@ -133,18 +133,19 @@ def nothing_found(evidence: Evidence) -> Finding:
         return Finding(
             "inference-differs",
             "outcome",
-            f"The loss is {evidence.loss:.4f}, yet {len(wrong)} of {len(evidence.round_trips)} turns do not come back.",
+            f"The loss is {evidence.loss:.4f}, but {len(wrong)} of {len(evidence.round_trips)} turns are not "
+            "reproduced exactly.",
             tuple(turn.describe().split("\n")[0] for turn in wrong[:3]),
             "compare the prompt that inference sends with the row that was trained, token by token",
         )
     if evidence.loss < LEARNT_LOSS:
-        text = f"The loss is {evidence.loss:.4f} and nothing is wrong that can be seen from here."
+        text = f"The loss is {evidence.loss:.4f}, and the diagnosis found no fault."
         return Finding("learnt", "outcome", text, (), "nothing to do")
     if not evidence.is_whole:
         text = (
-            f"The loss is {evidence.loss:.4f}, on more conversations than are learnt by heart; nothing is wrong that "
-            "can be seen from here."
+            f"The loss is {evidence.loss:.4f}, on more conversations than a run memorises, and the diagnosis found no "
+            "fault."
         )
         return Finding("trained", "outcome", text, (), "judge it on held-out conversations (--eval_data)")
-    text = f"The loss is {evidence.loss:.4f}, and nothing that was looked at explains it."
-    return Finding("unexplained", "outcome", text, (), "look at the tokens that hold the loss, and run glm4ft check")
+    text = f"The loss is {evidence.loss:.4f}, and no rule of the diagnosis explains it."
+    return Finding("unexplained", "outcome", text, (), "look at the tokens with the largest losses; run glm4ft check")

@@ -182,7 +182,7 @@ def _file(model: str, folder: Path, name: str) -> Path:
     try:
         return Path(hf_hub_download(model, name))
     except Exception as error:  # what it raises depends on the HTTP library below it
-        raise ModelError("the hub does not give the file", where=model, found=f"{name}: {one_line(error)}") from error
+        raise ModelError("the file cannot be downloaded", where=model, found=f"{name}: {one_line(error)}") from error
 
 
 def _opened(path: Path) -> Any:

@@ -273,7 +273,7 @@ def _read_weights(architecture: str, folder: Path, dtype: torch.dtype) -> PreTra
         raise ModelError("the weights cannot be loaded", where=str(folder), found=one_line(error)) from error
     model: PreTrainedModel = loaded[0]
     # transformers would continue, with random numbers in place of missing tensors
-    for message, keys in (("tensors are missing", "missing_keys"), ("there are foreign tensors", "unexpected_keys")):
+    for message, keys in (("tensors are missing", "missing_keys"), ("there are unknown tensors", "unexpected_keys")):
         if loaded[1][keys]:
             raise ModelError(
                 f"{message} in the checkpoint",
@@ -320,6 +320,6 @@ def _template_warnings(tokenizer: PreTrainedTokenizerBase, format_name: FormatNa
         repr(tokenizer.decode(ids[first : first + 1])) if ids[first:] else "nothing" for ids in (ours, theirs)
     )
     return [
-        f"{source}: its chat template does not render what {format_name} does: at position {first} the format has "
-        f"{token}, the template {other}"
+        f"{source}: its chat template renders a conversation differently from the chat format {format_name}: at "
+        f"position {first} the format has {token}, the template {other}"
     ]

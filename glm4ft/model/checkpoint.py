@@ -49,7 +49,7 @@ def find_checkpoint(model: str, *, weights: bool = False) -> Path:
         return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except Exception as error:  # what it raises depends on the HTTP library below it
         raise ModelError(
-            "no local folder has this name, and the hub does not give a checkpoint of this name",
+            "no local folder has this name, and no checkpoint of this name can be downloaded from the hub",
             where="--model",
             found=f"{model}: {one_line(error)}",
             fix="check the spelling and the network; a gated checkpoint needs `hf auth login`",

@@ -257,7 +257,7 @@ def _require_all_match(num_matches: Mapping[str, int], options: LoraOptions, mod
         "a target matches no module, so it would not be trained",
         where="--lora.targets",
         found=", ".join(unmatched),
-        expected=f"among {available}" + f", in what {' and '.join(narrowed)} leave" * bool(narrowed),
+        expected=f"among {available}" + f", as restricted by {' and '.join(narrowed)}" * bool(narrowed),
         fix="GLM-4 has gate_proj and up_proj fused: name gate_up_proj instead" if is_split else "",
     )
 

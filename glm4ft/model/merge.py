@@ -231,19 +231,17 @@ def _compare(
     effect, error = (((other - adapted_BTV).abs().max() / largest).item() for other in (before_BTV, merged_BTV))
     if not error <= tolerance:  # NaN fails too
         raise RunError(
-            "nothing written: the merged weights do not say what base and adapter say together (largest difference of "
-            f"a logit {error:.2g} of the largest logit, limit {tolerance:g}; the adapter moves it by {effect:.2g})"
+            "nothing written: the logits of the merged weights differ from those of base and adapter (largest "
+            f"difference {error:.2g} of the largest logit, limit {tolerance:g}; effect of the adapter {effect:.2g})"
         )
     return effect, error
 
 
 def _doubts(effect: float, error: float) -> list[str]:
     if effect == 0:
-        return ["the adapter changes nothing: the merged model says what the base says"]
+        return ["the adapter has no effect: the merged model gives the logits of the base"]
     if error >= effect:
-        return [
-            "rounding changes the logits as much as the adapter does; a merge with --dtype fp32 would keep it whole"
-        ]
+        return ["rounding changes the logits as much as the adapter does; a merge with --dtype fp32 would preserve it"]
     return []
 
 

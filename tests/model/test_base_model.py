@@ -318,7 +318,7 @@ DAMAGES = [
     Damage(
         "tensor-foreign",
         lambda f: change_tensors(f, lambda tensors: tensors.update({"value_head.weight": torch.ones(2)})),
-        ("foreign tensors", "1: value_head.weight"),
+        ("unknown tensors", "1: value_head.weight"),
         needs_weights=True,
     ),
     Damage(
@@ -330,7 +330,7 @@ DAMAGES = [
     Damage(
         "other-architecture",
         config(architectures=["GlmForCausalLM"], model_type="glm"),
-        ("foreign tensors", "4: model.layers.0.post_mlp_layernorm.weight"),
+        ("unknown tensors", "4: model.layers.0.post_mlp_layernorm.weight"),
         needs_weights=True,
     ),
 ]

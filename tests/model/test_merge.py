@@ -276,7 +276,7 @@ def test_adapter_without_effect_is_merged_with_a_warning(base_folder: Path, tmp_
     adapter = make_adapter(base_folder, tmp_path / "adapter", change=lambda model: None)
     report = merge_adapter(adapter, tmp_path / "merged")
     assert report.effect == 0
-    assert report.warnings == ("the adapter changes nothing: the merged model says what the base says",)
+    assert report.warnings == ("the adapter has no effect: the merged model gives the logits of the base",)
     assert f"warning: {report.warnings[0]}" in report.describe()
 
 

@@ -359,7 +359,7 @@ def test_fails_for_a_recording_in_which_it_does_not_hold(case: Case, healthy: Tr
 
 RESUMED = (
     (one_step_more, "steps follow, not"),
-    (reversed_steps, "does not start from the parameters that were there then"),
+    (reversed_steps, "starts from other parameters"),
     (at_step(2, moved_after), "though its gradient is the same: the optimizer's moments"),
     (at_step(2, lambda step: setattr(step, "forwards", step.forwards[:0])), "step 5 trains on other rows"),
     (rate(lambda i, r: 5e-3), "the learning rate at step 4 is 0.005"),

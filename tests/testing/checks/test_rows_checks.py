@@ -305,7 +305,7 @@ CASES = (
     Case(NewlineIgnored, MASK, (r"'\\n' is ignored, should be supervised: part of the answer",)),
     Case(OnlyLastTurn, MASK, (r"conversation 3 \(several turns\)", "turn 1 .* part of the answer", "like it")),
     Case(PromptsTrained, MASK, ("is supervised, should be ignored: context", "a prefix token", HEADER_WRONG)),
-    Case(TrailingTrained, MASK, ("behind the last turn: .* should be ignored: context",)),
+    Case(TrailingTrained, MASK, ("after the last turn: .* should be ignored: context",)),
     Case(GenerationPromptAppended, MASK, (r"2 <\|assistant\|> for 1 assistant turns",)),
     Case(DoublePrefix, PREFIX, (r"position 2: '\[gMASK\]' is a second prefix",)),
     Case(PrefixMissing, PREFIX, (r"should begin with \[gMASK\]<sop>",)),

@@ -1,4 +1,4 @@
-"""What all conformance tests share. The options and fixtures of glm4ft come with its pytest plugin by themselves."""
+"""Settings of all conformance tests. glm4ft's pytest plugin provides its options and fixtures without an import."""
 
 import os
 

@@ -1,9 +1,9 @@
-"""Every check of glm4ft on this repository's pipeline. Run: tox run -e conformance."""
+"""Runs every check of glm4ft on this repository's pipeline. Run: tox run -e conformance."""
 
 from glm4ft.testing.conformance import parametrize_with_checks
 
 
 @parametrize_with_checks("conformance.adapter:Subject")
 def test_conformance(glm4ft_check):
-    """Add what is known to fail with its reason: `parametrize_with_checks(..., expected_failures={check: reason})`."""
+    """List known failures with their reason: `parametrize_with_checks(..., expected_failures={check: reason})`."""
     glm4ft_check()

@@ -1,4 +1,4 @@
-"""The same on a GPU. Run: tox run -e conformance-gpu."""
+"""Runs every check of glm4ft on a GPU. Run: tox run -e conformance-gpu."""
 
 import pytest
 
@@ -8,5 +8,5 @@ from glm4ft.testing.conformance import parametrize_with_checks
 @pytest.mark.gpu
 @parametrize_with_checks("conformance.adapter:Subject")
 def test_conformance_on_the_gpu(glm4ft_check):
-    """Skipped without CUDA; the lane that requires a GPU fails instead."""
+    """Skipped without CUDA, unless a GPU is required: then it fails."""
     glm4ft_check()

@@ -1,4 +1,4 @@
-"""The chat formats on known examples, token by token, and what is refused with a reason.
+"""The chat formats encode known examples token by token, and refuse unusable inputs with a reason.
 
 Run: pytest tests/data/test_chat_format.py  [--glm4ft-tokenizer FOLDER: known answers of the real GLM-4 tokenizer too]
 """
@@ -32,7 +32,7 @@ CALL = Conversation(
 
 
 def notation(tokenizer: Any, row: EncodedRow) -> str:
-    """The row as glm4_format.md writes it: supervised tokens in brackets, newlines escaped."""
+    """Format a row as text, with supervised tokens in brackets and newlines escaped."""
     texts = [tokenizer.decode([token]).replace("\n", "\\n") for token in row.input_ids]
     return " ".join(f"[{text}]" if keep else text for text, keep in zip(texts, row.supervised, strict=True))
 
@@ -44,7 +44,7 @@ PREFIX = "[gMASK] <sop> "
 
 @pytest.mark.parametrize("name", ["glm-4-9b-chat", "glm-4-0414"])
 def test_a_reply_is_supervised_from_newline_to_terminator(name: str) -> None:
-    """The founding example; ``<|assistant|>`` in and ``<|user|>`` out was the founding bug (GLM-4 issue 342)."""
+    """In the founding bug ``<|assistant|>`` was supervised and ``<|user|>`` was not (zai-org/GLM-4 342)."""
     tokenizer = tiny_tokenizer()
     row = ChatFormat(name, tokenizer).encode(REPLY)
     expected = r"<|user|> \n h i <|assistant|> [\n] [h] [e] [l] [l] [o] [ you] [<|user|>]"
@@ -103,14 +103,14 @@ def real_format(real_tokenizer: Any) -> ChatFormat:
 
 @pytest.mark.parametrize("case", KNOWN, ids=lambda case: case.id)
 def test_known_rows_of_the_real_tokenizer(real_format: ChatFormat, real_tokenizer: Any, case: Known) -> None:
-    """Sections 1.3 and 2.1 of glm4_format.md: these are the ids that GLM-4 was trained on."""
+    """The expected ids are those that GLM-4 was trained on."""
     row = real_format.encode(case.conversation)
     assert notation(real_tokenizer, row) == PREFIX + case.expected
     assert " ".join(map(str, row.input_ids)) == f"151331 151333 {case.ids}"
 
 
 def test_known_ids_of_the_real_tokenizer(real_tokenizer: Any) -> None:
-    """llama.cpp pull request 13099 logs the text for GLM-4-0414; control tokens as in section 2.1."""
+    """The ids of the text are those that llama.cpp pull request 13099 logs for GLM-4-0414."""
     assert real_tokenizer.encode("You're Coding", add_special_tokens=False) == [2610, 2299, 47773]
     assert real_tokenizer.encode("<think>", add_special_tokens=False) == [13699, 766, 29], "plain text: <th ink >"
     ids = control_ids(real_tokenizer)
@@ -158,7 +158,7 @@ def test_consecutive_assistants_are_refused_with_line_and_message() -> None:
 
 @pytest.fixture(scope="session")
 def plain(tokenizer: Any) -> Any:
-    """What encodes message bodies in the lane."""
+    """The tokenizer that encodes message bodies."""
     return plain_text_tokenizer(tokenizer)
 
 
@@ -175,7 +175,7 @@ def test_no_text_becomes_a_control_token(plain: Any, tokenizer: Any, text: str) 
 
 
 def test_added_tokens_that_are_not_special_stay_text_too() -> None:
-    """GLM-4.5 adds ``<think>`` unflagged; the tokenizer's own flag for plain text would let it through."""
+    """GLM-4.5 adds ``<think>`` as not special; the tokenizer's flag ``encode_special_tokens`` would still match it."""
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens([AddedToken("<think>", special=False)])
     row = ChatFormat("glm-4-0414", tokenizer).encode(
@@ -195,7 +195,7 @@ def test_making_a_format_leaves_the_tokenizer_unchanged() -> None:
 
 
 def test_tools_stand_first_in_the_templates_words(chat_format: ChatFormat, tokenizer: Any) -> None:
-    """Before a system message of the conversation's own, in a block of theirs, and never supervised."""
+    """They are in a block of their own before the conversation's system message, and never supervised."""
     conversation = Conversation((Message("system", "s"), *REPLY.messages), WEATHER)
     row = chat_format.encode(conversation)
     header, body, following = row.segments[1:4]
@@ -221,7 +221,7 @@ def test_a_template_that_leaves_tools_out_is_refused() -> None:
 
 
 def test_a_tool_unknown_to_the_real_template_is_refused(real_format: ChatFormat) -> None:
-    """It renders functions and three built-in tools, and leaves out anything else without a word."""
+    """The real template renders functions and three built-in tools, and silently drops all others."""
     for kind in ("python", "simple_browser", "cogview"):
         assert real_format.encode(Conversation(CALL.messages, ({"type": kind},)))
     with pytest.raises(ModelError, match="does not render tools"):

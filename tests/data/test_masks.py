@@ -1,7 +1,7 @@
 """What is supervised is exactly what the model must sample, in every chat format and with every text.
 
 The format is implemented a second time here, naively, from its specification: ids by tokenising text piece by piece
-without any added token, the mask by one walk over control ids. The checkpoint's own template is a third opinion.
+without any added token, the mask by one walk over control ids. The checkpoint's own template is a third reference.
 
 Run: pytest tests/data/test_masks.py  [--glm4ft-tokenizer FOLDER: repeats everything with a real GLM-4 tokenizer]
 """
@@ -29,7 +29,7 @@ TOOLS = ({"type": "function", "function": {"name": "f"}},)
 
 
 def ordered(chat_format: ChatFormat, conversation: Conversation) -> list[Message]:
-    """glm-4-0414 puts all system messages first (section 2.3), glm-4-9b-chat keeps the order."""
+    """Order messages as the format does: glm-4-0414 puts all system messages first, glm-4-9b-chat keeps the order."""
     messages = list(conversation.messages)
     if chat_format.name == "glm-4-0414":
         systems = [message for message in messages if message.role == "system"]
@@ -38,7 +38,7 @@ def ordered(chat_format: ChatFormat, conversation: Conversation) -> list[Message
 
 
 def naive_controls(chat_format: ChatFormat, conversation: Conversation, *, final_stop: str = "role") -> list[str]:
-    """Every control token of the row (S1, S4, S5, E4)."""
+    """List the control tokens of the row: prefix, one header per message, and an appended terminator if needed."""
     messages = ordered(chat_format, conversation)
     controls = ["[gMASK]", "<sop>"] + ["<|system|>"] * bool(conversation.tools)
     controls += [f"<|{message.role}|>" for message in messages]
@@ -49,7 +49,7 @@ def naive_controls(chat_format: ChatFormat, conversation: Conversation, *, final
 
 
 def naive_texts(chat_format: ChatFormat, conversation: Conversation) -> list[str]:
-    """The text below each header, the tool block's included (S6, E8)."""
+    """List the text after each header, the tool block's included."""
     texts = [f"{message.metadata}\n{message.content}" for message in ordered(chat_format, conversation)]
     if not conversation.tools:
         return texts
@@ -58,7 +58,7 @@ def naive_texts(chat_format: ChatFormat, conversation: Conversation) -> list[str
 
 
 def naive_encoding(tokenizer: Any, text: str) -> list[int]:
-    """Ids of text in which no marker counts as a control token (E7): pre-tokeniser and model, nothing around them."""
+    """Encode text by pre-tokenizer and model alone, so that no marker becomes a control token."""
     backend = tokenizer.backend_tokenizer
     words = backend.pre_tokenizer.pre_tokenize_str(text)
     return [token.id for word, _ in words for token in backend.model.tokenize(word)]
@@ -75,7 +75,7 @@ def naive_ids(chat_format: ChatFormat, conversation: Conversation, **options: st
 
 
 def naive_supervised(chat_format: ChatFormat, ids: list[int], trained: Sequence[bool]) -> list[bool]:
-    """After the header of a trained turn everything up to and including the next control token, nothing else."""
+    """Mark all tokens after each trained turn's header, up to and including the next control token."""
     control_ids = set(chat_format.tokenizer.get_added_vocab().values())
     header = chat_format.tokenizer.get_added_vocab()["<|assistant|>"]
     supervised, inside, turns = [], False, iter(trained)
@@ -87,7 +87,7 @@ def naive_supervised(chat_format: ChatFormat, ids: list[int], trained: Sequence[
 
 
 def render(chat_format: ChatFormat, conversation: Conversation, **options: Any) -> Any:
-    """The checkpoint's own template: tools on a system message for glm-4-9b-chat, as an argument for glm-4-0414."""
+    """Apply the checkpoint's template; tools go on a system message for glm-4-9b-chat, else into an argument."""
     messages: list[dict[str, Any]] = [
         {"role": m.role, "metadata": m.metadata, "content": m.content} for m in conversation.messages
     ]
@@ -103,7 +103,7 @@ def flags(conversation: Conversation) -> list[bool]:
 
 
 def nonstop(chat_format: ChatFormat, conversation: Conversation) -> list[Message]:
-    """Messages that follow an assistant turn with a header that is no stop token."""
+    """List the messages that follow an assistant turn and whose header is not a stop token."""
     messages = ordered(chat_format, conversation)
     pairs = pairwise(messages)
     return [after for before, after in pairs if before.role == "assistant" and after.role in ("assistant", "system")]
@@ -113,7 +113,7 @@ def nonstop(chat_format: ChatFormat, conversation: Conversation) -> list[Message
 
 
 def explain_difference(tokenizer: Any, ids: list[int], got: Sequence[Any], expected: Sequence[Any], rule: str) -> str:
-    """Where two rows part, with the tokens around that place."""
+    """Describe the first difference of two rows, with the tokens around it."""
     pairs = zip(got, expected, strict=False)
     where = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(got), len(expected)))
     around = range(max(0, where - 6), min(len(ids), where + 4))
@@ -138,7 +138,7 @@ def assert_row(
 @given(conversation=conversations(nonstop_terminators=True))
 @example(conversation=Conversation((Message("user", "<|assistant|>\n[gMASK]<sop>"), Message("assistant", "<|user|>"))))
 def test_ids_are_those_of_the_naive_encoder(in_each_lane: InEachLane, conversation: Conversation) -> None:
-    """S1, S4, S5, E4, E7, E8, E9: hence one prefix, control ids by role alone, and no marker made from text."""
+    """Hence a row has one prefix, its control ids depend on the roles alone, and no text becomes a control token."""
     for chat_format in in_each_lane(allow_nonstop_terminator=True):
         row = chat_format.encode(conversation)
         assert_row(row=row, ids=naive_ids(chat_format, conversation), by=chat_format, rule="naive encoder")
@@ -146,7 +146,7 @@ def test_ids_are_those_of_the_naive_encoder(in_each_lane: InEachLane, conversati
 
 @given(conversation=conversations(nonstop_terminators=True))
 def test_control_ids_are_a_function_of_the_roles(in_each_lane: InEachLane, conversation: Conversation) -> None:
-    """E7, without any encoder: other texts, the same control ids in the same order; one prefix (S1)."""
+    """With other texts the row has the same control ids in the same order, and one prefix."""
     for chat_format in in_each_lane(allow_nonstop_terminator=True):
         vocabulary = chat_format.tokenizer.get_added_vocab()
         names = {i: token for token, i in vocabulary.items()}
@@ -158,7 +158,7 @@ def test_control_ids_are_a_function_of_the_roles(in_each_lane: InEachLane, conve
 
 @given(conversation=conversations(marker_free_contents(), nonstop_terminators=True))
 def test_ids_equal_the_checkpoints_own_template(in_each_lane: InEachLane, conversation: Conversation) -> None:
-    """Text without markers: the template's ids, and one terminator if the last turn is the assistant's (S5, E4)."""
+    """If no text holds a marker, the ids are the template's, plus a terminator if the last turn is the assistant's."""
     for chat_format in in_each_lane(allow_nonstop_terminator=True):
         row = chat_format.encode(conversation)
         rendered = list(render(chat_format, conversation, tokenize=True))
@@ -170,7 +170,7 @@ def test_ids_equal_the_checkpoints_own_template(in_each_lane: InEachLane, conver
 
 @given(conversation=conversations(marker_free_contents(), late_system=False, nonstop_terminators=True))
 def test_every_turn_is_preceded_by_the_prompt_of_serving(in_each_lane: InEachLane, conversation: Conversation) -> None:
-    """E8: the row up to a turn is what the template sends to have that turn generated."""
+    """The row up to a turn equals the template's prompt for generating that turn."""
     for chat_format in in_each_lane(allow_nonstop_terminator=True):
         row = chat_format.encode(conversation)
         for turn in row.turns:
@@ -182,7 +182,7 @@ def test_every_turn_is_preceded_by_the_prompt_of_serving(in_each_lane: InEachLan
 
 @given(conversation=conversations(late_system=False, nonstop_terminators=True))
 def test_prompt_builds_the_beginning_of_the_row(in_each_lane: InEachLane, conversation: Conversation) -> None:
-    """E8 for all texts: ``prompt`` and ``encode`` agree, so what is generated later continues what was trained."""
+    """``prompt`` and ``encode`` agree for all texts, so generated turns continue prompts that were trained."""
     for chat_format in in_each_lane(allow_nonstop_terminator=True):
         row = chat_format.encode(conversation)
         for turn in row.turns:
@@ -195,7 +195,7 @@ def test_prompt_builds_the_beginning_of_the_row(in_each_lane: InEachLane, conver
 
 @given(conversation=conversations(nonstop_terminators=True))
 def test_supervised_is_what_a_walk_over_control_ids_finds(in_each_lane: InEachLane, conversation: Conversation) -> None:
-    """S1 to S8, E3, E4 and loss flags: from each trained header to the next control token, and nothing else."""
+    """Exactly the tokens after each trained header, up to the next control token, are supervised."""
     for chat_format in in_each_lane(allow_nonstop_terminator=True):
         row = chat_format.encode(conversation)
         expected = naive_supervised(chat_format, row.input_ids, flags(conversation))
@@ -205,7 +205,7 @@ def test_supervised_is_what_a_walk_over_control_ids_finds(in_each_lane: InEachLa
 
 @given(conversation=conversations())
 def test_each_turn_is_one_run_that_ends_in_a_stop_token(in_each_lane: InEachLane, conversation: Conversation) -> None:
-    """S10: a trained turn is one run from behind its header to its terminator, a stop id; #targets = sum(len + 1)."""
+    """A trained turn is one run, from after its header to its terminator, a stop id; #targets = sum(len + 1)."""
     for chat_format in in_each_lane():
         row = chat_format.encode(conversation)
         trained = [turn for turn in row.turns if turn.supervised]
@@ -221,7 +221,7 @@ def test_each_turn_is_one_run_that_ends_in_a_stop_token(in_each_lane: InEachLane
 
 @given(conversation=conversations())
 def test_a_turn_decodes_to_its_message(in_each_lane: InEachLane, conversation: Conversation) -> None:
-    """S6: tool name, newline and content, verbatim; turns are the assistant messages in order."""
+    """A turn holds tool name, newline and content, verbatim; turns are the assistant messages in order."""
     for chat_format in in_each_lane():
         row = chat_format.encode(conversation)
         messages = [(i, message) for i, message in enumerate(conversation.messages) if message.role == "assistant"]
@@ -258,7 +258,7 @@ def test_segments_cover_the_row_and_agree_with_it(in_each_lane: InEachLane, conv
 def test_a_header_is_supervised_only_where_it_ends_a_trained_turn(
     in_each_lane: InEachLane, conversation: Conversation
 ) -> None:
-    """S1 to S4 on segments: context is never a target, ``<|assistant|>`` never, the next header after a turn always."""
+    """Context and ``<|assistant|>`` are never targets; the header after a trained turn always is."""
     for chat_format in in_each_lane():
         row = chat_format.encode(conversation)
         assert not row.segments[0].supervised
@@ -276,7 +276,7 @@ def test_a_header_is_supervised_only_where_it_ends_a_trained_turn(
 
 @given(conversation=conversations())
 def test_last_trains_the_last_assistant_message_only(in_each_lane: InEachLane, conversation: Conversation) -> None:
-    """S7: the last assistant *message*, with its terminator, if its loss flag is on; the ids do not change."""
+    """The last assistant *message* is trained, with its terminator, if its loss flag is on; the ids do not change."""
     for chat_format in in_each_lane(train_on="last"):
         row = chat_format.encode(conversation)
         trained = [False] * (len(flags(conversation)) - 1) + flags(conversation)[-1:]
@@ -289,7 +289,7 @@ def test_last_trains_the_last_assistant_message_only(in_each_lane: InEachLane, c
 
 @given(conversation=conversations())
 def test_endoftext_replaces_the_appended_terminator_only(in_each_lane: InEachLane, conversation: Conversation) -> None:
-    """S5: the other convention for the end of a conversation; turns within it still end with the next role."""
+    """With ``final_stop="endoftext"`` turns before the last still end with the next role."""
     for chat_format in in_each_lane(final_stop="endoftext"):
         row = chat_format.encode(conversation)
         usual = ChatFormat(chat_format.name, chat_format.tokenizer).encode(conversation)
@@ -299,7 +299,7 @@ def test_endoftext_replaces_the_appended_terminator_only(in_each_lane: InEachLan
 
 @given(conversation=conversations(trailing=True))
 def test_messages_after_the_last_turn_are_context(in_each_lane: InEachLane, conversation: Conversation) -> None:
-    """E4: no target behind the last turn's terminator, nothing appended, whatever ends the conversations."""
+    """There is no target after the last turn's terminator, and nothing is appended, whatever ``final_stop``."""
     for chat_format in in_each_lane(final_stop="endoftext"):
         row = chat_format.encode(conversation)
         assert not any(row.supervised[row.turns[-1].end + 1 :])
@@ -309,7 +309,7 @@ def test_messages_after_the_last_turn_are_context(in_each_lane: InEachLane, conv
 
 @given(conversation=conversations(loss=False))
 def test_a_row_of_untrained_turns_has_no_target(in_each_lane: InEachLane, conversation: Conversation) -> None:
-    """E5: context only, its terminators included; whoever makes batches has to notice."""
+    """Its terminators are context too. Rows without a target are handled where batches are made."""
     for chat_format in in_each_lane():
         row = chat_format.encode(conversation)
         assert not any(row.supervised)
@@ -337,7 +337,7 @@ def test_a_loss_flag_changes_its_own_turn_only(
 def test_a_turn_that_no_stop_token_ends_is_refused_with_its_place(
     in_each_lane: InEachLane, conversation: Conversation
 ) -> None:
-    """E3: refused exactly where it occurs; the error names file, line and message."""
+    """Exactly such conversations are refused, and the error names file, line and message."""
     for chat_format in in_each_lane():
         placed = replace(conversation, line=7, path="chat.jsonl")
         offending = nonstop(chat_format, conversation)
@@ -353,7 +353,7 @@ def test_a_turn_that_no_stop_token_ends_is_refused_with_its_place(
 
 
 def test_on_request_the_second_header_is_the_first_turns_terminator(chat_format: ChatFormat) -> None:
-    """E3: one generation that spans both messages has to sample the header between them."""
+    """A generation that spans both messages has to sample the header between them."""
     chat_format = ChatFormat(chat_format.name, chat_format.tokenizer, allow_nonstop_terminator=True)
     messages = (Message("user", "a"), Message("assistant", "b"), Message("assistant", "{}", "f"))
     row = chat_format.encode(Conversation(messages, TOOLS))
@@ -367,7 +367,7 @@ def test_on_request_the_second_header_is_the_first_turns_terminator(chat_format:
 
 
 def test_text_without_markers_holds_none_of_the_tokenizers_control_tokens(tokenizer: Any) -> None:
-    """The template test is only fair if the strategies know every token that a template's text could turn into."""
+    """The strategies know every control token, so that text without markers cannot become one in the template."""
     assert set(tokenizer.get_added_vocab()) <= set(MARKERS)
 
 

@@ -43,7 +43,7 @@ def refusal(record: Any) -> str:
 
 
 def answered(*messages: Any, **keys: Any) -> dict[str, Any]:
-    """A record whose given messages follow a good exchange, so that theirs is the only fault."""
+    """Make a record whose given messages follow a valid exchange, so that they hold the only fault."""
     return {"messages": [USER, ASSISTANT, *messages], **keys}
 
 
@@ -302,7 +302,7 @@ CHANGES = st.lists(st.tuples(st.lists(st.integers(0, 9), max_size=4), st.sampled
 
 @st.composite
 def damaged_records(draw: st.DrawFn) -> dict[str, Any]:
-    """A good record after up to three changes anywhere in it: closer to the border than free JSON comes."""
+    """Draw a valid record with up to three changes anywhere, which is closer to valid than arbitrary JSON."""
     record: Any = copy.deepcopy(draw(st.sampled_from(READ)).record)
     for steps, key, value in draw(CHANGES):
         node = record
@@ -322,7 +322,7 @@ def damaged_records(draw: st.DrawFn) -> dict[str, Any]:
 @given(record=JSON | damaged_records())
 @example(record={"messages": [USER, ASSISTANT], "tools": [{"name": "f", "n": 10**5000}]})
 def test_any_json_value_is_read_or_refused(record: Any) -> None:
-    """Never another exception, and what is read keeps the rules and can be written as UTF-8."""
+    """No other exception is raised, and each conversation read keeps the rules and can be written as UTF-8."""
     try:
         conversation = parse_conversation(record)
     except DataError:

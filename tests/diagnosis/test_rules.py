@@ -1,4 +1,4 @@
-"""Each rule finds what it is for in evidence of that, and nothing in evidence of a run that learnt.
+"""Each rule finds its fault in evidence of it, and no rule finds one in evidence of a run that learnt.
 
 Run: pytest tests/diagnosis/test_rules.py
 """
@@ -73,7 +73,7 @@ def row(
 
 
 def says_the_token_after(found: RowEvidence) -> RowEvidence:
-    """Labels shifted twice: at each position the model says the token after the next."""
+    """Make a row of a model with labels shifted twice, which predicts the token after the next everywhere."""
     return replace(found, tokens=tuple(replace(token, predicted_id=token.id + 1) for token in found.tokens))
 
 
@@ -123,11 +123,11 @@ def test_verdict_is_the_right_one(verdict: str) -> None:
 
 
 def test_first_loss_of_all_rows_must_be_the_bases() -> None:
-    """Fresh adapters add nothing; a batch of some rows may lie anywhere near."""
+    """Fresh adapters have no effect; the loss of a batch of some rows may differ more."""
     near = evidence(losses=[8.4, 4.0, 0.001])
     assert diagnose(near).verdict == "learnt"
     assert diagnose(replace(near, options={"rows_per_step": 2})).verdict == "wrong-start"
-    # of a data set too large to be measured whole, the base's loss on the rows of the first step is not known
+    # for a data set too large to be measured whole, the base's loss on the rows of the first step is not known
     assert diagnose(replace(near, options={"rows_per_step": 2}, num_rows=100)).verdict == "learnt"
     resumed = replace(near, options={"rows_per_step": 2}, curve=near.curve[1:])
     assert diagnose(resumed).verdict == "learnt"
@@ -135,7 +135,7 @@ def test_first_loss_of_all_rows_must_be_the_bases() -> None:
 
 @pytest.mark.parametrize(("start", "end"), [(1.8, 1.45), (2.5, 1.0), (1.4, 1.3), (1.2, 0.6)])
 def test_ordinary_run_on_many_conversations_has_no_fault(start: float, end: float) -> None:
-    """Its loss falls a little, comes to rest far above the floor, differs from batch to batch; some rows are easy."""
+    """Its loss falls a little, converges far above the floor and differs between batches; some rows are easy."""
     noise = random.Random(0)
     losses = [max(0.05, end + (start - end) * math.exp(-i / 60) + noise.gauss(0, 0.25)) for i in range(400)]
     run = replace(evidence(row(loss=end), row(line=2), losses=losses), num_rows=800, options={"rows_per_step": 2})
@@ -162,7 +162,7 @@ def test_healthy_run_has_no_second_finding() -> None:
 
 
 def test_wrong_target_comes_before_a_bad_curve() -> None:
-    """What is trained explains the curve, not the other way round; the curve is still told of."""
+    """A wrong target explains a bad curve, not vice versa; the curve is still reported."""
     both = replace(CASES["rate-too-high"], rows=(row(mask=(0, 0, 1, 1, 1, 1), loss=5.0),))
     verdicts = [finding.verdict for finding in diagnose(both).findings]
     assert verdicts[0] == "header-supervised"
@@ -170,7 +170,7 @@ def test_wrong_target_comes_before_a_bad_curve() -> None:
 
 
 def test_known_terminator_may_go_untrained() -> None:
-    """A base that ends the turn anyway needs no target there."""
+    """A base that predicts the terminator anyway needs no target there."""
     found = diagnose(evidence(row(mask=(0, 0, 0, 1, 1, 0), loss=[0, 0, 9, 0.001, 0.001, 0.01])))
     assert found.verdict == "learnt"
 
@@ -185,13 +185,13 @@ def test_record_keeps_the_contract_in_strict_json(verdict: str) -> None:
 
 
 def test_curve_without_a_model_is_judged_by_what_was_logged() -> None:
-    """All that is left of a run that broke before it saved anything."""
+    """A run that broke before it saved anything leaves only its log."""
     logged = evidence(row(loss=math.nan), losses=DECAY[:20], adapters=None)
     assert diagnose(logged).verdict == "still-falling"
 
 
 def test_forecast_of_an_exponential_is_exact_and_its_interval_narrow() -> None:
-    """8 * 0.9^i is below 0.01 from i = 64 on, 44 steps after the 20 that are known."""
+    """The loss 8 * 0.9^i is below 0.01 from i = 64 on, 44 steps after the 20 known ones."""
     found = forecast(DECAY[:20], 0.01)
     assert found is not None
     assert abs(found.steps - 44) <= 2
@@ -200,7 +200,7 @@ def test_forecast_of_an_exponential_is_exact_and_its_interval_narrow() -> None:
 
 
 def test_forecast_is_honest_where_the_curve_flattens() -> None:
-    """Power-law curves fall slower and slower: the interval reaches far beyond the best guess, or has no end."""
+    """A power-law curve falls ever more slowly, so the interval ends far beyond the best fit, or has no end."""
     losses = [8 / (i + 1) for i in range(40)]
     true_steps = 8 / 0.1 - 40
     found = forecast(losses, 0.1)

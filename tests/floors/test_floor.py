@@ -1,4 +1,4 @@
-"""The floor of a data set is right: prefixes, entropy, head, per token, part and row; for heads of any size and file.
+"""The floor of a data set is correct in total, per token, part and row, for heads of any size and any file layout.
 
 Run: pytest tests/floors/test_floor.py
 """
@@ -35,7 +35,7 @@ from glm4ft.model.tiny import tiny_tokenizer, write_tiny_base
 from glm4ft.report.floor_view import encoded_rows
 from glm4ft.testing.subjects.founding_bug import FoundingBugFormat
 
-GATE = 0.01  # of the overfit test
+GATE = 0.01  # the loss limit of the overfit test
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_token_without_a_floor_has_no_sign(with_head: bool, tokenizer: Any, head
 
 
 def test_entropy_of_contradictory_samples_is_the_closed_form(tmp_path: Path, tokenizer: Any, head: Head) -> None:
-    """One prompt, two answers that differ from their first letter on: ln 2 at one position of each."""
+    """One prompt has two answers that differ from the first letter on, which costs ln 2 at one position of each."""
     data = conversations(tmp_path / "two.jsonl", "Hello", "Good day")
     rows = list(encoded_rows(data, ChatFormat("glm-4-0414", tokenizer), 4096))
     num_targets = sum(label != -100 for row in rows for label in row.labels)
@@ -114,7 +114,7 @@ def test_trained_head_leaves_the_entropy_alone(tmp_path: Path, tokenizer: Any) -
     ids=["adapter", "copy"],
 )
 def test_trained_head_is_not_taken_for_a_frozen_one(options: LoraOptions, is_trainable: bool, tmp_path: Path) -> None:
-    """Also not where it is read back from the disk to be explained: nothing requires a gradient there."""
+    """This holds also for a model read from disk to be explained, in which no parameter requires a gradient."""
     attach_lora(load_base("tiny").model, options, seed=0).save_pretrained(tmp_path)
     adapted = PeftModel.from_pretrained(load_base("tiny").model, tmp_path, is_trainable=is_trainable)
     assert frozen_head(adapted) is None
@@ -134,7 +134,7 @@ def test_floor_is_the_mean_of_its_tokens_parts_and_rows(founding: Floor) -> None
 
 @given(st.lists(st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=1, max_size=6), min_size=1, max_size=6))
 def test_targets_share_a_distribution_exactly_if_they_share_their_prefix(rows: list[list[tuple[int, bool]]]) -> None:
-    """Against the definition: count what follows each whole prefix."""
+    """The reference counts the continuations of each whole prefix, by definition."""
     trained = [TrainedRow(0, [i for i, _ in row], [i if keep else -100 for i, keep in row]) for row in rows]
     following: dict[tuple[int, ...], list[int]] = {}
     for row in trained:
@@ -154,7 +154,7 @@ def test_targets_share_a_distribution_exactly_if_they_share_their_prefix(rows: l
 
 @pytest.fixture
 def search_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Treat the tiny head as one that is too large to solve at once."""
+    """Treat the tiny head as too large to solve whole."""
     monkeypatch.setattr(head_bounds, "SMALL_HEAD", 10)
     monkeypatch.setattr(head_bounds, "_CANDIDATES", 60)
     monkeypatch.setattr(head_bounds, "_WORTH_A_ROUND", 0.9)
@@ -162,7 +162,7 @@ def search_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("search_everywhere")
 def test_search_on_a_subset_bounds_what_the_whole_head_reaches(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bounds from rows that matter are bounds for the whole head, and what is reached is really reached."""
+    """Bounds from a subset of rows hold for the whole head, and the upper bounds are actually reached."""
     targets = [
         Target((484,), (1.0,)),
         Target((10,), (1.0,)),
@@ -198,7 +198,7 @@ def test_head_is_read_from_bf16_shards(tmp_path: Path, head: Head) -> None:
 
 
 def test_base_in_four_bits_has_a_floor_as_long_as_its_head_is_in_bf16(tmp_path: Path) -> None:
-    """Such a base cannot be trained here, but its head is all that a floor needs."""
+    """Such a base cannot be trained here, but a floor needs only its head."""
     folder = bf16_shards(tmp_path / "base")
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
@@ -223,7 +223,7 @@ def test_truncated_shard_is_refused(tmp_path: Path) -> None:
 
 
 def test_stop_token_that_the_head_cannot_say_is_warned_of_by_name(tokenizer: Any, head: Head) -> None:
-    """As a base model's chat stop token (QwenLM/Qwen3 1064): its row is as untrained as those of the headers."""
+    """A base model's chat stop token is an example (QwenLM/Qwen3 1064): its row is as untrained as those of headers."""
     user = tokenizer.get_added_vocab()["<|user|>"]
     weight = head.weight.clone()
     weight[user] = weight[tokenizer.get_added_vocab()["<|system|>"]] + 1e-3

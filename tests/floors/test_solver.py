@@ -1,4 +1,4 @@
-"""The bound under a frozen head is a bound, and a tight one: on random heads, in exact arithmetic and in bf16.
+"""The bound under a frozen head holds and is tight, on random heads, in exact arithmetic and in bf16.
 
 Run: pytest tests/floors/test_solver.py
 """
@@ -17,7 +17,7 @@ from glm4ft.floors.solver import BF16, TOLERANCE, HeadRows, solve
 
 @dataclass(frozen=True)
 class Shape:
-    """Random heads of one shape; together 500 heads from hopeless (all rows near 0) to ones that reach every token."""
+    """The shape of some random heads; the 500 heads of all shapes reach from no token (rows near 0) to every token."""
 
     rows: int
     hidden: int
@@ -43,7 +43,7 @@ def losses(heads_HVD: torch.Tensor, targets_HV: torch.Tensor, hidden_HD: torch.T
 
 
 def optimise_directly(heads_HVD: torch.Tensor, targets_HV: torch.Tensor, radius: float) -> torch.Tensor:
-    """Smallest losses found by accelerated projected gradients of fixed length, begun elsewhere than the solver's."""
+    """Find the smallest losses by accelerated projected gradients of fixed length, from a start of their own."""
     length_H1 = 1 / torch.linalg.matrix_norm(heads_HVD, ord=2).square()[:, None]
     hidden_HD = torch.zeros(len(heads_HVD), heads_HVD.shape[2], dtype=torch.float64)
     ahead_HD, weight, best_H = hidden_HD, 1.0, torch.full((len(heads_HVD),), math.inf, dtype=torch.float64)
@@ -84,7 +84,7 @@ def test_many_targets_at_once_are_solved_as_each_alone() -> None:
 
 
 def test_descent_that_is_cut_short_still_gives_a_bound() -> None:
-    """The certificate does not lean on convergence."""
+    """The bound holds without convergence."""
     shape = SHAPES[3]
     heads_HVD, targets_HV = random_heads(shape, seed=3)
     best_H = optimise_directly(heads_HVD[:20], targets_HV[:20], math.sqrt(shape.hidden))
@@ -108,12 +108,12 @@ def test_bound_of_some_rows_and_the_mean_of_the_others_holds_for_all() -> None:
     part = solve(rows, target_M[None], 4.0)
     subset = solve(HeadRows.of(head_VD[:30]), target_V[None, :30], 4.0)
     assert float(part.lower_B) <= float(whole.upper_B)
-    assert float(subset.upper_B) < float(part.lower_B)  # what the mean row is good for
+    assert float(subset.upper_B) < float(part.lower_B)  # the mean row tightens the bound
 
 
 @dataclass(frozen=True)
 class Bf16Found:
-    """Losses that bf16 forward passes reached, beside the two bounds."""
+    """The smallest loss that bf16 forward passes reached, and the two bounds."""
 
     smallest: float
     exact_bound: float
@@ -139,7 +139,7 @@ def reach_in_bf16(seed: int) -> Bf16Found:
 
 
 def test_bf16_bound_holds_for_bf16_forward_passes() -> None:
-    """The exact bound does not (it is labelled so), and the margin costs a few per cent."""
+    """The exact bound does not hold for them, as its label states; the bf16 bound is a few per cent lower."""
     found = [reach_in_bf16(seed) for seed in range(20)]
     assert all(case.bf16_bound <= case.smallest for case in found)
     assert any(case.smallest < case.exact_bound for case in found)

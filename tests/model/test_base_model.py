@@ -91,7 +91,7 @@ def test_checkpoint_loads_with_its_weights_frozen_and_in_eval_mode(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_built_in_base_says_what_its_written_copy_says(dtype: str, sound: Path) -> None:
-    """Bit for bit, in bf16 too: the rotary frequencies are not rounded with the weights."""
+    """Its logits are equal bit for bit, in bf16 too: the rotary frequencies are not rounded with the weights."""
     built_in, written = load_base("tiny", dtype=dtype, device="cpu"), load_base(str(sound), dtype=dtype, device="cpu")
     assert torch.equal(logits(built_in.model), logits(written.model))
     assert (built_in.source, built_in.folder, built_in.format_name, built_in.warnings) == (
@@ -140,7 +140,7 @@ def test_unknown_dtype_is_refused() -> None:
 
 
 def test_folder_is_found_again_from_any_working_directory(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Peft stores ``name_or_path``, and whoever loads the adapter stands elsewhere."""
+    """Peft stores ``name_or_path``, and the adapter may be loaded from another working directory."""
     monkeypatch.chdir(sound.parent)
     base = load_base("base")
     assert base.source == "base"
@@ -171,7 +171,7 @@ def test_path_that_does_not_exist_never_asks_the_hub(model: str, monkeypatch: py
 
 
 def test_file_in_place_of_a_folder_is_named_as_such(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Although its bare name could be a hub id."""
+    """The file is reported although its bare name could be a hub id."""
     monkeypatch.chdir(sound)
     with pytest.raises(ModelError, match="no such folder") as caught:
         load_base("config.json")
@@ -271,8 +271,8 @@ def remove(name: str) -> Callable[[Path], Any]:
 class Damage:
     id: str
     do: Callable[[Path], Any]
-    told: tuple[str, ...]  # stands in the message
-    needs_weights: bool = False  # can only be seen once they are read
+    told: tuple[str, ...]  # contained in the message
+    needs_weights: bool = False  # True if the fault shows only when the weights are read
 
 
 DAMAGES = [
@@ -338,7 +338,7 @@ DAMAGES = [
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.id)
 def test_damaged_checkpoint_is_refused(damage: Damage, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the place and what is wrong there, and wherever possible before any weight is read."""
+    """The error names the place and the fault, and where possible no weight is read before."""
     damage.do(folder)
     if not damage.needs_weights:
         for model_class in (Glm4ForCausalLM, GlmForCausalLM):
@@ -371,7 +371,7 @@ def test_checkpoint_without_generation_config_stops_where_its_config_says(folder
 )
 @pytest.mark.parametrize("name", ["generation_config", "config"])
 def test_missing_stop_token_is_warned_of_and_added(name: str, stated: Any, lacking: str, folder: Path) -> None:
-    """In either config: some engines read one, some the other; ids that stand there stay."""
+    """It is added to both configs, since engines differ in which one they read; other ids are kept."""
     ids = tiny_tokenizer().convert_tokens_to_ids(stated) if stated else "null"
     path = folder / f"{name}.json"
     content = {**json.loads(path.read_text("utf-8")), "eos_token_id": None if stated is None else ids}
@@ -391,7 +391,7 @@ def stop_ids(tokenizer: Any) -> list[int]:
 
 
 def test_tokenizer_stays_as_it_is_but_for_a_missing_pad_token(folder: Path) -> None:
-    """GLM-4's own pads left, as generation in batches needs it; what is saved later must still do so."""
+    """GLM-4's tokenizer pads left, for generation in batches; a tokenizer saved later must still do so."""
     edit_json(folder / "tokenizer_config.json", padding_side="left", pad_token=None)
     tokenizer = load_tokenizer(str(folder))
     assert (tokenizer.padding_side, tokenizer.pad_token) == ("left", "<|endoftext|>")
@@ -441,7 +441,7 @@ TEMPLATE = CHAT_TEMPLATES["Glm4ForCausalLM"]
 class Template:
     id: str
     text: str
-    told: str  # stands in the warning; "" = none is given
+    told: str  # contained in the warning; "" if there is none
 
 
 @pytest.mark.parametrize(

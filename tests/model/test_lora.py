@@ -1,4 +1,4 @@
-"""What is asked for is adapted, all of it; at the start it changes nothing; its weights are a function of the seed.
+"""All requested targets are adapted; fresh adapters change no output; their weights are a function of the seed.
 
 Run: pytest tests/model/test_lora.py
 """
@@ -51,7 +51,7 @@ def logits(model: Any) -> torch.Tensor:
 class Wrong:
     options: dict[str, Any]
     where: str
-    told: str  # stands in the message
+    told: str  # contained in the message
 
 
 WRONG = [

@@ -54,7 +54,7 @@ def test_gradients_equal_those_of_transformers(model: nn.Module) -> None:
 
 
 def test_padding_on_the_left_is_masked(model: nn.Module) -> None:
-    """Ours is on the right, where no token looks; whoever pads otherwise relies on the mask."""
+    """Our padding is on the right, where no token attends to it; padding on the left relies on the mask."""
     install_supervised_loss(model)
     alone = batch(0, rows=1)
     padded = {name: nn.functional.pad(tensor, (9, 0), value=5) for name, tensor in alone.items()}
@@ -78,7 +78,7 @@ def test_head_sees_supervised_rows_only(model: nn.Module) -> None:
 def test_chunks_change_neither_loss_nor_gradient(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch, max_logits: int, rows: int
 ) -> None:
-    """The recomputed chunks of a long batch add up to what one piece gives; a row goes whole, however wide the head."""
+    """The recomputed chunks of a long batch add up to the result without chunks; a chunk has at least one position."""
     hidden = torch.randn(3, 40, 128, requires_grad=True)
     labels = batch(0)["labels"]
     (expected,) = torch.autograd.grad(supervised_nll(model.lm_head, hidden, labels)[0].sum(), hidden)
@@ -91,7 +91,7 @@ def test_chunks_change_neither_loss_nor_gradient(
 
 
 def test_rows_are_summed_apart(model: nn.Module) -> None:
-    """With ``per_row`` each row's loss is what the row has alone."""
+    """With ``per_row`` each row's loss equals the loss of the row alone."""
     install_supervised_loss(model)
     data = batch(0)
     together = model(**data, per_row=True).loss
@@ -102,7 +102,7 @@ def test_rows_are_summed_apart(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_packed_rows_lose_what_they_lose_alone(model: nn.Module, training: bool) -> None:
-    """In eval mode a cache, on by default, would switch the isolation off."""
+    """In eval mode a cache, on by default, would disable the isolation of packed rows."""
     install_supervised_loss(model.train(training))
     rows = batch(0, rows=2)
     alone = model(**rows, per_row=True).loss.sum()
@@ -114,7 +114,7 @@ def test_packed_rows_lose_what_they_lose_alone(model: nn.Module, training: bool)
 
 
 def test_micro_batch_without_targets_gives_zero_gradient_not_nan(model: nn.Module) -> None:
-    """Harmless inside a step that has targets elsewhere; the step's divisor is given."""
+    """Such a micro-batch is harmless in a step with targets elsewhere, because the step's divisor is given."""
     install_supervised_loss(model)
     loss = model(**batch(0, share=0.0), num_items_in_batch=torch.tensor(7)).loss
     loss.backward()

@@ -1,4 +1,4 @@
-"""A merged checkpoint says in plain transformers what the adapter says in peft; nothing else is ever left on disk.
+"""A merged checkpoint gives in plain transformers what base and adapter give in peft; no failed merge leaves a file.
 
 Run: HF_HUB_OFFLINE=1 pytest tests/model/test_merge.py
 """
@@ -40,7 +40,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @pytest.fixture(scope="module", autouse=True)
 def _offline_on_the_cpu() -> Iterator[None]:
-    """Where merges repeat bit for bit."""
+    """Run all tests on the CPU, where merges are reproducible bit for bit, and without the hub."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -49,7 +49,7 @@ def _offline_on_the_cpu() -> Iterator[None]:
 
 
 def randomise(model: PeftModel) -> None:
-    """Give every trained parameter a value that is not its first."""
+    """Give every trained parameter a random value in place of its initial one."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -57,7 +57,7 @@ def randomise(model: PeftModel) -> None:
 
 
 def overfit(model: PeftModel, chat_format: ChatFormat) -> None:
-    """Train until both answers come back: two seconds of plain torch, without a trainer."""
+    """Train until both answers are reproduced: two seconds of plain torch, without a trainer."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3, weight_decay=0)
     records = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in TURNS]
     rows = [chat_format.encode(parse_conversation({"messages": messages})) for messages in records]
@@ -109,7 +109,7 @@ def random_adapter(base_folder: Path) -> Path:
 
 @pytest.fixture
 def adapter(random_adapter: Path, tmp_path: Path) -> Path:
-    """A copy of it that a test may damage."""
+    """A copy of the random adapter that a test may damage."""
     return Path(shutil.copytree(random_adapter, tmp_path / "adapter"))
 
 
@@ -138,7 +138,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def answers(model: Any, tokenizer: Any) -> list[str]:
-    """What greedy generation says by the model's own generation config, stop token included."""
+    """Generate answers greedily by the model's own generation config, stop token included."""
     found = []
     for question, _ in TURNS:
         ids = tokenizer.apply_chat_template(
@@ -169,7 +169,7 @@ def test_merged_model_gives_the_adapters_logits(merged: Merged) -> None:
 
 
 def test_merging_rounds_once(merged: Merged) -> None:
-    """In bf16 as well: base plus adapter in fp32, then rounded, is bit for bit what was written."""
+    """The written weights equal base plus adapter in fp32, rounded once, bit for bit, in bf16 as well."""
     model = with_adapter(merged.base, merged.adapter, "fp32").merge_and_unload()
     written = plain(merged.output, merged.dtype).state_dict()
     assert all(torch.equal(written[name], p.to(DTYPES[merged.dtype])) for name, p in model.named_parameters())
@@ -326,7 +326,7 @@ Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"
 class Damage:
     id: str
     do: Callable[[Path], Any]
-    told: tuple[str, ...]  # stands in the message
+    told: tuple[str, ...]  # contained in the message
     error: type[Exception] = ModelError
 
 
@@ -411,7 +411,7 @@ def test_adapter_that_no_weights_can_stand_for_is_refused(
 
 @pytest.mark.parametrize("occupant", ["file", "folder"])
 def test_output_that_is_in_use_is_refused_first(occupant: str, tmp_path: Path) -> None:
-    """Before the adapter is even looked for."""
+    """It is refused before the adapter is read."""
     output = tmp_path / "merged"
     if occupant == "file":
         output.write_text("mine")
@@ -480,7 +480,7 @@ class Interruption:
 def test_interrupted_write_leaves_nothing_behind(
     interruption: Interruption, random_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The weights are there and the tokenizer is not: no folder of that state may remain."""
+    """A folder with weights but without a tokenizer must not remain."""
 
     def interrupt(*_: Any) -> None:
         raise interruption.raised

@@ -37,7 +37,7 @@ def model(request: pytest.FixtureRequest) -> Any:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_weights_are_a_function_of_the_seed(architecture: Any) -> None:
-    """Bitwise, whatever the state of torch's global generator; another seed changes every random matrix."""
+    """They are bitwise equal whatever the state of torch's generator; another seed changes every random matrix."""
     torch.manual_seed(1)
     first = tiny_model(3, architecture=architecture).state_dict()
     torch.manual_seed(2)
@@ -49,7 +49,7 @@ def test_weights_are_a_function_of_the_seed(architecture: Any) -> None:
 
 
 def test_shared_rows_are_the_tokens_that_no_model_ever_samples(model: Any) -> None:
-    """Control tokens that end no turn, and the padding rows of the vocabulary, as GLM-4 has 151,343 to 151,551."""
+    """These are control tokens that end no turn, and the vocabulary's padding rows (151,343 to 151,551 in GLM-4)."""
     tokenizer = tiny_tokenizer()
     shared = set(shared_row_ids(tokenizer, model.config.vocab_size))
     assert set(tokenizer.convert_tokens_to_ids(SHARED_TOKENS)) <= shared
@@ -74,7 +74,7 @@ def test_no_hidden_state_tells_shared_rows_apart_and_every_other_row_stands_out(
 
 
 def test_stop_tokens_are_ordinary(model: Any) -> None:
-    """A trained terminator must be within reach: their rows are as long as those of text (per entry 0.2)."""
+    """A trained terminator must be reachable, so rows of stop tokens are as long as those of text (per entry 0.2)."""
     head = model.lm_head.weight.detach()
     stops = tiny_tokenizer().convert_tokens_to_ids(list(STOP_TOKENS))
     assert head[stops].std().item() == pytest.approx(0.2, rel=0.1)
@@ -157,7 +157,7 @@ def test_any_text_survives_the_tokenizer(one_tokenizer: Any, text: str) -> None:
 
 @pytest.mark.parametrize("content", ["\n", "\nx", "\n\nx", "\n 好"])
 def test_a_newline_encoded_apart_gives_other_ids_for_some_content(content: str) -> None:
-    """Without such a seam a trainer that encodes the header's newline on its own would pass unnoticed."""
+    """Otherwise a trainer that encodes the header's newline separately would not be detected."""
     tokenizer = tiny_tokenizer()
 
     def encode(text: str) -> list[int]:
@@ -167,7 +167,7 @@ def test_a_newline_encoded_apart_gives_other_ids_for_some_content(content: str) 
 
 
 def test_control_tokens_are_those_of_glm4_in_its_order() -> None:
-    """Ids 151329 to 151342 there; here they follow the ordinary vocabulary too."""
+    """They have the ids 151329 to 151342 in GLM-4; here too they follow the ordinary vocabulary."""
     tokenizer = tiny_tokenizer()
     added = tokenizer.get_added_vocab()
     assert sorted(added, key=added.__getitem__) == list(CONTROL_TOKENS)

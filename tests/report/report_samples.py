@@ -1,4 +1,4 @@
-"""Contents of reports that the tests of this folder render, made without training."""
+"""Sample contents of reports for the tests in this folder, made without training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from glm4ft.testing.subjects.founding_bug import FoundingBugFormat
 
 TOKENIZER = tiny_tokenizer()
 FORMAT = ChatFormat("glm-4-0414", TOKENIZER)
-# Everything that text could try: markup, terminal controls, reordering, runner commands, Markdown, our own marks.
+# Markup, terminal controls, bidi controls, runner commands, Markdown, and our own cues.
 HOSTILE = (
     "<script>alert(1)</script><img src=x onerror=alert(1)> \"' &amp; </style></title> {{ 7*7 }} \x1b[31mred\x07 "
     "\u202egnp.exe ::error::x ##[group]y `code` ``` [a](javascript:alert(1)) http://a.example www.a.example *b* "
@@ -27,13 +27,13 @@ HOSTILE_LINES = f"::add-mask::x\n{HOSTILE}\n  ::error::y\n# heading\n- item\n"
 
 
 def row_of(*texts: str, chat_format: ChatFormat = FORMAT) -> EncodedRow:
-    """A conversation of user and assistant in turn, encoded."""
+    """Encode a conversation of alternating user and assistant messages."""
     messages = [Message("assistant" if i % 2 else "user", text) for i, text in enumerate(texts)]
     return chat_format.encode(Conversation(tuple(messages), line=7))
 
 
 def with_losses(row: EncodedRow, *, header: float = 0.0, terminator: float = 0.002, body: float = 0.002) -> ShownRow:
-    """The row as a report shows it, each target with the loss of its part."""
+    """Make the shown form of a row, each target with the loss of its part."""
     by_part = {"assistant header": header, "terminator": terminator}
     parts = token_parts(row.input_ids, TOKENIZER)
     losses = [by_part.get(p, body) if keep else None for p, keep in zip(parts, row.supervised, strict=True)]
@@ -46,7 +46,7 @@ def with_losses(row: EncodedRow, *, header: float = 0.0, terminator: float = 0.0
 
 
 def founding_bug() -> Content:
-    """The bundled conversations with headers trained and terminators not, as a finished run shows them."""
+    """Make the report of a finished run on the bundled conversations that trained headers and not terminators."""
     encoder = FoundingBugFormat("glm-4-0414", TOKENIZER)
     rows = tuple(with_losses(encoder.encode(c), header=5.5) for c in read_conversations(DEMO_DATA))
     steps = [
@@ -84,7 +84,7 @@ def founding_bug() -> Content:
 
 
 def hostile() -> Content:
-    """Hostile text in every field that text from outside can reach."""
+    """Make a report with hostile text in every field that can hold external text."""
     row = with_losses(row_of(HOSTILE_LINES, HOSTILE_LINES), body=1.0, terminator=3.0)
     return Content(
         title=HOSTILE,

@@ -37,24 +37,24 @@ class Browser:
     """A headless browser.
 
     Args:
-        program: its path.
+        program: The path of the browser.
     """
 
     program: str
 
     def run(self, folder: Path, *args: str) -> str:
-        """What the browser writes to stdout; it keeps its profile in the folder."""
+        """Run the browser, with its profile in the folder, and return its stdout."""
         command = [self.program, *FLAGS, f"--user-data-dir={folder / 'profile'}", *args]
         return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
     def measure(self, folder: Path, pages: Mapping[str, tuple[Content, int]], *args: str) -> dict[str, dict[str, Any]]:
-        """The figures that the probe takes of each page, shown at its width; one start of the browser for all."""
+        """Measure each page at its width with the probe, in one start of the browser for all pages."""
         for name, (content, _) in pages.items():
             (folder / f"{name}.html").write_text(render_page(content), "utf-8")
         wanted = json.dumps([[name, f"{name}.html", width] for name, (_, width) in pages.items()])
         probe = folder / "probe.html"
         probe.write_text(PROBE.read_text("utf-8").replace("/*WANTED*/ []", wanted), "utf-8")
-        # so that the probe may look into the frames; the policy of the pages in them still holds
+        # lets the probe read the frames; the security policy of the pages in them still applies
         shown = self.run(folder, "--allow-file-access-from-files", *args, "--dump-dom", probe.as_uri())
         found = re.search(r'<pre id="out">(.+?)</pre>', shown, re.S)
         assert found, shown[-2000:]
@@ -64,7 +64,7 @@ class Browser:
 
 @pytest.fixture(scope="module")
 def browser() -> Browser:
-    """Chromium; the tests are skipped where there is none."""
+    """The headless Chromium; the tests are skipped if there is none."""
     given = os.environ.get("GLM4FT_CHROMIUM")
     found = given or next(filter(None, map(shutil.which, NAMES)), None)
     if not found or not shutil.which(found):
@@ -81,7 +81,7 @@ def long() -> Content:
 
 @pytest.fixture(scope="module")
 def light(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Figures of several pages."""
+    """The measurements of several pages."""
     levels = replace(founding_bug(), rows=tuple(with_losses(row_of("a", "b"), body=x) for x in (0.01, 0.1, 1.0, 5.0)))
     pages = {"bug": (founding_bug(), 1000), "levels": (levels, 1000), "screen": (long(), 1000), "phone": (long(), 360)}
     return browser.measure(tmp_path_factory.mktemp("light"), {**pages, "hostile": (hostile(), 1000)})
@@ -89,7 +89,7 @@ def light(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 @pytest.fixture(scope="module")
 def dark(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Figures of a page where the reader prefers dark."""
+    """The measurements of a page in dark mode."""
     pages = {"bug": (founding_bug(), 1000)}
     return browser.measure(tmp_path_factory.mktemp("dark"), pages, "--blink-settings=preferredColorScheme=0")
 
@@ -112,7 +112,7 @@ def test_levels_of_loss_differ_by_more_than_colour(light: Any) -> None:
 
 @pytest.mark.parametrize("name", ["screen", "phone", "hostile"])
 def test_nothing_is_wider_than_the_page(light: Any, name: str) -> None:
-    """With Chinese text, and with text that offers no place to break."""
+    """It fits with Chinese text too, and with text that has no place to break."""
     assert (light[name]["overflow"], light[name]["wide"]) == (0, [])
 
 
@@ -123,7 +123,7 @@ def test_long_conversations_stay_folded(light: Any) -> None:
 
 
 def test_hostile_text_becomes_no_element_of_a_browser(light: Any) -> None:
-    """No script, image, link or form; the title is the text itself."""
+    """The page has no script, image, link or form, and its title is the hostile text itself."""
     assert light["hostile"]["elements"] == [0, 0, 0, 0]
     assert light["hostile"]["title"].startswith("<script>alert(1)</script>")
 

@@ -1,4 +1,4 @@
-"""Proves that the page says what was supervised and what it costs, in one file that runs nothing, whatever the text.
+"""Proves that the page shows the supervised tokens and their losses, in one file that runs nothing, whatever the text.
 
 Run: pytest tests/report/test_html_page.py
 """
@@ -30,7 +30,7 @@ TAGS = {
 
 
 class Page(HTMLParser):
-    """Every element of a page, and its text; refuses what is not closed."""
+    """Collects the elements and the text of a page; refuses elements that are not closed."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ def test_wrong_labels_and_losses_are_written_and_not_only_coloured(bug: Page) ->
     text = flat(bug.text)
     assert f"<|assistant|>5.50✗ {NOT_A_TARGET}" in text
     assert f"<|user|>✗ {MISSED}" in text
-    assert "<|assistant|> <|assistant|> headers 4 5.5 99 % '+'" in text  # the dearest tokens as a table
+    assert "<|assistant|> <|assistant|> headers 4 5.5 99 % '+'" in text  # the table of the most costly tokens
 
 
 def test_curves_show_target_floor_and_every_step(bug: Page) -> None:
@@ -112,7 +112,7 @@ def test_options_and_environment_are_shown_with_their_source(bug: Page) -> None:
 
 @pytest.mark.parametrize("content", [founding_bug(), hostile()], ids=["founding bug", "hostile"])
 def test_the_page_runs_nothing_and_loads_nothing(content: Content) -> None:
-    """No element but those we write, no handler, no address; the policy allows our style sheet by its digest alone."""
+    """The page has only elements that we write, no handler and no address; the policy allows only our style sheet."""
     page = Page(render_page(content))
     assert {tag for tag, _ in page.tags} <= TAGS
     for tag, attrs in page.tags:
@@ -134,7 +134,7 @@ def test_no_control_or_bidi_character_reaches_the_page_and_none_is_lost() -> Non
 
 
 def test_text_cannot_imitate_a_control_token() -> None:
-    """The look-alike in the answer is text with its first character escaped, not drawn as a control token."""
+    """A look-alike in the answer is shown as text with its first character escaped, not as a control token."""
     row = with_losses(row_of("a", "see <|assistant|>"))
     pieces = [piece for stretch in stretches(row, TOKENIZER) for piece in stretch.pieces]
     assert [piece.text for piece in pieces if piece.is_control].count("<|assistant|>") == 1
@@ -142,7 +142,7 @@ def test_text_cannot_imitate_a_control_token() -> None:
 
 
 def test_a_row_of_a_thousand_tokens_is_folded_but_whole() -> None:
-    """What is dear or near a boundary stays open, what is long and learnt is behind a fold, and nothing is missing."""
+    """Costly tokens and boundaries stay visible, long learnt stretches are folded, and no token is missing."""
     long = row_of("why " * 300, "so " * 600)
     shown = with_losses(long)
     dear = replace(shown, losses=[9.0 if at == 700 else loss for at, loss in enumerate(shown.losses)])
@@ -171,7 +171,7 @@ def test_parts_are_those_of_the_format() -> None:
 
 
 def test_control_token_inside_an_answer_does_not_end_it() -> None:
-    """As ``<think>`` stands in rows of other trainers: the turn goes on to the next header."""
+    """``<think>`` in rows of other trainers is an example: the turn continues to the next header."""
     row = row_of("a", "b")
     (turn,) = row.turns
     ids = [*row.input_ids[: turn.start], FORMAT.tokenizer.convert_tokens_to_ids("[MASK]"), *row.input_ids[turn.start :]]
@@ -194,7 +194,7 @@ def test_a_loss_has_a_level(loss: float, name: str) -> None:
 
 @pytest.mark.parametrize("change", [{}, {"tokenizer": TOKENIZER, "num_rows": 3}])
 def test_an_empty_report_is_still_a_page(change: dict[str, Any]) -> None:
-    """A run that broke before its first step has nothing but its verdict."""
+    """A run that broke before its first step has only a verdict."""
     page = Page(render_page(Content("t", Headline("bad", "The run stopped."), **change)))
     assert "The run stopped." in page.text
     assert "Curves" not in page.text

@@ -1,4 +1,4 @@
-"""Proves that the summary reads well on a job page, and that no text in it acts: not as Markdown, HTML or a command.
+"""Proves that the summary reads well on a job page, and that no text in it acts as Markdown, HTML or a command.
 
 Run: pytest tests/report/test_markdown.py
 """
@@ -21,7 +21,7 @@ OURS = {"h3", "em", "strong", "ul", "li", "p", "code", "table", "thead", "tbody"
 
 
 def text_of(markdown: str) -> str:
-    """What a reader sees of one inline text."""
+    """Render one inline text as a reader sees it."""
     (paragraph,) = [token for token in GITHUB.parse(markdown) if token.type == "inline"]
     return "".join(child.content for child in paragraph.children or [])
 
@@ -39,7 +39,7 @@ def test_the_summary_of_the_founding_bug() -> None:
 
 
 def test_hostile_text_is_only_text() -> None:
-    """Rendered, the summary holds the elements we wrote and no other; nothing links anywhere."""
+    """The rendered summary holds only the elements that we wrote, and no links."""
     summary = render_summary(hostile())
     rendered = GITHUB.render(summary)
     assert {tag.lower() for tag in re.findall(r"<(\w+)", rendered)} <= OURS

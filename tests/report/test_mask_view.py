@@ -45,7 +45,7 @@ quick = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCh
 
 
 def row_of(*texts: str, line: int = 0) -> EncodedRow:
-    """A conversation of user and assistant in turn, encoded."""
+    """Encode a conversation of alternating user and assistant messages."""
     messages = [Message("assistant" if i % 2 else "user", text or "a") for i, text in enumerate(texts)]
     return FORMAT.encode(Conversation(tuple(messages), line=line))
 
@@ -61,7 +61,7 @@ def printed(renderable: RenderableType, width: int = 100, **options: Any) -> str
 
 
 def text_of(row: EncodedRow, width: int) -> str:
-    """What ``render_row`` prints, with the rules and the breaks between terminal lines undone."""
+    """Print a row with ``render_row``, and undo the rules and the breaks between terminal lines."""
     file = io.StringIO()
     Console(file=file, width=width, color_system=None).print(render_row(row, FORMAT))
     lines = [line for line in file.getvalue().split("\n") if line.startswith(("│ ", "┃ "))]
@@ -69,7 +69,7 @@ def text_of(row: EncodedRow, width: int) -> str:
 
 
 def original(shown: str) -> str:
-    """Undo ``visible``, as its own tests prove one can."""
+    """Undo ``visible``, which its own tests prove to be invertible."""
     reserved = [*"⟦⟧⟨<[", "\\", ":", "#"]  # first characters of what the viewer reserves, and of runner commands
 
     def meant(match: re.Match[str]) -> str:
@@ -110,7 +110,7 @@ def test_a_tool_call_is_shown_and_a_long_ignored_run_is_folded() -> None:
 
 
 def test_boundaries_are_shown_token_by_token() -> None:
-    """Parts of a character by their bytes and the character, three tokens on each side of each boundary."""
+    """Three tokens are shown on each side of each boundary; a partial character as its bytes and the character."""
     table = printed(render_row(ROWS[0], FORMAT, boundaries=True)).split("\n")[6:24]
     assert "\n".join(table) == (
         "turn 1 (message 1): starts at 21, terminator at 35\n"
@@ -146,7 +146,7 @@ def test_boundaries_that_overlap_are_shown_once() -> None:
 @example(row_of("a", "two  spaces  at  each  break   of a line  "), 13)
 @example(row_of("a", "❤\ufe0f" * 30), 9)
 def test_the_text_between_the_cues_is_what_is_supervised(row: EncodedRow, width: int) -> None:
-    """Read back from the printed lines, at any width: nothing more, nothing less, not a space lost."""
+    """The text read back from the printed lines is exact at any width, spaces included."""
     between = re.findall("⟦([^⟦⟧]*)⟧", text_of(row, width))
     assert original("".join(between)) == supervised_text(row)
     assert len(between) == len(row.turns)
@@ -155,7 +155,7 @@ def test_the_text_between_the_cues_is_what_is_supervised(row: EncodedRow, width:
 @quick
 @given(rows, st.data())
 def test_any_mask_is_shown_as_it_is(row: EncodedRow, data: st.DataObject) -> None:
-    """The cues follow ``supervised`` and not the segments: a wrong mask must not look right."""
+    """The cues follow ``supervised`` and not the segments, so that a wrong mask does not look right."""
     chosen = data.draw(st.lists(st.sampled_from(row.segments), unique=True))
     row = with_supervised(row, *(i for segment in chosen for i in range(segment.start, segment.end)))
     shown = mask_text(row, FORMAT).plain
@@ -174,7 +174,7 @@ def test_an_unfolded_row_is_shown_whole(row: EncodedRow) -> None:
 @example(row_of(HOSTILE, HOSTILE), 24)
 @example(row_of("a", "x" * 22 + "::error::x"), 24)
 def test_no_conversation_controls_a_terminal_or_a_runner(row: EncodedRow, width: int) -> None:
-    """Wherever a line breaks: every line but our own summaries and titles starts with a rule or a border."""
+    """Wherever lines break, every line but our own summaries and titles starts with a rule or a border."""
     totals = Totals()
     totals.add(None, line=1, dropped=HOSTILE, warnings=[HOSTILE, "::error::" * 9])
     shown = printed(render_row(row, FORMAT, boundaries=True), width) + printed(render_totals(totals), width)
@@ -198,7 +198,7 @@ def test_data_is_never_parsed_as_markup() -> None:
 
 
 def test_a_character_cut_by_the_mask_is_shown_by_its_bytes() -> None:
-    """塞 is three tokens; U+FFFD never appears, and no token is left out."""
+    """The character 塞 is three tokens; U+FFFD never appears, and no token is left out."""
     row = row_of("塞", "b")
     shown = mask_text(with_supervised(row, 5), FORMAT).plain
     assert "<|user|>↵\n" r"\xe5⟦\xa1⟧\x9e<|assistant|>" in shown
@@ -211,7 +211,7 @@ def test_an_id_beyond_the_vocabulary_is_shown_by_its_number() -> None:
 
 
 def test_a_fold_leaves_whole_characters_at_both_ends() -> None:
-    """43 tokens; the 12 at each end hold a newline and three characters, and four characters."""
+    """The text has 43 tokens; the 12 at its ends hold a newline and three characters, and four characters."""
     shown = mask_text(row_of("塞" * 14, "b"), FORMAT).plain
     assert "<|user|>↵\n塞塞塞⟨… 21 ignored tokens (user) …⟩塞塞塞塞<|assistant|>" in shown
 
@@ -260,7 +260,7 @@ def test_the_legend_explains_every_cue_in_one_line() -> None:
 
 
 def test_a_record_keeps_the_contract() -> None:
-    """Design section 8: labels are unshifted, -100 where a token is not supervised."""
+    """The labels are unshifted, and -100 where a token is not supervised."""
     record = json.loads(json.dumps(mask_record(0, ROWS[0], line=1, dropped=None)))
     labels = [i if keep else -100 for i, keep in zip(ROWS[0].input_ids, ROWS[0].supervised, strict=True)]
     assert record == {"schema": 1, "index": 0, "line": 1, "input_ids": ROWS[0].input_ids, "labels": labels}
@@ -306,7 +306,7 @@ def test_totals_count_tokens_by_label_and_name_the_lines() -> None:
 
 
 def test_totals_give_the_founding_bug_away() -> None:
-    """Issue 342: headers supervised, terminators not."""
+    """The mask of zai-org/GLM-4 342 has headers supervised and terminators not."""
     row = ROWS[0]
     shifted = [*row.supervised[1:], False]
     totals = Totals()

@@ -33,7 +33,7 @@ texts = st.text(st.characters()) | st.lists(fragments | st.characters()).map("".
 
 
 def original(shown: str, *, reserved: tuple[str, ...] = ()) -> str:
-    """Undo ``visible``, as its docstring says one can."""
+    """Undo ``visible``, which gives different results for different texts."""
     firsts = [string[0] for string in reserved]
 
     def meant(match: re.Match[str]) -> str:
@@ -73,7 +73,7 @@ def test_nothing_reads_as_a_reserved_string(text: str) -> None:
 
 
 def test_every_code_point_is_drawn_or_escaped() -> None:
-    """Over all that Unicode assigns: what draws nothing after a letter is escaped, everything else stays."""
+    """Of all characters of Unicode, exactly those that draw nothing after a letter are escaped."""
     drawn_format = {*range(0x600, 0x606), 0x6DD, 0x70F, 0x890, 0x891, 0x8E2, 0x110BD, 0x110CD}
     selectors = {*range(0x180B, 0x1810), *range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)}
     blank = {0x34F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x2800, 0x3164, 0xFFA0} | selectors

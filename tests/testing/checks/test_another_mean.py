@@ -1,4 +1,4 @@
-"""A figure that is another mean than that over all supervised tokens is recognised as the one it is.
+"""A reported loss that is not the mean over all supervised tokens is recognised as the mean that it is.
 
 Run: pytest tests/testing/checks/test_another_mean.py
 """
@@ -14,7 +14,7 @@ LIMIT = 1e-4
 
 
 @pytest.mark.parametrize(
-    ("said", "what"),
+    ("reported", "what"),
     [
         ((3 / 2 + 20 / 9 + 2.5 / 5 + 40 / 11 + 7 / 3) / 5, "the rows' means are averaged"),
         ((23 / 11 + 42.5 / 16 + 7 / 3) / 3, "the means of batches of 2 rows are averaged"),
@@ -23,13 +23,13 @@ LIMIT = 1e-4
         (65.5 / 27, "the last 1 are left out"),
     ],
 )
-def test_mean_is_named(said: float, what: str) -> None:
-    assert explain_mean(said, SUMS, COUNTS, LIMIT).startswith(what)
+def test_mean_is_named(reported: float, what: str) -> None:
+    assert explain_mean(reported, SUMS, COUNTS, LIMIT).startswith(what)
 
 
-@pytest.mark.parametrize("said", [72.5 / 30 * 1.5, 0.0, float("nan"), float("inf")])
-def test_figure_that_is_no_such_mean_has_no_name(said: float) -> None:
-    assert explain_mean(said, SUMS, COUNTS, LIMIT) == ""
+@pytest.mark.parametrize("reported", [72.5 / 30 * 1.5, 0.0, float("nan"), float("inf")])
+def test_figure_that_is_no_such_mean_has_no_name(reported: float) -> None:
+    assert explain_mean(reported, SUMS, COUNTS, LIMIT) == ""
 
 
 def test_rows_without_targets_are_in_no_mean() -> None:

@@ -1,8 +1,7 @@
-"""Every claim about a part of a pipeline fails, with its reason, for a pipeline in which that part is broken.
+"""Every check of a part of a pipeline fails, and states the reason, if that part is broken.
 
 Run: pytest tests/testing/checks/test_checks_of_parts.py
-Each fault is the plain loop with one method replaced; what it trains is taken from a healthy run where that is not
-the point.
+Each fault is the plain loop with one method replaced. Unless training is affected, recordings of a healthy run serve.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ class GenerationPromptAppended(Subject):
 
 
 class CachedByFirstWord(Subject):
-    """Keyed by less than decides."""
+    """The cache key is only a part of what decides about the row."""
 
     def __init__(self, base_dir: str) -> None:
         super().__init__(base_dir)
@@ -79,7 +78,7 @@ class CutsReasoning(Subject):
 
 
 class CachedOnDisk(Subject):
-    """Keyed by the folder alone."""
+    """The cache key is the output folder alone."""
 
     def train(self, model: Any, conversations: Any, plan: Any) -> Any:
         cache = Path(plan["output_dir"]) / "cache.json"
@@ -94,7 +93,7 @@ class CachedOnDisk(Subject):
 
 
 class OtherMask(Subject):
-    """What is trained is not what ``encode`` gives."""
+    """The trained labels differ from those of ``encode``."""
 
     def collate(self, rows: Any) -> Any:
         batch = super().collate(rows)
@@ -275,7 +274,7 @@ class RoundsAfterStep(Subject):
 
 
 class LeavesFirstParameters(Subject):
-    """As where a best checkpoint is loaded at the end."""
+    """As when the best checkpoint is loaded at the end."""
 
     def train(self, model: Any, conversations: Any, plan: Any) -> Any:
         kept = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -322,7 +321,7 @@ class NoTokenizer(Subject):
 
 
 class SavesAnotherTemplate(Subject):
-    """As pipelines do that write rows by code and have a template of their own for what they save."""
+    """Builds rows by code and saves a chat template that renders them differently."""
 
     def __init__(self, base_dir: str) -> None:
         super().__init__(base_dir)
@@ -337,7 +336,7 @@ class SavesAnotherTemplate(Subject):
 
 
 class SavesTemplateWithoutTools(SavesAnotherTemplate):
-    """The pipeline's own tokenizer has lost them too, so nobody but the base knows of tools."""
+    """The subject's tokenizer lacks the tools too, so only the base's chat template declares them."""
 
     def __init__(self, base_dir: str) -> None:
         super().__init__(base_dir)
@@ -415,7 +414,7 @@ class UnshiftedAccuracy(Subject):
 
 @dataclass(frozen=True)
 class Case:
-    """A broken pipeline, the check that has to see it, what it says, and whether it trains anew."""
+    """A broken pipeline, the check that must fail, a pattern of its message, and whether it needs training."""
 
     fault: type[Subject]
     check: str
@@ -525,6 +524,6 @@ def test_every_claim_has_a_test_that_breaks_it() -> None:
         "processes_train_as_one_process_would",
         "schedule_is_the_same_on_several_processes",
     }  # fmt: skip
-    # these two fail for the founding bug, which test_runner puts on trial
+    # these two fail for the founding bug, which test_runner judges
     founding = {"header_is_not_learned", "every_turn_is_reproduced_and_stops"}
     assert set(CHECKS) == broken | elsewhere | founding

@@ -1,7 +1,7 @@
-"""Every claim about a recorded run fails, with its reason, for a recording in which it does not hold.
+"""Every check of a recorded run fails, and states the reason, for a recording in which its claim does not hold.
 
 Run: pytest tests/testing/checks/test_checks_of_runs.py
-Healthy runs of the plain loop are recorded once and then tampered with, so that each case costs a replay at most.
+Healthy runs of the plain loop are recorded once and then tampered with, so that each case costs at most a replay.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ Tamper = Callable[[RecordedRun], None]
 
 @dataclass
 class Tampered(Trial):
-    """A trial whose recordings are those of a healthy one, changed."""
+    """A trial that returns tampered recordings of a healthy trial."""
 
     healthy: Trial | None = None
     tamper: Tamper = lambda run: None
     only: dict[str, Any] = field(default_factory=dict)
 
     def run_anew(self, of: str = "short", **changes: Any) -> RecordedRun:
-        """A healthy run, tampered with if its plan is one of those meant."""
+        """A healthy run, tampered with if its plan matches ``only``."""
         assert self.healthy is not None
         healthy = self.healthy.run(of, **{k: v for k, v in changes.items() if k != "resume_from"})
         if changes.get("resume_from"):
@@ -50,7 +50,7 @@ class Tampered(Trial):
 
 
 def _rest(run: RecordedRun, done: int) -> RecordedRun:
-    """What a resumed run would have recorded."""
+    """The recording without the first ``done`` steps, as of a resumed run."""
     return replace(run, trace=replace(run.trace, steps=run.trace.steps[done:]))
 
 
@@ -229,7 +229,7 @@ def norm_of(step: Step) -> float:
 
 @dataclass(frozen=True)
 class Case:
-    """What is done to which runs, the check that has to see it, and what it says (a regular expression)."""
+    """The check that must fail, how runs are changed, a regular expression for its message, and which runs change."""
 
     check: str
     tamper: Tamper
@@ -403,7 +403,7 @@ def test_dropout_that_equal_runs_do_not_share_is_not_held_against_a_resumed_one(
 
 
 def test_processes_that_drift_or_overlap_are_named(healthy: Trial, tmp_path: Path) -> None:
-    """One run in two processes, healthy, then tampered with: not reduced, averaged twice, the same shard twice."""
+    """A run in two processes, healthy, then tampered with: not reduced, averaged twice, or the same shard twice."""
     run, traces = run_of_ranks(healthy)
     for name in (
         "processes_see_each_row_once_per_epoch",

@@ -1,4 +1,4 @@
-"""Every claim about rows holds for this project's encoder and fails, with its reason, for a faulty one.
+"""Every check of rows passes for this project's encoder and fails, with its reason, for a faulty one.
 
 Run: pytest tests/testing/checks/test_rows_checks.py  [--glm4ft-tokenizer FOLDER: a real GLM-4 tokenizer too]
 """
@@ -39,7 +39,7 @@ Lists = dict[str, list[int]]
 
 
 class Serving(Subject):
-    """This project's encoder, with the prompt cut out of a row: independent of the project's own."""
+    """This project's encoder, with a prompt that is cut out of a row and independent of the project's own prompt."""
 
     def __init__(self, base_dir: str) -> None:
         super().__init__(base_dir)
@@ -51,7 +51,7 @@ class Serving(Subject):
         return row["input_ids"][: find_turns(row["input_ids"], probe, self.controls)[-1].header + 1]
 
 
-# --- faults: each a subject that departs from the right one in one respect ------------------------------------------
+# --- faults: each is a subject that differs from the right one in one respect ---------------------------------------
 
 
 class Founding(Serving):
@@ -61,7 +61,7 @@ class Founding(Serving):
 
 
 class Edited(Serving):
-    """A right row, then ``edit``: it is given ids, labels and turns and changes them in place."""
+    """Encodes the right row, then calls ``edit``, which gets ids, labels and turns and changes them in place."""
 
     def encode(self, messages: Messages, tools: Any = None) -> Lists:
         row = super().encode(messages, tools)
@@ -177,7 +177,7 @@ class TrailingTrained(Edited):
 
 
 class Flags(Serving):
-    """Loss flags, wrongly read."""
+    """Reads loss flags wrongly: it ignores them."""
 
     def encode(self, messages: Messages, tools: Any = None) -> Lists:
         return super().encode([self.read(m, messages) for m in messages], tools)
@@ -199,7 +199,7 @@ class DropsFlagged(Serving):
 
 
 class MarkersEncoded(Serving):
-    """The joined text through the tokenizer; the mask found by searching ids."""
+    """Encodes the joined text with the tokenizer, and finds the mask by searching for control ids."""
 
     def encode(self, messages: Messages, tools: Any = None) -> Lists:
         text = "".join(f"<|{m['role']}|>{m.get('metadata', '')}\n{m['content']}" for m in messages) + "<|user|>"
@@ -213,7 +213,7 @@ class MarkersEncoded(Serving):
 
 
 class OnlyMarkersEncoded(MarkersEncoded):
-    """Right but for texts with markers in them."""
+    """Right except for texts that contain markers."""
 
     def encode(self, messages: Messages, tools: Any = None) -> Lists:
         marked = any("<|" in message["content"] for message in messages)
@@ -221,7 +221,7 @@ class OnlyMarkersEncoded(MarkersEncoded):
 
 
 class MarkersDropped(Serving):
-    """Content that holds a marker loses its message, header included."""
+    """Drops messages whose content contains a marker, with their header."""
 
     def encode(self, messages: Messages, tools: Any = None) -> Lists:
         return super().encode([m for m in messages if "<|" not in m["content"]] or messages, tools)
@@ -272,7 +272,7 @@ class PromptStripped(Serving):
 
 @dataclass(frozen=True)
 class Case:
-    """A fault, the check that has to see it, and what its message has to say (regular expressions)."""
+    """A fault, the check that must fail, and regular expressions that its message must match."""
 
     fault: type[Serving]
     check: str
@@ -375,7 +375,7 @@ def test_holds_for_this_projects_encoder(check: Check, try_subject: MakeTrial) -
 
 @each_check
 def test_holds_in_every_lane(check: Check, chat_format: ChatFormat, tmp_path: Path) -> None:
-    """Both chat formats, and a real tokenizer where one is given."""
+    """With both chat formats, and with a real tokenizer if one is given."""
     subject = Serving.__new__(Serving)  # rows need no base
     subject.tokenizer, subject.chat_format, subject.format = chat_format.tokenizer, chat_format.name, chat_format
     subject.stop_ids, subject.controls = chat_format.stop_ids, control_ids(chat_format.tokenizer)
@@ -400,7 +400,7 @@ def test_fails_for_a_faulty_encoder(case: Case, try_subject: MakeTrial) -> None:
 
 
 def test_marker_text_that_becomes_control_tokens_hides_no_other_fault(try_subject: MakeTrial) -> None:
-    """It fails the one check about it; the others judge the rows that have none."""
+    """It fails only the check of marker text; the others judge rows without markers."""
     failed = []
     for check in ROWS.values():
         try:

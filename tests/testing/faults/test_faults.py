@@ -1,7 +1,7 @@
-"""Checks that never failed prove nothing: faults of every stage are caught, and what is told of it keeps the contract.
+"""Faults of every stage are caught, and results and pages of ``glm4ft faults`` have their documented form.
 
 Run: pytest tests/testing/faults/test_faults.py; all faults: glm4ft faults
-Here a dozen faults meet the checks of their own stage; the command tries all, on the stages before theirs too.
+Here twelve faults are run on the checks of their own stage; the command runs all faults, on earlier stages too.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def test_every_fault_says_what_it_is() -> None:
 
 
 def test_reach_names_checks_and_members_that_exist() -> None:
-    """A stale name would hide a fault from a check; a new check that is missing is run on every fault."""
+    """An outdated name would hide a fault from a check; a new check that is not listed is run on every fault."""
     again = "measure anew: python -m glm4ft.testing.faults.reach"
     assert set(known_reach()) <= {check.name for check in all_checks()}, again
     members = {name for kind in Subject.__mro__ for name in vars(kind)}

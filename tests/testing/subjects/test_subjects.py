@@ -1,4 +1,4 @@
-"""Trainers of others get a verdict for every stage; where one departs, that is listed, and everything else passes.
+"""Every stage of other trainers gets a verdict; all failures are listed as known, and everything else passes.
 
 Run: tox run -e peers
 It takes a minute, so it runs only where the extra ``peers`` is installed.
@@ -31,7 +31,7 @@ pytestmark = [
     ids=["transformers", "trl"],
 )
 def test_a_trainer_gets_a_verdict_for_every_stage(spec: str, departs_at: list[str]) -> None:
-    """And a known failure that passes, or another that fails, is a failure here."""
+    """A known failure that passes, or a failure that is not known, fails this test."""
     results = list(check_subject(spec, all_checks()))
     wrong = [f"{result.check}: {result.message}" for result in results if result.status in ("failed", "error")]
     assert not wrong, "\n".join(wrong)

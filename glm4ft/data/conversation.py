@@ -1,4 +1,4 @@
-"""One validated type for a conversation, whatever its record looked like.
+"""The validated type of a conversation, independent of the format of its record.
 
 A conversation is a tuple of messages with one of four roles; a tool call is an assistant message whose ``metadata``
 names the tool and whose content is the argument text. Text is verbatim.

@@ -1,6 +1,6 @@
-"""Reads conversations: a JSONL file or one record in, validated conversations out.
+"""Reads validated conversations from a JSONL file or a single record.
 
-A record that cannot be kept whole is refused with its file, line and field.
+A record that cannot be represented in full is refused with its file, line and field.
 """
 
 from __future__ import annotations

@@ -205,7 +205,7 @@ def unreachable_target(evidence: Evidence) -> Finding | None:
 
 
 def labels_shifted(evidence: Evidence) -> Finding | None:
-    """The minimised loss is not that of the next token but of one beside it."""
+    """The minimised loss is not that of the next token but of a neighbouring one."""
     other = [token for token in evidence.supervised if token.label != token.id]
     said = {name: _said(evidence, offset) for name, offset in (("the next", 0), ("after the next", 1), ("its own", -1))}
     name = max(said, key=said.__getitem__)

@@ -63,7 +63,7 @@ class Base:
 
     @property
     def is_built_in(self) -> bool:
-        """Whether this is the built-in tiny GLM-4."""
+        """Whether the base is the built-in tiny GLM-4."""
         return self.source == TINY
 
 
@@ -249,7 +249,7 @@ def write_built_in_base(folder: Path) -> None:
 
 
 def _built_in_tokenizer() -> PreTrainedTokenizerBase:
-    from glm4ft.model.tiny import tiny_tokenizer  # not loaded by whoever trains on a real checkpoint
+    from glm4ft.model.tiny import tiny_tokenizer  # imported here, since real checkpoints do not need it
 
     return tiny_tokenizer()
 

@@ -1,8 +1,9 @@
-"""Draw which part imports which, as measured from the code: ``python docs/draw_architecture.py``.
+"""Draws which part of the package imports which, as read from the code.
 
-The layers are those that import-linter holds (``pyproject.toml``), the arrows the imports that there are. An arrow is
-left out where a longer path says the same.
-Needs the dependency groups docs and lint: matplotlib draws, grimp reads the imports.
+Run: python docs/draw_architecture.py      (needs the dependency groups docs and lint, for matplotlib and grimp)
+
+The layers are those that import-linter enforces (``pyproject.toml``); the arrows are the actual imports, without those
+that a longer path implies.
 """
 
 from __future__ import annotations

@@ -170,7 +170,7 @@ def _epochs(run: RecordedRun) -> list[list[frozenset[tuple[int, ...]]]]:
 
 def _explain_leak(leak: Leak) -> str:
     mode = "training" if leak.training else "evaluation"
-    relation = "behind" if leak.position >= leak.span.start + len(leak.span.ids) else "before"
+    relation = "after" if leak.position >= leak.span.start + len(leak.span.ids) else "before"
     return (
         f"in {mode}, a row at positions {leak.span.start} to {leak.span.start + len(leak.span.ids) - 1} depends on "
         f"position {leak.position} {relation} it ({leak.size:.1e} of its largest gradient); {leak.neighbours} row(s) "
@@ -200,7 +200,7 @@ def _find(row: list[int], ids_BT: torch.Tensor) -> tuple[int, int]:
         for start in range(len(ids) - len(row) + 1):
             if ids[start : start + len(row)] == row:
                 return b, start
-    raise CheckFailed(f"a row of {len(row)} tokens does not stand whole in its batch of {ids_BT.shape[1]}")
+    raise CheckFailed(f"a row of {len(row)} tokens is not whole in its batch of {ids_BT.shape[1]}")
 
 
 def _require_row(batch: Any, row: dict[str, list[int]], b: int, places: range, pad_id: int) -> None:

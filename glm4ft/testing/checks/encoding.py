@@ -124,5 +124,5 @@ def fail(trial: Trial, row: BankRow, problem: str, position: int) -> NoReturn:
 
 
 def value_at(values: Sequence[int], position: int) -> str:
-    """The value at a position as text, or ``missing`` behind the end."""
+    """The value at a position as text, or ``missing`` if the position is after the last."""
     return str(values[position]) if position < len(values) else "missing"

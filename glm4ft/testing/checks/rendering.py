@@ -63,14 +63,14 @@ def check_every_message_has_its_header(trial: Trial) -> None:
             or not set(rest) <= {HEADERS["user"], HEADERS["observation"], END_OF_TEXT}
         ):
             position = found[at][0] if at < len(found) else len(row.ids)
-            stands = got[at] if at < len(got) else "the end of the row"
+            found_token = got[at] if at < len(got) else "the end of the row"
             if at >= len(expected):
                 extra = "".join(rest)
                 fail(trial, row, f"{extra} follows the last message, where at most one stop token should end the row",
                      position)  # fmt: skip
             number = at - (len(expected) - len(talk.messages))
             owner = f" for message {number} ({talk.messages[number]['role']})" if number >= 0 else ""
-            fail(trial, row, f"control token {at + 1} is {stands}, should be {expected[at]}{owner}", position)
+            fail(trial, row, f"control token {at + 1} is {found_token}, should be {expected[at]}{owner}", position)
 
 
 @check(stage="rows", incident="axolotl 1265, LMFlow 394: ids of another conversation came out of a cache")
@@ -102,10 +102,10 @@ def check_tools_of_other_conversations_are_not_rendered(trial: Trial) -> None:
     texts = [trial.subject.tokenizer.decode(row_of(trial, talk).ids) for talk in talks]
     for text, own, other in ((texts[0], "city", "zone"), (texts[1], "zone", "city")):
         if own not in text:
-            raise CheckFailed(f"the argument {own!r} of the declared tool does not stand in the row")
+            raise CheckFailed(f"the argument {own!r} of the declared tool is not in the row")
         for word in (f'"{other}"', "null", "None"):
             if word in text:
-                raise CheckFailed(f"{word} stands in the row of a tool whose only argument is {own!r}")
+                raise CheckFailed(f"{word} is in the row of a tool whose only argument is {own!r}")
 
 
 @check(stage="rows", incident="axolotl 1818, LLaMA-Factory 6632: the length that was asked for never arrived")
@@ -117,9 +117,7 @@ def check_long_conversations_are_not_cut(trial: Trial) -> None:
         raise CheckFailed(f"a long conversation has {len(ids)} input_ids but {len(labels)} labels")
     text = trial.subject.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     if LONG_TEXT.strip() not in text or "the end of it" not in text:
-        change = (
-            f"was cut to a row of {len(ids):,} tokens" if len(text) < len(LONG_TEXT) else "does not stand in its row"
-        )
+        change = f"was cut to a row of {len(ids):,} tokens" if len(text) < len(LONG_TEXT) else "is not in its row"
         raise CheckFailed(f"a conversation of {len(LONG_TEXT):,} characters {change}")
 
 

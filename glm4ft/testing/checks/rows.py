@@ -80,7 +80,7 @@ def check_prefix_occurs_once(trial: Trial) -> None:
         again = [i for i, token in enumerate(row.ids) if token in prefix and i >= len(prefix)]
         if again and talk is not MARKERS_TALK:
             text = show_token(trial.subject.tokenizer, row.ids, again[0])
-            fail(trial, row, f"position {again[0]}: {text} is a second prefix, should stand once", again[0])
+            fail(trial, row, f"position {again[0]}: {text} is a second prefix, should occur once", again[0])
 
 
 @check(stage="rows", incident="TRL 3091: no stop token after the last answer; LLaMA-Factory 7911: another one")
@@ -165,7 +165,7 @@ def check_every_message_is_in_the_row(trial: Trial) -> None:
             content = message["content"] if is_glm(trial) else message["content"].strip()
             begin = text.find(content, found)
             if begin < 0:
-                problem = f"message {index} ({message['role']}), {content!r}, does not stand in the row"
+                problem = f"message {index} ({message['role']}), {content!r}, is not in the row"
                 raise CheckFailed(f"conversation {name_of(talk)}, {problem}, {text!r}")
             found = begin + len(content)
 

@@ -162,7 +162,7 @@ class SamplerRngUnsynced(Subject):
 
 @fault("set-epoch-missing", evidence="ms-swift 9902", cause=r"epoch")
 class SetEpochMissing(Subject):
-    """The sampler is never told of a new epoch, so all epochs have the same order."""
+    """The sampler is not notified of new epochs, so all epochs have the same order."""
 
     def epoch_order(self, num_items: int, epoch: int, seed: int, rank: int) -> list[int]:
         return super().epoch_order(num_items, 0, seed, rank)

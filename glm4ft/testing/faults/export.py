@@ -66,7 +66,7 @@ class MergedStopIdsLost(Subject):
     cause=r"is missing from the merged|prefix",
 )
 class ExportKeyPrefixWrong(Subject):
-    """Too much of the prefix is removed from the exported keys, so the loader initialises the layers anew."""
+    """Too much of the prefix is removed from the exported keys, so the loader initialises the layers again."""
 
     def merge(self, base_dir: str, folder: str, output: str) -> None:
         model = self.merged(self.load(base_dir, folder))

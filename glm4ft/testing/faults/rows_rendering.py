@@ -24,7 +24,7 @@ fault = faults_at("rows")
 @fault(
     "system-prompt-dropped",
     evidence="LLaMA-Factory e734222",
-    cause=r"\(system\).*does not stand in the row|should be <\|system\|>",
+    cause=r"\(system\).*is not in the row|should be <\|system\|>",
 )
 class SystemPromptDropped(Subject):
     """The system message is left out when a user message follows it."""
@@ -122,7 +122,7 @@ class DoublePrefix(Subject):
         return segments[:2] + segments
 
 
-@fault("per-message-slice-eats-header", evidence="GLM-4 081f0fb", cause=r"<\|assistant\|> for|header|does not stand")
+@fault("per-message-slice-eats-header", evidence="GLM-4 081f0fb", cause=r"<\|assistant\|> for|header|is not in the row")
 class PerMessageSliceEatsHeader(Subject):
     """Messages are encoded one by one and lose two leading ids, as if each still began with the prefix."""
 
@@ -151,7 +151,7 @@ class TemplateNotPrefixPreserving(ServedRight):
 @fault(
     "reasoning-tag-split-wrong",
     evidence="TRL 6363; LLaMA-Factory 9219",
-    cause=r"does not stand in the row|<think>.* became",
+    cause=r"is not in the row|<think>.* became",
 )
 class ReasoningTagSplitWrong(Subject):
     """Everything up to ``</think>`` is cut out as reasoning, even if there is no ``<think>``."""

@@ -432,7 +432,7 @@ TOKENIZER = "tokenizer_is_saved_with_the_adapter"
 CASES = (
     Case(GenerationPromptAppended, "every_message_has_its_header", r"<\|user\|><\|assistant\|> follows the last"),
     Case(CachedByFirstWord, "encoding_depends_on_the_conversation_alone", "became the same row"),
-    Case(MergedTools, "tools_of_other_conversations_are_not_rendered", '"zone" stands in the row'),
+    Case(MergedTools, "tools_of_other_conversations_are_not_rendered", '"zone" is in the row'),
     Case(CutAt2048, "long_conversations_are_not_cut", "was cut to a row of 2,048 tokens"),
     Case(JoinsAnswers, "adjacent_answers_keep_their_loss_flags", "the first has loss false, but is supervised"),
     Case(
@@ -447,7 +447,7 @@ CASES = (
     Case(PacksCutRows, "packed_rows_are_isolated_and_whole", "packing cuts rows", TRAINS),
     Case(LabelsPaddedWithId, "every_row_is_seen_once_per_epoch", "padding is supervised", TRAINS),
     Case(LabelsPaddedWithId, "collation_keeps_ids_labels_and_mask", "padding positions are supervised"),
-    Case(CutsTheEnd, "collation_keeps_ids_labels_and_mask", "does not stand whole in its batch of 20"),
+    Case(CutsTheEnd, "collation_keeps_ids_labels_and_mask", "is not whole in its batch of 20"),
     Case(MasksById, "pad_id_may_be_zero_or_a_real_token", "a row's labels are not those it was encoded with"),
     Case(ZeroIsFalsy, "pad_id_may_be_zero_or_a_real_token", "padding holds id 7, not the pad id 0"),
     Case(OtherEpsilon, "configuration_equals_that_of_the_base", "rms_norm_eps is 1e-06 in the model, 1e-05"),

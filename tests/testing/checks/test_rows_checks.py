@@ -325,7 +325,7 @@ CASES = (
     Case(HistoryRewritten, TEXT, (r"decode to '\\nh<\|user\|>', should be '\\nhello you",)),
     Case(ToolNameDropped, TEXT, (r"\(tool call\), .*should be 'get_weather\\n",)),
     Case(CallEndsLikeReply, STOP, (r"terminator '<\|user\|>', should be <\|observation\|> or <\|endoftext\|>",)),
-    Case(SystemDropped, MESSAGES, (r"\(system\), message 0 \(system\), 'be clear', does not stand in the row",)),
+    Case(SystemDropped, MESSAGES, (r"\(system\), message 0 \(system\), 'be clear', is not in the row",)),
     Case(Stripped, MESSAGES, (r"\(white space\), message 0 \(user\), '  hi \\n'",)),
     Case(NewlineInPrompt, PROMPT, (r"serving sends '\\n'", r"turn 1 \(message 1\): serving sends \d+ ids")),
     Case(PromptWithoutHeader, PROMPT, ("serving sends nothing", r"\[\d+ '<\|assistant\|>'\]")),

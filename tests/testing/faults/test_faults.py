@@ -62,7 +62,7 @@ def test_every_fault_says_what_it_is() -> None:
 
 def test_reach_names_checks_and_members_that_exist() -> None:
     """An outdated name would hide a fault from a check; a new check that is not listed is run on every fault."""
-    again = "measure anew: python -m glm4ft.testing.faults.reach"
+    again = "measure again: python -m glm4ft.testing.faults.reach"
     assert set(known_reach()) <= {check.name for check in all_checks()}, again
     members = {name for kind in Subject.__mro__ for name in vars(kind)}
     assert not {name for names in known_reach().values() for name in names} - members, again

@@ -27,7 +27,8 @@ LEAK_LIMIT = 1e-6
 @check(stage="batches", needs=NEEDS, incident="accelerate 4071: the data order starts again; axolotl 1603, TRL 6357")
 def check_every_row_is_seen_once_per_epoch(trial: Trial) -> None:
     """Each epoch contains each row exactly once, and padding is neither trained nor attended to."""
-    _require_all_seen(trial.require_stage("batches"))
+    for run in trial.require_plans("every_row_is_seen_once_per_epoch", "batches"):
+        _require_all_seen(run)
 
 
 @check(stage="batches", needs=NEEDS, incident="ms-swift 9902: the epoch never reached the sampler")
@@ -55,8 +56,7 @@ def check_padding_side_does_not_matter(trial: Trial) -> None:
     try:
         for tokenizer.padding_side in ("left", "right"):
             run = trial.run_anew(steps=2, micro_batch_size=4)
-            departure = run.verdict.departure
-            if departure and departure.stage == "batches":
+            if departure := run.verdict.departures.get("batches"):
                 raise CheckFailed(f"{departure} (with padding_side={tokenizer.padding_side})")
     finally:
         tokenizer.padding_side = side
@@ -67,10 +67,11 @@ def check_padding_side_does_not_matter(trial: Trial) -> None:
 )
 def check_packed_rows_are_isolated_and_whole(trial: Trial) -> None:
     """A packed row has the hidden states that it has alone, and packing loses no row and no part of a row."""
-    run = trial.require_stage("batches", packing=True, micro_batch_size=1)
-    if not run.verdict.packed:
+    runs = trial.require_plans("packed_rows_are_isolated_and_whole", "batches")
+    if not any(run.verdict.packed for run in runs):
         raise NotApplicable("the trainer was asked to pack rows and did not")
-    _require_all_seen(run)
+    for run in runs:
+        _require_all_seen(run)
 
 
 @check(stage="batches", needs=NEEDS, incident="transformers masking_utils: a cache object switches the isolation off")
@@ -116,9 +117,8 @@ def check_evaluation_keeps_rows_apart(trial: Trial) -> None:
 
 def _require_judged_model(run: RecordedRun) -> None:
     """Skip if the model itself is wrong: every row is off then, alone or not, and the checks of the model report it."""
-    departure = run.verdict.departure
-    if departure and departure.stage not in ("rows", "batches"):
-        raise NotApplicable(f"not judged: the run departs at {departure.stage}, whether or not it evaluates")
+    if "model" in run.verdict.departures:
+        raise NotApplicable("not judged: the run departs at model, whether or not it evaluates")
 
 
 @check(

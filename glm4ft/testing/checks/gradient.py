@@ -23,8 +23,7 @@ LOGGED_LIMIT = {torch.float32: 1e-4, torch.bfloat16: 5e-3}
 @check(stage="gradient", needs=NEEDS, incident="transformers 34191, TRL 6668; torchtune 2613: labels shifted twice")
 def check_gradient_is_that_of_the_token_mean(trial: Trial) -> None:
     """The gradient of a step is that of the mean loss over its supervised tokens, whether it has two rows or four."""
-    trial.require_stage("gradient")
-    trial.require_stage("gradient", micro_batch_size=4, steps=2)
+    trial.require_plans("gradient_is_that_of_the_token_mean", "gradient")
 
 
 @check(
@@ -32,14 +31,13 @@ def check_gradient_is_that_of_the_token_mean(trial: Trial) -> None:
 )
 def check_accumulation_does_not_change_the_gradient(trial: Trial) -> None:
     """Every supervised token of a step has the same weight, however many micro-batches the step is split into."""
-    trial.require_stage("gradient", accumulation=2, schedule="linear", steps=4)
-    trial.require_stage("gradient", accumulation=4, micro_batch_size=1, steps=4)
+    trial.require_plans("accumulation_does_not_change_the_gradient", "gradient")
 
 
 @check(stage="gradient", needs=NEEDS, incident="Liger 974: the ignored label entered the loss as class 0; TRL 1625")
 def check_masked_positions_get_no_gradient(trial: Trial) -> None:
     """The gradient of the loss is exactly zero at positions whose next token is not supervised."""
-    run = trial.require_stage("batches")
+    run = trial.run()
     for number, step in enumerate(run.trace.steps, start=1):
         for forward in step.forwards:
             supervised = torch.zeros(forward.input_ids_BT.shape, dtype=torch.bool)
@@ -60,7 +58,7 @@ def check_masked_positions_get_no_gradient(trial: Trial) -> None:
 @check(stage="gradient", needs=NEEDS, incident="transformers: zero targets give NaN, logged as a loss of 0.0")
 def check_rows_without_targets_do_not_count(trial: Trial) -> None:
     """A micro-batch without targets adds nothing to the gradient; a step without any target is refused, not taken."""
-    trial.require_stage("gradient", of="half-silent", accumulation=8, micro_batch_size=1, steps=2)
+    trial.require_plans("rows_without_targets_do_not_count", "gradient")
     try:
         silent = trial.run("silent", steps=2)
     except (NotApplicable, CheckFailed):
@@ -76,8 +74,7 @@ def check_rows_without_targets_do_not_count(trial: Trial) -> None:
 @check(stage="gradient", needs=NEEDS, incident="torchtune 1097: recomputation changed what was computed")
 def check_checkpointing_does_not_change_the_gradient(trial: Trial) -> None:
     """Gradient checkpointing, which recomputes activations, gives the same gradient on padded and on packed rows."""
-    trial.require_stage("gradient", gradient_checkpointing=True, steps=2)
-    trial.require_stage("gradient", gradient_checkpointing=True, packing=True, micro_batch_size=1, steps=2)
+    trial.require_plans("checkpointing_does_not_change_the_gradient", "gradient")
 
 
 @check(stage="gradient", needs=NEEDS, incident="verl 436: the divided loss was logged, the undivided one trained")
@@ -85,7 +82,7 @@ def check_logged_loss_is_the_loss(trial: Trial) -> None:
     """The loss logged for a step is the token mean before the step's update, with and without accumulation."""
     plans: tuple[dict[str, Any], ...] = ({}, {"accumulation": 2, "schedule": "linear", "steps": 4})
     for changes in plans:
-        run = trial.require_stage("gradient", **changes)
+        run = trial.run(**changes)
         logged = run.logged("loss")
         for number, step in enumerate(run.trace.steps, start=1):
             if number not in logged:

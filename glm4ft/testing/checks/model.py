@@ -210,12 +210,12 @@ def check_every_id_is_in_the_vocabulary_of_the_base(trial: Trial) -> None:
 
 
 @check(stage="model", needs=NEEDS, incident="mlx-lm 1698: all of each head rotated; PEFT 2489: scale left out")
-def check_adapters_change_nothing_before_training(trial: Trial) -> None:
-    """Before training, the model computes what the base on the disk computes, at the stated LoRA scale.
+def check_model_computes_what_was_requested(trial: Trial) -> None:
+    """In every recorded run, the model computes what the base on the disk and the requested adapters compute.
 
     It runs as the last check of its stage, since the others report more precisely what is wrong.
     """
-    trial.require_stage("model")
+    trial.require_plans("model_computes_what_was_requested", "model")
 
 
 def _built(trial: Trial) -> Any:

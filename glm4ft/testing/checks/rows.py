@@ -262,6 +262,4 @@ def check_conversation_without_targets_is_not_trained(trial: Trial) -> None:
 )
 def check_mask_reaches_the_loss(trial: Trial) -> None:
     """The ids and labels that the gradient reveals are those that ``encode`` returned, in a data set of mixed rows."""
-    trial.require_stage("rows")
-    kinds = [c for c in trial.data["mixed"] if trial.accepts(c)]
-    trial.require_stage("rows", of="mixed" if len(kinds) == len(trial.data["mixed"]) else "short", steps=2)
+    trial.require_plans("mask_reaches_the_loss", "rows")

@@ -15,14 +15,13 @@ NEEDS = ("build_model", "train")
 )
 def check_learning_rate_follows_the_schedule(trial: Trial) -> None:
     """The learning rate warms up from zero and then follows the requested shape to the end of the run."""
-    for plan in ({"schedule": "linear"}, {"schedule": "cosine"}, {"schedule": "constant", "accumulation": 2}):
-        trial.require_stage("schedule", **plan, warmup_steps=2, steps=6)
+    trial.require_plans("learning_rate_follows_the_schedule", "schedule")
 
 
 @check(stage="schedule", needs=NEEDS, incident="diffusers 4387 and 2632, accelerate 1160: micro-batches as the horizon")
 def check_schedule_horizon_counts_optimizer_steps(trial: Trial) -> None:
     """With accumulation, the schedule still ends with the last optimizer step."""
-    trial.require_stage("schedule", accumulation=2, schedule="linear", steps=4)
+    trial.require_plans("schedule_horizon_counts_optimizer_steps", "schedule")
 
 
 @check(stage="schedule", needs=(*NEEDS, "distributed"), incident="transformers 24088 and 23986, diffusers 3954")
@@ -34,7 +33,7 @@ def check_schedule_is_the_same_on_several_processes(trial: Trial) -> None:
 @check(stage="schedule", needs=NEEDS, incident="a log that shows the next step's rate hides a missing warm-up")
 def check_logged_learning_rate_is_the_one_applied(trial: Trial) -> None:
     """The learning rate logged for a step is the one that its update used."""
-    run = trial.require_stage("schedule", schedule="linear", warmup_steps=2, steps=6)
+    run = trial.run(schedule="linear", warmup_steps=2, steps=6)
     for number, got in run.logged("learning_rate").items():
         if number <= len(run.trace.steps):
             rate = float(run.trace.steps[number - 1].groups[0].settings["lr"])

@@ -14,14 +14,13 @@ NEEDS = ("build_model", "train")
 )
 def check_update_follows_adamw(trial: Trial) -> None:
     """Each update of every trained matrix is AdamW's, with the plan's betas, epsilon and decoupled weight decay."""
-    trial.require_stage("update")
-    trial.require_stage("update", weight_decay=0.1, betas=[0.8, 0.99], eps=1e-6, steps=4)
+    trial.require_plans("update_follows_adamw", "update")
 
 
 @check(stage="update", needs=NEEDS, incident="torchdistx 52, verl-omni 73, keras 22559: small steps vanished")
 def check_small_updates_are_not_lost(trial: Trial) -> None:
     """At a learning rate of 1e-6, the parameters still move by the closed form of AdamW."""
-    trial.require_stage("update", learning_rate=1e-6, steps=4)
+    trial.require_plans("small_updates_are_not_lost", "update")
 
 
 @check(stage="update", needs=NEEDS, incident="adapters 260, accelerate 3256: built before the adapters were attached")

@@ -12,6 +12,8 @@ from glm4ft.testing.replay.step import Departure, Departures, ReplayedStep, Seen
 # A target that the model predicts with at least this probability may leave no gradient in the dtype of the run, so a
 # missing gradient there does not show that the target is masked.
 SURE = 0.999
+# The judges for which all rows of a step have to be known.
+UNKNOWN = ("batches", "loss", "gradient")
 SHOWN = 3  # the number of tokens of a row that a message quotes
 
 
@@ -21,8 +23,8 @@ def judge_rows(step: ReplayedStep) -> Departures:
         for ids in matches.unknown:
             yield _unknown_row(step, ids)
     if not step.seen:
-        yield step.depart("rows", "no row of the data went through the model")
-    for row in step.seen if step.is_finite else ():
+        yield step.depart("rows", "no row of the data went through the model", hides=UNKNOWN)
+    for row in step.seen if step.has_finite_loss else ():
         yield from _wrong_targets(step, row)
 
 
@@ -32,13 +34,14 @@ def _unknown_row(step: ReplayedStep, ids: tuple[int, ...]) -> Departure:
     if whole:
         is_packed = bool(step.history.plan["packing"])
         stage, cause = ("batches", "packing cuts rows") if is_packed else ("rows", "truncation")
-        return step.depart(stage, f"a row was cut to {len(ids)} of its {len(whole)} tokens", cause)
+        text = f"a row was cut to {len(ids)} of its {len(whole)} tokens"
+        return step.depart(stage, text, cause, hides=UNKNOWN)
     nearest = max(known, key=lambda row: common_prefix_length(row, ids))
     at = common_prefix_length(nearest, ids)
     found, expected = (step.reference.show(row[at : at + SHOWN]) for row in (ids, nearest))
     text = f"a row matches no encoded conversation: position {at} has {found}, expected {expected}"
     cause = "truncation" if at >= len(nearest) // 2 and at == len(ids) else ""
-    return step.depart("rows", text, cause)
+    return step.depart("rows", text, cause, hides=UNKNOWN)
 
 
 def _wrong_targets(step: ReplayedStep, row: SeenRow) -> Departures:
@@ -59,6 +62,7 @@ def _wrong_targets(step: ReplayedStep, row: SeenRow) -> Departures:
             f"{int(extra.sum())} tokens are trained that should be ignored, "
             f"{int(missing.sum())} are not trained that should be: " + ", ".join(words),
             "" if extra.any() else _masked_by_id(step, set(ids[missing].tolist())),
+            hides=("loss", "gradient"),
         )
 
 
@@ -93,7 +97,8 @@ def judge_batches(step: ReplayedStep) -> Departures:
         if cause or (row.span.start > 0 and _rows_in_front_agree(step)):
             where = "that follows another or padding" if row.span.start else "of a batch"
             text = f"the hidden states of a row {where} are {size:.1e} off those of the row alone"
-            yield step.depart("batches", text, cause or "packed rows or padding are attended to", size)
+            cause = cause or "packed rows or padding are attended to"
+            yield step.depart("batches", text, cause, size, hides=("model", "gradient"))
 
 
 def _trained_padding(step: ReplayedStep) -> Departures:
@@ -110,7 +115,7 @@ def _trained_padding(step: ReplayedStep) -> Departures:
             is_padding = bool(matches.padding_BT[b, t])
             text = f"{int(wrong.sum())} targets are outside of rows, e.g. id {int(labels_BT[b, t])} at position {t}"
             cause = "padding is supervised" if is_padding else "a packed row's end learns its neighbour's beginning"
-            yield step.depart("batches", text, cause)
+            yield step.depart("batches", text, cause, hides=("loss", "gradient"))
 
 
 def _wrong_surroundings(forward: Forward, span: RowSpan) -> str:
@@ -147,8 +152,9 @@ def judge_model(step: ReplayedStep) -> Departures:
         yield step.depart("model", "the model is not in training mode")
     for _, size in step.hidden_sizes:
         cause = "another base, adapter scale or dtype than requested"
-        yield step.depart("model", f"the final norm's output is {size:.1e} off the specification", cause, size)
+        text = f"the final norm's output is {size:.1e} off the specification"
+        yield step.depart("model", text, cause, size, hides=("gradient",))
     unused = sorted(before.keys() - step.step.raw.keys())
     if unused and step.step.raw:
         text = f"no gradient reaches {len(unused)} of {len(before)} trained parameters, e.g. {unused[0]}"
-        yield step.depart("model", text, "their output does not enter the loss")
+        yield step.depart("model", text, "their output does not enter the loss", hides=("gradient",))

@@ -21,19 +21,34 @@ FIT_LIMITS = {torch.float32: 0.999, torch.bfloat16: 0.98}
 BF16_NOISE = 2.0**-8
 # The largest residual, relative to a wrong gradient, with which a cause counts as its explanation.
 EXPLAINED = 1e-3
+# Judges that compare nothing once the gradient is not finite.
+AFTER_THE_LOSS = ("gradient", "clipping", "update")
 
 
-def judge_gradient(step: ReplayedStep) -> Departures:
-    """Report a gradient other than that of next-token cross entropy, averaged over the step's supervised tokens."""
-    if not step.is_finite:
-        yield step.depart("gradient", "the loss's gradient at the final norm is not finite")
+def judge_loss(step: ReplayedStep) -> Departures:
+    """Report a loss that is not the cross entropy of the next tokens, or that weights the tokens of a step unequally.
+
+    Labels and weights are recovered at the recorded hidden states, whatever model computed them.
+    """
+    if not step.has_finite_loss:
+        yield step.depart("gradient", "the loss's gradient at the final norm is not finite", hides=AFTER_THE_LOSS)
+        return
     for row in step.seen:
         yield from _wrong_loss(step, row)
     yield from _wrong_weights(step)
+
+
+def judge_gradient(step: ReplayedStep) -> Departures:
+    """Report an accumulated gradient that is not that of the token mean over the whole step."""
+    lost = [name for name, tensor in step.raw.items() if not bool(torch.isfinite(tensor).all())]
+    if lost:
+        text = f"the accumulated gradient is not finite in {len(lost)} of {len(step.raw)} parameters, e.g. {lost[0]}"
+        yield step.depart("gradient", text, hides=AFTER_THE_LOSS[1:])
+        return
     expected = step.reference.gradient(step.rows(), step.step.before)
     size = relative(step.raw, expected)
     cause, factor = ("", None) if size <= step.history.limit else _gradient_cause(step, expected)
-    yield step.depart("gradient", f"the gradient is {size:.1e} off the token mean", cause, size, factor)
+    yield step.depart("gradient", f"the gradient is {size:.1e} off the token mean", cause, size, factor=factor)
 
 
 def _wrong_loss(step: ReplayedStep, row: SeenRow) -> Departures:
@@ -152,7 +167,7 @@ def judge_clipping(step: ReplayedStep) -> Departures:
     limit, raw, clipped = step.history.plan["max_grad_norm"], step.raw, step.step.clipped
     norm, factor = clip_factor(raw, limit)
     size = relative(clipped, {name: factor * tensor for name, tensor in raw.items()})
-    got = dot(clipped, raw) / norm**2
+    got = dot(clipped, raw) / norm**2 if norm else factor  # a gradient of zero has no factor to be read off
     cause = "" if size <= step.history.limit else _clipping_cause(step, norm, got)
     text = f"the gradient of norm {norm:.4g} was multiplied by {got:.4g}, not {factor:.4g}"
     yield step.depart("clipping", text, cause, size)
@@ -254,7 +269,8 @@ def _update_size(step: ReplayedStep, rate: float) -> float:
     rounding = math.sqrt(sum(float((t.double() * 2**-24).pow(2).sum()) for t in recorded.before.values()))
     off = math.sqrt(sum(float((got[n] - moved[n]).pow(2).sum()) for n in got))
     total = math.sqrt(sum(float(t.pow(2).sum()) for t in moved.values()))
-    return max(0.0, off - rounding) / total if total else off
+    above = off - rounding
+    return (0.0 if above < 0 else above) / total if total else off  # not max(), which would lose a NaN
 
 
 def _update_cause(step: ReplayedStep) -> str:

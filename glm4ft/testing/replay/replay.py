@@ -12,21 +12,25 @@ from typing import Any
 
 from glm4ft.testing.recording.trace import Trace
 from glm4ft.testing.replay.judge_data import judge_batches, judge_model, judge_rows
-from glm4ft.testing.replay.judge_update import judge_clipping, judge_gradient, judge_schedule, judge_update
+from glm4ft.testing.replay.judge_update import judge_clipping, judge_gradient, judge_loss, judge_schedule, judge_update
 from glm4ft.testing.replay.matching import KnownRows
 from glm4ft.testing.replay.step import Departure, Departures, History, ReplayedStep
 from glm4ft.testing.replay.tolerances import within
 from glm4ft.testing.specification.reference import LabelledIds, Reference
 
+# In order. A judge reports departures of its stage; the loss is judged from the recorded hidden states alone, so that a
+# wrong model does not hide a wrong loss.
 JUDGES: Mapping[str, Callable[[ReplayedStep], Departures]] = {
     "rows": judge_rows,
     "batches": judge_batches,
     "model": judge_model,
+    "loss": judge_loss,
     "gradient": judge_gradient,
     "clipping": judge_clipping,
     "schedule": judge_schedule,
     "update": judge_update,
 }
+STAGE_OF = {"loss": "gradient"}  # of a judge whose stage has another name
 
 
 @dataclass
@@ -34,22 +38,32 @@ class Verdict:
     """The result of a replay.
 
     Args:
-        departure: The first departure; None if the run agrees with the specification.
-        largest: The largest relative departure by stage, for the stages judged by a number.
-        steps: The number of optimizer steps that agree.
+        departures: The first departure of each stage that departs, by stage, in the order of step and stage.
+        hidden: Stages that no step judged completely, mapped to the stage of the departure that hides them.
+        largest: The largest relative size of a comparison by stage, for the stages judged by a number.
+        steps: The number of optimizer steps before the first departure.
         packed: Whether any sequence of a batch held more than one row.
         seen: The ids of the rows of each step, in order.
     """
 
-    departure: Departure | None = None
+    departures: dict[str, Departure] = field(default_factory=dict)
+    hidden: dict[str, str] = field(default_factory=dict)
     largest: dict[str, float] = field(default_factory=dict)
     steps: int = 0
     packed: bool = False
     seen: list[list[tuple[int, ...]]] = field(default_factory=list)
 
+    @property
+    def departure(self) -> Departure | None:
+        """The first departure; None if the run agrees with the specification."""
+        return next(iter(self.departures.values()), None)
+
 
 def replay(trace: Trace, reference: Reference, rows: Sequence[LabelledIds], plan: Mapping[str, Any]) -> Verdict:
     """Compare a recorded run with the specification.
+
+    Each stage of each step is judged from its own recorded input, so a departure does not end the replay: what follows
+    is judged as well, except for comparisons that the departure makes meaningless. A step that is not finite ends it.
 
     Args:
         trace: The recording of the run's first steps.
@@ -57,33 +71,51 @@ def replay(trace: Trace, reference: Reference, rows: Sequence[LabelledIds], plan
         rows: The rows that the data should be encoded as; no two have the same ids.
         plan: The plan that the trainer was given.
     Returns:
-        The verdict. Within a step the stages are judged in order, and the first departure ends the replay.
+        The verdict.
     """
     verdict, history = Verdict(), History(reference, KnownRows(rows), plan, trace.dtype)
+    judged = set[str]()
     if not trace.steps:
-        verdict.departure = Departure("update", 1, "no optimizer step changed a trained parameter")
+        text = "no optimizer step changed a trained parameter"
+        verdict.departures["update"] = Departure("update", 1, text)
     for number, step in enumerate(trace.steps, start=1):
         replayed = ReplayedStep(number, step, history)
         verdict.seen.append([row.ids for row in replayed.seen])
         verdict.packed = verdict.packed or _is_packed(replayed)
-        departure = _judge(replayed, verdict)
-        if departure:
-            verdict.departure = _hidden_by_zero_b(departure, trace, history) or departure
-            return verdict
-        verdict.steps = number
+        judged |= _judge(replayed, verdict)
+        if not verdict.departures:
+            verdict.steps = number
+        if replayed.not_finite:
+            break
         history.previous = step
+    verdict.hidden = {stage: by for stage, by in verdict.hidden.items() if stage not in judged}
+    _explain_by_scale(verdict)
     return verdict
 
 
-def _judge(step: ReplayedStep, verdict: Verdict) -> Departure | None:
-    for stage, judge in JUDGES.items():
+def _judge(step: ReplayedStep, verdict: Verdict) -> set[str]:
+    """Judge a step and add each stage's first departure to the verdict.
+
+    Returns:
+        The stages that were judged completely.
+    """
+    hidden, incomplete = dict[str, str](), set[str]()
+    for name, judge in JUDGES.items():
+        stage = STAGE_OF.get(name, name)
+        if name in hidden:
+            incomplete.add(stage)
+            verdict.hidden.setdefault(stage, hidden[name])
+            continue
         for departure in judge(step):
-            if math.isfinite(departure.size):
-                verdict.largest[stage] = max(verdict.largest.get(stage, 0.0), departure.size)
-            is_number = not math.isnan(departure.size)
-            if not (is_number and within(f"{stage}: replay", departure.size, step.history.limit)):
-                return departure
-    return None
+            size = departure.size
+            if size is not None and math.isfinite(size):
+                verdict.largest[stage] = max(verdict.largest.get(stage, 0.0), size)
+            if size is None or not within(f"{stage}: replay", size, step.history.limit):
+                verdict.departures.setdefault(departure.stage, departure)
+                hidden |= dict.fromkeys(departure.hides, departure.stage)
+                if departure.hides:
+                    break  # what the judge compares next would follow from this
+    return {STAGE_OF.get(name, name) for name in JUDGES} - incomplete
 
 
 def _is_packed(step: ReplayedStep) -> bool:
@@ -91,17 +123,16 @@ def _is_packed(step: ReplayedStep) -> bool:
     return len(set(sequences)) < len(sequences)
 
 
-def _hidden_by_zero_b(departure: Departure, trace: Trace, history: History) -> Departure | None:
-    """The model's departure in step 2 that explains a departure of the gradient in step 1; None if there is none.
+def _explain_by_scale(verdict: Verdict) -> None:
+    """Keep the model's departure in step 2 alone where it explains the gradient's in step 1.
 
     While B is zero, an adapter with the wrong scale changes the gradient but not the output; after one step, both.
     """
-    if departure.stage != "gradient" or departure.step != 1 or len(trace.steps) < 2:
-        return None
-    for later in judge_model(ReplayedStep(2, trace.steps[1], history)):
-        if not later.size <= history.limit:
-            if departure.factor is None:
-                return later
-            told = f"while B was zero, its gradient was {departure.factor:.4g} times what it should be"
-            return replace(later, cause=f"the adapter's scale: {told}")
-    return None
+    gradient, model = verdict.departures.get("gradient"), verdict.departures.get("model")
+    if gradient is None or model is None or (gradient.step, model.step) != (1, 2) or model.size is None:
+        return
+    del verdict.departures["gradient"]
+    verdict.hidden["gradient"] = "model"
+    if gradient.factor is not None:
+        told = f"while B was zero, its gradient was {gradient.factor:.4g} times what it should be"
+        verdict.departures["model"] = replace(model, cause=f"the adapter's scale: {told}")

@@ -37,16 +37,18 @@ class Departure:
         step: The optimizer step, from 1.
         text: What was found and what was expected.
         cause: The likely cause, if the numbers show it; "" otherwise.
-        size: The relative size of the departure; NaN if it is not measured by a number.
+        size: The relative size of the departure; None if it is not measured by a number.
         factor: The factor on the whole gradient, if that explains the departure; None otherwise.
+        hides: The judges of the same step whose comparison it makes meaningless, by their names in ``JUDGES``.
     """
 
     stage: str
     step: int
     text: str
     cause: str = ""
-    size: float = math.nan
+    size: float | None = None
     factor: float | None = None
+    hides: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         cause = f"; likely cause: {self.cause}" if self.cause else ""
@@ -119,11 +121,9 @@ class ReplayedStep:
     def __init__(self, number: int, step: Step, history: History) -> None:
         self.number, self.step, self.history, self.reference = number, step, history, history.reference
 
-    def depart(
-        self, stage: str, text: str, cause: str = "", size: float = math.nan, factor: float | None = None
-    ) -> Departure:
-        """Make a departure of this step."""
-        return Departure(stage, self.number, text, cause, size, factor)
+    def depart(self, stage: str, text: str, cause: str = "", size: float | None = None, **more: Any) -> Departure:
+        """A departure of this step; further arguments as in ``Departure``."""
+        return Departure(stage, self.number, text, cause, size, **more)
 
     @cached_property
     def row_matches(self) -> list[RowMatches]:
@@ -151,10 +151,23 @@ class ReplayedStep:
         ]
 
     @cached_property
-    def is_finite(self) -> bool:
+    def has_finite_loss(self) -> bool:
         """Whether the loss's gradient at the final norm is finite everywhere."""
         gradients = [forward.gradient_BTD for forward in self.step.forwards]
         return all(bool(torch.isfinite(gradient).all()) for gradient in gradients if gradient is not None)
+
+    @cached_property
+    def not_finite(self) -> str:
+        """The first recorded tensor with an entry that is not finite; "" if there is none."""
+        step = self.step
+        for what, tensors in (
+            ("parameter before the step", step.before), ("accumulated gradient", step.raw),
+            ("gradient after clipping", step.clipped), ("parameter after the step", step.after),
+        ):  # fmt: skip
+            for name, tensor in tensors.items():
+                if not bool(torch.isfinite(tensor).all()):
+                    return f"{what} {name}"
+        return "" if self.has_finite_loss else "gradient of the loss"
 
     def labels_of(self, ids: tuple[int, ...]) -> tuple[int, ...]:
         """The encoded labels of a known row, with the first token ignored, since nothing predicts it."""

@@ -35,7 +35,7 @@ REDUCED = frozenset(
         "mask_reaches_the_loss",
         "every_row_is_seen_once_per_epoch",
         "packed_rows_are_isolated_and_whole",
-        "adapters_change_nothing_before_training",
+        "model_computes_what_was_requested",
         "gradient_is_that_of_the_token_mean",
         "accumulation_does_not_change_the_gradient",
         "logged_loss_is_the_loss",

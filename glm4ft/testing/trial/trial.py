@@ -15,14 +15,14 @@ import torch
 from transformers import AutoTokenizer
 
 from glm4ft.testing.recording.trace import record
-from glm4ft.testing.replay.replay import Verdict
+from glm4ft.testing.replay.plans import Plan, plans_of
 from glm4ft.testing.specification.lora_spec import LoraSpec
 from glm4ft.testing.specification.reference import LabelledIds, Reference
 from glm4ft.testing.subject import load_subject, make_plan
 from glm4ft.testing.trial.conversations import Conversations, all_conversations
 from glm4ft.testing.trial.runs import RecordedRun
 from glm4ft.testing.trial.same_run import describe_divergence
-from glm4ft.testing.trial.stages import STAGES, CheckFailed, NotApplicable
+from glm4ft.testing.trial.stages import CheckFailed, NotApplicable
 
 LOSS_LIMIT = 0.01  # the largest loss of two memorised conversations, in nats per supervised token
 RECORDED_STEPS = 8  # two epochs of the short conversations
@@ -230,30 +230,48 @@ class Trial:
             if not self.keeps_models and json.loads(key) != ["demo", {"steps": self.overfit_steps}]:
                 run.model = None
 
-    def replayed(self, **changes: Any) -> Verdict:
-        """The verdict of the replay of a run on the short conversations.
+    def run_plan(self, plan: Plan) -> RecordedRun:
+        """Record the run of a plan, or return the recorded one.
 
-        Args:
-            **changes: The changes of the standard plan.
-        """
-        return self.run(**changes).verdict
-
-    def require_stage(self, stage: str, of: str = "short", **changes: Any) -> RecordedRun:
-        """Fail if the replay of a run departs at a stage.
-
-        Args:
-            stage: The stage that is judged.
-            of: The name of the conversations, a key of ``data``.
-            **changes: The changes of the standard plan.
-        Returns:
-            The run.
         Raises:
-            CheckFailed: If the run departs at this stage; the message is the departure.
-            NotApplicable: If it departs at an earlier stage, so that this one was not judged.
+            NotImplementedError: If the subject does not offer what the plan needs.
         """
-        run = self.run(of, **changes)
-        require_no_departure(run.verdict, stage, changes)
-        return run
+        if plan.of != "short" and not all(self.accepts(conversation) for conversation in self.data[plan.of]):
+            raise NotImplementedError(f"the subject refuses some of the conversations ({plan.of})")
+        return self.run(plan.of, **plan.changes)
+
+    def require_plans(self, check: str, stage: str) -> list[RecordedRun]:
+        """Fail if the run of any plan that a check owns departs at its stage.
+
+        Args:
+            check: The name of the check.
+            stage: The stage that it judges.
+        Returns:
+            The runs that were judged.
+        Raises:
+            CheckFailed: If a run departs at this stage; the message has each different departure once, with its plan.
+            NotApplicable: If none of the plans could be judged.
+        """
+        departures, judged, reasons = dict[tuple[str, str], str](), list[RecordedRun](), list[str]()
+        for plan in plans_of(check, stage):
+            try:
+                run = self.run_plan(plan)
+            except NotImplementedError as error:
+                reasons.append(f"the subject does not offer this ({plan}): {error}")
+                continue
+            if departure := run.verdict.departures.get(stage):
+                # the same cause, or without one the same words, is told once
+                told = departure.cause or "".join(c for c in departure.text if not c.isdigit())
+                departures.setdefault((stage, told), f"{departure} (plan {plan})")
+            elif stage in run.verdict.hidden:
+                reasons.append(f"not judged: a departure at {run.verdict.hidden[stage]} hides it (plan {plan})")
+            else:
+                judged.append(run)
+        if departures:
+            raise CheckFailed("\n".join(departures.values()))
+        if not judged:
+            raise NotApplicable(reasons[0])
+        return judged
 
 
 @contextlib.contextmanager
@@ -270,23 +288,3 @@ def _dropping(model: Any, share: float) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def require_no_departure(verdict: Verdict, stage: str, changes: Mapping[str, Any]) -> None:
-    """Fail if a verdict departs at a stage.
-
-    Args:
-        verdict: The verdict of a replay.
-        stage: The stage that is judged.
-        changes: The changes of the standard plan, for the message.
-    Raises:
-        CheckFailed: If the verdict departs at this stage; the message is the departure.
-        NotApplicable: If it departs at an earlier stage, so that this one was not judged.
-    """
-    departure = verdict.departure
-    if departure is None or STAGES.index(departure.stage) > STAGES.index(stage):
-        return
-    under = " (with " + ", ".join(f"{key}={value}" for key, value in changes.items()) + ")" if changes else ""
-    if departure.stage == stage:
-        raise CheckFailed(f"{departure}{under}")
-    raise NotApplicable(f"not judged: the run departs earlier, at {departure.stage}{under}")

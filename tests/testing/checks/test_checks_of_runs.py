@@ -244,9 +244,9 @@ CASES = (
     Case("gradient_is_that_of_the_token_mean", at_step(2, not_a_number), "step 2: .* is not finite"),
     Case("every_row_is_seen_once_per_epoch", repeat_first_step, "seen 2 times, another 0"),
     Case("row_order_is_shuffled_by_seed_and_epoch", same_epochs, "same order in the first and in the second epoch"),
-    Case("packed_rows_are_isolated_and_whole", lose_last_pack, "were not seen", PACKED),
+    Case("packed_rows_are_isolated_and_whole", lose_last_pack, "seen 2 times, another 0", PACKED),
     Case("evaluation_keeps_rows_apart", noise_in_evaluation, "evaluated after step 2, a row of", PACKED),
-    Case("adapters_change_nothing_before_training", at_step(1, moved_b), "1 matrices B are not zero at the start"),
+    Case("model_computes_what_was_requested", at_step(1, moved_b), "1 matrices B are not zero at the start"),
     Case(
         "trained_parameters_and_moments_are_fp32",
         every_step(coarse),

@@ -184,7 +184,7 @@ FAULTS = [
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.id)
 def test_fault_is_named_at_its_stage(fault: Fault, base_dir: Path, tmp_path: Path) -> None:
     trial = Trial(FaultySubject(str(base_dir), fault), base_dir, tmp_path)
-    departure = trial.replayed(**{"steps": 4, **fault.plan}).departure
+    departure = trial.run(**{"steps": 4, **fault.plan}).verdict.departure
     assert departure is not None
     assert departure.stage == fault.stage, str(departure)
     assert fault.cause in departure.cause, str(departure)
@@ -207,7 +207,7 @@ def test_healthy_trainer_agrees_over_ten_steps(
 
     The limit of every stage is 1e-5.
     """
-    verdict = Trial(subject(str(base_dir)), base_dir, tmp_path).replayed(steps=10, **plan)
+    verdict = Trial(subject(str(base_dir)), base_dir, tmp_path).run(steps=10, **plan).verdict
     assert verdict.departure is None, str(verdict.departure)
     assert verdict.steps == 10
     assert {"model", "gradient", "clipping", "schedule", "update"} <= verdict.largest.keys()
@@ -226,7 +226,7 @@ def test_packed_rows_that_see_their_neighbours_are_named(
 
     monkeypatch.setattr(Collator, "__call__", with_mask)
     trial = Trial(own.Subject(str(base_dir)), base_dir, tmp_path)
-    departure = trial.replayed(steps=2, packing=True, micro_batch_size=1).departure
+    departure = trial.run(steps=2, packing=True, micro_batch_size=1).verdict.departure
     assert departure is not None
     assert departure.stage == "batches"
     assert "the mask lets it see" in departure.cause

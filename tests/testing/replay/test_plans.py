@@ -1,0 +1,84 @@
+"""Every stage of every plan has an owner that fails for it, and the plans combine every two settings.
+
+Run: pytest tests/testing/replay/test_plans.py
+"""
+
+from __future__ import annotations
+
+from itertools import combinations, product
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from glm4ft.testing.checks import all_checks
+from glm4ft.testing.replay.plans import COMBINED, NAMED, PLANS, STAGE_OWNERS, Plan
+from glm4ft.testing.replay.replay import Verdict
+from glm4ft.testing.replay.step import Departure
+from glm4ft.testing.subject import PLAN
+from glm4ft.testing.trial.stages import CheckFailed, NotApplicable
+from glm4ft.testing.trial.trial import Trial
+
+CHECKS = {check.name: check for check in all_checks()}
+
+
+def trial_with(departing: Plan, verdict: Verdict) -> Trial:
+    """A trial whose runs agree with the specification, except for that of one plan."""
+    trial = Trial(SimpleNamespace(), Path(), Path())
+    good = Verdict(packed=True)
+
+    def run_plan(plan: Plan) -> Any:
+        return SimpleNamespace(
+            verdict=verdict if plan is departing else good, order=[], rows=[], plan={"packing": True}
+        )
+
+    trial.run_plan = run_plan  # type: ignore[method-assign]
+    return trial
+
+
+@pytest.mark.parametrize("stage", STAGE_OWNERS)
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_departure_fails_in_the_check_that_owns_its_stage(plan: Plan, stage: str) -> None:
+    """Or a plan that departs would only be skipped by checks of later stages, as dead adapters once were."""
+    owner = CHECKS[plan.owner(stage)]
+    assert owner.stage == stage
+    trial = trial_with(plan, Verdict({stage: Departure(stage, 1, "it is wrong")}))
+    with pytest.raises(CheckFailed) as caught:
+        owner.run(trial)
+    assert f"{stage}, step 1: it is wrong (plan {plan})" in str(caught.value)
+
+
+def test_stage_that_a_departure_hides_is_not_said_to_hold() -> None:
+    hidden = Verdict({"rows": Departure("rows", 1, "cut")}, hidden={"update": "rows"})
+    (plan,) = [plan for plan in PLANS if plan.owner("update") == "small_updates_are_not_lost"]
+    with pytest.raises(NotApplicable, match="a departure at rows hides it"):
+        trial_with(plan, hidden).require_plans("small_updates_are_not_lost", "update")
+
+
+def test_one_cause_under_many_plans_is_told_once() -> None:
+    trial = trial_with(PLANS[0], Verdict())
+    wrong = Verdict({"update": Departure("update", 1, "off", "betas are (0.8, 0.99)")})
+    trial.run_plan = lambda plan: SimpleNamespace(verdict=wrong)  # type: ignore[method-assign,assignment]
+    with pytest.raises(CheckFailed) as caught:
+        trial.require_plans("update_follows_adamw", "update")
+    assert str(caught.value).count("betas are") == 1
+
+
+def test_plans_have_names_of_their_own_and_known_settings() -> None:
+    assert len({plan.name for plan in NAMED}) == len(NAMED)
+    assert {key for plan in PLANS for key in plan.changes} <= set(PLAN)
+
+
+def test_every_pair_of_settings_is_combined() -> None:
+    plans = [{**PLAN, **plan.changes} for plan in COMBINED]
+    names = [name for name in COMBINED[0].changes if name != "steps"]
+    levels = {name: {plan[name] for plan in plans} for name in names}
+    assert all(len(values) >= 2 for values in levels.values())
+    missing = [
+        (one, a, other, b)
+        for one, other in combinations(names, 2)
+        for a, b in product(levels[one], levels[other])
+        if not any((plan[one], plan[other]) == (a, b) for plan in plans)
+    ]
+    assert missing == []

@@ -22,7 +22,7 @@ LOGGED_LIMIT = {torch.float32: 1e-4, torch.bfloat16: 5e-3}
 
 @check(stage="gradient", needs=NEEDS, incident="transformers 34191, TRL 6668; torchtune 2613: labels shifted twice")
 def check_gradient_is_that_of_the_token_mean(trial: Trial) -> None:
-    """The gradient of a step is that of the mean loss over its supervised tokens, whether it has two rows or four."""
+    """The gradient of a step is that of the mean loss over all its supervised tokens."""
     trial.require_plans("gradient_is_that_of_the_token_mean", "gradient")
 
 

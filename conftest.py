@@ -131,7 +131,7 @@ def learnt(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The result of the bundled demo, learnt by heart as ``glm4ft train`` does it; shared, since it takes seconds."""
     import yaml
 
-    from glm4ft.cli.main import DEMO_CONFIG
+    from glm4ft.cli.train import DEMO_CONFIG
     from glm4ft.report.observed_run import train_observed
     from glm4ft.train.config import TrainConfig
 

@@ -1,106 +1,142 @@
-"""The options of the commands: parsing them, and explaining what cannot be used."""
+"""The options of one command: an ``argparse`` parser with checked values, whose errors are our own."""
 
 from __future__ import annotations
 
-import difflib
-import re
-from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Any
+import argparse
+import functools
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
-import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
-
+from glm4ft.cli.commands import COMMANDS
+from glm4ft.cli.wording import NO_DEFAULT, describe_option, describe_type, nearest
 from glm4ft.errors import ConfigError
 
 
-def new_parser(command: str, description: str) -> ArgumentParser:
-    """A parser of one command's options."""
-    return ArgumentParser(prog=f"glm4ft {command}", description=description, exit_on_error=False)
+class Parser(argparse.ArgumentParser):
+    """A parser of one command's arguments.
 
+    Args:
+        command: The name of the command.
+        usage: The usage line; by default one that lists every option.
+    """
 
-def parse(parser: ArgumentParser, argv: list[str]) -> Namespace:
-    """Parse and validate; ``argv`` of the result holds the arguments as they were given."""
-    _refuse_unknown(parser, argv)
-    try:
-        options: Namespace = parser.instantiate(parser.parse_args(argv))
-    except ArgumentError as error:
-        raise _explain(error, parser.prog) from error
-    options.argv = argv
-    return options
+    def __init__(self, command: str, *, usage: str | None = None) -> None:
+        self.annotations: dict[str, Any] = {}
+        super().__init__(
+            prog=f"glm4ft {command}",
+            description=COMMANDS[command].description,
+            usage=usage,
+            exit_on_error=False,
+        )
 
+    def add_argument(self, *names: str, annotation: Any = None, **settings: Any) -> argparse.Action:
+        """Add an argument as ``argparse`` does, or one whose type is an annotation.
 
-def _explain(error: ArgumentError, prog: str) -> ConfigError:
-    """The parser's message as ours: it names the option first and shows the value last."""
-    fix = f"see {prog} --help"
-    match = re.match(r'Parser key "(?P<key>[^"]+)":\s*(?P<text>.*)', str(error), re.DOTALL)
-    if not match:
-        fix = "give it a value; a switch takes true or false" if "expected one argument" in str(error) else fix
-        return ConfigError("the options cannot be used", found=" ".join(str(error).split()), fix=fix)
-    text = " ".join(match["text"].split())
-    kinds = re.findall(r"Expected an? (.+?)(?:\. Got| - | Given|$)", text)
-    names = [re.sub(r"<class '(\w+)'>|typing\.Literal\[(.*)\]", r"\1\2", kind) for kind in kinds]
-    value = re.search(r"(?:Got|Given) value: (.*)$", text)
-    return ConfigError(
-        "an option has a value that cannot be used" if value else text,
-        where=f"--{match['key']}",
-        found=value[1] if value else "",
-        expected=" or ".join({"NoneType": "null", "list": "a list, as [a,b]"}.get(name, name) for name in names),
-        fix=fix,
-    )
+        Args:
+            names: The name, with dashes in front if it is an option.
+            annotation: The type annotation of the value, where ``type`` is not given.
+            settings: Further settings as in ``argparse``; the annotation and the default are added to the help text.
+        """
+        self.annotations |= dict.fromkeys(names, annotation)
+        if annotation is not None:
+            settings["type"] = functools.partial(self.value_from_text, names[0], annotation)
+            default = settings.get("default") if names[0].startswith("-") else NO_DEFAULT
+            settings["help"] = describe_option(settings["help"], annotation, default)
+        return super().add_argument(*names, **settings)
 
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parse the arguments of the command.
 
-def _refuse_unknown(parser: ArgumentParser, argv: list[str]) -> None:
-    """Name the nearest legal option for one that does not exist, on the command line or in a YAML file."""
-    options = {flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")}
-    flags = {flag.removeprefix("--") for flag in options}
-    for arg in argv:
-        name = arg.removeprefix("--").partition("=")[0]
-        if arg.startswith("--") and not _is_known(name, flags):
-            raise ConfigError("unknown option", found=f"--{name}", expected="--" + nearest(name, flags))
-    for path in config_files(argv):
-        for name, value in yaml_keys(path).items():
-            if any(flag.startswith(f"{name}.") for flag in flags) and not isinstance(value, dict):
-                raise ConfigError("a group of options has a plain value", where=str(path), found=f"{name}: {value!r}")
-            if not _is_known(name, flags):
-                raise ConfigError("unknown key", where=str(path), found=name, expected=nearest(name, flags))
+        Args:
+            argv: The arguments; ``--learning-rate`` and ``--learning_rate`` are the same.
+        Raises:
+            ConfigError: For an unknown option, with the nearest that exists, and for a value that cannot be used.
+        """
+        argv = [with_underscores(arg) for arg in argv]
+        # beforehand, since argparse complains of arguments that are missing first, and takes abbreviations
+        for name in (arg.partition("=")[0] for arg in argv if arg.startswith("--")):
+            if name not in self.annotations and not self.accept(name):
+                near = nearest(name, [known for known in self.annotations if known.startswith("--")])
+                raise ConfigError("unknown option", found=name, expected=near, fix="" if near else self.see_help)
+        try:
+            return self.parse_args(argv)
+        except argparse.ArgumentError as error:
+            name = error.argument_name or ""
+            annotation = self.annotations.get(name)
+            raise ConfigError(
+                f"an option cannot be used: {error.message}",
+                where=name,
+                expected="" if annotation is None else describe_type(annotation),
+                fix=self.see_help,
+            ) from None
 
+    def accept(self, name: str) -> bool:
+        """Add an option that was not named beforehand, if there may be one of this name.
 
-def _is_known(name: str, flags: set[str]) -> bool:
-    # below lora.options stand peft's own names, which LoraOptions checks
-    return name in flags or any(name.startswith(f"{flag}.") for flag in flags if flag == "lora.options")
+        Args:
+            name: The name, with its dashes.
+        Returns:
+            Whether there may.
+        """
+        return False
 
+    def value_from_text(self, where: str, annotation: Any, text: str) -> Any:
+        """The value of an option, written as in YAML; where text is allowed, it is taken to the letter.
 
-def config_files(argv: list[str]) -> Iterator[Path]:
-    """The files that ``--config`` names."""
-    for i, arg in enumerate(argv):
-        name, equals, value = arg.partition("=")
-        if name == "--config" and (equals or argv[i + 1 :]):
-            yield Path(value if equals else argv[i + 1])
+        Args:
+            where: The name of the option, for the error.
+            annotation: The type annotation of the value.
+            text: The value as it was typed.
+        """
+        from glm4ft.cli.yaml_file import from_yaml
 
+        value = from_yaml(text)
+        if isinstance(value, str) or (value is None and text != "null"):
+            value = text
+        try:
+            return self.checked(where, annotation, value)
+        except ConfigError:
+            return self.checked(where, annotation, text)  # a folder may be called 2024
 
-def yaml_keys(path: Path) -> dict[str, Any]:
-    """Every key with its value, those of a group with the group's name before them."""
-    try:
-        content = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError("cannot read the configuration", where=str(path), found=str(error)) from error
-    if not isinstance(content, dict):
-        raise ConfigError("not a configuration", where=str(path), found=type(content).__name__, expected="key: value")
-    nested = {key: value for key, value in content.items() if isinstance(value, dict)}
-    below = {f"{key}.{name}": value for key, group in nested.items() for name, value in group.items()}
-    return {str(key): value for key, value in content.items()} | below
+    def checked(self, where: str, annotation: Any, value: Any) -> Any:
+        """The value, if its type is right: strictly, so that ``3.5`` and ``true`` are no int.
 
+        Args:
+            where: The place of the value, for the error.
+            annotation: The type annotation.
+            value: The value; a whole number becomes a float where that is asked for.
+        Raises:
+            ConfigError: If the type is wrong.
+        """
+        from pydantic import TypeAdapter, ValidationError
 
-def nearest(name: str, legal: Iterable[str]) -> str:
-    """The legal name that a wrong one was meant to be; all of them if that is not to be guessed."""
-    names = sorted(legal)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return near[0] if near else " or ".join(names)
+        try:
+            return TypeAdapter(annotation).validate_python(value, strict=True)
+        except ValidationError:
+            raise ConfigError(
+                "an option has a value that cannot be used",
+                where=where,
+                found=str(value),
+                expected=describe_type(annotation),
+                fix=self.see_help,
+            ) from None
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what ``argparse`` would print."""
+        raise ConfigError("the options cannot be used", found=message, fix=self.see_help)
+
+    @property
+    def see_help(self) -> str:
+        """How to see the options that there are."""
+        return f"see {self.prog} --help"
 
 
 def with_underscores(arg: str) -> str:
-    """An option by its name in YAML: ``--learning-rate`` is ``--learning_rate``."""
+    """An option by its name in YAML: ``--learning-rate`` is ``--learning_rate``.
+
+    Args:
+        arg: An argument of the command line.
+    """
     if not arg.startswith("--"):
         return arg
     name, equals, value = arg.partition("=")

@@ -294,7 +294,7 @@ def test_fix_for_a_full_device_names_options_that_the_command_has(
     def fill(_: Any) -> int:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(f"glm4ft.cli.main._{command}", fill)
+    monkeypatch.setattr(f"glm4ft.cli.{command}.run", fill)
     assert run([command, "adapter", "--output=merged"] if command == "merge" else [command]) == 1
     assert ("--micro_batch_size" in capsys.readouterr().err) == (command == "train")
 

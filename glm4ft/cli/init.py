@@ -1,0 +1,38 @@
+"""``glm4ft init``: another repository's trainer on trial."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from glm4ft.cli.options import Parser
+
+
+def parse(argv: Sequence[str]) -> Namespace:
+    """Read the arguments.
+
+    Args:
+        argv: The arguments after the command's name.
+    """
+    parser = Parser("init")
+    parser.add_argument("folder", annotation=str, help="The repository; is made if need be.")
+    parser.add_argument(
+        "--trainer", annotation=str | None, help="transformers, trl, llamafactory, swift or loop; else looked for."
+    )
+    parser.add_argument(
+        "--name", annotation=str | None, help="The pipeline's name in reports; by default the folder's."
+    )
+    return parser.parse(argv)
+
+
+def run(options: Namespace) -> bool:
+    """Render the template, and say what was done.
+
+    Args:
+        options: The arguments.
+    """
+    from glm4ft.init_command import describe_rendering
+
+    print(describe_rendering(Path(options.folder), trainer=options.trainer, name=options.name))
+    return True

@@ -1,0 +1,11 @@
+"""What other libraries show on the screen."""
+
+from __future__ import annotations
+
+
+def quiet_libraries() -> None:
+    """Leave the screen to the account of the run: errors of the libraries still show. Loads transformers."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

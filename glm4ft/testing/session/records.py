@@ -31,7 +31,7 @@ def attach_check(node: pytest.Item, subject: str, result: Result, dtype: str = "
         dtype: The dtype of the base, if the suite runs in several; "" otherwise.
         supervised: A sentence on which tokens the subject trains, for a check that failed; "" otherwise.
     """
-    names = ("check", "stage", "status", "message", "seconds")
+    names = ("check", "stage", "status", "message", "cause", "seconds")
     more = {"supervised": supervised} if supervised else {}
     content = {"subject": subject, "dtype": dtype, **{name: getattr(result, name) for name in names}, **more}
     _attach(node, CHECK, content)

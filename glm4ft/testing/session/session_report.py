@@ -29,6 +29,7 @@ class _Result:
     stage: str
     status: str
     message: str
+    cause: str = ""
 
 
 def write_session_report(
@@ -64,7 +65,7 @@ def session_content(
         runs: The recorded runs, as for ``pytest_glm4ft_collected``.
     """
     failed = [report for kind in ("failed", "error") for report in stats.get(kind, ()) if not _is_check(report)]
-    judged = [_Result(c["check"], c["stage"], c["status"], c["message"]) for c in checks]
+    judged = [_Result(c["check"], c["stage"], c["status"], c["message"], c.get("cause", "")) for c in checks]
     subjects = list(dict.fromkeys(str(check["subject"]) for check in checks))
     return Content(
         title="glm4ft in pytest · " + (", ".join(subjects) or "no subject on trial"),

@@ -22,7 +22,7 @@ from glm4ft.testing.trial.registry import Check
 from glm4ft.testing.trial.report import explain_trial, trial_content
 from glm4ft.testing.trial.runner import Result, results_record, run_checks, trial_of
 from glm4ft.testing.trial.stages import STAGES
-from glm4ft.testing.trial.verdicts import stage_verdicts
+from glm4ft.testing.trial.verdicts import group_failures, stage_verdicts
 from glm4ft.text.safe_text import Ruled, visible
 
 STYLES = {"passed": "green", "failed": "bold red", "error": "bold red", "skipped": "dim", "expected-failure": "yellow"}
@@ -90,10 +90,19 @@ def _print(console: Console, spec: str, results: list[Result]) -> None:
             text = "\n".join(visible(line, newlines=False) for line in result.message.split("\n"))
             console.print(Ruled(Text(text)))
     _print_verdicts(console, results)
+    _print_causes(console, results)
     counts = {status: sum(result.status == status for result in results) for status in STYLES}
     told = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
     seconds = sum(result.seconds for result in results)
     console.print(Text(f"{visible(spec, newlines=False)}: {told} in {seconds:.1f} s"), soft_wrap=True)
+
+
+def _print_causes(console: Console, results: list[Result]) -> None:
+    """Print each cause once, with the checks that see it."""
+    for group in group_failures(results):
+        seen_by = ", ".join(name.replace("_", " ") for name in group.checks)
+        console.print(Text(f"{group.stage}: {visible(group.text, newlines=False)}", style="bold red"), soft_wrap=True)
+        console.print(Ruled(Text(f"seen by {len(group.checks)}: {seen_by}")))
 
 
 def _print_verdicts(console: Console, results: list[Result]) -> None:

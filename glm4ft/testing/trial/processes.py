@@ -31,7 +31,7 @@ def require_ranks_stage(trial: Trial, stage: str) -> RecordedRun:
     """Fail if the run in several processes departs at a stage."""
     run, _ = run_of_ranks(trial)
     if departure := run.verdict.departures.get(stage):
-        raise CheckFailed(f"{departure} (in {NUM_PROCESSES} processes)")
+        raise CheckFailed(f"{departure} (in {NUM_PROCESSES} processes)", cause=departure.cause)
     if stage in run.verdict.hidden:
         raise NotApplicable(f"not judged: a departure at {run.verdict.hidden[stage]} hides it")
     return run

@@ -18,6 +18,7 @@ from glm4ft.testing.subject import load_subject, parts
 from glm4ft.testing.trial.registry import Check
 from glm4ft.testing.trial.stages import STAGES, CheckFailed, NotApplicable
 from glm4ft.testing.trial.trial import Trial
+from glm4ft.testing.trial.verdicts import group_failures
 
 Status = Literal["passed", "failed", "error", "skipped", "expected-failure"]
 
@@ -33,6 +34,7 @@ class Result:
         message: The reason why the check did not pass; "" if it did.
         seconds: The duration of the check.
         error: The error that the subject raised; None if it raised none.
+        cause: The cause that a failed check found; "" if it found none.
     """
 
     check: str
@@ -41,6 +43,7 @@ class Result:
     message: str
     seconds: float
     error: Exception | None = field(default=None, compare=False)
+    cause: str = ""
 
 
 def run_checks(
@@ -96,7 +99,8 @@ def run_check(check: Check, trial: Trial, expected: str = "") -> Result:
     status, message, error = _run(check, trial)
     if expected:
         status, message = _expect(status, message, expected)
-    return Result(check.name, check.stage, status, message, time.perf_counter() - began_s, error)
+    cause = error.cause if isinstance(error, CheckFailed) else ""
+    return Result(check.name, check.stage, status, message, time.perf_counter() - began_s, error, cause)
 
 
 def check_subject(
@@ -147,7 +151,7 @@ def _run(check: Check, trial: Trial) -> tuple[Status, str, Exception | None]:
     try:
         check.run(trial)
     except CheckFailed as error:
-        return "failed", str(error), None
+        return "failed", str(error), error
     except NotApplicable as error:
         return "skipped", str(error), None
     except NotImplementedError as error:
@@ -169,10 +173,11 @@ def _expect(status: Status, message: str, reason: str) -> tuple[Status, str]:
 
 def results_record(spec: str, results: Sequence[Result], seconds: float) -> dict[str, Any]:
     """The results in the form that ``glm4ft check --json`` writes."""
-    names = ("check", "stage", "status", "message")
+    names = ("check", "stage", "status", "message", "cause")
     return {
         "schema": 1,
         "subject": spec,
         "checks": [{name: getattr(result, name) for name in names} for result in results],
+        "causes": [vars(group) for group in group_failures(results)],
         "seconds": seconds,
     }

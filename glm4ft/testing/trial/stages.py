@@ -8,7 +8,16 @@ STAGES = (
 
 
 class CheckFailed(AssertionError):
-    """The claim does not hold; the message states what was found, where, and what was expected."""
+    """The claim does not hold; the message states what was found, where, and what was expected.
+
+    Args:
+        message: The failure in words.
+        cause: The cause, if the numbers show it; checks with the same cause are reported together.
+    """
+
+    def __init__(self, message: str, *, cause: str = "") -> None:
+        super().__init__(message)
+        self.cause = cause
 
 
 class NotApplicable(Exception):

@@ -252,7 +252,7 @@ class Trial:
             CheckFailed: If a run departs at this stage; the message has each different departure once, with its plan.
             NotApplicable: If none of the plans could be judged.
         """
-        departures, judged, reasons = dict[tuple[str, str], str](), list[RecordedRun](), list[str]()
+        departures, judged, reasons = dict[str, str](), list[RecordedRun](), list[str]()
         for plan in plans_of(check, stage):
             try:
                 run = self.run_plan(plan)
@@ -262,13 +262,13 @@ class Trial:
             if departure := run.verdict.departures.get(stage):
                 # the same cause, or without one the same words, is told once
                 told = departure.cause or "".join(c for c in departure.text if not c.isdigit())
-                departures.setdefault((stage, told), f"{departure} (plan {plan})")
+                departures.setdefault(told, f"{departure} (plan {plan})")
             elif stage in run.verdict.hidden:
                 reasons.append(f"not judged: a departure at {run.verdict.hidden[stage]} hides it (plan {plan})")
             else:
                 judged.append(run)
         if departures:
-            raise CheckFailed("\n".join(departures.values()))
+            raise CheckFailed("\n".join(departures.values()), cause=next(iter(departures)))
         if not judged:
             raise NotApplicable(reasons[0])
         return judged

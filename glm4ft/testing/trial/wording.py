@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from glm4ft.report.content import Headline, ShownCheck
 from glm4ft.report.plain_words import NOTHING_WRONG, sentence
 from glm4ft.testing.trial.stages import STAGES
+from glm4ft.testing.trial.verdicts import Judged, group_failures
 
 if TYPE_CHECKING:  # a session's report may be written where torch is not installed
     from glm4ft.diagnosis.rules import Diagnosis
-
-
-class Judged(Protocol):
-    """Any object with the result of a check; members as in ``glm4ft.testing.trial.runner.Result``."""
-
-    @property
-    def check(self) -> str: ...  # noqa: D102
-    @property
-    def stage(self) -> str: ...  # noqa: D102
-    @property
-    def status(self) -> str: ...  # noqa: D102
-    @property
-    def message(self) -> str: ...  # noqa: D102
 
 
 WRONG = ("failed", "error")
@@ -70,7 +58,9 @@ def headline(results: Sequence[Judged], supervised: str, diagnosis: Diagnosis | 
     first = wrong[0]
     same = [result for result in wrong if result.stage == first.stage]
     told = tuple(f"{result.check.replace('_', ' ')}: {_first_line(result.message)}" for result in same[:3])
-    text = f"{len(wrong)} of {len(judged)} claims fail, first at stage {first.stage}."
+    num_causes = len(group_failures(wrong))
+    causes = f", of {num_causes} cause{'s' * (num_causes != 1)}" if len(wrong) > 1 else ""
+    text = f"{len(wrong)} of {len(judged)} claims fail{causes}, first at stage {first.stage}."
     later = [stage for stage in STAGES if any(r.stage == stage for r in wrong)][1:]
     after = (f"Fix that first: failures at {', '.join(later)} may follow from it.",) if later else ()
     todo = (f"Look at {LOOK_AT[first.stage]}.", *after)

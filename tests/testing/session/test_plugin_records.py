@@ -76,7 +76,7 @@ from glm4ft.testing.session.records import attach_check
 
 @pytest.mark.gpu
 def test_on_gpu(request):
-    result = SimpleNamespace(check="x", stage="rows", status="failed", message="<|user|>", seconds=0.5)
+    result = SimpleNamespace(check="x", stage="rows", status="failed", message="<|user|>", cause="", seconds=0.5)
     attach_check(request.node, "my:subject", result)
 """
 # a stand-in for torch, which would take each process seconds to import
@@ -100,7 +100,7 @@ def test_workers_attach_and_the_controller_reports(
     result.stdout.fnmatch_lines(["* glm4ft *", "my:subject: rows failed", "*::test_run padded (2 steps)"])
     collected = json.loads((pytester.path / "collected.json").read_text())
     assert collected["runs"] == [{"test": "test_run.py::test_run", **RUN}]
-    facts = {"check": "x", "stage": "rows", "status": "failed", "message": "<|user|>", "seconds": 0.5}
+    facts = {"check": "x", "stage": "rows", "status": "failed", "message": "<|user|>", "cause": "", "seconds": 0.5}
     assert collected["checks"] == [
         {"test": "test_checked.py::test_on_gpu", "subject": "my:subject", "dtype": "", **facts}
     ]
@@ -125,7 +125,8 @@ from types import SimpleNamespace
 from glm4ft.testing.session.records import attach_check
 
 def test_claim(request):
-    result = SimpleNamespace(check="every_x_is_y", stage="rows", status="failed", message="<b>position 7", seconds=0.5)
+    facts = {"check": "every_x_is_y", "stage": "rows", "status": "failed", "message": "<b>position 7"}
+    result = SimpleNamespace(**facts, cause="", seconds=0.5)
     attach_check(request.node, "my:subject", result, supervised="all 4 headers.")
     assert False
 

@@ -59,7 +59,7 @@ def test_losses_and_turns_are_those_of_the_recorded_run(content: Content) -> Non
 
 def test_the_first_stage_that_departs_comes_first() -> None:
     found = headline(RESULTS, "all of it.")
-    assert (found.tone, found.text) == ("bad", "2 of 2 claims fail, first at stage rows.")
+    assert (found.tone, found.text) == ("bad", "2 of 2 claims fail, of 1 cause, first at stage rows.")
     assert found.happened == ("mask is what the model must sample: position 11", "1 could not be judged.")
     assert "Look at the code that turns a conversation into ids and labels." in found.remedies
     assert "failures at outcome may follow" in found.remedies[1]

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from glm4ft.testing.checks import all_checks
-from glm4ft.testing.faults.benign import all_variations
 from glm4ft.testing.faults.registry import all_faults
+from glm4ft.testing.faults.variations import all_variations
 
 ROOT = Path(__file__).parents[1]
 PAGES = [path for path in (ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")) if path.is_file()]

@@ -103,10 +103,10 @@ def check_evaluation_keeps_rows_apart(trial: Trial) -> None:
     for num_steps, forward in run.trace.evaluations:
         for span in run.known.find_in(forward).rows:
             with torch.no_grad():
-                alone = run.reference.hidden(span.ids, run.at(num_steps))
+                alone = run.reference.hidden(span.ids, run.at(num_steps))[: len(span.positions)]
             size = float((forward.hidden_BTD[span.b][span.positions] - alone).norm() / alone.norm())
             num_rows += 1
-            if not within("batches: rows of an evaluation", size, LIMITS[run.trace.dtype]):
+            if not within("batches: rows of an evaluation", size, LIMITS[trial.dtype]):
                 raise CheckFailed(
                     f"evaluated after step {num_steps}, a row of {len(span.ids)} tokens at position {span.start} is "
                     f"{size:.1e} off the same row alone: it attends to neighbours or padding"
@@ -117,8 +117,8 @@ def check_evaluation_keeps_rows_apart(trial: Trial) -> None:
 
 def _require_judged_model(run: RecordedRun) -> None:
     """Skip if the model itself is wrong: every row is off then, alone or not, and the checks of the model report it."""
-    if "model" in run.verdict.departures:
-        raise NotApplicable("not judged: the run departs at model, whether or not it evaluates")
+    if "model" in run.verdict.departures or not run.trace.steps:
+        raise NotApplicable("not judged: the run departs, whether or not it evaluates")
 
 
 @check(
@@ -208,10 +208,12 @@ def _require_row(batch: Any, row: dict[str, list[int]], b: int, places: range, p
     if labels[places.start : places.stop].tolist() != row["labels"]:
         raise CheckFailed("a row's labels are not those it was encoded with: masked by id, shifted, or cut")
     if mask is not None and mask.dim() == 2 and len(batch["input_ids"]) > 1:
-        expected = [int(t in places) for t in range(len(ids))]
-        if mask[b].tolist() != expected:
+        # behind the row a mask decides nothing: no token of the row attends to what follows it
+        wrong = [t for t in range(places.stop) if bool(mask[b][t]) != (t in places)]
+        if wrong:
+            word = "hidden" if wrong[0] in places else "attended to"
             raise CheckFailed(
-                f"the mask of a row of {len(places)} tokens has {int(mask[b].sum())} ones, wrongly placed"
+                f"the mask of a row of {len(places)} tokens is wrong at {len(wrong)} positions: {wrong[0]} is {word}"
             )
         padding = [t for t in range(len(ids)) if t not in places]
         wrong = [t for t in padding if int(labels[t]) != IGNORED]

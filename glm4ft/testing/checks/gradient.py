@@ -43,7 +43,7 @@ def check_masked_positions_get_no_gradient(trial: Trial) -> None:
             supervised = torch.zeros(forward.input_ids_BT.shape, dtype=torch.bool)
             for span in run.known.find_in(forward).rows:
                 labels = torch.tensor(run.known.labels[span.ids])
-                supervised[span.b, span.positions[:-1]] = labels[1:] != IGNORED
+                supervised[span.b, span.positions[: len(labels) - 1]] = labels[1:] != IGNORED
             assert forward.gradient_BTD is not None
             size_BT = forward.gradient_BTD.abs().amax(-1)
             wrong = (size_BT > 0) & ~supervised

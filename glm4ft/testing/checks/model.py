@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,9 +16,10 @@ from glm4ft.testing.replay.step import LIMITS, relative
 from glm4ft.testing.replay.tolerances import within
 from glm4ft.testing.specification.lora_spec import LoraSpec, adapted_modules, base_name
 from glm4ft.testing.specification.reference import Reference
+from glm4ft.testing.subject import make_plan
 from glm4ft.testing.trial.registry import check
 from glm4ft.testing.trial.stages import CheckFailed, NotApplicable
-from glm4ft.testing.trial.trial import Trial
+from glm4ft.testing.trial.trial import Trial, adapter_dropouts
 
 NEEDS = ("build_model", "train")
 # Fields of a configuration that state how the model was loaded, not what it computes.
@@ -164,8 +166,11 @@ def check_only_what_was_asked_for_is_trained(trial: Trial) -> None:
     saved = tuple((getattr(trial.subject, "lora", None) or {}).get("modules_to_save") or ())
     frozen = sorted(all_matrices - trained)
     more = sorted(n for n in trained - all_matrices if base_name(n).split(".")[-2] not in saved and "lora_" not in n)
+    lost = [name for name in saved if not any(base_name(n).split(".")[-2] == name for n in trained - all_matrices)]
     if not trained:
         raise CheckFailed("no parameter is trained: all of them are frozen")
+    if lost:
+        raise CheckFailed(f"modules_to_save asks for {', '.join(lost)}, of which no parameter is trained")
     if frozen:
         raise CheckFailed(f"{len(frozen)} of {len(all_matrices)} LoRA matrices are frozen, as {frozen[0]}")
     if more:
@@ -209,6 +214,30 @@ def check_every_id_is_in_the_vocabulary_of_the_base(trial: Trial) -> None:
         )
 
 
+@check(stage="model", needs=NEEDS, incident="torchtune 1049, TRL 3337: evaluated with dropout on")
+def check_requested_dropout_acts_in_training_alone(trial: Trial) -> None:
+    """The adapters' inputs are dropped with the requested probability in training, and not at all in evaluation."""
+    asked = trial.requested_dropout
+    if not asked:
+        raise NotApplicable("the subject's lora requests no dropout")
+    model = trial.subject.build_model(str(trial.base_dir), 0)
+    plan = make_plan(steps=2, output_dir=str(trial.new_folder("dropout")))
+    _require_dropped(model, lambda: trial.subject.train(model, trial.conversations, plan), asked, "training")
+    if getattr(trial.subject, "evaluate", None):
+        _require_dropped(model, lambda: trial.subject.evaluate(model, trial.conversations), 0.0, "evaluation")
+
+
+@check(stage="model", needs=NEEDS, incident="ms-swift 9832, PEFT 2893: another precision than was asked for")
+def check_forward_passes_have_the_requested_autocast(trial: Trial) -> None:
+    """Forward passes of training run under the autocast that the subject requests, or under none."""
+    if not hasattr(trial.subject, "autocast"):
+        raise NotApplicable("the subject does not state whether autocast was requested")
+    asked = {"bf16": "bfloat16", "fp16": "float16"}.get(trial.subject.autocast)
+    found = trial.run().trace.autocast
+    if found != asked:
+        raise CheckFailed(f"forward passes run under autocast to {found}, requested was {asked}")
+
+
 @check(stage="model", needs=NEEDS, incident="mlx-lm 1698: all of each head rotated; PEFT 2489: scale left out")
 def check_model_computes_what_was_requested(trial: Trial) -> None:
     """In every recorded run, the model computes what the base on the disk and the requested adapters compute.
@@ -216,6 +245,30 @@ def check_model_computes_what_was_requested(trial: Trial) -> None:
     It runs as the last check of its stage, since the others report more precisely what is wrong.
     """
     trial.require_plans("model_computes_what_was_requested", "model")
+
+
+def _require_dropped(model: Any, use: Callable[[], Any], expected: float, where: str) -> None:
+    """Fail if the dropout layers in front of adapters set another share of their inputs to zero than expected."""
+    dropped = total = 0
+
+    def count(layer: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        nonlocal dropped, total
+        given = args[0] != 0
+        dropped, total = dropped + int((given & (output == 0)).sum()), total + int(given.sum())
+
+    hooks = [layer.register_forward_hook(count) for layer in adapter_dropouts(model)]
+    try:
+        use()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if expected and not total:
+        raise CheckFailed(f"no dropout layer is in front of an adapter, where a rate of {expected:g} was requested")
+    # six standard deviations of a binomial share, and an entry more where none may be dropped
+    spread = 6 * (expected * (1 - expected) / max(total, 1)) ** 0.5
+    if total and not abs(dropped / total - expected) <= spread:
+        found = f"{dropped / total:.4f} of {total:,} entries in front of the adapters are dropped"
+        raise CheckFailed(f"in {where}, {found}, not {expected:g}")
 
 
 def _built(trial: Trial) -> Any:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from glm4ft.testing.checks.served_folder import require_trained_tokenizer, stop_ids
 from glm4ft.testing.replay.tolerances import within
-from glm4ft.testing.specification.lora_spec import LoraSpec, adapted_modules
+from glm4ft.testing.specification.lora_spec import LoraSpec, adapted_modules, base_name
 from glm4ft.testing.trial.registry import check
 from glm4ft.testing.trial.same_run import describe_divergence
 from glm4ft.testing.trial.stages import CheckFailed, NotApplicable
@@ -36,6 +36,7 @@ def check_saved_adapter_is_complete(trial: Trial) -> None:
         raise NotApplicable(f"save wrote no {file.name}")
     stored = load_file(file)
     live = {name: p.detach().cpu() for name, p in trial.trained.model.named_parameters() if "lora_" in name}
+    _require_saved_modules(trial, stored)
     got, expected = adapted_modules(list(stored)), adapted_modules(list(live))
     for words, modules in (
         ("is missing", expected.keys() - got.keys()),
@@ -48,6 +49,18 @@ def check_saved_adapter_is_complete(trial: Trial) -> None:
             found = stored[got[module][matrix]] if matrix in got[module] else None
             if found is None or found.dtype != live[name].dtype or not torch.equal(found, live[name]):
                 raise CheckFailed(f"the saved {matrix} of {module} is not the trained one")
+
+
+def _require_saved_modules(trial: Trial, stored: dict[str, torch.Tensor]) -> None:
+    """Fail if a module that is trained as a whole, by ``modules_to_save``, is not in the file as it was trained."""
+    known = {base_name(name): tensor for name, tensor in stored.items()}
+    for name, tensor in trial.trained.trained.items():
+        if "lora_" not in name:
+            found = known.get(base_name(name))
+            if found is None:
+                raise CheckFailed(f"the saved adapter: {base_name(name)} is missing, though it was trained")
+            if not torch.equal(found.to(tensor.dtype), tensor):
+                raise CheckFailed(f"the saved {base_name(name)} is not the trained one")
 
 
 @check(

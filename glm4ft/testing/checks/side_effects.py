@@ -46,7 +46,7 @@ def check_evaluation_runs_in_eval_mode(trial: Trial) -> None:
     """All modules are in eval mode while a run evaluates, and in training mode when it continues."""
     run = trial.run(**WATCHING["evaluating"])
     passes = [forward for _, forward in run.trace.evaluations]
-    if hasattr(trial.subject, "evaluate"):
+    if getattr(trial.subject, "evaluate", None):
         model = trial.trained.model.train()
         with record(model, 1) as trace:
             trial.subject.evaluate(model, trial.conversations)
@@ -111,11 +111,11 @@ def check_evaluating_and_saving_leave_the_model_unchanged(trial: Trial) -> None:
 
 def _parts_that_look(trial: Trial, model: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
     subject = trial.subject
-    if hasattr(subject, "evaluate"):
+    if getattr(subject, "evaluate", None):
         yield "evaluate", lambda: subject.evaluate(model, trial.conversations)
-    if hasattr(subject, "save"):
+    if getattr(subject, "save", None):
         yield "save", lambda: subject.save(model, str(trial.new_folder("look")))
-    if hasattr(subject, "generate"):
+    if getattr(subject, "generate", None):
         yield "generate", lambda: subject.generate(model, trial.conversations[0]["messages"][:1], None, 4)
 
 

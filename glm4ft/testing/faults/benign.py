@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,51 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from glm4ft.data.chat_format import IGNORED
 from glm4ft.data.conversation import Message
+from glm4ft.testing.faults.variations import variation
 from glm4ft.testing.recording.trace import backbone_of
 from glm4ft.testing.subjects.plain_loop import Conversations, LoopState, Subject, trained, world_size
 from glm4ft.testing.subjects.plain_loop_data import Batch, Features
-
-VARIATIONS: dict[str, Variation] = {}
-Kind = TypeVar("Kind", bound=type[Subject])
-
-
-@dataclass(frozen=True)
-class Variation:
-    """A healthy pipeline that differs from the plain loop.
-
-    Args:
-        id: The id that reports show.
-        subject: The class of the pipeline.
-    """
-
-    id: str
-    subject: type[Subject]
-
-    @property
-    def story(self) -> str:
-        """The difference from the plain loop, in one sentence."""
-        return " ".join((self.subject.__doc__ or "").split("\n\n")[0].split())
-
-
-def variation(id: str, processes: int = 1) -> Callable[[Kind], Kind]:
-    """Decorator that registers a variation.
-
-    Args:
-        id: The id that reports show.
-        processes: 2 to run the checks of several processes too, which take long; 1 by default.
-    """
-
-    def register(subject: Kind) -> Kind:
-        subject.name, subject.distributed = id, processes > 1
-        VARIATIONS[id] = Variation(id, subject)
-        return subject
-
-    return register
-
-
-def all_variations() -> dict[str, Variation]:
-    """Every variation by its id."""
-    return VARIATIONS
 
 
 @variation("healthy", processes=2)

@@ -17,12 +17,12 @@ from rich.text import Text
 from tqdm import tqdm
 
 from glm4ft.files import write_atomically
-from glm4ft.testing.faults.benign import all_variations
 from glm4ft.testing.faults.pages import table
 from glm4ft.testing.faults.reach import reaching
 from glm4ft.testing.faults.registry import all_faults
 from glm4ft.testing.faults.results import Caught
 from glm4ft.testing.faults.runner import require_known_ids, run_one
+from glm4ft.testing.faults.variations import all_variations
 from glm4ft.testing.faults.warm import in_parallel, warm_base
 from glm4ft.testing.replay.tolerances import Observation, observing
 from glm4ft.testing.trial.runner import run_check

@@ -16,12 +16,12 @@ from rich.text import Text
 from tqdm import tqdm
 
 from glm4ft.files import write_atomically
-from glm4ft.testing.faults.benign import all_variations
 from glm4ft.testing.faults.pages import matrix_page
 from glm4ft.testing.faults.practices import try_practices
 from glm4ft.testing.faults.registry import all_faults
 from glm4ft.testing.faults.results import Caught, Matrix, Silence
 from glm4ft.testing.faults.runner import require_known_ids, run_one
+from glm4ft.testing.faults.variations import all_variations
 from glm4ft.testing.faults.warm import in_parallel
 from glm4ft.text.safe_text import visible
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 
-from glm4ft.testing.faults.benign import all_variations
 from glm4ft.testing.faults.practices import PRACTICES
 from glm4ft.testing.faults.registry import FAULT_MODULES, all_faults
 from glm4ft.testing.faults.results import Caught, Matrix
+from glm4ft.testing.faults.variations import all_variations
 from glm4ft.testing.trial.stages import STAGES
 
 HEAD = """# The kill matrix

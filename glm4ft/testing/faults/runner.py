@@ -11,10 +11,10 @@ from pathlib import Path
 from re import DOTALL, search
 
 from glm4ft.errors import ConfigError
-from glm4ft.testing.faults.benign import all_variations
 from glm4ft.testing.faults.reach import reaching
 from glm4ft.testing.faults.registry import Fault, all_faults
 from glm4ft.testing.faults.results import Caught, Silence
+from glm4ft.testing.faults.variations import all_variations
 from glm4ft.testing.faults.warm import in_parallel, warm_base
 from glm4ft.testing.replay.tolerances import Observation, observing
 from glm4ft.testing.trial.runner import Result, run_check

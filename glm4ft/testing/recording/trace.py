@@ -71,6 +71,7 @@ class Step:
         optimizer: The name of the optimizer's class.
         after: The trained parameters after the update.
         state_dtypes: The dtype of the optimizer's moments, by parameter.
+        num_detached: The number of forward passes in training mode whose hidden states required no gradient.
     """
 
     forwards: list[Forward]
@@ -81,6 +82,7 @@ class Step:
     optimizer: str
     after: Tensors = field(default_factory=dict)
     state_dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    num_detached: int = 0
 
 
 @dataclass
@@ -89,9 +91,10 @@ class Trace:
 
     Args:
         steps: The completed steps, in order.
-        dtype: The dtype of the base's weights.
+        dtype: The dtype of the forward pass: that of the head, or of autocast where it is on.
         trained: The names of the parameters that require a gradient when the recording begins.
         optimized: The names of the trained parameters that the optimizer holds.
+        autocast: The dtype that training's forward passes ran in under autocast, by torch's name; None without it.
         evaluations: The forward passes without gradient, each with the number of steps taken before it.
     """
 
@@ -100,6 +103,7 @@ class Trace:
     trained: tuple[str, ...] = ()
     optimized: tuple[str, ...] = ()
     evaluations: list[tuple[int, Forward]] = field(default_factory=list)
+    autocast: str | None = None
 
 
 @contextmanager
@@ -148,7 +152,11 @@ class _Recorder:
     def __init__(self, model: nn.Module, max_steps: int) -> None:
         backbone: Any = backbone_of(model)
         self.backbone: nn.Module = backbone
-        self.max_steps, self.pending, self.raw = max_steps, list[Forward](), Tensors()
+        self.max_steps, self.pending = max_steps, list[Forward]()
+        self.last, self.summed = Tensors(), Tensors()  # gradients since the last step, see _accumulated
+        self.num_detached = 0  # forward passes since the last step
+        # of optimizer steps inside of one another: a subclass calls its parent's, a wrapper that of the optimizer in it
+        self.depth = 0
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.names = {id(p): name for name, p in self.parameters.items()}
         self.trace = Trace(dtype=output_head_of(model).weight.dtype, trained=tuple(self.parameters))
@@ -162,7 +170,8 @@ class _Recorder:
             register_optimizer_step_post_hook(self._step_ended),
         ]
         for name, parameter in self.parameters.items():
-            hooks.append(parameter.register_post_accumulate_grad_hook(self._keep_raw(name)))
+            hooks.append(parameter.register_hook(self._add_up(name)))
+            hooks.append(parameter.register_post_accumulate_grad_hook(self._keep_last(name)))
         for hook in hooks:
             self.stack.callback(hook.remove)
 
@@ -173,9 +182,17 @@ class _Recorder:
         self.inputs = {name: _copy(kwargs.get(name)) for name in ("position_ids", "attention_mask")}
 
     def _ids_embedded(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if len(self.trace.steps) >= self.max_steps:
+            self.close()  # not before: a second optimizer may share the last step
         self.inputs["input_ids"] = _copy(args[0])
 
     def _hidden_ready(self, module: nn.Module, args: Any, hidden: torch.Tensor) -> None:
+        if len(self.trace.steps) >= self.max_steps:
+            return  # of the forward pass that ended the recording
+        if torch.is_autocast_enabled(hidden.device.type):
+            self.trace.dtype = torch.get_autocast_dtype(hidden.device.type)
+            if torch.is_grad_enabled():
+                self.trace.autocast = str(self.trace.dtype).removeprefix("torch.")
         input_ids = self.inputs.get("input_ids")
         if input_ids is None:
             raise ValueError("the final norm ran without the token embedding: the trainer feeds embeddings directly")
@@ -189,6 +206,7 @@ class _Recorder:
         )
         if not (torch.is_grad_enabled() and hidden.requires_grad):
             self.trace.evaluations.append((len(self.trace.steps), forward))
+            self.num_detached += bool(torch.is_grad_enabled() and forward.training)
             return
 
         def keep(gradient: torch.Tensor) -> None:
@@ -197,14 +215,47 @@ class _Recorder:
         hidden.register_hook(keep)
         self.pending.append(forward)
 
-    def _keep_raw(self, name: str) -> Any:
+    def _add_up(self, name: str) -> Any:
+        def add(gradient: torch.Tensor) -> None:
+            own = gradient.detach().cpu()
+            self.summed[name] = self.summed[name] + own if name in self.summed else own.clone()
+
+        return add
+
+    def _keep_last(self, name: str) -> Any:
         def keep(parameter: torch.Tensor) -> None:
             # every backward pass overwrites this, so at the step it is the gradient accumulated over all of them
-            self.raw[name] = _copy(parameter.grad)
+            self.last[name] = _copy(parameter.grad)
 
         return keep
 
-    def _step_begins(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def _accumulated(self, received: Tensors) -> Tensors:
+        """The gradient accumulated for a step, of which the optimizer receives a multiple.
+
+        It is what ``grad`` held after the last backward pass, or, where a trainer accumulates in a buffer of its own
+        (Megatron's ``main_grad``), the sum over all backward passes: whichever has the direction of what is received.
+        """
+        return (
+            self.summed if _is_multiple(received, self.summed) and not _is_multiple(received, self.last) else self.last
+        )
+
+    def _step_begins(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+        self.depth += 1
+        if self.depth > 1:
+            return None
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._keep_step(optimizer)
+            return None
+
+        def closure_then_keep() -> Any:  # the closure may run the forward and backward pass (Lightning)
+            loss = closure()
+            self._keep_step(optimizer)
+            return loss
+
+        return (args[0],), {**kwargs, "closure": closure_then_keep}
+
+    def _keep_step(self, optimizer: torch.optim.Optimizer) -> None:
         groups = [
             ParameterGroup(
                 tuple(self.names[id(p)] for p in group["params"] if id(p) in self.names),
@@ -213,28 +264,48 @@ class _Recorder:
             )
             for group in optimizer.param_groups
         ]
-        if not any(group.names for group in groups):
+        own = {name for group in groups for name in group.names}
+        if not own:
             return  # the step of an optimizer that holds no trained parameter of this model
+        forwards = [forward for forward in self.pending if forward.gradient_BTD is not None]
+        if not forwards and self.trace.steps and own.isdisjoint(self.trace.optimized):
+            self.trace.steps[-1].groups += groups  # a second optimizer's part of the same step
+            self.trace.optimized += tuple(own)
+            return
+        received = {n: _copy(p.grad) for n, p in self.parameters.items() if p.grad is not None}
         self.trace.optimized = tuple(name for group in groups for name in group.names)
         self.trace.steps.append(
             Step(
-                forwards=[forward for forward in self.pending if forward.gradient_BTD is not None],
-                raw=dict(self.raw),
-                clipped={n: _copy(p.grad) for n, p in self.parameters.items() if p.grad is not None},
+                forwards=forwards,
+                raw=dict(self._accumulated(received)),
+                clipped=received,
                 before={n: _copy(p) for n, p in self.parameters.items()},
                 groups=groups,
                 optimizer=type(optimizer).__name__,
+                num_detached=self.num_detached,
             )
         )
-        self.pending, self.raw = [], {}
+        self.num_detached = 0
+        self.pending, self.last, self.summed = [], {}, {}
 
     def _step_ended(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if self.trace.steps and not self.trace.steps[-1].after:
-            step = self.trace.steps[-1]
-            step.after = {n: _copy(p) for n, p in self.parameters.items()}
-            step.state_dtypes = {n: found for n, p in self.parameters.items() if (found := _moments(optimizer, p))}
-            if len(self.trace.steps) >= self.max_steps:
-                self.close()
+        self.depth -= 1
+        held = {name for group in optimizer.param_groups for p in group["params"] if (name := self.names.get(id(p)))}
+        if self.depth or not held or not self.trace.steps:
+            return
+        step = self.trace.steps[-1]
+        step.after = {n: _copy(p) for n, p in self.parameters.items()}
+        step.state_dtypes |= {n: found for n in held if (found := _moments(optimizer, self.parameters[n]))}
+
+
+def _is_multiple(received: Tensors, gradient: Tensors) -> bool:
+    """Whether one gradient is the other times a positive factor, to the rounding of fp32."""
+    if received.keys() != gradient.keys():
+        return False
+    pairs = [(received[name].double(), gradient[name].double()) for name in received]
+    product = sum(float((a * b).sum()) for a, b in pairs)
+    lengths = [sum(float((t * t).sum()) for t in tensors) for tensors in zip(*pairs, strict=True)] if pairs else [0.0]
+    return product > 0 and product**2 >= (1 - 1e-9) * lengths[0] * lengths[-1]
 
 
 def _mode(model: nn.Module) -> bool | None:

@@ -22,7 +22,11 @@ def judge_rows(step: ReplayedStep) -> Departures:
     for matches in step.row_matches:
         for ids in matches.unknown:
             yield _unknown_row(step, ids)
-    if not step.seen:
+    if step.step.num_detached and not step.step.forwards:
+        text = "the final norm's output has no gradient in training, so nothing below the head is trained"
+        cause = "the inputs of checkpointed layers require no gradient, or the adapters run without one"
+        yield step.depart("model", text, cause, hides=("batches", "model", "loss", "gradient"))
+    elif not step.seen:
         yield step.depart("rows", "no row of the data went through the model", hides=UNKNOWN)
     for row in step.seen if step.has_finite_loss else ():
         yield from _wrong_targets(step, row)
@@ -51,6 +55,9 @@ def _wrong_targets(step: ReplayedStep, row: SeenRow) -> Departures:
     if int((trained & (got != ids)).sum()) > int(trained.sum()) // 2:
         return  # the trained labels differ from the ids at their positions: judged with the gradient
     missing = (expected != IGNORED) & ~trained & _unsure(step, row, expected)
+    if row.span.is_short and missing[-1]:
+        text = f"a row was cut to {len(row.ids) - 1} of its {len(row.ids)} tokens"
+        yield step.depart("rows", text, "truncation", hides=UNKNOWN)
     extra = trained & (expected == IGNORED) & (got == ids)
     if missing.any() or extra.any():
         words = [
@@ -78,7 +85,7 @@ def _masked_by_id(step: ReplayedStep, missing: set[int]) -> str:
 def _unsure(step: ReplayedStep, row: SeenRow, expected: torch.Tensor) -> torch.Tensor:
     """True where the target's probability is low enough for its gradient to be measurable."""
     probability = torch.zeros(len(expected))
-    logits = step.reference.logits(row.hidden_TD[:-1], step.step.before)
+    logits = step.reference.logits(row.hidden_TD[: len(expected) - 1], step.step.before)
     probability[1:] = logits.softmax(1).gather(1, expected[1:].clamp_min(0)[:, None])[:, 0]
     return probability < SURE
 
@@ -107,7 +114,7 @@ def _trained_padding(step: ReplayedStep) -> Departures:
         outside = matches.padding_BT.clone()
         for span in matches.rows:
             outside[span.b, span.start] = True
-        labels_BT = torch.stack([row.labels_T for row in targets])
+        labels_BT = torch.stack([row.labels_T[:-1] for row in targets])
         # a label that differs from the id at its position is judged with the gradient
         wrong = outside & (labels_BT != IGNORED) & (labels_BT == forward.input_ids_BT)
         if wrong.any():

@@ -168,7 +168,7 @@ def judge_clipping(step: ReplayedStep) -> Departures:
     norm, factor = clip_factor(raw, limit)
     size = relative(clipped, {name: factor * tensor for name, tensor in raw.items()})
     got = dot(clipped, raw) / norm**2 if norm else factor  # a gradient of zero has no factor to be read off
-    cause = "" if size <= step.history.limit else _clipping_cause(step, norm, got)
+    cause = "" if size <= step.limit("clipping") else _clipping_cause(step, norm, got)
     text = f"the gradient of norm {norm:.4g} was multiplied by {got:.4g}, not {factor:.4g}"
     yield step.depart("clipping", text, cause, size)
 
@@ -210,7 +210,7 @@ def judge_schedule(step: ReplayedStep) -> Departures:
         if group.size:
             got = float(group.settings["lr"])
             size = abs(got - expected) / plan["learning_rate"]
-            cause = "" if size <= step.history.limit else _rate_cause(step, got)
+            cause = "" if size <= step.limit("schedule") else _rate_cause(step, got)
             yield step.depart("schedule", f"the learning rate is {got:.6g}, not {expected:.6g}", cause, size)
 
 
@@ -227,6 +227,8 @@ def _rate_cause(step: ReplayedStep, got: float) -> str:
             return f"the schedule has another shape than requested: {shape}"
     if plan["warmup_steps"] and fits(warmup_steps=0):
         return "there is no warm-up"
+    if step.number <= plan["warmup_steps"] and fits(warmup_start="above-zero"):
+        return "the warm-up starts above 0; a pipeline that documents this has warmup_start = 'above-zero'"
     if fits(number=step.number + 1):
         return "the schedule is one step ahead"
     for factor in (plan["accumulation"], 2, 3, 4, 8):
@@ -249,14 +251,16 @@ def judge_update(step: ReplayedStep) -> Departures:
             yield step.depart("update", text, cause)
     unused = sorted(set(recorded.before) - {name for group in recorded.groups for name in group.names})
     if unused:
-        yield step.depart("update", f"{len(unused)} trained parameters are not in the optimizer, e.g. {unused[0]}")
+        text = f"{len(unused)} trained parameters are not in the optimizer, e.g. {unused[0]}"
+        # nobody clears their gradients either
+        yield step.depart("update", text, hides_later=("gradient", "clipping"))
     rates = {float(group.settings["lr"]) for group in recorded.groups if group.size}
     empty = [group for group in recorded.groups if not group.size and float(group.settings["lr"]) not in rates]
     if empty:
         text = f"a parameter group with its own learning rate ({empty[0].settings['lr']:g}) holds no parameter"
         yield step.depart("update", text, "the name pattern that selects its parameters matches none")
     size = _update_size(step, next(iter(rates)))
-    cause = "" if size <= step.history.limit else _update_cause(step)
+    cause = "" if size <= step.limit("update") else _update_cause(step)
     yield step.depart("update", f"the update is {size:.1e} off AdamW's ({recorded.optimizer})", cause, size)
 
 

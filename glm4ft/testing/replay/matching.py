@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,15 +20,23 @@ class RowSpan:
         ids: The token ids of the row.
         b: The index of its sequence in the batch.
         start: The position of its first token.
+        is_short: Whether the last token is not there: some trainers shift in the data, and feed ids without the last
+            beside labels without the first.
     """
 
     ids: tuple[int, ...]
     b: int
     start: int
+    is_short: bool = False
 
     @property
     def positions(self) -> torch.Tensor:
         """The positions of the row's tokens in its sequence."""
+        return torch.arange(self.start, self.start + len(self.ids) - self.is_short)
+
+    @property
+    def targets(self) -> torch.Tensor:
+        """The positions of the row's targets: where its tokens are, or where the missing last one would be."""
         return torch.arange(self.start, self.start + len(self.ids))
 
 
@@ -73,10 +81,16 @@ class KnownRows:
     def _in_sequence(self, b: int, ids: tuple[int, ...]) -> Iterable[RowSpan]:
         t = 0
         while t < len(ids):
-            found = next((row for row in self.by_first.get(ids[t], ()) if ids[t : t + len(row)] == row), None)
-            if found:
-                yield RowSpan(found, b, t)
-            t += len(found) if found else 1
+            span = next(self._spans_at(b, t, ids), None)
+            if span:
+                yield span
+            t += len(span.positions) if span else 1
+
+    def _spans_at(self, b: int, t: int, ids: tuple[int, ...]) -> Iterator[RowSpan]:
+        """The rows that begin at a position, whole ones first."""
+        rows = self.by_first.get(ids[t], ())
+        yield from (RowSpan(row, b, t) for row in rows if ids[t : t + len(row)] == row)
+        yield from (RowSpan(row, b, t, True) for row in rows if len(row) > 1 and ids[t : t + len(row) - 1] == row[:-1])
 
     def _unknown(self, forward: Forward, padding: torch.Tensor) -> Iterable[tuple[int, ...]]:
         """Ids outside of known rows that are not padding of one id, split where mask and positions split rows."""

@@ -30,7 +30,6 @@ JUDGES: Mapping[str, Callable[[ReplayedStep], Departures]] = {
     "schedule": judge_schedule,
     "update": judge_update,
 }
-STAGE_OF = {"loss": "gradient"}  # of a judge whose stage has another name
 
 
 @dataclass
@@ -74,15 +73,15 @@ def replay(trace: Trace, reference: Reference, rows: Sequence[LabelledIds], plan
         The verdict.
     """
     verdict, history = Verdict(), History(reference, KnownRows(rows), plan, trace.dtype)
-    judged = set[str]()
+    judged, hidden_from_now_on = set[str](), dict[str, str]()
     if not trace.steps:
-        text = "no optimizer step changed a trained parameter"
-        verdict.departures["update"] = Departure("update", 1, text)
+        verdict.departures["update"] = Departure("update", 1, "no optimizer step changed a trained parameter")
+        verdict.hidden = {stage: "update" for stage in map(_stage_of, JUDGES) if stage != "update"}
     for number, step in enumerate(trace.steps, start=1):
         replayed = ReplayedStep(number, step, history)
         verdict.seen.append([row.ids for row in replayed.seen])
         verdict.packed = verdict.packed or _is_packed(replayed)
-        judged |= _judge(replayed, verdict)
+        judged |= _judge(replayed, verdict, hidden_from_now_on)
         if not verdict.departures:
             verdict.steps = number
         if replayed.not_finite:
@@ -93,15 +92,24 @@ def replay(trace: Trace, reference: Reference, rows: Sequence[LabelledIds], plan
     return verdict
 
 
-def _judge(step: ReplayedStep, verdict: Verdict) -> set[str]:
+def _stage_of(judge: str) -> str:
+    return "gradient" if judge == "loss" else judge
+
+
+def _judge(step: ReplayedStep, verdict: Verdict, hidden_from_now_on: dict[str, str]) -> set[str]:
     """Judge a step and add each stage's first departure to the verdict.
+
+    Args:
+        step: The step.
+        verdict: The verdict so far.
+        hidden_from_now_on: Judges mapped to the stage of a departure of an earlier step that hides them.
 
     Returns:
         The stages that were judged completely.
     """
-    hidden, incomplete = dict[str, str](), set[str]()
+    hidden, incomplete = dict(hidden_from_now_on), set[str]()
     for name, judge in JUDGES.items():
-        stage = STAGE_OF.get(name, name)
+        stage = _stage_of(name)
         if name in hidden:
             incomplete.add(stage)
             verdict.hidden.setdefault(stage, hidden[name])
@@ -110,12 +118,13 @@ def _judge(step: ReplayedStep, verdict: Verdict) -> set[str]:
             size = departure.size
             if size is not None and math.isfinite(size):
                 verdict.largest[stage] = max(verdict.largest.get(stage, 0.0), size)
-            if size is None or not within(f"{stage}: replay", size, step.history.limit):
+            if size is None or not within(f"{stage}: replay", size, step.limit(stage)):
                 verdict.departures.setdefault(departure.stage, departure)
                 hidden |= dict.fromkeys(departure.hides, departure.stage)
+                hidden_from_now_on |= dict.fromkeys(departure.hides_later, departure.stage)
                 if departure.hides:
                     break  # what the judge compares next would follow from this
-    return {STAGE_OF.get(name, name) for name in JUDGES} - incomplete
+    return {_stage_of(name) for name in JUDGES} - incomplete
 
 
 def _is_packed(step: ReplayedStep) -> bool:

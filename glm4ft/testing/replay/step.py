@@ -40,6 +40,7 @@ class Departure:
         size: The relative size of the departure; None if it is not measured by a number.
         factor: The factor on the whole gradient, if that explains the departure; None otherwise.
         hides: The judges of the same step whose comparison it makes meaningless, by their names in ``JUDGES``.
+        hides_later: The same for the steps that follow.
     """
 
     stage: str
@@ -49,6 +50,7 @@ class Departure:
     size: float | None = None
     factor: float | None = None
     hides: tuple[str, ...] = ()
+    hides_later: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         cause = f"; likely cause: {self.cause}" if self.cause else ""
@@ -66,7 +68,7 @@ class History:
         reference: The reference on the base that the run started from.
         known: The rows that the data should be encoded as.
         plan: The plan that the trainer was given.
-        dtype: The dtype of the base.
+        dtype: The dtype of the forward passes.
         seen: The number of times that each row has been seen, by its ids.
         previous: The previous step; None before the first.
     """
@@ -79,11 +81,13 @@ class History:
     previous: Step | None = None
 
     def __post_init__(self) -> None:
+        if self.dtype == torch.float16:
+            self.dtype = torch.bfloat16  # whose limits are the wider ones
         self.optimizer = AdamW(self.plan["betas"], self.plan["eps"], self.plan["weight_decay"])
 
     @property
     def limit(self) -> float:
-        """The largest relative departure that counts as rounding."""
+        """The largest relative departure of a forward or backward pass that counts as rounding."""
         return LIMITS[self.dtype]
 
 
@@ -125,6 +129,16 @@ class ReplayedStep:
         """A departure of this step; further arguments as in ``Departure``."""
         return Departure(stage, self.number, text, cause, size, **more)
 
+    def limit(self, stage: str) -> float:
+        """The largest relative departure of a stage that counts as rounding.
+
+        What follows the backward pass is computed from the recorded gradient in the dtype of the trained parameters.
+        """
+        if stage in ("clipping", "schedule", "update"):
+            is_fp32 = all(t.dtype in (torch.float32, torch.float64) for t in self.step.before.values())
+            return LIMITS[torch.float32] if is_fp32 else self.history.limit
+        return self.history.limit
+
     @cached_property
     def row_matches(self) -> list[RowMatches]:
         """The known rows found in each forward pass."""
@@ -145,7 +159,7 @@ class ReplayedStep:
     def seen(self) -> list[SeenRow]:
         """The known rows of the step, in order."""
         return [
-            SeenRow(p, i, forward.hidden_BTD[p.b][p.positions], self.targets[i][p.b].at(p.positions))
+            SeenRow(p, i, forward.hidden_BTD[p.b][p.positions], self.targets[i][p.b].at(p.targets))
             for i, (forward, matches) in enumerate(zip(self.step.forwards, self.row_matches, strict=True))
             for p in matches.rows
         ]
@@ -190,7 +204,7 @@ class ReplayedStep:
     def hidden_size(self, ids: Sequence[int], hidden_TD: torch.Tensor, trained: Tensors) -> float:
         """The relative departure of a row's hidden states from the specification."""
         with torch.no_grad():
-            alone = self.reference.hidden(ids, trained)
+            alone = self.reference.hidden(ids, trained)[: len(hidden_TD)]
         return float((hidden_TD - alone).norm() / alone.norm())
 
     @cached_property

@@ -205,23 +205,25 @@ def recover_targets(hidden_TD: torch.Tensor, gradient_TD: torch.Tensor, weight_V
         hidden_TD: The output of the final norm for a sequence.
         gradient_TD: The gradient of the loss with respect to that output.
         weight_VD: The weight of the output head.
+    Returns:
+        The targets by the position of the token that is predicted, T + 1 of them: the last position predicts a token
+        behind the sequence.
     """
     weight_VD = weight_VD.detach().double()
     hidden, gradient = (tensor.double().to(weight_VD.device) for tensor in (hidden_TD, gradient_TD))
-    labels, weights = torch.full((len(hidden),), IGNORED), torch.zeros(len(hidden), dtype=torch.float64)
+    labels, weights = torch.full((len(hidden) + 1,), IGNORED), torch.zeros(len(hidden) + 1, dtype=torch.float64)
     size = gradient.norm(dim=1)
     active = (size > ZERO_GRADIENT * size.max()).nonzero()[:, 0] if size.max() > 0 else torch.zeros(0, dtype=torch.long)
-    fit = torch.ones(len(hidden), dtype=torch.float64)
+    fit = torch.ones(len(hidden) + 1, dtype=torch.float64)
     for t in active.tolist():
         expected_D = (hidden[t] @ weight_VD.T).softmax(0) @ weight_VD
         directions_VD = expected_D - weight_VD
         lengths_V = directions_VD.norm(dim=1).clamp_min(1e-300)
         cosine_V = directions_VD @ gradient[t] / (lengths_V * size[t])
         best = int(cosine_V.argmax())
-        if t + 1 < len(hidden):
-            fit[t + 1] = cosine_V[best]
-            labels[t + 1] = best
-            weights[t + 1] = size[t] / lengths_V[best]
+        fit[t + 1] = cosine_V[best]
+        labels[t + 1] = best
+        weights[t + 1] = size[t] / lengths_V[best]
     return Targets(labels, weights, fit)
 
 
@@ -241,14 +243,17 @@ def scheduled_rate(step: int, plan: Mapping[str, Any], total_steps: int) -> floa
 
     Args:
         step: The number of the step, from 1.
-        plan: The plan, with ``learning_rate`` (the peak), ``schedule`` and ``warmup_steps``.
+        plan: The plan, with ``learning_rate`` (the peak), ``schedule`` and ``warmup_steps``; a ``warmup_start`` of
+            ``above-zero`` if the first step of the warm-up is to move already.
         total_steps: The number of steps of the whole run.
     Source: the closed forms of transformers' ``get_scheduler``: linear warm-up from 0 over ``warmup_steps``, then
-        constant, linear to 0, or half a cosine to 0.
+        constant, linear to 0, or half a cosine to 0; above zero, the warm-up of karpathy/nanoGPT's ``train.py``,
+        ``(done + 1) / (warmup + 1)``.
     """
     done, warmup = step - 1, plan["warmup_steps"]
     if done < warmup:
-        return float(plan["learning_rate"] * done / warmup)
+        is_above_zero = plan.get("warmup_start") == "above-zero"
+        return float(plan["learning_rate"] * (done + is_above_zero) / (warmup + is_above_zero))
     share = (done - warmup) / max(1, total_steps - warmup)
     shape = {"constant": 1.0, "linear": 1 - share, "cosine": (1 + math.cos(math.pi * share)) / 2}[plan["schedule"]]
     return float(plan["learning_rate"] * shape)

@@ -53,6 +53,7 @@ class Subject(EncodedHere):
         self.tokenizer, self.chat_format = load_format(base_dir)
         self.format = ChatFormat(self.chat_format, self.tokenizer)
         self.stop_ids = self.format.stop_ids
+        self.autocast = "bf16" if _stored_dtype(base_dir) == "bf16" else None
 
     def collate(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, torch.Tensor]:
         """A padded batch, without the line numbers that the project's collator adds."""

@@ -69,8 +69,9 @@ class RecordedRun:
         return self.trace.steps[-1].after
 
     def at(self, num_steps: int) -> Tensors:
-        """The trained parameters after a number of steps; 0 for those before the first."""
-        return self.trace.steps[num_steps - 1].after if num_steps else self.trace.steps[0].before
+        """The trained parameters after a number of steps, as the next step finds them."""
+        steps = self.trace.steps
+        return steps[num_steps].before if num_steps < len(steps) else steps[-1].after
 
     def logged(self, name: str) -> dict[int, float]:
         """The logged values of a figure, by step.

@@ -89,11 +89,12 @@ class Trial:
         except ValueError as error:
             raise NotApplicable(str(error)) from error
 
-    @functools.cached_property
+    @property
     def dtype(self) -> torch.dtype:
-        """The dtype in which the base is stored, and so that of the runs on it."""
+        """The dtype that limits are for: that of the base as stored, or of the autocast that a recorded run used."""
         stored = json.loads((self.base_dir / "config.json").read_text("utf-8")).get("dtype")
-        return torch.bfloat16 if stored == "bfloat16" else torch.float32
+        is_half = stored == "bfloat16" or any(run.trace.dtype != torch.float32 for run in self._runs.values())
+        return torch.bfloat16 if is_half else torch.float32
 
     @functools.cached_property
     def base_tokenizer(self) -> Any:
@@ -163,9 +164,12 @@ class Trial:
             NotApplicable: If it cannot be made.
         """
         try:
-            return load_subject(self.importable_spec, base_dir)
+            made = load_subject(self.importable_spec, base_dir)
         except Exception as error:
             raise NotApplicable(f"no second subject can be made: {error}") from error
+        if made is self.subject:
+            raise NotApplicable("the subject is a plain object, not a function of base_dir: it stays on its base")
+        return made
 
     @property
     def importable_spec(self) -> str:
@@ -220,9 +224,18 @@ class Trial:
         model = self.subject.build_model(str(self.base_dir), plan["seed"])
         rows = self.rows(self.data[of])
         # the check that asks for the run may have disabled gradients
-        with torch.enable_grad(), record(model, plan["steps"]) as trace, _dropping(model, dropout):
+        with (
+            torch.enable_grad(), record(model, plan["steps"]) as trace, _dropping(model, dropout),
+            without_dropout(model) if self.requested_dropout else contextlib.nullcontext(),
+        ):  # fmt: skip
             log = self.subject.train(model, self.data[of], plan)
+        plan["warmup_start"] = getattr(self.subject, "warmup_start", "zero")
         return RecordedRun(plan, rows, trace, list(log or []), model, self.reference)
+
+    @property
+    def requested_dropout(self) -> float:
+        """The dropout probability of the adapters' inputs that the user requested."""
+        return float((getattr(self.subject, "lora", None) or {}).get("lora_dropout") or 0.0)
 
     def release_models(self) -> None:
         """Release the models of the runs that do not keep theirs."""
@@ -272,6 +285,25 @@ class Trial:
         if not judged:
             raise NotApplicable(reasons[0])
         return judged
+
+
+def adapter_dropouts(model: Any) -> list[torch.nn.Dropout]:
+    """The dropout layers in front of the adapters, as peft names them."""
+    named = model.named_modules()
+    return [m for name, m in named if "lora_dropout" in name and isinstance(m, torch.nn.Dropout)]
+
+
+@contextlib.contextmanager
+def without_dropout(model: Any) -> Iterator[None]:
+    """Hold the adapters' dropout off while the context is open, so that everything else can be compared."""
+    layers = [(layer, layer.p) for layer in adapter_dropouts(model)]
+    for layer, _ in layers:
+        layer.p = 0.0
+    try:
+        yield
+    finally:
+        for layer, p in layers:
+            layer.p = p
 
 
 @contextlib.contextmanager

@@ -14,7 +14,6 @@ import pytest
 
 from glm4ft.cli.main import run
 from glm4ft.testing.checks import all_checks
-from glm4ft.testing.faults.benign import all_variations
 from glm4ft.testing.faults.calibration import CleanRun, collect, thresholds_page
 from glm4ft.testing.faults.pages import matrix_page
 from glm4ft.testing.faults.practices import PRACTICES, Noticed, follows, is_overfit
@@ -22,6 +21,7 @@ from glm4ft.testing.faults.reach import known_reach, reaching
 from glm4ft.testing.faults.registry import all_faults
 from glm4ft.testing.faults.results import Caught, Matrix, Silence
 from glm4ft.testing.faults.runner import try_fault
+from glm4ft.testing.faults.variations import all_variations
 from glm4ft.testing.replay.tolerances import Observation, observing, within
 from glm4ft.testing.subjects.plain_loop import Subject
 from glm4ft.testing.trial.stages import STAGES

@@ -1,0 +1,120 @@
+"""What the user asked for reaches the model, and a check fails where it does not.
+
+Run: pytest tests/testing/checks/test_requested_settings.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+
+from glm4ft.testing.checks import all_checks
+from glm4ft.testing.faults.benign_practices import Bf16Autocast, DropoutRequested
+from glm4ft.testing.subjects.plain_loop import Subject
+from glm4ft.testing.trial.stages import CheckFailed, NotApplicable
+from glm4ft.testing.trial.trial import Trial
+
+CHECKS = {check.name: check for check in all_checks()}
+DROPOUT, AUTOCAST = "requested_dropout_acts_in_training_alone", "forward_passes_have_the_requested_autocast"
+TRAINED, SAVED = "only_what_was_asked_for_is_trained", "saved_adapter_is_complete"
+
+
+class DropoutIgnored(DropoutRequested):
+    def lora_config(self) -> LoraConfig:
+        return LoraConfig(task_type="CAUSAL_LM", **{**self.lora, "lora_dropout": 0.0})
+
+
+class DropoutAtAnotherRate(DropoutRequested):
+    def lora_config(self) -> LoraConfig:
+        return LoraConfig(task_type="CAUSAL_LM", **{**self.lora, "lora_dropout": 0.2})
+
+
+class DropoutInEvaluation(DropoutRequested):
+    def evaluating(self, model: Any) -> Any:
+        model.train()
+        return torch.no_grad()
+
+
+class AutocastNotUsed(Subject):
+    autocast = "bf16"
+
+
+class AutocastUnasked(Bf16Autocast):
+    autocast: Any = None
+
+
+class HeadRequested(Subject):
+    """The head is trained beside the adapters, as was asked for."""
+
+    lora: Mapping[str, Any] = {**Subject.lora, "modules_to_save": ["lm_head"]}
+
+
+class HeadFrozen(HeadRequested):
+    def attach(self, base: Any, seed: int) -> Any:
+        model = super().attach(base, seed)
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.requires_grad_(False)
+        return model
+
+
+class HeadNotSaved(HeadRequested):
+    def save(self, model: Any, folder: str) -> None:
+        super().save(model, folder)
+        file = Path(folder) / "adapter_model.safetensors"
+        save_file({name: t for name, t in load_file(file).items() if "lora_" in name}, file)
+
+
+CASES = (
+    (DropoutIgnored, DROPOUT, "no dropout layer is in front of an adapter"),
+    (DropoutAtAnotherRate, DROPOUT, r"in training, 0\.(19|20)\d\d of .* dropped, not 0\.1"),
+    (DropoutInEvaluation, DROPOUT, r"in evaluation, 0\.(09|10)\d\d of .* dropped, not 0"),
+    (AutocastNotUsed, AUTOCAST, "run under autocast to None, requested was bfloat16"),
+    (AutocastUnasked, AUTOCAST, "run under autocast to bfloat16, requested was None"),
+    (HeadFrozen, TRAINED, "asks for lm_head, of which no parameter is trained"),
+    (HeadNotSaved, SAVED, "lm_head.weight is missing, though it was trained"),
+)
+HEALTHY = (
+    (DropoutRequested, DROPOUT), (Bf16Autocast, AUTOCAST), (HeadRequested, TRAINED), (HeadRequested, SAVED),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trial_on(tmp_path_factory: pytest.TempPathFactory, healthy: Trial) -> Any:
+    def make(subject: type[Subject]) -> Trial:
+        return Trial(subject(str(healthy.base_dir)), healthy.base_dir, tmp_path_factory.mktemp("trial"))
+
+    return make
+
+
+@pytest.mark.parametrize(("subject", "check", "says"), CASES, ids=lambda value: getattr(value, "__name__", None))
+def test_setting_that_does_not_arrive_fails(subject: type[Subject], check: str, says: str, trial_on: Any) -> None:
+    with pytest.raises(CheckFailed, match=says):
+        CHECKS[check].run(trial_on(subject))
+
+
+@pytest.mark.parametrize(("subject", "check"), HEALTHY, ids=lambda value: getattr(value, "__name__", None))
+def test_setting_that_arrives_passes(subject: type[Subject], check: str, trial_on: Any) -> None:
+    with nullcontext():
+        CHECKS[check].run(trial_on(subject))
+
+
+@pytest.mark.parametrize("check", [DROPOUT, AUTOCAST])
+def test_nothing_is_judged_that_nobody_asked_for(check: str, healthy: Trial) -> None:
+    with pytest.raises(NotApplicable):
+        CHECKS[check].run(healthy)
+
+
+def test_plain_object_stays_on_its_base_and_is_not_blamed_for_it(healthy: Trial, monkeypatch: Any) -> None:
+    """A subject that is no function of its base cannot be made again on another one."""
+    trial = Trial(healthy.subject, healthy.base_dir, Path("unused"), "module:instance")
+    monkeypatch.setattr("glm4ft.testing.trial.trial.load_subject", lambda *_: healthy.subject)
+    with pytest.raises(NotApplicable, match="plain object"):
+        trial.subject_on(healthy.base_dir)

@@ -177,6 +177,20 @@ def check_only_what_was_asked_for_is_trained(trial: Trial) -> None:
         raise CheckFailed(f"{len(more)} trained parameters belong to no adapter, as {more[0]}")
 
 
+@check(stage="model", needs=("build_model",), incident="a seed that reaches nothing repeats one run")
+def check_adapters_depend_on_the_seed_alone(trial: Trial) -> None:
+    """Two models of one seed have equal trained parameters, and those of another seed differ."""
+    one, again, other = (
+        {name: p.detach() for name, p in trial.subject.build_model(str(trial.base_dir), seed).named_parameters()
+         if p.requires_grad} for seed in (0, 0, 1)
+    )  # fmt: skip
+    unequal = [name for name in one if name not in again or not torch.equal(one[name], again[name])]
+    if unequal:
+        raise CheckFailed(f"two models of seed 0 differ in {len(unequal)} trained parameters, e.g. {unequal[0]}")
+    if one and all(name in other and torch.equal(one[name], other[name]) for name in one):
+        raise CheckFailed("models of seed 0 and seed 1 have the same trained parameters: the seed reaches nothing")
+
+
 @check(stage="model", needs=("build_model",), incident="torchtune 1909 and 2139: magnitudes in empty memory")
 def check_all_parameters_are_finite(trial: Trial) -> None:
     """No weight and no buffer contains NaN or infinity."""

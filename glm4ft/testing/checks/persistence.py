@@ -23,6 +23,7 @@ NEEDS = ("build_model", "train")
 # Largest relative difference of logits through a save and a load, or a merge; measured 6e-7 on a base in fp32 and
 # 1.1e-2 on one in bf16, where Trainer's autocast rounds the adapter too (x86-64 CPU, 2026-11-25).
 LOGITS_LIMIT = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+RESUMED_PLANS: tuple[dict[str, Any], ...] = ({}, {"accumulation": 2, "micro_batch_size": 1}, {"packing": True})
 RESUMED_AT = (3, 4)  # in the middle of the first epoch of the short conversations, and at its end
 
 
@@ -148,17 +149,19 @@ def check_resumed_run_equals_the_uninterrupted_run(trial: Trial) -> None:
 
     Random numbers continue too: with dropout the parameters are those of the uninterrupted run.
     """
-    plan: dict[str, Any] = {"save_every": 1, "schedule": "linear", **trial.noise}
-    whole = trial.run(**plan)
-    for number in RESUMED_AT:
-        checkpoint = Path(whole.plan["output_dir"]) / f"checkpoint-{number}"
-        if not checkpoint.exists():
-            raise NotApplicable(
-                f"the trainer was asked to save at every step and left no {checkpoint.name} in output_dir"
-            )
-        found = describe_divergence(whole, trial.run_anew(**plan, resume_from=str(checkpoint)), number)
-        if found:
-            raise CheckFailed(f"resumed after step {number}: {found}")
+    for changes in RESUMED_PLANS:
+        plan: dict[str, Any] = {"save_every": 1, "schedule": "linear", **changes, **trial.noise}
+        whole = trial.run(**plan)
+        for number in RESUMED_AT:
+            checkpoint = Path(whole.plan["output_dir"]) / f"checkpoint-{number}"
+            if not checkpoint.exists():
+                raise NotApplicable(
+                    f"the trainer was asked to save at every step and left no {checkpoint.name} in output_dir"
+                )
+            found = describe_divergence(whole, trial.run_anew(**plan, resume_from=str(checkpoint)), number)
+            if found:
+                told = "".join(f" ({key}={value})" for key, value in changes.items())
+                raise CheckFailed(f"resumed after step {number}{told}: {found}")
 
 
 def _saved(trial: Trial) -> Path:

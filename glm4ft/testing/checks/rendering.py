@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,35 @@ def check_long_conversations_are_not_cut(trial: Trial) -> None:
     if LONG_TEXT.strip() not in text or "the end of it" not in text:
         change = f"was cut to a row of {len(ids):,} tokens" if len(text) < len(LONG_TEXT) else "is not in its row"
         raise CheckFailed(f"a conversation of {len(LONG_TEXT):,} characters {change}")
+    _require_limit_is_told(trial)
+
+
+def _require_limit_is_told(trial: Trial) -> None:
+    """Fail if a row over the subject's ``max_length`` is cut without an error or a warning."""
+    longest = getattr(trial.subject, "max_length", None)
+    if not isinstance(longest, int):
+        return
+    per_word = len(trial.rows([_long_talk(20)])[0][0]) - len(trial.rows([_long_talk(19)])[0][0])
+    fixed = len(trial.rows([_long_talk(1)])[0][0]) - per_word
+    num_fitting = (longest - fixed) // per_word
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for num_words, fits in ((num_fitting, True), (num_fitting + 1, False)):
+            expected = fixed + num_words * per_word
+            try:
+                ((ids, _),) = trial.rows([_long_talk(num_words)])
+            except Exception as error:
+                if fits:
+                    raise CheckFailed(
+                        f"a row of {expected:,} tokens is refused under a limit of {longest:,}"
+                    ) from error
+                continue
+            if len(ids) < expected and not told:
+                raise CheckFailed(f"a row of {expected:,} tokens is cut to {len(ids):,}, and nothing says so")
+
+
+def _long_talk(num_words: int) -> dict[str, Any]:
+    return conversation_of(Talk("a very long one", (user("why " * num_words), answer("the end of it"))))
 
 
 @check(stage="rows", incident="ms-swift 9266: turns were joined, and the flags of one taken for both")
@@ -151,6 +181,10 @@ def check_reasoning_tags_are_encoded_as_text(trial: Trial) -> None:
         text = trial.subject.tokenizer.decode(row.ids, clean_up_tokenization_spaces=False)
         if text.count(content) != 2:
             raise CheckFailed(f"{content!r} as question and as answer became {text!r}")
+        talk = Talk("reasoning tags in an earlier turn", (user("hi"), answer(content), user("and now?"), answer("end")))
+        text = trial.subject.tokenizer.decode(row_of(trial, talk).ids, clean_up_tokenization_spaces=False)
+        if content not in text:
+            raise CheckFailed(f"{content!r} as an earlier answer became {text!r}")
 
 
 @check(stage="rows", incident="axolotl 1298, open-instruct 1518: the cache's key knew neither tokenizer nor template")

@@ -7,6 +7,7 @@ with ``chat_format``; the others hold for every chat template.
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 from glm4ft.data.chat_format import common_prefix_length
 from glm4ft.testing.checks.encoding import (
@@ -229,6 +230,32 @@ def check_loss_flag_is_honoured(trial: Trial) -> None:
                 text = show_token(trial.subject.tokenizer, row.ids, position)
                 problem = f"turn {number} (message {index}) has loss false: position {position} {text}"
                 fail(trial, row, f"{problem} is {words[1]}, should be {words[0]}", position)
+
+
+@check(stage="rows", incident="OpenAI's weight is 0 or 1; a column filled with null took targets away")
+def check_loss_flag_means_the_same_in_every_spelling(trial: Trial) -> None:
+    """A loss flag given as a number, a word or null is honoured as the flag that it means, or refused with an error."""
+    plain = row_of(trial, next(talk for talk in BANK if talk.id == "several turns"))
+    index = next(i for i, message in enumerate(plain.talk.messages) if message["role"] == "assistant")
+
+    def with_flag(value: Any) -> BankRow | None:
+        messages = [{**m, "loss": value} if i == index else m for i, m in enumerate(plain.talk.messages)]
+        try:
+            return row_of(trial, Talk(f"several turns, loss of message {index} {value!r}", tuple(messages)))
+        except NotApplicable:
+            raise
+        except Exception:  # refusing a spelling is right
+            return None
+
+    off = with_flag(False)
+    if off is None or off.labels == plain.labels:
+        raise NotApplicable("not judged: loss false is refused, or changes nothing")
+    for value in (0, 0.0, "false", 1, 1.0, True, None):
+        row, means = with_flag(value), plain if value in (1, True, None) else off
+        if row is not None and row.labels != means.labels:
+            taken = "false" if row.labels == off.labels else "true" if row.labels == plain.labels else "something else"
+            expected = "true" if means is plain else "false"
+            raise CheckFailed(f"a loss flag of {value!r} is taken for {taken}, it means {expected}")
 
 
 @check(stage="rows", incident="alpaca-lora 4a712d4, GLM-4 finetune.py combine: text that nobody answered was trained")

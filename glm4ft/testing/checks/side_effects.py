@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,10 +11,11 @@ from safetensors import safe_open
 
 from glm4ft.testing.recording.trace import record
 from glm4ft.testing.specification.lora_spec import base_name
+from glm4ft.testing.subject import make_plan
 from glm4ft.testing.trial.registry import check
 from glm4ft.testing.trial.same_run import changed_after_last_step, describe_divergence
 from glm4ft.testing.trial.stages import CheckFailed, NotApplicable
-from glm4ft.testing.trial.trial import Trial
+from glm4ft.testing.trial.trial import Trial, spoiling
 
 NEEDS = ("build_model", "train")
 WATCHING: dict[str, dict[str, Any]] = {
@@ -43,20 +45,19 @@ def check_base_is_unchanged_by_training(trial: Trial) -> None:
 
 @check(stage="side-effects", needs=NEEDS, incident="torchtune 1049, TRL 3337: evaluated with dropout on")
 def check_evaluation_runs_in_eval_mode(trial: Trial) -> None:
-    """All modules are in eval mode while a run evaluates, and in training mode when it continues."""
+    """All modules are in eval mode while a run evaluates or generates, and in training mode when it continues."""
     run = trial.run(**WATCHING["evaluating"])
     passes = [forward for _, forward in run.trace.evaluations]
-    if getattr(trial.subject, "evaluate", None):
-        model = trial.trained.model.train()
-        with record(model, 1) as trace:
-            trial.subject.evaluate(model, trial.conversations)
+    for _, use in _parts_that_look(trial, trial.trained.model.train()):
+        with record(trial.trained.model, 1) as trace:
+            use()
         passes += [forward for _, forward in trace.evaluations]
     if not passes:
         raise NotApplicable("the subject evaluated nothing")
     wrong = sum(forward.training is not False for forward in passes)
     if wrong:
         raise CheckFailed(
-            f"{wrong} of {len(passes)} forward passes of evaluation ran in training mode, where dropout is on"
+            f"{wrong} of {len(passes)} forward passes of evaluation or generation ran in training mode: dropout is on"
         )
     for number, step in enumerate(run.trace.steps, start=1):
         if not all(forward.training for forward in step.forwards):
@@ -107,6 +108,52 @@ def check_evaluating_and_saving_leave_the_model_unchanged(trial: Trial) -> None:
         )
         if moved:
             raise CheckFailed(f"{name} changes {len(moved)} tensors of the model, as {moved[0]}")
+
+
+@check(
+    stage="side-effects", needs=NEEDS,
+    incident="transformers 13619, TRL 6702: NaN was averaged away in the log; pytorch 46849: an infinite norm",
+)  # fmt: skip
+def check_numbers_that_are_not_finite_are_reported(trial: Trial) -> None:
+    """A run whose loss or gradient is made NaN or infinite from outside stops, or its log shows it.
+
+    The same holds for an evaluation: it raises an error, or its loss is not finite.
+    """
+    for what in ("loss", "gradient"):
+        model = trial.subject.build_model(str(trial.base_dir), 0)
+        plan = make_plan(steps=4, output_dir=str(trial.new_folder("spoilt")))
+        with record(model, plan["steps"]) as trace, spoiling(model, what, lambda _: len(trace.steps) == 1) as happened:
+            try:
+                log = list(trial.subject.train(model, trial.conversations, plan) or [])
+            except Exception:  # stopping is the best answer
+                continue
+        if not happened:
+            raise NotApplicable("not judged: no forward pass of training went through the final norm")
+        figures = [entry.get(name) for entry in log for name in ("loss", "grad_norm")]
+        if log and all(math.isfinite(figure) for figure in figures if figure is not None):
+            raise CheckFailed(
+                f"the {what} of step 2 was made not finite from outside, the run went on, and every figure of its log "
+                "is finite: the log hides it"
+            )
+    if not getattr(trial.subject, "evaluate", None):
+        return
+    model = trial.trained.model
+    with spoiling(model, "loss", lambda ids_BT: _holds_a_row(trial, ids_BT)) as happened:
+        try:
+            result = trial.subject.evaluate(model, trial.conversations)
+        except Exception:
+            return
+    loss = result["loss"] if isinstance(result, Mapping) else result
+    if happened and math.isfinite(float(loss)):
+        raise CheckFailed(
+            f"a forward pass of an evaluation was made NaN from outside, and it reports a loss of {loss:.4g}"
+        )
+
+
+def _holds_a_row(trial: Trial, ids_BT: torch.Tensor) -> bool:
+    """Whether a forward pass contains a whole conversation: it is one of the loss, and not of generation."""
+    rows = {ids for ids, _ in trial.rows(trial.conversations)}
+    return any(tuple(ids[: len(row)]) == row for ids in ids_BT.tolist() for row in rows)
 
 
 def _parts_that_look(trial: Trial, model: Any) -> Iterator[tuple[str, Callable[[], Any]]]:

@@ -38,6 +38,7 @@ class Verdict:
 
     Args:
         departures: The first departure of each stage that departs, by stage, in the order of step and stage.
+        more: Further departures of those stages, of other causes than the first.
         hidden: Stages that no step judged completely, mapped to the stage of the departure that hides them.
         largest: The largest relative size of a comparison by stage, for the stages judged by a number.
         steps: The number of optimizer steps before the first departure.
@@ -46,6 +47,7 @@ class Verdict:
     """
 
     departures: dict[str, Departure] = field(default_factory=dict)
+    more: dict[str, list[Departure]] = field(default_factory=dict)
     hidden: dict[str, str] = field(default_factory=dict)
     largest: dict[str, float] = field(default_factory=dict)
     steps: int = 0
@@ -56,6 +58,17 @@ class Verdict:
     def departure(self) -> Departure | None:
         """The first departure; None if the run agrees with the specification."""
         return next(iter(self.departures.values()), None)
+
+    def at(self, stage: str) -> list[Departure]:
+        """The departures of a stage, one of each cause."""
+        return [self.departures[stage], *self.more.get(stage, [])] if stage in self.departures else []
+
+    def add(self, departure: Departure) -> None:
+        """Keep a departure that is the first of its stage, or of another cause than those before it."""
+        if departure.stage not in self.departures:
+            self.departures[departure.stage] = departure
+        elif all(departure.kind != other.kind for other in self.at(departure.stage)):
+            self.more.setdefault(departure.stage, []).append(departure)
 
 
 def replay(trace: Trace, reference: Reference, rows: Sequence[LabelledIds], plan: Mapping[str, Any]) -> Verdict:
@@ -119,7 +132,7 @@ def _judge(step: ReplayedStep, verdict: Verdict, hidden_from_now_on: dict[str, s
             if size is not None and math.isfinite(size):
                 verdict.largest[stage] = max(verdict.largest.get(stage, 0.0), size)
             if size is None or not within(f"{stage}: replay", size, step.limit(stage)):
-                verdict.departures.setdefault(departure.stage, departure)
+                verdict.add(departure)
                 hidden |= dict.fromkeys(departure.hides, departure.stage)
                 hidden_from_now_on |= dict.fromkeys(departure.hides_later, departure.stage)
                 if departure.hides:

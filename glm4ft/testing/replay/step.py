@@ -52,6 +52,11 @@ class Departure:
     hides: tuple[str, ...] = ()
     hides_later: tuple[str, ...] = ()
 
+    @property
+    def kind(self) -> str:
+        """The cause, or without one the words; departures of one kind are told once."""
+        return self.cause or "".join(c for c in self.text if c.isalpha() or c == " ")
+
     def __str__(self) -> str:
         cause = f"; likely cause: {self.cause}" if self.cause else ""
         return f"{self.stage}, step {self.step}: {self.text}{cause}"

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from glm4ft.testing.recording.trace import record
+from glm4ft.testing.recording.trace import backbone_of, record
 from glm4ft.testing.replay.plans import Plan, plans_of
 from glm4ft.testing.specification.lora_spec import LoraSpec
 from glm4ft.testing.specification.reference import LabelledIds, Reference
@@ -272,11 +272,12 @@ class Trial:
             except NotImplementedError as error:
                 reasons.append(f"the subject does not offer this ({plan}): {error}")
                 continue
-            if departure := run.verdict.departures.get(stage):
-                # the same cause, or without one the same words, is told once
-                told = departure.cause or "".join(c for c in departure.text if not c.isdigit())
-                departures.setdefault(told, f"{departure} (plan {plan})")
-            elif stage in run.verdict.hidden:
+            found = run.verdict.at(stage)
+            for departure in found:
+                departures.setdefault(departure.kind, f"{departure} (plan {plan})")
+            if found:
+                continue
+            if stage in run.verdict.hidden:
                 reasons.append(f"not judged: a departure at {run.verdict.hidden[stage]} hides it (plan {plan})")
             else:
                 judged.append(run)
@@ -285,6 +286,42 @@ class Trial:
         if not judged:
             raise NotApplicable(reasons[0])
         return judged
+
+
+@contextlib.contextmanager
+def spoiling(model: Any, what: str, is_due: Callable[[torch.Tensor], bool]) -> Iterator[list[int]]:
+    """Make one forward pass, or the gradient of one, not finite while the context is open.
+
+    Args:
+        model: The model; its final norm is where the numbers are spoilt.
+        what: ``loss`` for NaN in the forward pass, ``gradient`` for an infinite gradient behind a finite loss.
+        is_due: A function of the ids (B, T) of a forward pass; the first one for which it is true is spoilt.
+    Yields:
+        A list that is not empty once it has happened.
+    """
+    happened, ids = list[int](), list[torch.Tensor]()
+
+    def see(embedding: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        ids[:] = [args[0]]
+
+    def spoil(norm: torch.nn.Module, args: Any, hidden: torch.Tensor) -> torch.Tensor | None:
+        if happened or not is_due(ids[0]):
+            return None
+        if what == "loss":
+            happened.append(1)
+            return hidden * torch.nan
+        if hidden.requires_grad:
+            happened.append(1)
+            hidden.register_hook(lambda gradient: gradient * torch.inf)
+        return None
+
+    backbone: Any = backbone_of(model)
+    hooks = [backbone.embed_tokens.register_forward_pre_hook(see), backbone.norm.register_forward_hook(spoil)]
+    try:
+        yield happened
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def adapter_dropouts(model: Any) -> list[torch.nn.Dropout]:

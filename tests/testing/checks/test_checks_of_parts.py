@@ -515,10 +515,12 @@ def test_fails_for_a_pipeline_with_a_broken_part(case: Case, healthy: Trial, tmp
 
 def test_every_claim_has_a_test_that_breaks_it() -> None:
     """Here, in test_checks_of_runs or in test_rows_checks."""
-    from tests.testing.checks import test_checks_of_runs, test_requested_settings, test_rows_checks
+    from tests.testing.checks import test_checks_of_runs, test_requested_settings, test_rows_checks, test_varied_inputs
 
     broken = {case.check for module in (test_checks_of_runs, test_rows_checks) for case in module.CASES}
-    broken |= {case.check for case in CASES} | {check for _, check, _ in test_requested_settings.CASES}
+    broken |= {case.check for case in CASES}
+    for module in (test_requested_settings, test_varied_inputs):
+        broken |= {check for _, check, _ in module.CASES}
     elsewhere = {
         "resumed_run_equals_the_uninterrupted_run", "processes_see_each_row_once_per_epoch",
         "processes_train_as_one_process_would",

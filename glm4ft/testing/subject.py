@@ -21,8 +21,6 @@ Optional
     are read from the model's own configuration. Requested dropout is judged by its rate, and held off otherwise.
     ``autocast``: ``"bf16"`` or ``"fp16"`` if forward passes are to run under autocast, ``None`` if they are not to;
     without it either is accepted.
-    ``warmup_start``: ``"above-zero"`` if the first step of a warm-up already has a learning rate, by
-    ``(step + 1) / (warmup + 1)``, and the pipeline documents it; by default a warm-up starts from zero.
     ``train(model, conversations, plan)``: trains in place. A conversation is ``{"messages": [...], "tools": [...]}``.
     ``plan["seed"]`` seeds all its random numbers: to see whether a save, an evaluation or a resume changes a run,
     checks apply dropout to the embeddings with hooks, unless two such runs differ anyway.
@@ -61,8 +59,8 @@ from glm4ft.errors import ConfigError
 
 REQUIRED = ("name", "tokenizer", "encode")
 OPTIONAL = (
-    "chat_format", "stop_ids", "prompt", "collate", "build_model", "lora", "autocast", "warmup_start", "train",
-    "distributed", "evaluate", "generate", "save", "load", "merge",
+    "chat_format", "stop_ids", "prompt", "collate", "build_model", "lora", "autocast", "train", "distributed",
+    "evaluate", "generate", "save", "load", "merge",
 )  # fmt: skip
 
 PLAN: Mapping[str, Any] = {

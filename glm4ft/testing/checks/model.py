@@ -29,6 +29,19 @@ NOT_ARITHMETIC = (
 )  # fmt: skip
 
 
+@check(stage="model", needs=NEEDS, incident="torchtune 1049, TRL 3337: evaluated with dropout on")
+def check_requested_dropout_acts_in_training_alone(trial: Trial) -> None:
+    """The adapters' inputs are dropped with the requested probability in training, and not at all in evaluation."""
+    asked = trial.requested_dropout
+    if not asked:
+        raise NotApplicable("the subject's lora requests no dropout")
+    model = trial.subject.build_model(str(trial.base_dir), 0)
+    plan = make_plan(steps=2, output_dir=str(trial.new_folder("dropout")))
+    _require_dropped(model, lambda: trial.subject.train(model, trial.conversations, plan), asked, "training")
+    if getattr(trial.subject, "evaluate", None):
+        _require_dropped(model, lambda: trial.subject.evaluate(model, trial.conversations), 0.0, "evaluation")
+
+
 @check(stage="model", needs=NEEDS, incident="torchdistx 52, verl-omni 73: bf16 weights lose updates; PEFT 2893")
 def check_trained_parameters_and_moments_are_fp32(trial: Trial) -> None:
     """Trained parameters and the optimizer's moments are fp32, since small steps vanish in a coarser type.
@@ -228,19 +241,6 @@ def check_every_id_is_in_the_vocabulary_of_the_base(trial: Trial) -> None:
         )
 
 
-@check(stage="model", needs=NEEDS, incident="torchtune 1049, TRL 3337: evaluated with dropout on")
-def check_requested_dropout_acts_in_training_alone(trial: Trial) -> None:
-    """The adapters' inputs are dropped with the requested probability in training, and not at all in evaluation."""
-    asked = trial.requested_dropout
-    if not asked:
-        raise NotApplicable("the subject's lora requests no dropout")
-    model = trial.subject.build_model(str(trial.base_dir), 0)
-    plan = make_plan(steps=2, output_dir=str(trial.new_folder("dropout")))
-    _require_dropped(model, lambda: trial.subject.train(model, trial.conversations, plan), asked, "training")
-    if getattr(trial.subject, "evaluate", None):
-        _require_dropped(model, lambda: trial.subject.evaluate(model, trial.conversations), 0.0, "evaluation")
-
-
 @check(stage="model", needs=NEEDS, incident="ms-swift 9832, PEFT 2893: another precision than was asked for")
 def check_forward_passes_have_the_requested_autocast(trial: Trial) -> None:
     """Forward passes of training run under the autocast that the subject requests, or under none."""
@@ -282,7 +282,7 @@ def _require_dropped(model: Any, use: Callable[[], Any], expected: float, where:
     spread = 6 * (expected * (1 - expected) / max(total, 1)) ** 0.5
     if total and not abs(dropped / total - expected) <= spread:
         found = f"{dropped / total:.4f} of {total:,} entries in front of the adapters are dropped"
-        raise CheckFailed(f"in {where}, {found}, not {expected:g}")
+        raise CheckFailed(f"in {where}, {found}, not {expected:g}: dropout acts at another rate than requested")
 
 
 def _built(trial: Trial) -> Any:

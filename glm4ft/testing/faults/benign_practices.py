@@ -224,9 +224,7 @@ class RowsShiftedInTheBatch(Subject):
 
 @variation("warm-up-above-zero")
 class WarmUpAboveZero(Subject):
-    """The first step of the warm-up already has a learning rate, as the pipeline documents."""
-
-    warmup_start = "above-zero"
+    """The first step of the warm-up already has a learning rate."""
 
     def rate_factor(self, step: int, plan: Mapping[str, Any]) -> float:
         warmup = int(plan["warmup_steps"])
@@ -244,6 +242,43 @@ class GradientsClearedAfterTheStep(Subject):
     def update(self, run: LoopState) -> None:
         super().update(run)
         run.optimizer.zero_grad()
+
+
+@variation("gradient-divided-after-accumulation")
+class GradientDividedAfterAccumulation(Subject):
+    """Losses are summed, and the accumulated gradient is divided by the number of targets before it is clipped."""
+
+    num_targets = 1
+
+    def loss_factor(self, batch: Batch, num_targets: int, num_micro_batches: int) -> float:
+        self.num_targets = num_targets
+        return 1.0
+
+    def clip(self, run: LoopState) -> float:
+        for parameter in trained(run.model):
+            if parameter.grad is not None:
+                parameter.grad /= self.num_targets
+        return super().clip(run)
+
+
+@variation("frozen-part-in-eval-mode")
+class FrozenPartInEvalMode(Subject):
+    """The frozen embedding stays in eval mode while the run trains."""
+
+    def train_step(self, run: LoopState, batches: list[Batch]) -> dict[str, Any]:
+        run.model.get_input_embeddings().eval()
+        return super().train_step(run, batches)
+
+
+@variation("rows-without-targets-left-out")
+class RowsWithoutTargetsLeftOut(Subject):
+    """Rows without any target are not trained on, which changes no gradient."""
+
+    def items(self, rows: Sequence[Features], packing: bool) -> list[list[Features]]:
+        kept = [row for row in rows if any(label != IGNORED for label in row["labels"][1:])]
+        if not kept:
+            raise ValueError("no row has a target")
+        return super().items(kept, packing)
 
 
 @variation("fused-adamw")

@@ -309,7 +309,12 @@ def _is_multiple(received: Tensors, gradient: Tensors) -> bool:
 
 
 def _mode(model: nn.Module) -> bool | None:
-    modes = {part.training for part in model.modules()}
+    """The mode of the modules that it matters to: dropout layers and those with trained parameters; None if mixed."""
+    parts = [
+        part for part in model.modules()
+        if isinstance(part, nn.Dropout) or any(p.requires_grad for p in part.parameters(recurse=False))
+    ]  # fmt: skip
+    modes = {part.training for part in parts or model.modules()}
     return modes.pop() if len(modes) == 1 else None
 
 

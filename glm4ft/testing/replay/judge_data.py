@@ -94,10 +94,13 @@ def judge_batches(step: ReplayedStep) -> Departures:
     """Report rows repeated within an epoch, trained padding or row starts, and rows that see neighbours or padding."""
     yield from _trained_padding(step)
     step.history.seen.update(row.ids for row in step.seen)
-    counts = [step.history.seen[ids] for ids in step.history.known.labels]
-    if max(counts) - min(counts) > 1:
-        again = next(ids for ids in step.history.known.labels if step.history.seen[ids] == max(counts))
-        text = f"a row ({len(again)} tokens) was seen {max(counts)} times, another {min(counts)} times"
+    known = step.history.known.labels
+    # a trainer may leave out rows without targets, but not repeat them
+    must = [ids for ids, labels in known.items() if any(label != IGNORED for label in labels[1:])] or list(known)
+    most, least = max(step.history.seen[ids] for ids in known), min(step.history.seen[ids] for ids in must)
+    if most - least > 1:
+        again = next(ids for ids in known if step.history.seen[ids] == most)
+        text = f"a row ({len(again)} tokens) was seen {most} times, another {least} times"
         yield step.depart("batches", text, "rows repeat within an epoch")
     for row, size in step.hidden_sizes:
         cause = _wrong_surroundings(step.step.forwards[row.forward], row.span)

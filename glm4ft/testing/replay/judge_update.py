@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from glm4ft.data.chat_format import IGNORED
 from glm4ft.testing.recording.trace import Tensors
 from glm4ft.testing.replay.step import WEIGHT_LIMITS, Departures, ReplayedStep, SeenRow, dot, relative
 from glm4ft.testing.replay.tolerances import within
-from glm4ft.testing.specification.reference import clip_factor, scheduled_rate
+from glm4ft.testing.specification.reference import clip_factor, scheduled_rate, warmups_above_zero
 
 # The smallest cosine between the gradient at the final norm and that of cross entropy with the best-fitting label; with
 # a smaller one, the loss is not cross entropy.
@@ -87,6 +88,9 @@ def _wrong_weights(step: ReplayedStep) -> Departures:
         return
     if high - low <= limit * high:
         cause = f"the loss is {high:.4g} times the token mean" + _factor_words(step, high)
+        text = f"tokens count {low:.4g} to {high:.4g} times what they should"
+        yield step.depart("gradient", text, cause, factor=high)
+        return
     else:
         cause = "a mean of micro-batch means: tokens of short micro-batches weigh more"
     yield step.depart("gradient", f"tokens count {low:.4g} to {high:.4g} times what they should", cause)
@@ -203,40 +207,66 @@ def _is_parallel(raw: Tensors, clipped: Tensors) -> bool:
 
 
 def judge_schedule(step: ReplayedStep) -> Departures:
-    """Report a learning rate that differs from the closed form of the requested schedule."""
+    """Report a learning rate that differs from the schedule's closed form; a warm-up may start above zero."""
     plan = step.history.plan
-    expected = scheduled_rate(step.number, plan, plan["steps"])
+    expected = _expected_rate(step)
     for group in step.step.groups:
         if group.size:
             got = float(group.settings["lr"])
             size = abs(got - expected) / plan["learning_rate"]
-            cause = "" if size <= step.limit("schedule") else _rate_cause(step, got)
+            cause = "" if size <= step.limit("schedule") else _rate_cause(step)
             yield step.depart("schedule", f"the learning rate is {got:.6g}, not {expected:.6g}", cause, size)
 
 
-def _rate_cause(step: ReplayedStep, got: float) -> str:
-    plan, steps = step.history.plan, step.history.plan["steps"]
+def _expected_rate(step: ReplayedStep) -> float:
+    plan, rates = step.history.plan, step.history.rates
+    for warmup in warmups_above_zero(plan):
+        # what follows must be the schedule, or a run that is a step ahead throughout would pass for such a warm-up
+        after = [scheduled_rate(n, plan, plan["steps"]) for n in range(len(warmup) + 1, len(rates) + 1)]
+        if step.number <= len(warmup) and _equal(rates, [*warmup, *after], plan):
+            return warmup[step.number - 1]
+    return scheduled_rate(step.number, plan, plan["steps"])
 
-    def fits(**changes: Any) -> bool:
-        total, number = changes.pop("total", steps), changes.pop("number", step.number)
-        rate = scheduled_rate(number, {**plan, **changes}, total)
-        return bool(abs(got - rate) <= 1e-6 * plan["learning_rate"])
 
-    for shape in ("linear", "cosine"):
-        if shape != plan["schedule"] and step.number > plan["warmup_steps"] + 1 and fits(schedule=shape):
-            return f"the schedule has another shape than requested: {shape}"
-    if plan["warmup_steps"] and fits(warmup_steps=0):
-        return "there is no warm-up"
-    if step.number <= plan["warmup_steps"] and fits(warmup_start="above-zero"):
-        return "the warm-up starts above 0; a pipeline that documents this has warmup_start = 'above-zero'"
-    if fits(number=step.number + 1):
-        return "the schedule is one step ahead"
-    for factor in (plan["accumulation"], 2, 3, 4, 8):
-        if factor > 1 and fits(total=steps * factor):
-            return f"the schedule is stretched over {steps * factor} steps, not {steps}"
-        if factor > 1 and step.number * factor <= steps + 1 and fits(number=(step.number - 1) * factor + 1):
-            return f"the schedule steps {factor} times per update"
-    return "it does not change" if abs(got - plan["learning_rate"]) <= 1e-6 * plan["learning_rate"] else ""
+def _equal(rates: Sequence[float], others: Sequence[float], plan: Mapping[str, Any]) -> bool:
+    limit = 1e-6 * plan["learning_rate"]
+    return all(abs(a - b) <= limit for a, b in zip(rates, others, strict=False))
+
+
+def _rate_cause(step: ReplayedStep) -> str:
+    """The one mistake that predicts the learning rates of all recorded steps; "" if none does, or several do."""
+    plan, rates = step.history.plan, step.history.rates
+    fitting = [words for words, predicted in _wrong_rates(plan, len(rates)).items() if _equal(rates, predicted, plan)]
+    return fitting[0] if len(fitting) == 1 else ""
+
+
+def _wrong_rates(plan: Mapping[str, Any], count: int) -> dict[str, list[float]]:
+    """The learning rates that known mistakes give, by the mistake; those that the right schedule gives too left out."""
+    steps, numbers = plan["steps"], range(1, count + 1)
+
+    def rates(number: Callable[[int], int] = int, total: int = steps, **changes: Any) -> list[float]:
+        return [scheduled_rate(min(max(number(n), 1), total + 1), {**plan, **changes}, total) for n in numbers]
+
+    found = {f"the schedule has another shape than requested: {shape}": rates(schedule=shape)
+             for shape in ("linear", "cosine")}  # fmt: skip
+    found["there is no warm-up"] = rates(warmup_steps=0)
+    found["the schedule is one step ahead"] = rates(lambda n: n + 1)
+    found["the schedule is one step behind"] = rates(lambda n: n - 1)
+    found["it does not change"] = [plan["learning_rate"]] * count
+    for factor in dict.fromkeys((plan["accumulation"], 2, 3, 4, 8)):
+        if factor > 1:
+            found[f"the schedule is stretched over {steps * factor} steps, not {steps}"] = rates(total=steps * factor)
+            found[f"the schedule steps {factor} times per update"] = rates(_times(factor))
+            found[f"the learning rate is {factor} times the requested one"] = [factor * rate for rate in rates()]
+    distinct = dict[tuple[float, ...], str]()
+    for words, predicted in found.items():
+        if not _equal(predicted, rates(), plan):
+            distinct.setdefault(tuple(predicted), words)  # equal predictions are one mistake under two names
+    return {words: list(predicted) for predicted, words in distinct.items()}
+
+
+def _times(factor: int) -> Callable[[int], int]:
+    return lambda n: (n - 1) * factor + 1
 
 
 def judge_update(step: ReplayedStep) -> Departures:

@@ -54,6 +54,7 @@ _HORIZON = {"schedule": "schedule_horizon_counts_optimizer_steps"}
 _SMALL_UPDATES = {"update": "small_updates_are_not_lost"}
 _SILENT_ROWS = {"gradient": "rows_without_targets_do_not_count"}
 
+UNCLIPPED = "without clipping"
 SMALL_NORM, LARGE_NORM = 0.05, 1000.0  # every gradient norm here exceeds the first limit, none the second
 
 NAMED = (
@@ -73,7 +74,7 @@ NAMED = (
          "steps": 2}, "short", {**_CHECKPOINTED, **_PACKED}),
     Plan("clipped", {"max_grad_norm": SMALL_NORM, "steps": 4}),
     Plan("below the clipping limit", {"max_grad_norm": LARGE_NORM, "steps": 4}),
-    Plan("without clipping", {"max_grad_norm": 0, "steps": 4}),
+    Plan(UNCLIPPED, {"max_grad_norm": 0, "steps": 4}),
     Plan("warmed up, then linear", {"schedule": "linear", "warmup_steps": 2, "steps": 6}),
     Plan("warmed up, then cosine", {"schedule": "cosine", "warmup_steps": 2, "steps": 6}),
     Plan("warmed up and accumulated", {"schedule": "constant", "accumulation": 2, "warmup_steps": 2, "steps": 6}),

@@ -43,6 +43,7 @@ class Verdict:
         largest: The largest relative size of a comparison by stage, for the stages judged by a number.
         steps: The number of optimizer steps before the first departure.
         packed: Whether any sequence of a batch held more than one row.
+        removes_factor: Whether a factor on the loss was taken out of the gradient before the optimizer received it.
         seen: The ids of the rows of each step, in order.
     """
 
@@ -52,6 +53,7 @@ class Verdict:
     largest: dict[str, float] = field(default_factory=dict)
     steps: int = 0
     packed: bool = False
+    removes_factor: bool = False
     seen: list[list[tuple[int, ...]]] = field(default_factory=list)
 
     @property
@@ -86,6 +88,7 @@ def replay(trace: Trace, reference: Reference, rows: Sequence[LabelledIds], plan
         The verdict.
     """
     verdict, history = Verdict(), History(reference, KnownRows(rows), plan, trace.dtype)
+    history.rates = [next((float(g.settings["lr"]) for g in s.groups if g.size), math.nan) for s in trace.steps]
     judged, hidden_from_now_on = set[str](), dict[str, str]()
     if not trace.steps:
         verdict.departures["update"] = Departure("update", 1, "no optimizer step changed a trained parameter")
@@ -95,6 +98,7 @@ def replay(trace: Trace, reference: Reference, rows: Sequence[LabelledIds], plan
         verdict.seen.append([row.ids for row in replayed.seen])
         verdict.packed = verdict.packed or _is_packed(replayed)
         judged |= _judge(replayed, verdict, hidden_from_now_on)
+        verdict.removes_factor = verdict.removes_factor or replayed.removes_factor
         if not verdict.departures:
             verdict.steps = number
         if replayed.not_finite:

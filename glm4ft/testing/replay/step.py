@@ -74,6 +74,7 @@ class History:
         known: The rows that the data should be encoded as.
         plan: The plan that the trainer was given.
         dtype: The dtype of the forward passes.
+        rates: The learning rate of each recorded step, of the first parameter group that holds a parameter.
         seen: The number of times that each row has been seen, by its ids.
         previous: The previous step; None before the first.
     """
@@ -84,6 +85,7 @@ class History:
     dtype: torch.dtype
     seen: Counter[tuple[int, ...]] = field(default_factory=Counter)
     previous: Step | None = None
+    rates: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.dtype == torch.float16:
@@ -129,6 +131,7 @@ class ReplayedStep:
 
     def __init__(self, number: int, step: Step, history: History) -> None:
         self.number, self.step, self.history, self.reference = number, step, history, history.reference
+        self.removes_factor = False  # whether the loss has a factor that the optimizer's gradient has not
 
     def depart(self, stage: str, text: str, cause: str = "", size: float | None = None, **more: Any) -> Departure:
         """A departure of this step; further arguments as in ``Departure``."""
@@ -219,9 +222,19 @@ class ReplayedStep:
         ratio = sorted(weights)[len(weights) // 2] * self.num_targets if weights else 1.0
         if not 0 < ratio < math.inf:
             return 1.0
+        if self.history.plan.get("factor_is_removed") or self._is_removed(ratio):
+            self.removes_factor = abs(ratio - 1) > WEIGHT_LIMITS[self.history.dtype]
+            return ratio
         nearest = 2.0 ** round(math.log2(ratio))
         is_scale = nearest >= MIN_LOSS_SCALE and abs(ratio / nearest - 1) <= WEIGHT_LIMITS[self.history.dtype]
         return nearest if is_scale else 1.0
+
+    def _is_removed(self, factor: float) -> bool:
+        """Whether the optimizer received the gradient divided by a factor that the loss was multiplied by."""
+        if abs(factor - 1) <= WEIGHT_LIMITS[self.history.dtype]:
+            return False
+        expected = {name: tensor / factor for name, tensor in self.step.raw.items()}
+        return relative(self.step.clipped, expected) <= WEIGHT_LIMITS[self.history.dtype]
 
     @cached_property
     def raw(self) -> Tensors:

@@ -243,20 +243,31 @@ def scheduled_rate(step: int, plan: Mapping[str, Any], total_steps: int) -> floa
 
     Args:
         step: The number of the step, from 1.
-        plan: The plan, with ``learning_rate`` (the peak), ``schedule`` and ``warmup_steps``; a ``warmup_start`` of
-            ``above-zero`` if the first step of the warm-up is to move already.
+        plan: The plan, with ``learning_rate`` (the peak), ``schedule`` and ``warmup_steps``.
         total_steps: The number of steps of the whole run.
     Source: the closed forms of transformers' ``get_scheduler``: linear warm-up from 0 over ``warmup_steps``, then
-        constant, linear to 0, or half a cosine to 0; above zero, the warm-up of karpathy/nanoGPT's ``train.py``,
-        ``(done + 1) / (warmup + 1)``.
+        constant, linear to 0, or half a cosine to 0.
     """
     done, warmup = step - 1, plan["warmup_steps"]
     if done < warmup:
-        is_above_zero = plan.get("warmup_start") == "above-zero"
-        return float(plan["learning_rate"] * (done + is_above_zero) / (warmup + is_above_zero))
+        return float(plan["learning_rate"] * done / warmup)
     share = (done - warmup) / max(1, total_steps - warmup)
     shape = {"constant": 1.0, "linear": 1 - share, "cosine": (1 + math.cos(math.pi * share)) / 2}[plan["schedule"]]
     return float(plan["learning_rate"] * shape)
+
+
+def warmups_above_zero(plan: Mapping[str, Any]) -> list[list[float]]:
+    """The learning rates of the warm-up in pipelines whose first step already moves.
+
+    Args:
+        plan: The plan, with ``learning_rate`` and ``warmup_steps``.
+    Returns:
+        The learning rate of each warm-up step, in each of the forms that are in use.
+    Source: karpathy/nanoGPT's ``train.py``, ``(done + 1) / (warmup + 1)``; Megatron-LM's scheduler, which counts the
+        step that it is about to take: ``(done + 1) / warmup``.
+    """
+    peak, warmup = float(plan["learning_rate"]), int(plan["warmup_steps"])
+    return [[peak * (done + 1) / divisor for done in range(warmup)] for divisor in (warmup + 1, max(warmup, 1))]
 
 
 class AdamW:

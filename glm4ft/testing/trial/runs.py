@@ -42,6 +42,11 @@ class RecordedRun:
         """The result of the replay of this run."""
         return replay(self.trace, self.reference, self.rows, self.plan)
 
+    def judge_again(self, **settings: Any) -> None:
+        """Replay the run once more, with further settings beside its plan."""
+        self.plan = {**self.plan, **settings}
+        self.__dict__.pop("verdict", None)
+
     @functools.cached_property
     def known(self) -> KnownRows:
         """The rows of the run, searchable in its forward passes."""

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoTokenizer
 
 from glm4ft.testing.recording.trace import backbone_of, record
-from glm4ft.testing.replay.plans import Plan, plans_of
+from glm4ft.testing.replay.plans import PLANS, UNCLIPPED, Plan, plans_of
 from glm4ft.testing.specification.lora_spec import LoraSpec
 from glm4ft.testing.specification.reference import LabelledIds, Reference
 from glm4ft.testing.subject import load_subject, make_plan
@@ -229,7 +229,6 @@ class Trial:
             without_dropout(model) if self.requested_dropout else contextlib.nullcontext(),
         ):  # fmt: skip
             log = self.subject.train(model, self.data[of], plan)
-        plan["warmup_start"] = getattr(self.subject, "warmup_start", "zero")
         return RecordedRun(plan, rows, trace, list(log or []), model, self.reference)
 
     @property
@@ -251,7 +250,24 @@ class Trial:
         """
         if plan.of != "short" and not all(self.accepts(conversation) for conversation in self.data[plan.of]):
             raise NotImplementedError(f"the subject refuses some of the conversations ({plan.of})")
-        return self.run(plan.of, **plan.changes)
+        run = self.run(plan.of, **plan.changes)
+        found = run.verdict.departures.get("gradient")
+        if found and found.factor and plan.name != UNCLIPPED and self.removes_factor:
+            run.judge_again(factor_is_removed=True)
+        return run
+
+    @functools.cached_property
+    def removes_factor(self) -> bool:
+        """Whether the pipeline multiplies its loss by a factor and the gradient by its inverse, as loss scaling does.
+
+        Where clipping acts, a gradient that is too large cannot be told from one that is scaled; without it, it can.
+        """
+        plan = next(plan for plan in PLANS if plan.name == UNCLIPPED)
+        try:
+            verdict = self.run_plan(plan).verdict
+            return verdict.removes_factor and not verdict.departures
+        except NotImplementedError:
+            return False
 
     def require_plans(self, check: str, stage: str) -> list[RecordedRun]:
         """Fail if the run of any plan that a check owns departs at its stage.

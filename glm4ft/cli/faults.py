@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from collections.abc import Sequence
 
@@ -17,6 +18,9 @@ def parse(argv: Sequence[str]) -> Namespace:
     """
     parser = Parser("faults")
     parser.add_argument("ids", annotation=str, nargs="*", help="Faults and benign variations to try; by default all.")
+    parser.add_argument(
+        "--module", annotation=str | None, help="Module that registers further faults or variations: MODULE, or A,B."
+    )
     parser.add_argument("--json", nargs="?", const="-", help="Write the results as JSON here, or to stdout.")
     parser.add_argument("--markdown", annotation=str | None, help="Write the page docs/kill-matrix.md here.")
     parser.add_argument("--practices", action="store_true", help="Try what the common practices notice, too.")
@@ -37,6 +41,11 @@ def run(options: Namespace) -> bool:
         False if a fault was not caught at its stage, a variation raised an alarm, or a threshold has too little room.
     """
     quiet_libraries()
+    if options.module:
+        from glm4ft.testing.faults.registry import EXTERNAL_MODULES, load_external
+
+        os.environ[EXTERNAL_MODULES] = options.module
+        load_external()
     if options.calibrate:
         from glm4ft.testing.faults.calibration import show_calibration
 

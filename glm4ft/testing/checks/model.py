@@ -83,11 +83,16 @@ def check_weights_equal_those_of_the_base(trial: Trial) -> None:
                     raise CheckFailed(f"the model has no {name}")
                 got, stored = weights[name].cpu(), file.get_tensor(name).to(weights[name].dtype)
                 if not torch.equal(got, stored):
-                    raise CheckFailed(f"{name} is not the base's" + ": it is transposed" * _is_transposed(got, stored))
+                    raise CheckFailed(f"{name} is not the base's{_weight_cause(got, stored)}")
 
 
-def _is_transposed(got: torch.Tensor, stored: torch.Tensor) -> bool:
-    return got.dim() == 2 and torch.equal(got.T, stored)
+def _weight_cause(got: torch.Tensor, stored: torch.Tensor) -> str:
+    if got.dim() == 2 and torch.equal(got.T, stored):
+        return ": it is transposed"
+    a, b = got.double().flatten(), stored.double().flatten()
+    cosine = float(a @ b / (a.norm() * b.norm()).clamp_min(1e-300)) if a.shape == b.shape else 1.0
+    # of random vectors of n entries it is about n ** -0.5
+    return f": it was drawn anew (cosine {cosine:.2g})" if abs(cosine) < 8 * len(a) ** -0.5 else ""
 
 
 @check(

@@ -15,7 +15,7 @@ from glm4ft.testing.checks.served_folder import require_trained_tokenizer, stop_
 from glm4ft.testing.replay.tolerances import within
 from glm4ft.testing.specification.lora_spec import LoraSpec, adapted_modules, base_name
 from glm4ft.testing.trial.registry import check
-from glm4ft.testing.trial.same_run import describe_divergence
+from glm4ft.testing.trial.same_run import describe_divergence, explain_by_noise
 from glm4ft.testing.trial.stages import CheckFailed, NotApplicable
 from glm4ft.testing.trial.trial import Trial
 
@@ -159,9 +159,19 @@ def check_resumed_run_equals_the_uninterrupted_run(trial: Trial) -> None:
                     f"the trainer was asked to save at every step and left no {checkpoint.name} in output_dir"
                 )
             found = describe_divergence(whole, trial.run_anew(**plan, resume_from=str(checkpoint)), number)
+            if found and trial.noise:
+                found = explain_by_noise(found, _without_noise(trial, plan, number))
             if found:
                 told = "".join(f" ({key}={value})" for key, value in changes.items())
                 raise CheckFailed(f"resumed after step {number}{told}: {found}")
+
+
+def _without_noise(trial: Trial, plan: dict[str, Any], number: int) -> str:
+    """The divergence of the resumed run where the harness drops nothing: then random numbers are not its cause."""
+    quiet = {name: value for name, value in plan.items() if name not in trial.noise}
+    whole = trial.run(**quiet)
+    checkpoint = Path(whole.plan["output_dir"]) / f"checkpoint-{number}"
+    return describe_divergence(whole, trial.run_anew(**quiet, resume_from=str(checkpoint)), number)
 
 
 def _saved(trial: Trial) -> Path:
@@ -189,7 +199,13 @@ def _merge_cause(trial: Trial) -> str:
     stored = {
         name: tensor for shard in _merged(trial).glob("*.safetensors") for name, tensor in load_file(shard).items()
     }
-    for module, delta in trial.reference.deltas(trial.trained.trained).items():
+    deltas = trial.reference.deltas(trial.trained.trained)
+    others = [n for n in stored if n in trial.reference.weights and n.removesuffix(".weight") not in deltas]
+    base = {name: weight.cpu() for name, weight in trial.reference.weights.items() if name in others}
+    foreign = [name for name in others if not _is_near(stored[name].float(), base[name])]
+    if foreign:
+        return f"it was merged onto another base: {foreign[0]}, which has no adapter, is not the base's"
+    for module, delta in deltas.items():
         name = f"{module}.weight"
         if name not in stored or stored[name].shape != delta.shape:
             return f"the merged checkpoint has no {name} of the base's shape"
@@ -201,6 +217,11 @@ def _merge_cause(trial: Trial) -> str:
         if abs(factor - 1) > 1e-2:
             return f"the delta of {module} is merged at {factor:.4g} times its scale"
     return ""
+
+
+def _is_near(stored: torch.Tensor, base: torch.Tensor) -> bool:
+    """Whether a tensor is the base's, rounded to bfloat16 at most."""
+    return stored.shape == base.shape and torch.allclose(stored, base, rtol=2.0**-7, atol=1e-6)
 
 
 def _keys(folder: Path) -> set[str]:

@@ -13,7 +13,7 @@ from glm4ft.testing.recording.trace import record
 from glm4ft.testing.specification.lora_spec import base_name
 from glm4ft.testing.subject import make_plan
 from glm4ft.testing.trial.registry import check
-from glm4ft.testing.trial.same_run import changed_after_last_step, describe_divergence
+from glm4ft.testing.trial.same_run import changed_after_last_step, describe_divergence, explain_by_noise
 from glm4ft.testing.trial.stages import CheckFailed, NotApplicable
 from glm4ft.testing.trial.trial import Trial, spoiling
 
@@ -86,6 +86,8 @@ def check_logging_and_saving_do_not_change_the_run(trial: Trial) -> None:
         return
     for name, changes in WATCHING.items():
         found = describe_divergence(bare, trial.run(**changes, **noise))
+        if found and noise:
+            found = explain_by_noise(found, describe_divergence(trial.run(), trial.run(**changes)))
         if found:
             raise CheckFailed(f"{name} every {next(iter(changes.values()))} steps changes the run: {found}")
     raise CheckFailed(f"logging, evaluating and saving together change the run: {together}")

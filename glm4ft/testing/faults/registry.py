@@ -7,11 +7,15 @@ sentence. Stage and pattern of the cause are fixed before the fault is first run
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, TypeVar
 
+from glm4ft.errors import ConfigError
 from glm4ft.testing.subjects.plain_loop import Subject
 from glm4ft.testing.trial.stages import STAGES
 
@@ -19,6 +23,10 @@ FAULT_MODULES = (
     "rows_rendering", "rows_mask", "batches", "model", "gradient", "clipping", "schedule", "update",
     "side_effects", "persistence", "export", "outcome",
 )  # fmt: skip
+
+# Environment variable with further modules that register faults or variations, separated by commas; worker processes
+# inherit it.
+EXTERNAL_MODULES = "GLM4FT_FAULT_MODULES"
 
 FAULTS: dict[str, Fault] = {}
 Kind = TypeVar("Kind", bound=type[Subject])
@@ -52,6 +60,25 @@ class Fault:
         return " ".join((self.subject.__doc__ or "").split("\n\n")[0].split())
 
 
+def load_external() -> None:
+    """Import the modules that ``EXTERNAL_MODULES`` names; those in the working directory are found too.
+
+    Raises:
+        ConfigError: If one cannot be imported.
+    """
+    names = [name for name in os.environ.get(EXTERNAL_MODULES, "").split(",") if name]
+    if names and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ConfigError(
+                "the module of faults cannot be imported", where="--module", found=f"{name}: {error}",
+                fix="run the command where the module is, or put its folder on PYTHONPATH",
+            ) from error  # fmt: skip
+
+
 def faults_at(stage: str) -> Callable[..., Callable[[Kind], Kind]]:
     """Create the decorator that registers the faults of one stage.
 
@@ -79,9 +106,10 @@ def faults_at(stage: str) -> Callable[..., Callable[[Kind], Kind]]:
 
 
 def all_faults() -> dict[str, Fault]:
-    """All faults by id, in the order of the stages."""
+    """All faults by id, in the order of the stages: those of the package, and those of ``EXTERNAL_MODULES``."""
     for module in FAULT_MODULES:
         importlib.import_module(f"glm4ft.testing.faults.{module}")
+    load_external()
     return dict(sorted(FAULTS.items(), key=lambda item: STAGES.index(item[1].stage)))
 
 

@@ -55,26 +55,33 @@ def run_one(id: str) -> Caught | Silence:
 
 
 def try_fault(id: str, folder: Path, stages: Sequence[str] = STAGES) -> Caught:
-    """Run the checks that can see a fault, in order and up to the fault's stage, until one fails.
+    """Run the checks that can see a fault, in order, until one fails.
+
+    A fault that no check of its own stage or an earlier one catches may be caught at a later stage, which is reported
+    as such. A pipeline that raises an error counts as ``glm4ft check`` counts it, where no check fails otherwise.
 
     Args:
         id: The id of the fault.
         folder: The folder for all files that are written.
         stages: The stages whose checks are run.
     """
-    fault, began_s, errors, failed = all_faults()[id], time.perf_counter(), list[str](), None
+    fault, began_s, broken, failed = all_faults()[id], time.perf_counter(), list[Result](), None
     trial = Trial(fault.subject(str(warm_base())), warm_base(), folder)
     with observing() as seen:
-        for check in reaching(fault.subject, fault.stage):
+        for check in reaching(fault.subject):
             if check.stage not in stages:
                 continue
+            if broken and STAGES.index(check.stage) > STAGES.index(fault.stage):
+                break
             result = run_check(check, trial)
             if result.status == "error":
-                errors.append(f"{check.name}: {result.message}")
+                broken.append(result)
             if result.status == "failed":
                 failed = result
                 break
-    return _caught(fault, failed, seen, time.perf_counter() - began_s, tuple(errors))
+    errors = tuple(f"{result.check}: {result.message}" for result in broken)
+    found = failed or (broken[0] if broken else None)
+    return _caught(fault, found, seen, time.perf_counter() - began_s, errors)
 
 
 def _caught(

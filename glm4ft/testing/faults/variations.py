@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+from glm4ft.testing.faults.registry import load_external
 from glm4ft.testing.subjects.plain_loop import Subject
 
 VARIATION_MODULES = ("benign", "benign_practices")
@@ -53,4 +54,5 @@ def all_variations() -> dict[str, Variation]:
     """Every variation by its id, in the order of the modules."""
     for module in VARIATION_MODULES:
         importlib.import_module(f"glm4ft.testing.faults.{module}")
+    load_external()
     return VARIATIONS

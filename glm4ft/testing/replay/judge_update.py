@@ -10,7 +10,7 @@ import torch
 
 from glm4ft.data.chat_format import IGNORED
 from glm4ft.testing.recording.trace import Tensors
-from glm4ft.testing.replay.step import WEIGHT_LIMITS, Departures, ReplayedStep, SeenRow, dot, relative
+from glm4ft.testing.replay.step import WEIGHT_LIMITS, Departures, ReplayedStep, SeenRow, count_targets, dot, relative
 from glm4ft.testing.replay.tolerances import within
 from glm4ft.testing.specification.reference import clip_factor, scheduled_rate, warmups_above_zero
 
@@ -56,7 +56,7 @@ def _wrong_loss(step: ReplayedStep, row: SeenRow) -> Departures:
     fit = float(row.targets.fit_T[1:].min())
     if not within("gradient: cosine to cross entropy, below 1", 1 - fit, 1 - FIT_LIMITS[step.history.dtype]):
         text = f"the gradient at the final norm is not that of cross entropy with one label (cosine {fit:.4f})"
-        yield step.depart("gradient", text, "label smoothing, or another term in the loss")
+        yield step.depart("gradient", text, "label smoothing, or another term in the loss", hides=("gradient",))
     ids, expected, got = torch.tensor(row.ids), torch.tensor(step.labels_of(row.ids)), row.targets.labels_T
     trained = (got != IGNORED).nonzero()[:, 0].tolist()
     if sum(bool(got[t] != ids[t]) for t in trained) > len(trained) // 2:
@@ -67,12 +67,13 @@ def _wrong_loss(step: ReplayedStep, row: SeenRow) -> Departures:
             cause = "labels are shifted twice: each position learns the token after next"
         elif before > len(trained) // 2:
             cause = "labels are not shifted: each position learns its own token"
-        yield step.depart("gradient", "the trained labels are not the next tokens", cause)
+        text = "the trained labels are not the next tokens"
+        yield step.depart("gradient", text, cause, hides=("gradient",))
         return
     odd = [t for t in trained if t and expected[t] == IGNORED and got[t] != ids[t]]
     if odd and len({int(got[t]) for t in odd}) == 1:
         text = f"{len(odd)} positions that are not supervised are trained as class {int(got[odd[0]])}"
-        yield step.depart("gradient", text, "the ignored label reaches the loss as a class")
+        yield step.depart("gradient", text, "the ignored label reaches the loss as a class", hides=("gradient",))
 
 
 def _wrong_weights(step: ReplayedStep) -> Departures:
@@ -89,21 +90,49 @@ def _wrong_weights(step: ReplayedStep) -> Departures:
     if high - low <= limit * high:
         cause = f"the loss is {high:.4g} times the token mean" + _factor_words(step, high)
         text = f"tokens count {low:.4g} to {high:.4g} times what they should"
-        yield step.depart("gradient", text, cause, factor=high)
+        yield step.depart("gradient", text, cause, factor=high, hides=("gradient",))
         return
-    else:
-        cause = "a mean of micro-batch means: tokens of short micro-batches weigh more"
-    yield step.depart("gradient", f"tokens count {low:.4g} to {high:.4g} times what they should", cause)
+    text = f"tokens count {low:.4g} to {high:.4g} times what they should"
+    yield step.depart("gradient", text, _uneven_cause(step, medians, limit), hides=("gradient",))
+
+
+def _uneven_cause(step: ReplayedStep, medians: Mapping[int, float], limit: float) -> str:
+    """The mean that weights tokens as they are: one over the targets of a micro-batch, a process or a row, each."""
+    targets = {forward: count_targets(step.rows(forward)) for forward in medians}
+    processes = step.history.plan.get("processes", 1)
+    share = max(1, -(-len(step.step.forwards) // processes))  # forward passes of one process
+    of_process = {forward: sum(n for f, n in targets.items() if f // share == forward // share) for forward in medians}
+    found = []
+    for words, counts in (
+        ("a mean of micro-batch means: tokens of short micro-batches weigh more", targets),
+        ("a mean over processes of their own means: tokens of processes with few targets weigh more", of_process),
+    ):
+        products = [medians[forward] * counts[forward] for forward in medians]
+        if max(products) - min(products) <= limit * max(products) and len(set(counts.values())) > 1:
+            found.append(words)
+    if found:
+        return found[0] if len(found) == 1 or processes == 1 else ""
+    by_row = [float(row.targets.weights_T[row.targets.labels_T != IGNORED].median()) * count_targets([(row.ids,
+              step.labels_of(row.ids))]) for row in step.seen if (row.targets.labels_T != IGNORED).any()]  # fmt: skip
+    is_by_row = bool(by_row) and max(by_row) - min(by_row) <= 10 * limit * max(by_row)
+    return "a mean of the rows' own means: tokens of short rows weigh more" if is_by_row else ""
 
 
 def _factor_words(step: ReplayedStep, factor: float) -> str:
+    """The divisor that explains a factor on the loss; "" if none fits or several do."""
+    divisors = {
+        "all tokens, supervised or not": sum(len(row.ids) for row in step.seen),
+        "all positions, padding included": sum(f.input_ids_BT.numel() for f in step.step.forwards),
+        "all predicted positions": sum(f.input_ids_BT[:, 1:].numel() for f in step.step.forwards),
+    }
+    factors = {f": divided by the number of {of}": step.num_targets / max(1, n) for of, n in divisors.items()}
     for name, words in (("accumulation", "micro-batches"), ("processes", "processes")):
         count = step.history.plan.get(name, 1)
-        if count > 1 and abs(factor / count - 1) <= 1e-2:
-            return f": not divided by the number of {words}"
-        if count > 1 and abs(factor * count - 1) <= 1e-2:
-            return f": divided by the number of {words} twice"
-    return ""
+        if count > 1:
+            factors[f": not divided by the number of {words}"] = count
+            factors[f": divided by the number of {words} twice"] = 1 / count
+    fitting = [words for words, f in factors.items() if abs(factor / f - 1) <= WEIGHT_LIMITS[torch.float32]]
+    return fitting[0] if len(fitting) == 1 else ""
 
 
 def _gradient_cause(step: ReplayedStep, expected: Tensors) -> tuple[str, float | None]:
@@ -162,7 +191,7 @@ def _counts(factors: list[float]) -> tuple[str, float | None]:
         return f"it is {mean:.4g} times the token mean", mean
     lost = [str(i) for i, f in enumerate(factors, start=1) if abs(f) < 0.1]
     if lost:
-        return f"micro-batch {', '.join(lost)} of {len(factors)} is lost", None
+        return f"{len(lost)} of {len(factors)} micro-batches lost: number {', '.join(lost)}", None
     return "micro-batches count " + ", ".join(f"{f:.3g}" for f in factors) + " times", None
 
 
@@ -253,6 +282,7 @@ def _wrong_rates(plan: Mapping[str, Any], count: int) -> dict[str, list[float]]:
     found["the schedule is one step ahead"] = rates(lambda n: n + 1)
     found["the schedule is one step behind"] = rates(lambda n: n - 1)
     found["it does not change"] = [plan["learning_rate"]] * count
+    found["it does not change after its warm-up"] = rates(schedule="constant")
     for factor in dict.fromkeys((plan["accumulation"], 2, 3, 4, 8)):
         if factor > 1:
             found[f"the schedule is stretched over {steps * factor} steps, not {steps}"] = rates(total=steps * factor)
@@ -316,4 +346,31 @@ def _update_cause(step: ReplayedStep) -> str:
             got = group.settings.get(name)
             if group.names and not torch.equal(torch.tensor(got), torch.tensor(asked)):
                 return f"{name} is {got}, not {asked}"
-    return ""
+    return _variant_cause(step) if step.number == 1 else ""
+
+
+def _variant_cause(step: ReplayedStep) -> str:
+    """The one variant of AdamW that gives the first update; "" if none does, or several do."""
+    plan, recorded = step.history.plan, step.step
+    rate = next(float(group.settings["lr"]) for group in recorded.groups if group.size)
+    (beta1, beta2), eps, decay = plan["betas"], plan["eps"], plan["weight_decay"]
+
+    def moved(first: Callable[[torch.Tensor], torch.Tensor]) -> Tensors:
+        return {n: -rate * (first(recorded.clipped[n].double()) + decay * recorded.before[n].double())
+                for n in recorded.clipped}  # fmt: skip
+
+    def rounded(t: torch.Tensor) -> torch.Tensor:
+        return t.bfloat16().double()
+
+    m1, m2 = 1 - beta1, 1 - beta2
+    variants = {
+        "the moments are not corrected for their bias": moved(lambda g: m1 * g / ((m2 * g * g).sqrt() + eps)),
+        "eps is added inside of the root": moved(lambda g: g / (g * g + eps).sqrt()),
+        "the moments are kept in bfloat16": moved(
+            lambda g: rounded(m1 * g) / m1 / ((rounded(m2 * g * g) / m2).sqrt() + eps)
+        ),
+        "the update is plain gradient descent": moved(lambda g: g),
+    }
+    got = {name: recorded.after[name].double() - recorded.before[name].double() for name in recorded.clipped}
+    fitting = [words for words, expected in variants.items() if relative(got, expected) <= EXPLAINED]
+    return fitting[0] if len(fitting) == 1 else ""

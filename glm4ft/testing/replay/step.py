@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -54,8 +55,8 @@ class Departure:
 
     @property
     def kind(self) -> str:
-        """The cause, or without one the words; departures of one kind are told once."""
-        return self.cause or "".join(c for c in self.text if c.isalpha() or c == " ")
+        """The words of the cause, or without one of the text; departures of one kind are told once."""
+        return " ".join(re.findall(r"[a-zA-Z_]+", self.cause or self.text))
 
     def __str__(self) -> str:
         cause = f"; likely cause: {self.cause}" if self.cause else ""

@@ -28,6 +28,7 @@ class RecordedRun:
         log: The log that ``train`` returned; empty if it returned none.
         model: The model after the run; None if it was released.
         reference: The specification on the same base.
+        dropout: The dropout probability that the harness applied to the embeddings.
     """
 
     plan: Mapping[str, Any]
@@ -36,6 +37,7 @@ class RecordedRun:
     log: list[Mapping[str, Any]]
     model: Any
     reference: Reference
+    dropout: float = 0.0
 
     @functools.cached_property
     def verdict(self) -> Verdict:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from glm4ft.testing.recording.trace import Step, Tensors
+from glm4ft.testing.replay.step import History, ReplayedStep
 from glm4ft.testing.trial.runs import RecordedRun
 
 
@@ -33,8 +34,22 @@ def describe_divergence(whole: RecordedRun, other: RecordedRun, done: int = 0) -
             return f"the learning rate at step {number} is {rates[1]:.6g}, not {rates[0]:.6g}"
         if _differ(expected.after, got.after):
             same_order = whole.order[number - 1] == other.order[offset]
-            return f"the parameters differ after step {number}{_cause(expected, got, same_order)}"
+            return f"the parameters differ after step {number}{_cause(other, expected, got, same_order)}"
     return ""
+
+
+def explain_by_noise(found: str, without: str) -> str:
+    """A divergence of runs with dropout, with its cause.
+
+    Args:
+        found: The divergence with dropout; "" if there is none.
+        without: The divergence of the same runs without dropout.
+    Returns:
+        The divergence without dropout if there is one; otherwise random numbers are the cause of the other.
+    """
+    if not found or without:
+        return without or found
+    return f"{found}: dropout drew other random numbers, since without dropout the runs are the same"
 
 
 def changed_after_last_step(run: RecordedRun) -> bool:
@@ -43,7 +58,7 @@ def changed_after_last_step(run: RecordedRun) -> bool:
     return _differ({name: left[name].detach().cpu() for name in run.trained if name in left}, run.trained)
 
 
-def _cause(expected: Step, got: Step, same_order: bool) -> str:
+def _cause(run: RecordedRun, expected: Step, got: Step, same_order: bool) -> str:
     """Why a step from equal parameters on the same rows gives other parameters; "" if the recordings do not show it."""
     if any(forward.training for forward in expected.forwards) and not any(f.training for f in got.forwards):
         return ": it ran in eval mode"
@@ -53,8 +68,19 @@ def _cause(expected: Step, got: Step, same_order: bool) -> str:
     if not _differ(expected.clipped, got.clipped):
         return " though its gradient is the same: the optimizer's moments or copies of the weights differ"
     if _differ(expected.raw, got.raw) and same_order:
-        return ", and so does its gradient on the same rows: dropout drew other random numbers"
+        return ", and so does its gradient on the same rows" + _forward_cause(run, got)
     return ""
+
+
+def _forward_cause(run: RecordedRun, step: Step) -> str:
+    """Whether the model of a step computes something else than its parameters say."""
+    if run.dropout:
+        return ""  # the specification drops nothing
+    history = History(run.reference, run.known, run.plan, run.trace.dtype)
+    sizes = [size for _, size in ReplayedStep(1, step, history).hidden_sizes]
+    if all(size <= history.limit for size in sizes):
+        return ""
+    return ": the model does not compute what its base and adapters say, e.g. dropout acts, or another LoRA scale"
 
 
 def _differ(one: Tensors, two: Tensors) -> bool:

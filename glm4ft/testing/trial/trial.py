@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from glm4ft.testing.recording.trace import backbone_of, record
 from glm4ft.testing.replay.plans import PLANS, UNCLIPPED, Plan, plans_of
+from glm4ft.testing.replay.step import Departure
 from glm4ft.testing.specification.lora_spec import LoraSpec
 from glm4ft.testing.specification.reference import LabelledIds, Reference
 from glm4ft.testing.subject import load_subject, make_plan
@@ -229,7 +230,7 @@ class Trial:
             without_dropout(model) if self.requested_dropout else contextlib.nullcontext(),
         ):  # fmt: skip
             log = self.subject.train(model, self.data[of], plan)
-        return RecordedRun(plan, rows, trace, list(log or []), model, self.reference)
+        return RecordedRun(plan, rows, trace, list(log or []), model, self.reference, dropout)
 
     @property
     def requested_dropout(self) -> float:
@@ -281,7 +282,7 @@ class Trial:
             CheckFailed: If a run departs at this stage; the message has each different departure once, with its plan.
             NotApplicable: If none of the plans could be judged.
         """
-        departures, judged, reasons = dict[str, str](), list[RecordedRun](), list[str]()
+        departures, judged, reasons = dict[str, tuple[Departure, Plan]](), list[RecordedRun](), list[str]()
         for plan in plans_of(check, stage):
             try:
                 run = self.run_plan(plan)
@@ -290,7 +291,7 @@ class Trial:
                 continue
             found = run.verdict.at(stage)
             for departure in found:
-                departures.setdefault(departure.kind, f"{departure} (plan {plan})")
+                departures.setdefault(departure.kind, (departure, plan))
             if found:
                 continue
             if stage in run.verdict.hidden:
@@ -298,7 +299,9 @@ class Trial:
             else:
                 judged.append(run)
         if departures:
-            raise CheckFailed("\n".join(departures.values()), cause=next(iter(departures)))
+            first = next(iter(departures.values()))[0]
+            lines = [f"{departure} (plan {plan})" for departure, plan in departures.values()]
+            raise CheckFailed("\n".join(lines), cause=first.cause or first.kind)
         if not judged:
             raise NotApplicable(reasons[0])
         return judged

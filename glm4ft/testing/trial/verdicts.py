@@ -81,6 +81,7 @@ def group_failures(results: Iterable[Judged]) -> list[FailureGroup]:
     groups: dict[str, FailureGroup] = {}
     for result in wrong:
         own = result.cause or (result.message if result.status == "error" else "")
+        own = "".join(c for c in own if not c.isdigit())  # one mistake has another factor at each size of a step
         found = groups.get(own) if own else _explaining(result, list(groups.values()))
         if found is None:
             text = result.cause or result.message.strip().split("\n")[0]

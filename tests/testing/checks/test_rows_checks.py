@@ -282,6 +282,13 @@ class Case:
 LISTS = "lists_have_one_length_and_labels_equal_ids_where_supervised"
 MASK = "mask_is_what_the_model_must_sample"
 PREFIX = "prefix_occurs_once"
+
+
+class ZeroIsTrue(Serving):
+    def encode(self, messages: Messages, tools: Any = None) -> Lists:
+        return super().encode([{**m, "loss": m.get("loss") is not False} for m in messages], tools)
+
+
 STOP = "every_turn_ends_in_one_stop"
 CONTROL = "content_never_becomes_a_control_token"
 TEXT = "supervised_text_is_the_answer"
@@ -289,6 +296,7 @@ MESSAGES = "every_message_is_in_the_row"
 PROMPT = "row_begins_with_the_serving_prompt"
 EARLIER = "earlier_turns_do_not_change"
 FLAG = "loss_flag_is_honoured"
+SPELLINGS = "loss_flag_means_the_same_in_every_spelling"
 NONE = "conversation_without_targets_is_not_trained"
 
 HEADER_WRONG = r"'<\|assistant\|>' is supervised, should be ignored: a header"
@@ -336,6 +344,7 @@ CASES = (
     Case(Flags, FLAG, (r"turn 1 \(message 1\) has loss false: position \d+ '\\n' is supervised, should be ignored",)),
     Case(FlagForAll, FLAG, ("is ignored, should be supervised",)),
     Case(DropsFlagged, FLAG, ("the flag changes the ids at position",)),
+    Case(ZeroIsTrue, SPELLINGS, ("a loss flag of 0 is taken for true, it means false",)),
     Case(Flags, NONE, ("every loss is false, but position",)),
     Case(TrailingTrained, NONE, ("is supervised, should be ignored: no answer follows it",)),
     Case(PromptsTrained, NONE, ("no answer follows it",)),

@@ -255,9 +255,8 @@ def check_loss_flag_means_the_same_in_every_spelling(trial: Trial) -> None:
         if row is not None and row.labels != means.labels:
             taken = "false" if row.labels == off.labels else "true" if row.labels == plain.labels else "something else"
             expected = "true" if means is plain else "false"
-            raise CheckFailed(
-                f"conversation {name_of(plain.talk)}, message {index}: a loss flag of {value!r} is taken for {taken}, it means {expected}"
-            )
+            where = f"conversation {name_of(plain.talk)}, message {index}"
+            raise CheckFailed(f"{where}: a loss flag of {value!r} is taken for {taken}, it means {expected}")
 
 
 @check(stage="rows", incident="alpaca-lora 4a712d4, GLM-4 finetune.py combine: text that nobody answered was trained")

@@ -468,7 +468,7 @@ CASES = (
     Case(NotANumber, "all_parameters_are_finite", "1 entries that are not finite"),
     Case(NewToken, "every_id_is_in_the_vocabulary_of_the_base", "id 9999 is none of the 490 .*: a new token"),
     Case(StepsOnNothing, "rows_without_targets_do_not_count", "step 1 of a run without any target", TRAINS),
-    Case(LosesMicroBatches, "accumulation_does_not_change_the_gradient", r"(1 of 2|2 of 3) micro-batches lost: number 1", TRAINS),
+    Case(LosesMicroBatches, "accumulation_does_not_change_the_gradient", ". of . micro-batches lost: number 1", TRAINS),
     Case(RoundsAfterStep, "update_follows_adamw", "rounded to bfloat16, which loses small updates", TRAINS),
     Case(SaveFreezes, "evaluating_and_saving_leave_the_model_unchanged", "save changes the requires_grad of 24 parts"),
     Case(EvaluationStaysInEvalMode, "evaluating_and_saving_leave_the_model_unchanged", "evaluate changes the mode"),

@@ -206,7 +206,7 @@ def check_evaluation_generates_from_the_serving_prompt(trial: Trial) -> None:
 @check(stage="outcome", needs=NEEDS, incident="zai-org/GLM-4 342: a norm of 32.75 beside 0.01")
 def check_gradient_norms_are_stable(trial: Trial) -> None:
     """Gradient norms are finite, have no spikes and decay, and only few steps are clipped."""
-    norms = trial.overfit.grad_norms
+    norms = trial.grad_norms(trial.overfit)
     try:
         assert_grad_norms_stable(norms)
         assert_grad_norms_decay(norms)

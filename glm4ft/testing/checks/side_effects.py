@@ -124,7 +124,10 @@ def check_numbers_that_are_not_finite_are_reported(trial: Trial) -> None:
     for what in ("loss", "gradient"):
         model = trial.subject.build_model(str(trial.base_dir), 0)
         plan = make_plan(steps=4, output_dir=str(trial.new_folder("spoilt")))
-        with record(model, plan["steps"]) as trace, spoiling(model, what, lambda _: len(trace.steps) == 1) as happened:
+        with (
+            record(model, plan["steps"]) as trace,
+            spoiling(model, what, lambda _: len(trace.steps) == 1 and not happened) as happened,
+        ):
             try:
                 log = list(trial.subject.train(model, trial.conversations, plan) or [])
             except Exception:  # stopping is the best answer
@@ -148,7 +151,7 @@ def check_numbers_that_are_not_finite_are_reported(trial: Trial) -> None:
     loss = result["loss"] if isinstance(result, Mapping) else result
     if happened and math.isfinite(float(loss)):
         raise CheckFailed(
-            f"a forward pass of an evaluation was made NaN from outside, and it reports a loss of {loss:.4g}"
+            f"the forward passes of an evaluation were made NaN from outside, and it reports a loss of {loss:.4g}"
         )
 
 

@@ -251,6 +251,8 @@ class GradientDividedAfterAccumulation(Subject):
     num_targets = 1
 
     def loss_factor(self, batch: Batch, num_targets: int, num_micro_batches: int) -> float:
+        if not num_targets:
+            raise ValueError("no token of the step is supervised")
         self.num_targets = num_targets
         return 1.0
 

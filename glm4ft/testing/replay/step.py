@@ -219,8 +219,7 @@ class ReplayedStep:
     @cached_property
     def loss_scale(self) -> float:
         """The loss scale: the factor on the loss that fp16 training applies and divides out again; 1 without it."""
-        weights = [float(w) for row in self.seen for w in row.targets.weights_T if w > 0]
-        ratio = sorted(weights)[len(weights) // 2] * self.num_targets if weights else 1.0
+        ratio = self._loss_factor
         if not 0 < ratio < math.inf:
             return 1.0
         if self.history.plan.get("factor_is_removed") or self._is_removed(ratio):
@@ -229,6 +228,17 @@ class ReplayedStep:
         nearest = 2.0 ** round(math.log2(ratio))
         is_scale = nearest >= MIN_LOSS_SCALE and abs(ratio / nearest - 1) <= WEIGHT_LIMITS[self.history.dtype]
         return nearest if is_scale else 1.0
+
+    @cached_property
+    def _loss_factor(self) -> float:
+        """The median weight of a token in the loss, as a multiple of its weight in the token mean."""
+        weights = [float(w) for row in self.seen for w in row.targets.weights_T if w > 0]
+        return sorted(weights)[len(weights) // 2] * self.num_targets if weights else 1.0
+
+    @property
+    def is_token_mean(self) -> bool:
+        """Whether the loss has no factor beside the token mean."""
+        return abs(self._loss_factor - 1) <= WEIGHT_LIMITS[self.history.dtype]
 
     def _is_removed(self, factor: float) -> bool:
         """Whether the optimizer received the gradient divided by a factor that the loss was multiplied by."""

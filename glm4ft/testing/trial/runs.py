@@ -54,12 +54,21 @@ class RecordedRun:
         """The rows of the run, searchable in its forward passes."""
         return KnownRows(self.rows)
 
-    @functools.cached_property
+    @property
+    def has_loss_factor(self) -> bool:
+        """Whether the loss of the first step was the token mean times a factor that is not known as a loss scale."""
+        first = next(iter(self._replayed_steps()), None)
+        return first is not None and first.loss_scale == 1.0 and not first.is_token_mean
+
     def grad_norms(self) -> list[float]:
-        """The global gradient norm of each step before clipping, with the first step's loss scale divided out."""
+        """The global gradient norm of each step before clipping, with the loss scale divided out."""
+        steps = self._replayed_steps()
+        is_scaled = bool(steps) and steps[0].loss_scale != 1.0
+        return [clip_factor(step.step.raw, 0)[0] / (step.loss_scale if is_scaled else 1.0) for step in steps]
+
+    def _replayed_steps(self) -> list[ReplayedStep]:
         history = History(self.reference, self.known, self.plan, self.trace.dtype)
-        scale = ReplayedStep(1, self.trace.steps[0], history).loss_scale if self.trace.steps else 1.0
-        return [clip_factor(step.raw, 0)[0] / scale for step in self.trace.steps]
+        return [ReplayedStep(number, step, history) for number, step in enumerate(self.trace.steps, start=1)]
 
     @functools.cached_property
     def order(self) -> Order:

@@ -257,6 +257,12 @@ class Trial:
             run.judge_again(factor_is_removed=True)
         return run
 
+    def grad_norms(self, run: RecordedRun) -> list[float]:
+        """The global gradient norm of each step of a run before clipping, without a factor that is taken out again."""
+        if run.has_loss_factor and self.removes_factor:
+            run.judge_again(factor_is_removed=True)
+        return run.grad_norms()
+
     @functools.cached_property
     def removes_factor(self) -> bool:
         """Whether the pipeline multiplies its loss by a factor and the gradient by its inverse, as loss scaling does.
@@ -309,12 +315,12 @@ class Trial:
 
 @contextlib.contextmanager
 def spoiling(model: Any, what: str, is_due: Callable[[torch.Tensor], bool]) -> Iterator[list[int]]:
-    """Make one forward pass, or the gradient of one, not finite while the context is open.
+    """Make forward passes, or the gradients of them, not finite while the context is open.
 
     Args:
         model: The model; its final norm is where the numbers are spoilt.
         what: ``loss`` for NaN in the forward pass, ``gradient`` for an infinite gradient behind a finite loss.
-        is_due: A function of the ids (B, T) of a forward pass; the first one for which it is true is spoilt.
+        is_due: A function of the ids (B, T) of a forward pass; those for which it is true are spoilt.
     Yields:
         A list that is not empty once it has happened.
     """
@@ -324,7 +330,7 @@ def spoiling(model: Any, what: str, is_due: Callable[[torch.Tensor], bool]) -> I
         ids[:] = [args[0]]
 
     def spoil(norm: torch.nn.Module, args: Any, hidden: torch.Tensor) -> torch.Tensor | None:
-        if happened or not is_due(ids[0]):
+        if not is_due(ids[0]):
             return None
         if what == "loss":
             happened.append(1)

@@ -107,7 +107,7 @@ class GeneratesInTrainingMode(Subject):
 CASES = (
     (LogsZeroForNan, NUMBERS, "loss of step 2 .* the log hides it"),
     (SkipsTheStepInSilence, NUMBERS, "of step 2 .* the log hides it"),
-    (EvaluationDropsNan, NUMBERS, "evaluation was made NaN from outside, and it reports"),
+    (EvaluationDropsNan, NUMBERS, "evaluation were made NaN from outside, and it reports"),
     (ZeroIsNotFalse, FLAGS, "a loss flag of 0 is taken for true, it means false"),
     (NullIsFalse, FLAGS, "a loss flag of None is taken for false, it means true"),
     (SeedReachesNothing, SEED, "seed 0 and seed 1 have the same trained parameters"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from glm4ft.testing.faults.calibration import CleanRun, collect, thresholds_page
 from glm4ft.testing.faults.pages import matrix_page
 from glm4ft.testing.faults.practices import PRACTICES, Noticed, follows, is_overfit
 from glm4ft.testing.faults.reach import known_reach, reaching
-from glm4ft.testing.faults.registry import all_faults
+from glm4ft.testing.faults.registry import EXTERNAL_MODULES, FAULTS, all_faults
 from glm4ft.testing.faults.results import Caught, Matrix, Silence
 from glm4ft.testing.faults.runner import try_fault
 from glm4ft.testing.faults.variations import all_variations
@@ -89,6 +90,39 @@ def test_command_keeps_the_contract_and_fails_for_a_fault_that_is_missed(capsys:
 def test_unknown_fault_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["faults", "no-such-fault"]) == 2
     assert "no such fault" in capsys.readouterr().err
+
+
+OWN_FAULT = """
+from dataclasses import replace
+from glm4ft.testing.faults.registry import faults_at
+from glm4ft.testing.subjects.plain_loop import Subject
+
+@faults_at("rows")("mine-header-trained", evidence="mine 1", cause="should be ignored")
+class Mine(Subject):
+    \"\"\"The header before an answer is trained.\"\"\"
+
+    def render(self, conversation):
+        return [replace(s, supervised=s.supervised or s.text == "<|assistant|>") for s in super().render(conversation)]
+"""
+
+
+def test_faults_of_other_modules_are_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(EXTERNAL_MODULES, "")  # which the command sets for its worker processes
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    Path("my_own_faults.py").write_text(OWN_FAULT)
+    try:
+        assert run(["faults", "mine-header-trained", "--module", "my_own_faults", "--json", "--workers", "1"]) == 0
+    finally:
+        FAULTS.pop("mine-header-trained", None)
+    found = json.loads(capsys.readouterr().out)["faults"][0]
+    assert found["diagnosed_stage"] == "rows"
+    assert found["cause"]
+
+    assert run(["faults", "--module", "no_such_faults", "--workers", "1"]) == 2
+    assert "the module of faults cannot be imported\n  where:    --module" in capsys.readouterr().err
 
 
 def a_matrix(*faults: Caught, alarms: tuple[str, ...] = ()) -> Matrix:

@@ -46,7 +46,7 @@ def check_masked_positions_get_no_gradient(trial: Trial) -> None:
                 supervised[span.b, span.positions[: len(labels) - 1]] = labels[1:] != IGNORED
             assert forward.gradient_BTD is not None
             size_BT = forward.gradient_BTD.abs().amax(-1)
-            wrong = (size_BT > 0) & ~supervised
+            wrong = ~(size_BT == 0) & ~supervised  # NaN is wrong too
             if wrong.any():
                 b, t = wrong.nonzero()[0].tolist()
                 raise CheckFailed(

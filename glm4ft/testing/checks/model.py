@@ -283,7 +283,7 @@ def _require_dropped(model: Any, use: Callable[[], Any], expected: float, where:
             hook.remove()
     if expected and not total:
         raise CheckFailed(f"no dropout layer is in front of an adapter, where a rate of {expected:g} was requested")
-    # six standard deviations of a binomial share, and an entry more where none may be dropped
+    # six standard deviations of a binomial share
     spread = 6 * (expected * (1 - expected) / max(total, 1)) ** 0.5
     if total and not abs(dropped / total - expected) <= spread:
         found = f"{dropped / total:.4f} of {total:,} entries in front of the adapters are dropped"

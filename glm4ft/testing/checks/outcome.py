@@ -157,8 +157,7 @@ def check_evaluation_reports_the_loss(trial: Trial) -> None:
 @check(stage="outcome", needs=NEEDS, incident="LLaMA-Factory 6465: the evaluation of a run was divided by accumulation")
 def check_logged_evaluation_loss_is_the_loss(trial: Trial) -> None:
     """The evaluation loss that a run logs is the mean loss with the parameters of that step."""
-    for changes in EVALUATED_PLANS:
-        run = trial.run(**changes, eval_every=2)
+    for changes, run in trial.offered(EVALUATED_PLANS, eval_every=2):
         told = ", ".join(f"{key}={value}" for key, value in changes.items())
         for number, got in run.logged("eval_loss").items():
             words = f"after step {number} ({told}) the log says an evaluation loss of"

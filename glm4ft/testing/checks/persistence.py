@@ -149,9 +149,9 @@ def check_resumed_run_equals_the_uninterrupted_run(trial: Trial) -> None:
 
     Random numbers continue too: with dropout the parameters are those of the uninterrupted run.
     """
-    for changes in RESUMED_PLANS:
-        plan: dict[str, Any] = {"save_every": 1, "schedule": "linear", **changes, **trial.noise}
-        whole = trial.run(**plan)
+    common: dict[str, Any] = {"save_every": 1, "schedule": "linear", **trial.noise}
+    for changes, whole in trial.offered(RESUMED_PLANS, **common):
+        plan = {**common, **changes}
         for number in RESUMED_AT:
             checkpoint = Path(whole.plan["output_dir"]) / f"checkpoint-{number}"
             if not checkpoint.exists():

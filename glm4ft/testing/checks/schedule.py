@@ -14,7 +14,7 @@ NEEDS = ("build_model", "train")
     stage="schedule", needs=NEEDS, incident="axolotl 2535: no warm-up; axolotl 972, LLaMA-Factory 7304: another shape"
 )
 def check_learning_rate_follows_the_schedule(trial: Trial) -> None:
-    """The learning rate warms up from zero and then follows the requested shape to the end of the run."""
+    """The learning rate warms up, from zero or above it, and then follows the requested shape to the end of the run."""
     trial.require_plans("learning_rate_follows_the_schedule", "schedule")
 
 

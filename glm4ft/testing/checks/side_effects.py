@@ -45,7 +45,7 @@ def check_base_is_unchanged_by_training(trial: Trial) -> None:
 
 @check(stage="side-effects", needs=NEEDS, incident="torchtune 1049, TRL 3337: evaluated with dropout on")
 def check_evaluation_runs_in_eval_mode(trial: Trial) -> None:
-    """All modules are in eval mode while a run evaluates or generates, and in training mode when it continues."""
+    """Dropout and trained modules are in eval mode while a run evaluates or generates, in training mode afterwards."""
     run = trial.run(**WATCHING["evaluating"])
     passes = [forward for _, forward in run.trace.evaluations]
     for _, use in _parts_that_look(trial, trial.trained.model.train()):
@@ -121,6 +121,7 @@ def check_numbers_that_are_not_finite_are_reported(trial: Trial) -> None:
 
     The same holds for an evaluation: it raises an error, or its loss is not finite.
     """
+    unlogged = False
     for what in ("loss", "gradient"):
         model = trial.subject.build_model(str(trial.base_dir), 0)
         plan = make_plan(steps=4, output_dir=str(trial.new_folder("spoilt")))
@@ -134,14 +135,21 @@ def check_numbers_that_are_not_finite_are_reported(trial: Trial) -> None:
                 continue
         if not happened:
             raise NotApplicable("not judged: no forward pass of training went through the final norm")
-        figures = [entry.get(name) for entry in log for name in ("loss", "grad_norm")]
-        if log and all(math.isfinite(figure) for figure in figures if figure is not None):
+        figures = [entry[name] for entry in log for name in ("loss", "grad_norm") if entry.get(name) is not None]
+        unlogged = unlogged or not figures
+        if figures and all(math.isfinite(figure) for figure in figures):
             raise CheckFailed(
                 f"the {what} of step 2 was made not finite from outside, the run went on, and every figure of its log "
                 "is finite: the log hides it"
             )
-    if not getattr(trial.subject, "evaluate", None):
-        return
+    if getattr(trial.subject, "evaluate", None):
+        _require_reporting_evaluation(trial)
+    if unlogged:
+        raise NotApplicable("not judged: the run went on, and train returns no log with loss or grad_norm")
+
+
+def _require_reporting_evaluation(trial: Trial) -> None:
+    """Fail if an evaluation whose forward passes are made NaN reports a finite loss."""
     model = trial.trained.model
     with spoiling(model, "loss", lambda ids_BT: _holds_a_row(trial, ids_BT)) as happened:
         try:

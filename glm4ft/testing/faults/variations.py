@@ -40,9 +40,13 @@ def variation(id: str, processes: int = 1) -> Callable[[Kind], Kind]:
     Args:
         id: The id that reports show.
         processes: 2 to run the checks of several processes too, which take long; 1 by default.
+    Raises:
+        ValueError: By the decorator, if the id is taken.
     """
 
     def register(subject: Kind) -> Kind:
+        if id in VARIATIONS:
+            raise ValueError(f"{id} is already registered")
         subject.name, subject.distributed = id, processes > 1
         VARIATIONS[id] = Variation(id, subject)
         return subject

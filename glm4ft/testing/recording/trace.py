@@ -32,7 +32,8 @@ class Forward:
         attention_mask: The mask that entered the backbone; None if there was none.
         hidden_BTD: The output of the final norm.
         gradient_BTD: The gradient of the loss at that output; None before the backward pass, and if there is none.
-        training: True if every module was in training mode, False if none was, None if only some were.
+        training: True if all dropout layers and modules with trained parameters were in training mode, False if none
+            was, None if only some were.
     """
 
     input_ids_BT: torch.Tensor
@@ -154,7 +155,7 @@ class _Recorder:
         self.backbone: nn.Module = backbone
         self.max_steps, self.pending = max_steps, list[Forward]()
         self.last, self.summed = Tensors(), Tensors()  # gradients since the last step, see _accumulated
-        self.num_detached = 0  # forward passes since the last step
+        self.num_detached = 0  # since the last step, see Step
         # of optimizer steps inside of one another: a subclass calls its parent's, a wrapper that of the optimizer in it
         self.depth = 0
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -230,7 +230,7 @@ def _is_parallel(raw: Tensors, clipped: Tensors) -> bool:
     for name, gradient in raw.items():
         a, b = gradient.double().flatten(), clipped[name].double().flatten()
         lengths = float(a.norm() * b.norm())
-        if lengths and float(a @ b) < (1 - 1e-6) * lengths:
+        if lengths and not float(a @ b) >= (1 - 1e-6) * lengths:
             return False
     return True
 
@@ -344,7 +344,7 @@ def _update_cause(step: ReplayedStep) -> str:
         asked = step.history.plan[name]
         for group in step.step.groups:
             got = group.settings.get(name)
-            if group.names and not torch.equal(torch.tensor(got), torch.tensor(asked)):
+            if group.names and got is not None and not torch.equal(torch.tensor(got), torch.tensor(asked)):
                 return f"{name} is {got}, not {asked}"
     return _variant_cause(step) if step.number == 1 else ""
 

@@ -157,6 +157,8 @@ def _explain_by_scale(verdict: Verdict) -> None:
     gradient, model = verdict.departures.get("gradient"), verdict.departures.get("model")
     if gradient is None or model is None or (gradient.step, model.step) != (1, 2) or model.size is None:
         return
+    if gradient.hides:  # the loss itself departs, which is judged at the recorded hidden states
+        return
     del verdict.departures["gradient"]
     verdict.hidden["gradient"] = "model"
     if gradient.factor is not None:

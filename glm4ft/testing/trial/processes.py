@@ -17,7 +17,7 @@ def run_of_ranks(trial: Trial) -> tuple[RecordedRun, list[Trace]]:
     """The run as one process would have recorded it, and the trace of each process; it is recorded only once."""
     if "ranks" not in trial.shared:
         folder = str(trial.new_folder("ranks"))
-        plan = make_plan(**CHANGES, output_dir=f"{folder}/output")
+        plan = make_plan(**{**trial.standard, **CHANGES}, output_dir=f"{folder}/output")
         job = Job(trial.importable_spec, str(trial.base_dir), trial.conversations, plan, folder)
         traces = run_ranks(job, NUM_PROCESSES)
         rows = trial.rows(trial.conversations)
@@ -30,8 +30,12 @@ def run_of_ranks(trial: Trial) -> tuple[RecordedRun, list[Trace]]:
 def require_ranks_stage(trial: Trial, stage: str) -> RecordedRun:
     """Fail if the run in several processes departs at a stage."""
     run, _ = run_of_ranks(trial)
-    if departure := run.verdict.departures.get(stage):
-        raise CheckFailed(f"{departure} (in {NUM_PROCESSES} processes)", cause=departure.cause)
+    found = run.verdict.departures.get("gradient")
+    if found and found.factor and trial.removes_factor:
+        run.judge_again(factor_is_removed=True)
+    if departures := run.verdict.at(stage):
+        lines = [f"{departure} (in {NUM_PROCESSES} processes)" for departure in departures]
+        raise CheckFailed("\n".join(lines), cause=departures[0].cause)
     if stage in run.verdict.hidden:
         raise NotApplicable(f"not judged: a departure at {run.verdict.hidden[stage]} hides it")
     return run

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -257,6 +257,25 @@ class Trial:
             run.judge_again(factor_is_removed=True)
         return run
 
+    def offered(self, plans: Iterable[Mapping[str, Any]], **common: Any) -> list[tuple[Mapping[str, Any], RecordedRun]]:
+        """The runs of those plans that the subject offers, each with what its plan changes.
+
+        Args:
+            plans: The changes to the standard plan, for each run.
+            common: Further changes, for all runs.
+        Raises:
+            NotImplementedError: If the subject offers none of them.
+        """
+        found, refusals = list[tuple[Mapping[str, Any], RecordedRun]](), list[NotImplementedError]()
+        for changes in plans:
+            try:
+                found.append((changes, self.run(**{**common, **changes})))
+            except NotImplementedError as refusal:
+                refusals.append(refusal)
+        if refusals and not found:
+            raise refusals[0]
+        return found
+
     def grad_norms(self, run: RecordedRun) -> list[float]:
         """The global gradient norm of each step of a run before clipping, without a factor that is taken out again."""
         if run.has_loss_factor and self.removes_factor:
@@ -307,7 +326,7 @@ class Trial:
         if departures:
             first = next(iter(departures.values()))[0]
             lines = [f"{departure} (plan {plan})" for departure, plan in departures.values()]
-            raise CheckFailed("\n".join(lines), cause=first.cause or first.kind)
+            raise CheckFailed("\n".join(lines), cause=first.cause)
         if not judged:
             raise NotApplicable(reasons[0])
         return judged

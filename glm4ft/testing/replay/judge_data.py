@@ -158,7 +158,8 @@ def judge_model(step: ReplayedStep) -> Departures:
         touched = [name for name, t in before.items() if ".lora_B." in name and t.abs().max() > 0]
         if touched:
             yield step.depart("model", f"{len(touched)} matrices B are not zero at the start, e.g. {touched[0]}")
-    if not all(forward.training for forward in step.step.forwards):
+    # a mode that changes later is a side effect of what comes between the steps, which that stage judges
+    if step.number == 1 and not all(forward.training for forward in step.step.forwards):
         yield step.depart("model", "the model is not in training mode")
     for _, size in step.hidden_sizes:
         cause = "another base, adapter scale or dtype than requested"

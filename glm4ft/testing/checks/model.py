@@ -17,9 +17,10 @@ from glm4ft.testing.replay.tolerances import within
 from glm4ft.testing.specification.lora_spec import LoraSpec, adapted_modules, base_name
 from glm4ft.testing.specification.reference import Reference
 from glm4ft.testing.subject import make_plan
+from glm4ft.testing.trial.interventions import adapter_dropouts
 from glm4ft.testing.trial.registry import check
 from glm4ft.testing.trial.stages import CheckFailed, NotApplicable
-from glm4ft.testing.trial.trial import Trial, adapter_dropouts
+from glm4ft.testing.trial.trial import Trial
 
 NEEDS = ("build_model", "train")
 # Fields of a configuration that state how the model was loaded, not what it computes.

@@ -12,10 +12,11 @@ from safetensors import safe_open
 from glm4ft.testing.recording.trace import record
 from glm4ft.testing.specification.lora_spec import base_name
 from glm4ft.testing.subject import make_plan
+from glm4ft.testing.trial.interventions import spoiling
 from glm4ft.testing.trial.registry import check
 from glm4ft.testing.trial.same_run import changed_after_last_step, describe_divergence, explain_by_noise
 from glm4ft.testing.trial.stages import CheckFailed, NotApplicable
-from glm4ft.testing.trial.trial import Trial, spoiling
+from glm4ft.testing.trial.trial import Trial
 
 NEEDS = ("build_model", "train")
 WATCHING: dict[str, dict[str, Any]] = {

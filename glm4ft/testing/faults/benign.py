@@ -165,7 +165,7 @@ class ClippingByHand(Subject):
         parameters, limit = trained(run.model), run.plan["max_grad_norm"]
         norm = float(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]).norm())
         for parameter in parameters:
-            if parameter.grad is not None and limit and norm > limit:
+            if parameter.grad is not None and limit and not norm <= limit:
                 parameter.grad *= limit / norm
         return norm
 

@@ -1,0 +1,82 @@
+"""Interventions in a model from outside, by hooks: numbers that are not finite, dropout on or held off."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from glm4ft.testing.recording.trace import backbone_of
+
+
+@contextlib.contextmanager
+def spoiling(model: Any, what: str, is_due: Callable[[torch.Tensor], bool]) -> Iterator[list[int]]:
+    """Make forward passes, or the gradients of them, not finite while the context is open.
+
+    Args:
+        model: The model; its final norm is where the numbers are spoilt.
+        what: ``loss`` for NaN in the forward pass, ``gradient`` for an infinite gradient behind a finite loss.
+        is_due: A function of the ids (B, T) of a forward pass; those for which it is true are spoilt.
+    Yields:
+        A list that is not empty once it has happened.
+    """
+    happened, ids = list[int](), list[torch.Tensor]()
+
+    def see(embedding: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        ids[:] = [args[0]]
+
+    def spoil(norm: torch.nn.Module, args: Any, hidden: torch.Tensor) -> torch.Tensor | None:
+        if not is_due(ids[0]):
+            return None
+        if what == "loss":
+            happened.append(1)
+            return hidden * torch.nan
+        if hidden.requires_grad:
+            happened.append(1)
+            hidden.register_hook(lambda gradient: gradient * torch.inf)
+        return None
+
+    backbone: Any = backbone_of(model)
+    hooks = [backbone.embed_tokens.register_forward_pre_hook(see), backbone.norm.register_forward_hook(spoil)]
+    try:
+        yield happened
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def adapter_dropouts(model: Any) -> list[torch.nn.Dropout]:
+    """The dropout layers in front of the adapters, as peft names them."""
+    named = model.named_modules()
+    return [m for name, m in named if "lora_dropout" in name and isinstance(m, torch.nn.Dropout)]
+
+
+@contextlib.contextmanager
+def without_dropout(model: Any) -> Iterator[None]:
+    """Hold the adapters' dropout off while the context is open, so that everything else can be compared."""
+    layers = [(layer, layer.p) for layer in adapter_dropouts(model)]
+    for layer, _ in layers:
+        layer.p = 0.0
+    try:
+        yield
+    finally:
+        for layer, p in layers:
+            layer.p = p
+
+
+@contextlib.contextmanager
+def dropping(model: Any, share: float) -> Iterator[None]:
+    """Apply dropout to the embeddings while the context is open, with hooks that work on any pipeline's model."""
+
+    def drop(embedding: torch.nn.Module, _: Any, out: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.dropout(out, share, embedding.training)
+
+    embeddings = [m for m in model.modules() if isinstance(m, torch.nn.Embedding)] if share else []
+    hooks = [embedding.register_forward_hook(drop) for embedding in embeddings]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

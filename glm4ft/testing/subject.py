@@ -17,13 +17,13 @@ Optional
     ``collate(rows)``: returns a batch of tensors from rows that ``encode`` returned.
     ``build_model(base_dir, seed)``: returns the base with adapters attached, on its device.
     ``lora``: the requested adapters, by peft's names (``r``, ``lora_alpha``, ``lora_dropout``, ``target_modules``,
-    ``modules_to_save``, ``use_rslora``, ``rank_pattern``, ``alpha_pattern``, ``layers_to_transform``); without it they
-    are read from the model's own configuration. Requested dropout is judged by its rate, and held off otherwise.
+    ``exclude_modules``, ``modules_to_save``, ``use_rslora``, ``use_dora``, ``rank_pattern``, ``alpha_pattern``,
+    ``layers_to_transform``); without it they are read from the model's own configuration. Requested dropout is judged
+    by its rate, and held off otherwise.
     ``autocast``: ``"bf16"`` or ``"fp16"`` if forward passes are to run under autocast, ``None`` if they are not to;
     without it either is accepted.
     ``train(model, conversations, plan)``: trains in place. A conversation is ``{"messages": [...], "tools": [...]}``.
-    ``plan["seed"]`` seeds all its random numbers: to see whether a save, an evaluation or a resume changes a run,
-    checks apply dropout to the embeddings with hooks, unless two such runs differ anyway.
+    ``plan["seed"]`` seeds all its random numbers: checks apply dropout with hooks, and two such runs must be the same.
     It may return its log: a mapping per optimizer step with any of ``step``, ``loss``, ``grad_norm`` (before clipping),
     ``learning_rate``, and ``eval_loss`` where it evaluated. Without a log, logged figures are not judged.
     ``distributed``: True if ``train`` can run as one of several processes in the environment that torchrun sets

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,8 @@ def check_no_gradient_leaks_between_packed_rows(trial: Trial) -> None:
             trial.subject.train(model, trial.conversations, plan)
         if not leaks:
             raise NotApplicable("not judged: no row was recognised")
+        if not all(math.isfinite(leak.size) for leak in leaks):
+            raise NotApplicable("not judged: gradients are not finite, which is judged with the model and the gradient")
         worst = max(leaks, key=lambda leak: leak.size)
         if not within("batches: gradient at foreign tokens", worst.size, LEAK_LIMIT):
             raise CheckFailed(_explain_leak(worst))
@@ -119,6 +122,8 @@ def _require_judged_model(run: RecordedRun) -> None:
     """Skip if the model itself is wrong: every row is off then, alone or not, and the checks of the model report it."""
     if "model" in run.verdict.departures or not run.trace.steps:
         raise NotApplicable("not judged: the run departs, whether or not it evaluates")
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in run.trained.values()):
+        raise NotApplicable("not judged: the run trains to parameters that are not finite, which other checks report")
 
 
 @check(
@@ -187,11 +192,13 @@ def _require_collated(trial: Trial, subject: Any, pad_id: int) -> None:
     shapes = {name: tuple(t.shape) for name, t in batch.items() if isinstance(t, torch.Tensor) and t.dim() == 2}
     if len(set(shapes.values())) > 1:
         raise CheckFailed(f"the fields of a batch differ in shape: {shapes}")
+    # ids without the last token beside labels without the first: the loss then shifts nothing
+    is_shifted = not _holds(pair[1]["input_ids"], batch["input_ids"])
     for row in pair:
-        is_shifted = "labels" in batch and not _holds(row["input_ids"], batch["input_ids"])
         ids, labels = row["input_ids"], row["labels"]
-        if is_shifted:  # ids without the last token beside labels without the first: the loss then shifts nothing
-            ids, labels = ids[:-1], labels[1:]
+        if is_shifted and not _holds(ids, batch["input_ids"]):
+            ids = ids[:-1]
+        labels = labels[1:] + [IGNORED] * (len(ids) - len(labels) + 1) if is_shifted else labels
         b, start = _find(ids, batch["input_ids"])
         _require_row(batch, labels, b, range(start, start + len(ids)), pad_id)
     got, expected = (sum(label != IGNORED for labels in every for label in labels)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from glm4ft.testing.replay.plans import SMALL_NORM
 from glm4ft.testing.replay.tolerances import within
+from glm4ft.testing.trial.plans import SMALL_NORM
 from glm4ft.testing.trial.registry import check
 from glm4ft.testing.trial.stages import CheckFailed
 from glm4ft.testing.trial.trial import Trial

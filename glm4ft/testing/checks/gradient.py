@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from glm4ft.testing.replay.step import LIMITS, relative
 from glm4ft.testing.replay.tolerances import within
 from glm4ft.testing.specification.mask_oracle import IGNORED
 from glm4ft.testing.trial.processes import require_ranks_agree, require_ranks_stage
@@ -71,10 +72,22 @@ def check_rows_without_targets_do_not_count(trial: Trial) -> None:
         raise CheckFailed(f"step {number} of a run without any target was taken, {words}; it should be refused")
 
 
-@check(stage="gradient", needs=NEEDS, incident="torchtune 1097: recomputation changed what was computed")
+@check(stage="gradient", needs=NEEDS, incident="torchtune 1097: recomputation changed what was computed; OLMo 702")
 def check_checkpointing_does_not_change_the_gradient(trial: Trial) -> None:
-    """Gradient checkpointing, which recomputes activations, gives the same gradient on padded and on packed rows."""
+    """Gradient checkpointing, which recomputes activations, gives the same gradient on padded and on packed rows.
+
+    The same holds with dropout inside of the checkpointed layers: recomputation drops the same entries again.
+    """
     trial.require_plans("checkpointing_does_not_change_the_gradient", "gradient")
+    plain, recomputed = (
+        trial.run(steps=2, gradient_checkpointing=on, **trial.noise).trace.steps for on in (False, True)
+    )
+    size = relative(recomputed[0].raw, plain[0].raw) if plain and recomputed else 0.0
+    if not within("gradient: recomputed with dropout", size, LIMITS[trial.dtype]):
+        raise CheckFailed(
+            f"with dropout, the gradient with checkpointing is {size:.1e} off that without: recomputation draws other "
+            "random numbers than the forward pass"
+        )
 
 
 @check(stage="gradient", needs=NEEDS, incident="verl 436: the divided loss was logged, the undivided one trained")

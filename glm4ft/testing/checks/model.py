@@ -97,6 +97,37 @@ def _weight_cause(got: torch.Tensor, stored: torch.Tensor) -> str:
 
 
 @check(
+    stage="model", needs=("build_model",), incident="axolotl's GLM-4 example names gate_proj; PEFT 3318, 2195 and 3315"
+)
+def check_adapters_are_on_the_requested_modules(trial: Trial) -> None:
+    """Exactly the requested modules have adapters, each with its requested rank."""
+    asked, model = trial.lora_spec, _built(trial)
+    parameters = dict(model.named_parameters())
+    found = adapted_modules(list(parameters))
+    wanted = asked.modules_of(trial.reference.model)
+    targets = asked.targets if isinstance(asked.targets, tuple) else ()
+    every = [f".{name}" for name, _ in trial.reference.model.named_modules()]
+    unmatched = [target for target in targets if not any(name.endswith(f".{target}") for name in every)]
+    if unmatched:
+        raise CheckFailed(f"{', '.join(unmatched)} was asked for, but no module of the base has that name")
+    for words, names in (("has no adapter", set(wanted) - set(found)), ("was not asked for", set(found) - set(wanted))):
+        if names:
+            raise CheckFailed(f"{min(names)} {words} ({len(names)} like it; {len(found)} adapters for {len(wanted)})")
+    for module, pair in found.items():
+        shapes = parameters[pair["A"]].shape[0], parameters[pair["B"]].shape[1]
+        if set(shapes) != {asked.rank_of(module)}:
+            raise CheckFailed(f"the adapter of {module} has rank {shapes[0]}, not {asked.rank_of(module)}")
+        if ("magnitude_vector" in pair) != asked.decomposed:
+            words = "no magnitude, though DoRA was" if asked.decomposed else "a magnitude, though DoRA was not"
+            raise CheckFailed(f"the adapter of {module} has {words} requested")
+        if asked.decomposed:
+            norms, got = (t.detach().float().cpu() for t in (trial.reference.weights[f"{module}.weight"].norm(dim=1),
+                                                             parameters[pair["magnitude_vector"]]))  # fmt: skip
+            if not float((got - norms).norm() / norms.norm()) <= LIMITS[trial.dtype]:
+                raise CheckFailed(f"the magnitudes of {module} do not start as the norms of its weight's rows")
+
+
+@check(
     stage="model", needs=("build_model",), incident="axolotl 1886, unsloth-zoo 913: another norm, a weight transposed"
 )
 def check_first_loss_equals_that_of_the_base(trial: Trial) -> None:
@@ -121,29 +152,6 @@ def _plain_base(trial: Trial) -> Reference:
         return trial.reference
     except NotApplicable:
         return Reference(trial.base_dir, LoraSpec(rank=1, alpha=1))
-
-
-@check(
-    stage="model", needs=("build_model",), incident="axolotl's GLM-4 example names gate_proj; PEFT 3318, 2195 and 3315"
-)
-def check_adapters_are_on_the_requested_modules(trial: Trial) -> None:
-    """Exactly the requested modules have adapters, each with its requested rank."""
-    asked, model = trial.lora_spec, _built(trial)
-    parameters = dict(model.named_parameters())
-    found = adapted_modules(list(parameters))
-    wanted = asked.modules_of(trial.reference.model)
-    targets = asked.targets if isinstance(asked.targets, tuple) else ()
-    unmatched = [target for target in targets if not any(name.split(".")[-1] == target or name.endswith(f".{target}")
-                                                         for name in wanted)]  # fmt: skip
-    if unmatched:
-        raise CheckFailed(f"{', '.join(unmatched)} was asked for, but no module of the base has that name")
-    for words, names in (("has no adapter", set(wanted) - set(found)), ("was not asked for", set(found) - set(wanted))):
-        if names:
-            raise CheckFailed(f"{min(names)} {words} ({len(names)} like it; {len(found)} adapters for {len(wanted)})")
-    for module, pair in found.items():
-        shapes = parameters[pair["A"]].shape[0], parameters[pair["B"]].shape[1]
-        if set(shapes) != {asked.rank_of(module)}:
-            raise CheckFailed(f"the adapter of {module} has rank {shapes[0]}, not {asked.rank_of(module)}")
 
 
 @check(

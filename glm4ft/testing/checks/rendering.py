@@ -176,14 +176,21 @@ def check_reasoning_tags_are_encoded_as_text(trial: Trial) -> None:
     """In formats without reasoning, ``<think>`` and ``</think>`` stay text, in pairs and alone."""
     if not is_glm(trial):
         raise NotApplicable("the claim is about GLM-4 formats, which have no reasoning of their own")
+
+    def text_of(*messages: dict[str, Any]) -> str:
+        ids = row_of(trial, Talk("reasoning tags", messages)).ids
+        return str(trial.subject.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+    def as_earlier_answer(content: str) -> str:
+        return text_of(user("hi"), answer(content), user("and now?"), answer("end"))
+
     for content in REASONING:
-        row = row_of(trial, Talk("reasoning tags", (user(content), answer(content))))
-        text = trial.subject.tokenizer.decode(row.ids, clean_up_tokenization_spaces=False)
+        text = text_of(user(content), answer(content))
         if text.count(content) != 2:
             raise CheckFailed(f"{content!r} as question and as answer became {text!r}")
-        talk = Talk("reasoning tags in an earlier turn", (user("hi"), answer(content), user("and now?"), answer("end")))
-        text = trial.subject.tokenizer.decode(row_of(trial, talk).ids, clean_up_tokenization_spaces=False)
-        if content not in text:
+        text = as_earlier_answer(content)
+        # where any text changes in earlier turns, it is not about reasoning, and another check says so
+        if content not in text and "plain words" in as_earlier_answer("plain words"):
             raise CheckFailed(f"{content!r} as an earlier answer became {text!r}")
 
 

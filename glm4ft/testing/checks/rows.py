@@ -136,6 +136,26 @@ def check_content_never_becomes_a_control_token(trial: Trial) -> None:
                 raise CheckFailed(f"conversation {name_of(row.talk)}: the text of message {index} changes control ids")
 
 
+@check(stage="rows", incident="TRL 5559 and 6433: the template rewrites earlier turns once later ones follow")
+def check_earlier_turns_do_not_change(trial: Trial) -> None:
+    """Encoding only the first turns gives the beginning of the whole conversation's ids and labels.
+
+    The last stop token of the shorter conversation may differ.
+    """
+    for talk in bank_of(trial):
+        whole = row_of(trial, talk)
+        ends = [i + 1 for i, message in enumerate(talk.messages) if message["role"] == "assistant"]
+        for number, end in enumerate(ends, 1):
+            part = row_of(trial, Talk(f"{talk.id}, to turn {number}", talk.messages[:end], talk.tools))
+            kept = max((run.stop for run in part.runs), default=1) - 1  # the stop token may differ at the end
+            for name, before, after in (("ids", part.ids, whole.ids), ("labels", part.labels, whole.labels)):
+                where = common_prefix_length(before[:kept], after)
+                if where < kept:
+                    problem = f"the {name} of the conversation to turn {number} change when more follows"
+                    was = f"{before[where]} for {show_token(trial.subject.tokenizer, part.ids, where)}"
+                    fail(trial, whole, f"{problem}; position {where} was {was}, is {value_at(after, where)}", where)
+
+
 @check(stage="rows", incident="FastChat 2498, alpaca-lora fac5372: the span was off by one token at the seam")
 def check_supervised_text_is_the_answer(trial: Trial) -> None:
     """Each assistant turn has one supervised run, which decodes to tool name, newline, content and stop token."""
@@ -188,26 +208,6 @@ def check_row_begins_with_the_serving_prompt(trial: Trial) -> None:
                 problem = f"turn {number} (message {index}): serving sends {len(prompt)} ids, the row has {start}"
                 sent = show_token(trial.subject.tokenizer, prompt, where) if where < len(prompt) else "nothing"
                 fail(trial, row, f"{problem} before the answer; at position {where} serving sends {sent}", where)
-
-
-@check(stage="rows", incident="TRL 5559 and 6433: the template rewrites earlier turns once later ones follow")
-def check_earlier_turns_do_not_change(trial: Trial) -> None:
-    """Encoding only the first turns gives the beginning of the whole conversation's ids and labels.
-
-    The last stop token of the shorter conversation may differ.
-    """
-    for talk in bank_of(trial):
-        whole = row_of(trial, talk)
-        ends = [i + 1 for i, message in enumerate(talk.messages) if message["role"] == "assistant"]
-        for number, end in enumerate(ends, 1):
-            part = row_of(trial, Talk(f"{talk.id}, to turn {number}", talk.messages[:end], talk.tools))
-            kept = max((run.stop for run in part.runs), default=1) - 1  # the stop token may differ at the end
-            for name, before, after in (("ids", part.ids, whole.ids), ("labels", part.labels, whole.labels)):
-                where = common_prefix_length(before[:kept], after)
-                if where < kept:
-                    problem = f"the {name} of the conversation to turn {number} change when more follows"
-                    was = f"{before[where]} for {show_token(trial.subject.tokenizer, part.ids, where)}"
-                    fail(trial, whole, f"{problem}; position {where} was {was}, is {value_at(after, where)}", where)
 
 
 @check(stage="rows", incident="ms-swift 9266: flags lost when turns were merged")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from glm4ft.testing.recording.trace import record
 from glm4ft.testing.specification.lora_spec import base_name
 from glm4ft.testing.subject import make_plan
 from glm4ft.testing.trial.interventions import spoiling
+from glm4ft.testing.trial.plans import PLANS
 from glm4ft.testing.trial.registry import check
 from glm4ft.testing.trial.same_run import changed_after_last_step, describe_divergence, explain_by_noise
 from glm4ft.testing.trial.stages import CheckFailed, NotApplicable
@@ -65,6 +67,18 @@ def check_evaluation_runs_in_eval_mode(trial: Trial) -> None:
             raise CheckFailed(f"step {number} ran in eval mode: evaluation did not restore training mode")
 
 
+@check(stage="side-effects", needs=NEEDS, incident="no seed was set before training: runs with dropout never repeat")
+def check_one_seed_repeats_one_run(trial: Trial) -> None:
+    """Two runs by one plan are the same bit by bit, dropout included: the plan's seed seeds all random numbers."""
+    if found := describe_divergence(trial.run(), trial.again):
+        raise NotApplicable(f"not judged: two equal runs differ even without dropout: {found}")
+    if not trial.noise:
+        raise CheckFailed(
+            "two runs by one plan are the same without dropout and differ with it: the random numbers of training do "
+            "not come from the plan's seed"
+        )
+
+
 @check(
     stage="side-effects",
     needs=NEEDS,
@@ -72,6 +86,7 @@ def check_evaluation_runs_in_eval_mode(trial: Trial) -> None:
 )
 def check_logging_and_saving_do_not_change_the_run(trial: Trial) -> None:
     """A run with logs, evaluations and checkpoints has the parameters of a run without them, bit by bit."""
+    _require_no_interruption_departs(trial)
     noise = trial.noise
     bare = trial.run(**noise)
     if not noise and describe_divergence(bare, trial.again):
@@ -92,6 +107,19 @@ def check_logging_and_saving_do_not_change_the_run(trial: Trial) -> None:
         if found:
             raise CheckFailed(f"{name} every {next(iter(changes.values()))} steps changes the run: {found}")
     raise CheckFailed(f"logging, evaluating and saving together change the run: {together}")
+
+
+def _require_no_interruption_departs(trial: Trial) -> None:
+    """Fail if the run of a plan with evaluations or saves departs from the specification, and not without them."""
+    for plan in PLANS:
+        if plan.uninterrupted() is None:
+            continue
+        with contextlib.suppress(NotImplementedError):
+            for stage, departure in trial.run_plan(plan).verdict.departures.items():
+                if trial.departs_interrupted_only(plan, stage):
+                    raise CheckFailed(
+                        f"evaluating or saving changes the run: {departure} (plan {plan}, and not without)"
+                    )
 
 
 @check(stage="side-effects", needs=NEEDS, incident="ms-swift 9452: a save switched requires_grad off; seq2seq 38")
@@ -138,6 +166,11 @@ def check_numbers_that_are_not_finite_are_reported(trial: Trial) -> None:
             raise NotApplicable("not judged: no forward pass of training went through the final norm")
         figures = [entry[name] for entry in log for name in ("loss", "grad_norm") if entry.get(name) is not None]
         unlogged = unlogged or not figures
+        norm = log[1].get("grad_norm") if what == "gradient" and len(log) == plan["steps"] else None
+        if norm is not None and math.isfinite(norm):
+            raise CheckFailed(
+                f"the gradient of step 2 was made infinite from outside, and the log has a norm of {norm:.4g}"
+            )
         if figures and all(math.isfinite(figure) for figure in figures):
             raise CheckFailed(
                 f"the {what} of step 2 was made not finite from outside, the run went on, and every figure of its log "

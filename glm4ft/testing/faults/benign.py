@@ -209,34 +209,6 @@ class LossScaling(Subject):
         return super().clip(run)
 
 
-@variation("rank-and-alpha-patterns")
-class RankAndAlphaPatterns(Subject):
-    """Some modules have their own rank and scale, as requested."""
-
-    lora: Mapping[str, Any] = {**Subject.lora, "rank_pattern": {"o_proj": 4}, "alpha_pattern": {"self_attn.o_proj": 32}}
-
-
-@variation("rank-stabilised")
-class RankStabilised(Subject):
-    """Alpha is divided by the square root of the rank, as requested."""
-
-    lora: Mapping[str, Any] = {**Subject.lora, "use_rslora": True}
-
-
-@variation("adapter-on-the-head")
-class AdapterOnTheHead(Subject):
-    """The head has an adapter too."""
-
-    lora: Mapping[str, Any] = {**Subject.lora, "target_modules": [*Subject.lora["target_modules"], "lm_head"]}
-
-
-@variation("one-layer")
-class OneLayer(Subject):
-    """Only one layer has adapters, with twice the rank, as requested."""
-
-    lora: Mapping[str, Any] = {**Subject.lora, "layers_to_transform": [1], "r": 16, "lora_alpha": 32}
-
-
 @variation("end-of-text")
 class EndOfText(Subject):
     """The last answer of a conversation ends with the end-of-text token."""

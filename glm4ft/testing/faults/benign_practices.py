@@ -31,24 +31,6 @@ class NoMaskOnRightPadding(Subject):
         return {name: tensor for name, tensor in super().collate(rows).items() if name != "attention_mask"}
 
 
-@variation("dropout-requested")
-class DropoutRequested(Subject):
-    """The adapters have the dropout that was requested, in training only."""
-
-    lora: Mapping[str, Any] = {**Subject.lora, "lora_dropout": 0.1}
-
-
-@variation("bf16-autocast")
-class Bf16Autocast(Subject):
-    """Forward passes run under bf16 autocast, with parameters and optimizer in fp32."""
-
-    autocast = "bf16"
-
-    def forward(self, model: Any, batch: Batch) -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return super().forward(model, batch)
-
-
 @variation("gradients-in-a-buffer")
 class GradientsInABuffer(Subject):
     """Each micro-batch's gradient is moved to a buffer beside ``grad``, as Megatron's ``main_grad``."""
@@ -175,10 +157,6 @@ class BackwardInAClosure(Subject):
 class RowsShiftedInTheBatch(Subject):
     """Batches hold ids without the last and labels without the first, so that the loss shifts nothing."""
 
-    def shifted(self, batch: Batch) -> Batch:
-        """The batch with each label at the position that predicts it."""
-        return {n: t[:, 1:] if n == "labels" else t[:, :-1] for n, t in batch.items()}
-
     def collate(self, rows: Sequence[Features]) -> Batch:
         if not self.is_training:
             return super().collate(rows)
@@ -220,6 +198,27 @@ class RowsShiftedInTheBatch(Subject):
                 yield
             finally:
                 self.is_training = was
+
+
+@variation("batch-shifted-after-padding")
+class BatchShiftedAfterPadding(Subject):
+    """Every batch is shifted once it is padded, in training and evaluation alike, so that the loss shifts nothing."""
+
+    def shifted(self, batch: Batch) -> Batch:
+        """The batch with each label at the position that predicts it."""
+        return {name: tensor[:, 1:] if name == "labels" else tensor[:, :-1] for name, tensor in batch.items()}
+
+    def collate(self, rows: Sequence[Features]) -> Batch:
+        return self.shifted(super().collate(rows))
+
+    def collate_packed(self, rows: Sequence[Features]) -> Batch:
+        return self.shifted(super().collate_packed(rows))
+
+    def count_targets(self, batches: Sequence[Batch]) -> int:
+        return sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
+
+    def shift(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return logits.flatten(0, 1), labels.flatten()
 
 
 @variation("warm-up-above-zero")

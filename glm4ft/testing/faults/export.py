@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from glm4ft.testing.faults.model import set_lora_scale
 from glm4ft.testing.faults.registry import faults_at
 from glm4ft.testing.subjects.plain_loop import Subject
@@ -108,3 +110,22 @@ class MergeDeltaTransposed(Subject):
                 delta = module.get_delta_weight("default")
                 module.base_layer.weight.data += delta.T - delta
         return super().merged(model)
+
+
+@fault(
+    "merged-onto-another-base", evidence="unsloth-zoo 810", cause=r"another base|other base|base's weights|not the base"
+)
+class MergedOntoAnotherBase(Subject):
+    """The adapter is merged into a different base than the one it was trained on."""
+
+    def load_other_base(self, base_dir: str, folder: str) -> Any:
+        """A base with slightly different weights, with the saved adapter."""
+        model, generator = self.load(base_dir, folder), torch.Generator().manual_seed(0)
+        for name, p in model.named_parameters():
+            if "lora_" not in name and p.dim() == 2:
+                p.data += 0.02 * p.data.std() * torch.randn(p.shape, generator=generator)
+        return model
+
+    def merge(self, base_dir: str, folder: str, output: str) -> None:
+        self.merged(self.load_other_base(base_dir, folder)).save_pretrained(output)
+        self.tokenizer.save_pretrained(output)

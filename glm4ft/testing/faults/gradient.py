@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from glm4ft.data.chat_format import IGNORED
-from glm4ft.testing.faults.registry import faults_at
+from glm4ft.testing.faults.registry import MADE_UP, faults_at
 from glm4ft.testing.subjects.plain_loop import LoopState, Subject, world_size
 from glm4ft.testing.subjects.plain_loop_data import Batch
 
@@ -198,3 +199,30 @@ class WorldSizeFactorLost(Subject):
 
     def loss_factor(self, batch: Batch, num_targets: int, num_micro_batches: int) -> float:
         return super().loss_factor(batch, num_targets, num_micro_batches) / world_size()
+
+
+@fault(
+    "mean-over-processes",
+    processes=2,
+    evidence=MADE_UP,
+    cause=r"cause: [^(]*process|averaged over (the )?processes|(each|per) process",
+)
+class MeanOverProcesses(Subject):
+    """Each process divides by the number of its own targets, so tokens of a process with few targets weigh more."""
+
+    num_own = 1
+
+    def count_targets(self, batches: Sequence[Batch]) -> int:
+        self.num_own = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches)
+        return super().count_targets(batches)
+
+    def loss_factor(self, batch: Batch, num_targets: int, num_micro_batches: int) -> float:
+        return 1 / self.num_own
+
+
+@fault("divided-by-all-positions", evidence=MADE_UP, cause=r"all positions|padding|number of positions|masked")
+class DividedByAllPositions(Subject):
+    """The loss is divided by all positions of the step, with prompts and padding, instead of by the targets."""
+
+    def count_targets(self, batches: Sequence[Batch]) -> int:
+        return sum(batch["labels"].numel() for batch in batches)

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from glm4ft.testing.faults.registry import faults_at
+from glm4ft.testing.faults.registry import MADE_UP, faults_at
 from glm4ft.testing.recording.trace import backbone_of
 from glm4ft.testing.subjects.plain_loop import Subject, trained
 from glm4ft.testing.subjects.plain_loop_data import Batch
@@ -259,4 +259,15 @@ class CastToPackedDtype(Subject):
         base = super().load_base(base_dir)
         projection = base.model.layers[0].mlp.down_proj
         projection.register_forward_pre_hook(lambda module, args: (args[0].to(torch.int8).to(args[0].dtype),))
+        return base
+
+
+@fault("module-drawn-anew", evidence=MADE_UP, cause=r"random|anew|initiali[sz]ed|drawn")
+class ModuleDrawnAnew(Subject):
+    """One weight is not found in the checkpoint, so the loader initializes it at random and only warns."""
+
+    def load_base(self, base_dir: str) -> Any:
+        base = super().load_base(base_dir)
+        weight = base.model.layers[1].mlp.down_proj.weight
+        weight.data = 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
         return base

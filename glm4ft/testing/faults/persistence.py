@@ -13,7 +13,8 @@ import torch
 from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from glm4ft.testing.faults.registry import faults_at
+from glm4ft.testing.faults.model import set_lora_scale
+from glm4ft.testing.faults.registry import MADE_UP, faults_at
 from glm4ft.testing.subjects.plain_loop import LoopState, Subject, process_rank, trained, world_size
 
 ESCAPES = (
@@ -146,6 +147,15 @@ class ResumeMasterWeightsStale(Subject):
             hook.remove()
 
         hook = run.optimizer.register_step_pre_hook(write_back)
+
+
+@fault("scale-applied-twice-on-resume", evidence=MADE_UP, cause=r"scale|alpha")
+class ScaleAppliedTwiceOnResume(Subject):
+    """The adapters of a resumed run are multiplied by alpha / r twice."""
+
+    def resume(self, run: LoopState, folder: Path) -> None:
+        super().resume(run, folder)
+        set_lora_scale(run.model, (self.lora["lora_alpha"] / self.lora["r"]) ** 2)
 
 
 def steps_per_epoch(subject: Subject, run: LoopState) -> int:

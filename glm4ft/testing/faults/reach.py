@@ -24,6 +24,7 @@ from glm4ft.testing.trial.stages import STAGES, NotApplicable
 from glm4ft.testing.trial.trial import Trial
 
 REACH_FILE = Path(__file__).with_name("reach.json")
+LABELS = {"name", "distributed"}  # members of every fault and variation that change nothing
 used: set[str] = set()
 
 
@@ -37,20 +38,22 @@ class Watched(Subject):
 
 
 def reaching(subject: type[Subject], last_stage: str = STAGES[-1]) -> list[Check]:
-    """The checks that can see what a subject changes, in the order of the stages.
+    """The checks that can see what a subject changes, in the order of the stages; all checks if it changes nothing.
 
     Args:
-        subject: A subclass of the plain loop.
+        subject: The plain loop or a subclass of it.
         last_stage: The last stage whose checks are returned.
     """
-    changed = {name for kind in subject.__mro__ if kind not in Subject.__mro__ for name in vars(kind)}
+    members = {name for kind in subject.__mro__ if kind not in Subject.__mro__ for name in vars(kind)}
+    changed = {name for name in members - LABELS if not name.startswith("__") or name == "__init__"}
     stages = STAGES[: STAGES.index(last_stage) + 1]
-    return [check for check in all_checks() if check.stage in stages and _can_see(check, changed)]
+    return [check for check in all_checks() if check.stage in stages and (not changed or _can_see(check, changed))]
 
 
 def _can_see(check: Check, changed: set[str]) -> bool:
     members = known_reach().get(check.name)
-    return members is None or "__init__" in changed or not changed.isdisjoint(members)
+    # a check that used no member was not applicable to the healthy loop: what it would use is not known
+    return not members or "__init__" in changed or not changed.isdisjoint(members)
 
 
 @cache

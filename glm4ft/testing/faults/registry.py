@@ -1,5 +1,6 @@
 """The registry of faults: each is a healthy pipeline with one part overridden, and the verdict that it must get.
 
+Most are bugs of real code; some are made up beside them, where a check could miss what no public report shows.
 To add one, define a subclass of the plain loop in the module of its stage, with a docstring that states the bug in one
 sentence. Stage and pattern of the cause are fixed before the fault is first run.
 """
@@ -21,8 +22,11 @@ from glm4ft.testing.trial.stages import STAGES
 
 FAULT_MODULES = (
     "rows_rendering", "rows_mask", "batches", "model", "gradient", "clipping", "schedule", "update",
-    "side_effects", "persistence", "export", "outcome",
+    "side_effects", "persistence", "export", "outcome", "varied_plans", "not_finite", "user_variations", "randomness",
+    "requested_settings",
 )  # fmt: skip
+
+MADE_UP = "made up: no public report"  # the evidence of a fault that was not found in real code
 
 # Environment variable with further modules that register faults or variations, separated by commas; worker processes
 # inherit it.
@@ -34,12 +38,13 @@ Kind = TypeVar("Kind", bound=type[Subject])
 
 @dataclass(frozen=True)
 class Fault:
-    """A bug that occurred in real code and did not stop the run.
+    """A bug that does not stop the run.
 
     Args:
         id: The id in the catalogue.
         stage: The stage that the verdict must name.
-        evidence: The repositories, with numbers of issues, pull requests or commits.
+        evidence: The repositories in which it occurred, with numbers of issues, pull requests or commits; or
+            ``MADE_UP``, if it is made up beside real ones.
         cause: A regular expression that the message of the first failing check matches if it names the cause.
         subject: The class of the pipeline with the bug.
         because: The reason if the stage differs from the catalogue's heading; "" if it does not.

@@ -9,7 +9,7 @@ import torch
 
 from glm4ft.data.chat_format import IGNORED
 from glm4ft.data.conversation import Conversation, Message
-from glm4ft.testing.faults.registry import ServedRight, faults_at
+from glm4ft.testing.faults.registry import MADE_UP, ServedRight, faults_at
 from glm4ft.testing.subjects.plain_loop import Subject
 from glm4ft.testing.subjects.plain_loop_data import Batch, Features, TextSegment
 
@@ -112,6 +112,19 @@ class StopTokenNotAppended(ServedRight):
     def render(self, conversation: Conversation) -> list[TextSegment]:
         segments = super().render(conversation)
         return segments[:-1] if conversation.messages[-1].role == "assistant" else segments
+
+
+@fault(
+    "last-terminator-missing-behind-calls",
+    evidence=MADE_UP,
+    cause=r"no terminator|stop token|never ends|is not trained|ends after",
+)
+class LastTerminatorMissingBehindCalls(Subject):
+    """A conversation that ends with a tool call has no stop token after it."""
+
+    def render(self, conversation: Conversation) -> list[TextSegment]:
+        segments = super().render(conversation)
+        return segments[:-1] if conversation.messages[-1].is_call else segments
 
 
 @fault(

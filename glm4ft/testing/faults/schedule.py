@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from glm4ft.testing.faults.registry import faults_at
+from glm4ft.testing.faults.registry import MADE_UP, faults_at
 from glm4ft.testing.subjects.plain_loop import Subject, world_size
 
 ESCAPES = "Schedules that a plan cannot express (restarts, a floor above zero) are not compared."
@@ -48,3 +48,11 @@ class SchedKwargsDropped(Subject):
 
     def rate_factor(self, step: int, plan: Mapping[str, Any]) -> float:
         return super().rate_factor(step, {**plan, "schedule": "linear"})
+
+
+@fault("rate-a-step-behind", evidence=MADE_UP, cause=r"\bbehind\b|\blate\b|lags|step before|previous step")
+class RateAStepBehind(Subject):
+    """Each update uses the learning rate of the step before."""
+
+    def rate_factor(self, step: int, plan: Mapping[str, Any]) -> float:
+        return super().rate_factor(max(0, step - 1), plan)

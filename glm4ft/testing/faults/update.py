@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from glm4ft.testing.faults.registry import faults_at
+from glm4ft.testing.faults.registry import MADE_UP, faults_at
 from glm4ft.testing.subjects.plain_loop import LoopState, Subject, trained
 
 ESCAPES = (
@@ -83,3 +83,91 @@ class L2InPlaceOfDecoupled(Subject):
     def make_optimizer(self, model: Any, plan: Mapping[str, Any]) -> torch.optim.Optimizer:
         groups = self.parameter_groups(model, plan)
         return torch.optim.Adam(groups, lr=plan["learning_rate"], betas=tuple(plan["betas"]), eps=plan["eps"])
+
+
+@fault("betas-swapped", evidence=MADE_UP, cause=r"betas")
+class BetasSwapped(Subject):
+    """The two betas are passed in the wrong order."""
+
+    def make_optimizer(self, model: Any, plan: Mapping[str, Any]) -> torch.optim.Optimizer:
+        return super().make_optimizer(model, {**plan, "betas": tuple(plan["betas"])[::-1]})
+
+
+class OwnAdamW(Subject):
+    """A pipeline with an AdamW written by hand, and one method for each part of it that can go wrong."""
+
+    def make_optimizer(self, model: Any, plan: Mapping[str, Any]) -> torch.optim.Optimizer:
+        return AdamW(self.parameter_groups(model, plan), plan, self)
+
+    def stored(self, moment: torch.Tensor) -> torch.Tensor:
+        """A moment with the precision in which it is kept."""
+        return moment
+
+    def correction(self, beta: float, step: float) -> float:
+        """The divisor that corrects a moment for its start at zero."""
+        return float(1 - beta**step)
+
+    def root(self, second: torch.Tensor, eps: float) -> torch.Tensor:
+        """The divisor of the update, from the corrected second moment."""
+        return second.sqrt() + eps
+
+
+class AdamW(torch.optim.Optimizer):
+    """The optimizer of :class:`OwnAdamW`; it has the name of torch's, since that is what a report shows.
+
+    Args:
+        params: The parameter groups.
+        plan: The plan with the settings.
+        parts: The pipeline with the parts of the update.
+    """
+
+    def __init__(self, params: Any, plan: Mapping[str, Any], parts: OwnAdamW) -> None:
+        settings = {"lr": plan["learning_rate"], "betas": tuple(plan["betas"]), "eps": plan["eps"]}
+        super().__init__(params, {**settings, "weight_decay": plan["weight_decay"]})
+        self.parts = parts
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Update the moments and parameters of every group."""
+        for group in self.param_groups:
+            for parameter in [p for p in group["params"] if p.grad is not None]:
+                state = self.state[parameter]
+                if not state:
+                    zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                    state.update(step=torch.tensor(0.0), **zeros)
+                state["step"] += 1
+                self.update(parameter, state, group)
+
+    def update(self, parameter: Any, state: dict[str, torch.Tensor], group: Mapping[str, Any]) -> None:
+        """Update the moments of one parameter, then the parameter."""
+        (beta1, beta2), step, gradient = group["betas"], float(state["step"]), parameter.grad
+        first, second = state["exp_avg"], state["exp_avg_sq"]
+        first.lerp_(gradient, 1 - beta1).copy_(self.parts.stored(first))
+        second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2).copy_(self.parts.stored(second))
+        divisor = self.parts.root(second / self.parts.correction(beta2, step), group["eps"])
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.addcdiv_(first / self.parts.correction(beta1, step), divisor, value=-group["lr"])
+
+
+@fault("no-bias-correction", evidence=MADE_UP, cause=r"bias")
+class NoBiasCorrection(OwnAdamW):
+    """AdamW does not correct its moments for their start at zero."""
+
+    def correction(self, beta: float, step: float) -> float:
+        return 1.0
+
+
+@fault("moments-rounded-to-bf16", evidence=MADE_UP, cause=r"bf16|bfloat16|moment")
+class MomentsRoundedToBf16(OwnAdamW):
+    """The optimizer's moments are rounded to bf16 in every step, though their dtype is fp32."""
+
+    def stored(self, moment: torch.Tensor) -> torch.Tensor:
+        return moment.bfloat16().float()
+
+
+@fault("eps-inside-the-root", evidence=MADE_UP, cause=r"\beps")
+class EpsInsideTheRoot(OwnAdamW):
+    """Epsilon is added to the second moment before its square root is taken, not after."""
+
+    def root(self, second: torch.Tensor, eps: float) -> torch.Tensor:
+        return (second + eps).sqrt()

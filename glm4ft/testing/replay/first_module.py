@@ -34,14 +34,28 @@ def describe_first_differing_module(model: Any, base: Any, ids: Sequence[int], l
         if name not in got or _size(got[name][1], output) <= limit:
             continue
         if given is None or _size(got[name][0], given) <= limit:
-            return (
-                f"the first module to differ is {name}, {_size(got[name][1], output):.1e} off on the base's own input"
-            )
+            off = f"{_size(got[name][1], output):.1e} off on the base's own input"
+            return f"the first module to differ is {name}, {off}{_input_words(base, name, given, got[name][1], limit)}"
         return (
             f"the first difference is in the input of {name}, {_size(got[name][0], given):.1e} off, "
             "while the outputs of all modules before it equal the base's"
         )
     return ""
+
+
+# The casts of a module's input that are tried as the cause of another output.
+CASTS = {"integers, a packed weight's dtype": torch.int8, "bfloat16": torch.bfloat16}
+
+
+@torch.no_grad()
+def _input_words(base: Any, name: str, given: torch.Tensor | None, got: torch.Tensor, limit: float) -> str:
+    """The cast of its activations that gives a module's output; "" if none does."""
+    module = base.get_submodule(name)
+    if given is None or not isinstance(module, torch.nn.Linear):
+        return ""
+    weight = module.weight.float().cpu()
+    fitting = [words for words, dtype in CASTS.items() if _size(got, given.to(dtype).float() @ weight.T) <= limit]
+    return f"; likely cause: its activations are cast to {fitting[0]}" if len(fitting) == 1 else ""
 
 
 @torch.no_grad()

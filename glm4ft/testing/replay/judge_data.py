@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from glm4ft.data.chat_format import IGNORED, common_prefix_length
@@ -14,6 +16,7 @@ from glm4ft.testing.replay.step import Departure, Departures, ReplayedStep, Seen
 SURE = 0.999
 # The judges for which all rows of a step have to be known.
 UNKNOWN = ("batches", "loss", "gradient")
+NULL_MEMBER = re.compile(r',\s*"[^"]+": null|"[^"]+": null,?\s*')
 SHOWN = 3  # the number of tokens of a row that a message quotes
 
 
@@ -44,8 +47,15 @@ def _unknown_row(step: ReplayedStep, ids: tuple[int, ...]) -> Departure:
     at = common_prefix_length(nearest, ids)
     found, expected = (step.reference.show(row[at : at + SHOWN]) for row in (ids, nearest))
     text = f"a row matches no encoded conversation: position {at} has {found}, expected {expected}"
-    cause = "truncation" if at >= len(nearest) // 2 and at == len(ids) else ""
+    cause = "truncation" if at >= len(nearest) // 2 and at == len(ids) else _null_words(step, ids, nearest)
     return step.depart("rows", text, cause, hides=UNKNOWN)
+
+
+def _null_words(step: ReplayedStep, ids: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    """The cause if two rows differ in members of JSON objects that are null; "" otherwise."""
+    found, wanted = (step.reference.tokenizer.decode(list(row)) for row in (ids, expected))
+    same = found != wanted and NULL_MEMBER.sub("", found) == NULL_MEMBER.sub("", wanted)
+    return "tools or calls have members that are null, as a columnar data set fills in" if same else ""
 
 
 def _wrong_targets(step: ReplayedStep, row: SeenRow) -> Departures:
@@ -91,7 +101,7 @@ def _unsure(step: ReplayedStep, row: SeenRow, expected: torch.Tensor) -> torch.T
 
 
 def judge_batches(step: ReplayedStep) -> Departures:
-    """Report rows repeated within an epoch, trained padding or row starts, and rows that see neighbours or padding."""
+    """Report rows repeated or left out within an epoch, trained padding or row starts, and rows that see neighbours or padding."""
     yield from _trained_padding(step)
     step.history.seen.update(row.ids for row in step.seen)
     known = step.history.known.labels
@@ -101,7 +111,7 @@ def judge_batches(step: ReplayedStep) -> Departures:
     if most - least > 1:
         again = next(ids for ids in known if step.history.seen[ids] == most)
         text = f"a row ({len(again)} tokens) was seen {most} times, another {least} times"
-        yield step.depart("batches", text, "rows repeat within an epoch")
+        yield step.depart("batches", text, "an epoch repeats some rows, or leaves some out")
     for row, size in step.hidden_sizes:
         cause = _wrong_surroundings(step.step.forwards[row.forward], row.span)
         if cause or (row.span.start > 0 and _rows_in_front_agree(step)):
@@ -158,8 +168,7 @@ def judge_model(step: ReplayedStep) -> Departures:
         touched = [name for name, t in before.items() if ".lora_B." in name and t.abs().max() > 0]
         if touched:
             yield step.depart("model", f"{len(touched)} matrices B are not zero at the start, e.g. {touched[0]}")
-    # a mode that changes later is a side effect of what comes between the steps, which that stage judges
-    if step.number == 1 and not all(forward.training for forward in step.step.forwards):
+    if not all(forward.training for forward in step.step.forwards):
         yield step.depart("model", "the model is not in training mode")
     for _, size in step.hidden_sizes:
         cause = "another base, adapter scale or dtype than requested"

@@ -6,13 +6,14 @@ Each stage is judged from its own recorded input, so a fault shows at its own st
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from glm4ft.testing.recording.trace import Trace
 from glm4ft.testing.replay.judge_data import judge_batches, judge_model, judge_rows
-from glm4ft.testing.replay.judge_update import judge_clipping, judge_gradient, judge_loss, judge_schedule, judge_update
+from glm4ft.testing.replay.judge_gradient import judge_clipping, judge_gradient, judge_loss
+from glm4ft.testing.replay.judge_update import judge_schedule, judge_update
 from glm4ft.testing.replay.matching import KnownRows
 from glm4ft.testing.replay.step import Departure, Departures, History, ReplayedStep
 from glm4ft.testing.replay.tolerances import within
@@ -73,7 +74,13 @@ class Verdict:
             self.more.setdefault(departure.stage, []).append(departure)
 
 
-def replay(trace: Trace, reference: Reference, rows: Sequence[LabelledIds], plan: Mapping[str, Any]) -> Verdict:
+def replay(
+    trace: Trace,
+    reference: Reference,
+    rows: Sequence[LabelledIds],
+    plan: Mapping[str, Any],
+    skip: Collection[str] = (),
+) -> Verdict:
     """Compare a recorded run with the specification.
 
     Each stage of each step is judged from its own recorded input, so a departure does not end the replay: what follows
@@ -84,12 +91,13 @@ def replay(trace: Trace, reference: Reference, rows: Sequence[LabelledIds], plan
         reference: The reference on the base that the run started from.
         rows: The rows that the data should be encoded as; no two have the same ids.
         plan: The plan that the trainer was given.
+        skip: The judges that have nothing to compare with.
     Returns:
         The verdict.
     """
     verdict, history = Verdict(), History(reference, KnownRows(rows), plan, trace.dtype)
     history.rates = [next((float(g.settings["lr"]) for g in s.groups if g.size), math.nan) for s in trace.steps]
-    judged, hidden_from_now_on = set[str](), dict[str, str]()
+    judged, hidden_from_now_on = set[str](), dict.fromkeys(skip, "")
     if not trace.steps:
         verdict.departures["update"] = Departure("update", 1, "no optimizer step changed a trained parameter")
         verdict.hidden = {stage: "update" for stage in map(_stage_of, JUDGES) if stage != "update"}

@@ -25,6 +25,8 @@ LIMITS = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 # The same for a token's weight in the loss. It is recovered from a gradient that shrinks as the model grows certain of
 # the token, so it is known less precisely.
 WEIGHT_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
+# The largest residual, relative to a wrong gradient or update, with which a cause counts as its explanation.
+EXPLAINED = 1e-3
 # The smallest factor that counts as loss scaling, which fp16 training needs: a power of two at least this large.
 MIN_LOSS_SCALE = 2.0**8
 

@@ -26,6 +26,8 @@ class LoraSpec:
         alpha_pattern: The alpha of modules whose name matches a pattern, by pattern; ``alpha`` applies to all others.
         rank_stabilised: Whether the scale is divided by the square root of the rank (rsLoRA) and not by the rank.
         layers: The numbers of the layers to adapt; None for all.
+        excluded: Endings of the names of modules to leave out, or one regular expression for whole names.
+        decomposed: Whether each adapted weight has a trained magnitude beside its direction (DoRA).
     """
 
     rank: int
@@ -35,6 +37,8 @@ class LoraSpec:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     rank_stabilised: bool = False
     layers: tuple[int, ...] | None = None
+    excluded: tuple[str, ...] | str = ()
+    decomposed: bool = False
 
     @classmethod
     def of(cls, asked: Mapping[str, Any]) -> LoraSpec:
@@ -43,9 +47,11 @@ class LoraSpec:
         Raises:
             ValueError: If an option asks for a kind of adapter that this specification does not cover.
         """
-        for option in ("use_dora", "use_bdlora", "exclude_modules", "target_parameters"):
+        for option in ("use_bdlora", "target_parameters", "trainable_token_indices"):
             if asked.get(option):
                 raise ValueError(f"{option} is not covered by the reference")
+        if asked.get("init_lora_weights", True) not in (True, "gaussian"):
+            raise ValueError("an init_lora_weights that changes the base is not covered by the reference")
         targets, layers = asked.get("target_modules") or "all-linear", asked.get("layers_to_transform")
         return cls(
             rank=asked.get("r", 8),
@@ -55,6 +61,8 @@ class LoraSpec:
             alpha_pattern=asked.get("alpha_pattern") or {},
             rank_stabilised=bool(asked.get("use_rslora")),
             layers=None if layers is None else (layers,) if isinstance(layers, int) else tuple(layers),
+            excluded=asked.get("exclude_modules") or (),
+            decomposed=bool(asked.get("use_dora")),
         )
 
     def rank_of(self, module: str) -> int:
@@ -76,18 +84,23 @@ class LoraSpec:
     def modules_of(self, base: nn.Module) -> list[str]:
         """The names of the base's modules that get an adapter."""
         linear = [name for name, module in base.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))]
-        return [name for name in linear if self._is_target(name) and self._is_in_layers(name)]
+        return [n for n in linear if self._is_target(n) and self._is_in_layers(n) and not _selects(self.excluded, n)]
 
     def _is_target(self, name: str) -> bool:
         if self.targets == "all-linear":
             return name.split(".")[-1] not in ("lm_head", "embed_tokens")
-        if isinstance(self.targets, str):
-            return re.fullmatch(self.targets, name) is not None
-        return any(name == target or name.endswith(f".{target}") for target in self.targets)
+        return _selects(self.targets, name)
 
     def _is_in_layers(self, name: str) -> bool:
         found = _LAYER.search(f".{name}")
         return self.layers is None or (found is not None and int(found[1]) in self.layers)
+
+
+def _selects(modules: Sequence[str] | str, name: str) -> bool:
+    """Whether a regular expression for whole names, or one of several endings, selects a module's name."""
+    if isinstance(modules, str):
+        return re.fullmatch(modules, name) is not None
+    return any(name == ending or name.endswith(f".{ending}") for ending in modules)
 
 
 def _matches(pattern: str, module: str) -> bool:
@@ -100,7 +113,7 @@ def adapted_modules(names: Sequence[str]) -> dict[str, dict[str, str]]:
     Args:
         names: The names of a model's parameters, in peft's form.
     Returns:
-        ``{"A": parameter, "B": parameter}`` by the module's name in the base.
+        ``{"A": parameter, "B": parameter}`` by the module's name in the base, and DoRA's ``"magnitude_vector"``.
     """
     found: dict[str, dict[str, str]] = {}
     for name in names:
@@ -110,7 +123,9 @@ def adapted_modules(names: Sequence[str]) -> dict[str, dict[str, str]]:
     return found
 
 
-_MATRIX = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<matrix>[AB])(?:\.\w+)?\.weight$")
+_MATRIX = re.compile(
+    r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<matrix>[AB]|magnitude_vector)(?:\.(?!weight)\w+)?(?:\.weight)?$"
+)
 
 
 def base_name(name: str) -> str:

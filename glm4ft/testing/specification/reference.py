@@ -102,12 +102,12 @@ class Reference:
         """The weight (V, D) of the output head with its adapter merged, on the base's device."""
         weight = self._replaced(trained).get("lm_head.weight", self.weights["lm_head.weight"])
         pair = adapted_modules(list(trained)).get("lm_head")
-        return weight + self._scaled(pair, trained, "lm_head") if pair else weight
+        return weight + self._delta(pair, trained, "lm_head") if pair else weight
 
     def deltas(self, trained: Tensors) -> Tensors:
-        """The scaled product ``B A`` (out, in) of each adapter, by its module's name in the base."""
+        """What each adapter adds to its weight (out, in), by its module's name in the base."""
         pairs = adapted_modules(list(trained))
-        return {module: self._scaled(pair, trained, module).cpu() for module, pair in pairs.items()}
+        return {module: self._delta(pair, trained, module).cpu() for module, pair in pairs.items()}
 
     def logits(self, hidden_TD: torch.Tensor, trained: Tensors) -> torch.Tensor:
         """The logits (T, V) of hidden states (T, D)."""
@@ -155,21 +155,40 @@ class Reference:
             if name == "lm_head":
                 continue
             a, b = (trained[pair[matrix]].float().to(self.device) for matrix in "AB")
-            hooks.append(self.modules[name].register_forward_hook(_added(a, b, self.lora_spec.scale_of(name))))
+            is_decomposed = "magnitude_vector" in pair
+            weights = [self._delta(pair, trained, name)] if is_decomposed else [a, self.lora_spec.scale_of(name) * b]
+            hooks.append(self.modules[name].register_forward_hook(_product(*weights)))
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def _scaled(self, pair: Mapping[str, str], trained: Tensors, module: str) -> torch.Tensor:
-        a, b = (trained[pair[matrix]].float().to(self.device) for matrix in "AB")
-        return self.lora_spec.scale_of(module) * (b @ a)
+    def _delta(self, pair: Mapping[str, str], trained: Tensors, module: str) -> torch.Tensor:
+        """What an adapter adds to its weight: ``s B A``; with DoRA the rest of a weight whose rows have new norms.
+
+        Source: LoRA, arXiv 2106.09685, section 4.1; DoRA, arXiv 2402.09353, section 4.3, which takes the norm as a
+            constant in the backward pass.
+        """
+        parts = {name: trained[parameter].float().to(self.device) for name, parameter in pair.items()}
+        added = self.lora_spec.scale_of(module) * (parts["B"] @ parts["A"])
+        if "magnitude_vector" not in parts:
+            return added
+        weight = self.weights[f"{module}.weight"]
+        adapted = weight + added
+        factor_O = parts["magnitude_vector"] / adapted.norm(dim=1).detach()  # of each row of the weight (out, in)
+        delta: torch.Tensor = factor_O[:, None] * adapted - weight
+        return delta
 
 
-def _added(a: torch.Tensor, b: torch.Tensor, scale: float) -> Any:
+def _product(*weights: torch.Tensor) -> Any:
+    """A hook that adds to a linear layer's output the product of its input with further weights, in turn."""
+
     def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        return output + scale * (args[0] @ a.T @ b.T)
+        added = args[0]
+        for weight in weights:
+            added = added @ weight.T
+        return output + added
 
     return hook
 

@@ -174,6 +174,14 @@ MS_SWIFT = (
         messages=(*TWO_TURNS[:3], {**TWO_TURNS[3], "loss": False}),
     ),
     KnownFailure(
+        check="loss_flag_means_the_same_in_every_spelling",
+        kind="fault",
+        what='takes `"loss": "false"`, a text, for true',
+        consequence="a turn that should not be trained is trained",
+        remedy="write the flag as a JSON boolean",
+        messages=({**TWO_TURNS[0]}, {**TWO_TURNS[1], "loss": "false"}),
+    ),
+    KnownFailure(
         check="every_turn_ends_in_one_stop",
         kind="alternative",
         what="appends a generation prompt to a conversation that ends with the user, also in training",

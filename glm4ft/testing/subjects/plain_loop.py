@@ -66,9 +66,9 @@ class Subject(Evaluation, Model):
     def train(self, model: Any, conversations: Conversations, plan: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Train the model in place according to the plan; returns the log."""
         run = self.begin(model, conversations, plan)
-        batches = self.batches(run)
+        windows = self.windows(run)
         while run.step < self.last_step(run):
-            entry = self.train_step(run, list(islice(batches, plan["accumulation"])))
+            entry = self.train_step(run, next(windows))
             run.step += 1
             if plan["eval_every"] and run.step % plan["eval_every"] == 0:
                 entry["eval_loss"] = self.evaluate_in_training(run)["loss"]
@@ -98,6 +98,12 @@ class Subject(Evaluation, Model):
     def last_step(self, run: LoopState) -> int:
         """The number of optimizer steps after which the run ends."""
         return int(run.plan["steps"])
+
+    def windows(self, run: LoopState) -> Iterator[list[Batch]]:
+        """The micro-batches that each optimizer step accumulates."""
+        batches = self.batches(run)
+        while True:
+            yield list(islice(batches, run.plan["accumulation"]))
 
     def batches(self, run: LoopState) -> Iterator[Batch]:
         """The micro-batches of this process, epoch after epoch, starting at the run's current step."""

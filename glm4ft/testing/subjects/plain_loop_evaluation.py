@@ -42,8 +42,7 @@ class Evaluation(Data):
         """Loss and accuracy over all supervised tokens, and the share of last answers that are reproduced exactly."""
         rows = [self.encode(c["messages"], c.get("tools")) for c in conversations]
         with self.evaluating(model):
-            exact = [self.answers_exactly(model, conversation) for conversation in conversations]
-            return {**self.score(model, rows), "exact": sum(exact) / len(exact)}
+            return {**self.score(model, rows), "exact": self.share_reproduced(model, conversations)}
 
     @contextmanager
     def evaluating(self, model: Any) -> Iterator[None]:
@@ -76,13 +75,20 @@ class Evaluation(Data):
         predictions, targets = self.shift(logits, labels)
         return int(((predictions.argmax(1) == targets) & (targets != IGNORED)).sum())
 
-    def answers_exactly(self, model: Any, conversation: Mapping[str, Any]) -> bool:
-        """Whether a conversation's last answer is generated exactly from the messages before it."""
-        messages, tools = list(conversation["messages"]), conversation.get("tools")
-        last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-        prompt = self.eval_prompt(messages, last, tools)
-        answer = self.encode(messages[: last + 1], tools)["input_ids"][len(prompt) :]
-        return self.answer(model, prompt, len(answer) + self.overrun) == answer
+    def share_reproduced(self, model: Any, conversations: Sequence[Mapping[str, Any]]) -> float:
+        """The share of conversations whose last answer is generated exactly from the messages before it."""
+        prompts, answers = list[list[int]](), list[list[int]]()
+        for conversation in conversations:
+            messages, tools = list(conversation["messages"]), conversation.get("tools")
+            last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+            prompts.append(self.eval_prompt(messages, last, tools))
+            answers.append(self.encode(messages[: last + 1], tools)["input_ids"][len(prompts[-1]) :])
+        generated = self.answer_all(model, prompts, [len(answer) + self.overrun for answer in answers])
+        return sum(got == answer for got, answer in zip(generated, answers, strict=True)) / len(answers)
+
+    def answer_all(self, model: Any, prompts: Sequence[list[int]], limits: Sequence[int]) -> list[list[int]]:
+        """The ids generated from each prompt, one prompt after the other, with the limit of new tokens for each."""
+        return [self.answer(model, prompt, limit) for prompt, limit in zip(prompts, limits, strict=True)]
 
     def eval_prompt(self, messages: Sequence[Mapping[str, Any]], last: int, tools: Any) -> list[int]:
         """The prompt from which the answer at index ``last`` is generated."""

@@ -68,13 +68,17 @@ def without_dropout(model: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def dropping(model: Any, share: float) -> Iterator[None]:
-    """Apply dropout to the embeddings while the context is open, with hooks that work on any pipeline's model."""
+    """Apply dropout in training while the context is open, with hooks that work on any pipeline's model.
 
-    def drop(embedding: torch.nn.Module, _: Any, out: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.dropout(out, share, embedding.training)
+    It acts on the embeddings and, inside each decoder layer, on the first norm's output: what checkpointing recomputes.
+    """
 
-    embeddings = [m for m in model.modules() if isinstance(m, torch.nn.Embedding)] if share else []
-    hooks = [embedding.register_forward_hook(drop) for embedding in embeddings]
+    def drop(module: torch.nn.Module, _: Any, out: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.dropout(out, share, module.training)
+
+    named = model.named_modules() if share else ()
+    modules = [m for name, m in named if isinstance(m, torch.nn.Embedding) or name.endswith(".input_layernorm")]
+    hooks = [module.register_forward_hook(drop) for module in modules]
     try:
         yield
     finally:

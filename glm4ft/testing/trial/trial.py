@@ -15,13 +15,13 @@ import torch
 from transformers import AutoTokenizer
 
 from glm4ft.testing.recording.trace import record
-from glm4ft.testing.replay.plans import PLANS, UNCLIPPED, Plan, plans_of
 from glm4ft.testing.replay.step import Departure
 from glm4ft.testing.specification.lora_spec import LoraSpec
 from glm4ft.testing.specification.reference import LabelledIds, Reference
 from glm4ft.testing.subject import load_subject, make_plan
 from glm4ft.testing.trial.conversations import Conversations, all_conversations
 from glm4ft.testing.trial.interventions import dropping, without_dropout
+from glm4ft.testing.trial.plans import PLANS, UNCLIPPED, Plan, plans_of
 from glm4ft.testing.trial.runs import RecordedRun
 from glm4ft.testing.trial.same_run import describe_divergence
 from glm4ft.testing.trial.stages import CheckFailed, NotApplicable
@@ -258,6 +258,11 @@ class Trial:
             run.judge_again(factor_is_removed=True)
         return run
 
+    def departs_interrupted_only(self, plan: Plan, stage: str) -> bool:
+        """Whether the run of a plan departs at a stage, and not without its evaluations and saves: a side effect."""
+        bare = plan.uninterrupted()
+        return bare is not None and stage not in self.run_plan(bare).verdict.departures
+
     def offered(self, plans: Iterable[Mapping[str, Any]], **common: Any) -> list[tuple[Mapping[str, Any], RecordedRun]]:
         """The runs of those plans that the subject offers, each with what its plan changes.
 
@@ -316,6 +321,9 @@ class Trial:
                 reasons.append(f"the subject does not offer this ({plan}): {error}")
                 continue
             found = run.verdict.at(stage)
+            if found and self.departs_interrupted_only(plan, stage):
+                reasons.append(f"not judged: it departs as a side effect of evaluating or saving (plan {plan})")
+                continue
             for departure in found:
                 departures.setdefault(departure.kind, (departure, plan))
             if found:

@@ -16,13 +16,15 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from glm4ft.testing.checks import all_checks
-from glm4ft.testing.faults.benign_practices import Bf16Autocast, DropoutRequested
+from glm4ft.testing.faults.benign_requests import Bf16Autocast, DropoutRequested
 from glm4ft.testing.subjects.plain_loop import Subject
 from glm4ft.testing.trial.stages import CheckFailed, NotApplicable
 from glm4ft.testing.trial.trial import Trial
 
 CHECKS = {check.name: check for check in all_checks()}
 DROPOUT, AUTOCAST = "requested_dropout_acts_in_training_alone", "forward_passes_have_the_requested_autocast"
+MODULES = "adapters_are_on_the_requested_modules"
+SEED, RECOMPUTED = "one_seed_repeats_one_run", "checkpointing_does_not_change_the_gradient"
 TRAINED, SAVED = "only_what_was_asked_for_is_trained", "saved_adapter_is_complete"
 
 
@@ -72,7 +74,61 @@ class HeadNotSaved(HeadRequested):
         save_file({name: t for name, t in load_file(file).items() if "lora_" in name}, file)
 
 
+class DoraRequested(Subject):
+    """The adapters train magnitudes beside directions, as was asked for."""
+
+    lora: Mapping[str, Any] = {**Subject.lora, "use_dora": True}
+
+
+class DoraIgnored(DoraRequested):
+    def lora_config(self) -> LoraConfig:
+        return LoraConfig(task_type="CAUSAL_LM", **Subject.lora)
+
+
+class MagnitudesOfOne(DoraRequested):
+    def attach(self, base: Any, seed: int) -> Any:
+        model = super().attach(base, seed)
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name:
+                torch.nn.init.ones_(parameter)
+        return model
+
+
+class ModuleExcluded(Subject):
+    """One of the target modules gets no adapter, as was asked for."""
+
+    lora: Mapping[str, Any] = {**Subject.lora, "exclude_modules": ["down_proj"]}
+
+
+class ExclusionIgnored(ModuleExcluded):
+    def lora_config(self) -> LoraConfig:
+        return LoraConfig(task_type="CAUSAL_LM", **Subject.lora)
+
+
+class SeedIgnored(Subject):
+    """The random numbers of training go on from wherever they are."""
+
+    def begin(self, model: Any, conversations: Any, plan: Any) -> Any:
+        with torch.random.fork_rng():  # so that the seed that the loop sets is gone afterwards
+            return super().begin(model, conversations, plan)
+
+
+class RecomputedAnew(Subject):
+    """Checkpointed layers do not restore the random state for their second forward pass."""
+
+    def begin(self, model: Any, conversations: Any, plan: Any) -> Any:
+        run = super().begin(model, conversations, plan)
+        if plan["gradient_checkpointing"]:
+            model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        return run
+
+
 CASES = (
+    (DoraIgnored, MODULES, "q_proj has no magnitude, though DoRA was requested"),
+    (MagnitudesOfOne, MODULES, "the magnitudes of .*q_proj do not start as the norms of its weight's rows"),
+    (ExclusionIgnored, MODULES, r"down_proj was not asked for \(2 like it; 12 adapters for 10\)"),
+    (SeedIgnored, SEED, "do not come from the plan's seed"),
+    (RecomputedAnew, RECOMPUTED, r"with dropout, the gradient with checkpointing is \S+ off that without"),
     (DropoutIgnored, DROPOUT, "no dropout layer is in front of an adapter"),
     (DropoutAtAnotherRate, DROPOUT, r"in training, 0\.(19|20)\d\d of .* dropped, not 0\.1"),
     (DropoutInEvaluation, DROPOUT, r"in evaluation, 0\.(09|10)\d\d of .* dropped, not 0"),
@@ -83,6 +139,8 @@ CASES = (
 )
 HEALTHY = (
     (DropoutRequested, DROPOUT), (Bf16Autocast, AUTOCAST), (HeadRequested, TRAINED), (HeadRequested, SAVED),
+    (DoraRequested, MODULES), (DoraRequested, RECOMPUTED), (DoraRequested, SAVED), (ModuleExcluded, MODULES),
+    (Subject, SEED), (Subject, RECOMPUTED),
 )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ A departure of a plan fails at its own stage, in the check that owns the stage t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 # The check of each replayed stage that judges every plan which no other check judges at that stage.
@@ -20,6 +20,8 @@ STAGE_OWNERS = {
     "schedule": "learning_rate_follows_the_schedule",
     "update": "update_follows_adamw",
 }
+
+INTERRUPTIONS = ("eval_every", "save_every")  # what a run does between its steps, which may not change them
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,11 @@ class Plan:
     def owner(self, stage: str) -> str:
         """The check that judges a stage of this plan."""
         return self.owners.get(stage, STAGE_OWNERS[stage])
+
+    def uninterrupted(self) -> Plan | None:
+        """The plan without its evaluations and saves; None if it has none."""
+        kept = {key: value for key, value in self.changes.items() if key not in INTERRUPTIONS or not value}
+        return replace(self, name=f"{self.name}, uninterrupted", changes=kept) if kept != self.changes else None
 
     def __str__(self) -> str:
         changes = ", ".join(f"{key}={value}" for key, value in self.changes.items())

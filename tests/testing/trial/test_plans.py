@@ -1,10 +1,11 @@
 """Every stage of every plan has an owner that fails for it, and the plans combine every two settings.
 
-Run: pytest tests/testing/replay/test_plans.py
+Run: pytest tests/testing/trial/test_plans.py
 """
 
 from __future__ import annotations
 
+import contextlib
 from itertools import combinations, product
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,24 +14,24 @@ from typing import Any
 import pytest
 
 from glm4ft.testing.checks import all_checks
-from glm4ft.testing.replay.plans import COMBINED, NAMED, PLANS, STAGE_OWNERS, Plan
 from glm4ft.testing.replay.replay import Verdict
 from glm4ft.testing.replay.step import Departure
 from glm4ft.testing.subject import PLAN
+from glm4ft.testing.trial.plans import COMBINED, NAMED, PLANS, STAGE_OWNERS, Plan
 from glm4ft.testing.trial.stages import CheckFailed, NotApplicable
 from glm4ft.testing.trial.trial import Trial
 
 CHECKS = {check.name: check for check in all_checks()}
 
 
-def trial_with(departing: Plan, verdict: Verdict) -> Trial:
-    """A trial whose runs agree with the specification, except for that of one plan."""
+def trial_with(verdict: Verdict, *departing: Plan | None) -> Trial:
+    """A trial whose runs agree with the specification, except for those of some plans."""
     trial = Trial(SimpleNamespace(), Path(), Path())
     good = Verdict(packed=True)
 
     def run_plan(plan: Plan) -> Any:
         return SimpleNamespace(
-            verdict=verdict if plan is departing else good, order=[], rows=[], plan={"packing": True}
+            verdict=verdict if plan in departing else good, order=[], rows=[], plan={"packing": True}
         )
 
     trial.run_plan = run_plan  # type: ignore[method-assign]
@@ -43,21 +44,30 @@ def test_departure_fails_in_the_check_that_owns_its_stage(plan: Plan, stage: str
     """Or a plan that departs would only be skipped by checks of later stages, as dead adapters once were."""
     owner = CHECKS[plan.owner(stage)]
     assert owner.stage == stage
-    trial = trial_with(plan, Verdict({stage: Departure(stage, 1, "it is wrong")}))
+    trial = trial_with(Verdict({stage: Departure(stage, 1, "it is wrong")}), plan, plan.uninterrupted())
     with pytest.raises(CheckFailed) as caught:
         owner.run(trial)
     assert f"{stage}, step 1: it is wrong (plan {plan})" in str(caught.value)
+
+
+@pytest.mark.parametrize("plan", [plan for plan in PLANS if plan.uninterrupted()], ids=str)
+def test_departure_with_evaluations_or_saves_alone_is_a_side_effect_of_theirs(plan: Plan) -> None:
+    trial = trial_with(Verdict({"gradient": Departure("gradient", 3, "it is lost")}), plan)
+    with contextlib.suppress(NotApplicable):  # where it is the check's only plan
+        CHECKS[plan.owner("gradient")].run(trial)
+    with pytest.raises(CheckFailed, match="evaluating or saving changes the run: gradient, step 3: it is lost"):
+        CHECKS["logging_and_saving_do_not_change_the_run"].run(trial)
 
 
 def test_stage_that_a_departure_hides_is_not_said_to_hold() -> None:
     hidden = Verdict({"rows": Departure("rows", 1, "cut")}, hidden={"update": "rows"})
     (plan,) = [plan for plan in PLANS if plan.owner("update") == "small_updates_are_not_lost"]
     with pytest.raises(NotApplicable, match="a departure at rows hides it"):
-        trial_with(plan, hidden).require_plans("small_updates_are_not_lost", "update")
+        trial_with(hidden, plan).require_plans("small_updates_are_not_lost", "update")
 
 
 def test_one_cause_under_many_plans_is_told_once() -> None:
-    trial = trial_with(PLANS[0], Verdict())
+    trial = trial_with(Verdict(), PLANS[0])
     wrong = Verdict({"update": Departure("update", 1, "off", "betas are (0.8, 0.99)")})
     trial.run_plan = lambda plan: SimpleNamespace(verdict=wrong)  # type: ignore[method-assign,assignment]
     with pytest.raises(CheckFailed) as caught:

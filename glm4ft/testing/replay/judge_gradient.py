@@ -1,0 +1,241 @@
+"""Judges the gradient of a recorded step: the loss that it comes from, its accumulation and its clipping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from glm4ft.data.chat_format import IGNORED
+from glm4ft.testing.recording.trace import Tensors
+from glm4ft.testing.replay.step import (
+    EXPLAINED,
+    WEIGHT_LIMITS,
+    Departures,
+    ReplayedStep,
+    SeenRow,
+    count_targets,
+    dot,
+    relative,
+)
+from glm4ft.testing.replay.tolerances import within
+from glm4ft.testing.specification.reference import clip_factor
+
+# The smallest cosine between the gradient at the final norm and that of cross entropy with the best-fitting label; with
+# a smaller one, the loss is not cross entropy.
+FIT_LIMITS = {torch.float32: 0.999, torch.bfloat16: 0.98}
+# The largest relative error that bf16 rounding explains: half an ulp is 2^-9 of a value, and a mean over tokens is off
+# by less.
+BF16_NOISE = 2.0**-8
+# Judges that compare nothing once the gradient is not finite.
+AFTER_THE_LOSS = ("gradient", "clipping", "update")
+
+
+def judge_loss(step: ReplayedStep) -> Departures:
+    """Report a loss that is not the cross entropy of the next tokens, or that weights the tokens of a step unequally.
+
+    Labels and weights are recovered at the recorded hidden states, whatever model computed them.
+    """
+    if not step.has_finite_loss:
+        yield step.depart("gradient", "the loss's gradient at the final norm is not finite", hides=AFTER_THE_LOSS)
+        return
+    for row in step.seen:
+        yield from _wrong_loss(step, row)
+    yield from _wrong_weights(step)
+
+
+def judge_gradient(step: ReplayedStep) -> Departures:
+    """Report an accumulated gradient that is not that of the token mean over the whole step."""
+    lost = [name for name, tensor in step.raw.items() if not bool(torch.isfinite(tensor).all())]
+    if lost:
+        text = f"the accumulated gradient is not finite in {len(lost)} of {len(step.raw)} parameters, e.g. {lost[0]}"
+        yield step.depart("gradient", text, hides=AFTER_THE_LOSS[1:])
+        return
+    expected = step.reference.gradient(step.rows(), step.step.before)
+    size = relative(step.raw, expected)
+    cause, factor = ("", None) if size <= step.history.limit else _gradient_cause(step, expected)
+    yield step.depart("gradient", f"the gradient is {size:.1e} off the token mean", cause, size, factor=factor)
+
+
+def _wrong_loss(step: ReplayedStep, row: SeenRow) -> Departures:
+    fit = float(row.targets.fit_T[1:].min())
+    if not within("gradient: cosine to cross entropy, below 1", 1 - fit, 1 - FIT_LIMITS[step.history.dtype]):
+        text = f"the gradient at the final norm is not that of cross entropy with one label (cosine {fit:.4f})"
+        yield step.depart("gradient", text, "label smoothing, or another term in the loss", hides=("gradient",))
+    ids, expected, got = torch.tensor(row.ids), torch.tensor(step.labels_of(row.ids)), row.targets.labels_T
+    trained = (got != IGNORED).nonzero()[:, 0].tolist()
+    if sum(bool(got[t] != ids[t]) for t in trained) > len(trained) // 2:
+        following = sum(t + 1 < len(ids) and bool(got[t] == ids[t + 1]) for t in trained)
+        before = sum(t > 0 and bool(got[t] == ids[t - 1]) for t in trained)
+        cause = ""
+        if following > max(before, len(trained) // 2):
+            cause = "labels are shifted twice: each position learns the token after next"
+        elif before > len(trained) // 2:
+            cause = "labels are not shifted: each position learns its own token"
+        text = "the trained labels are not the next tokens"
+        yield step.depart("gradient", text, cause, hides=("gradient",))
+        return
+    odd = [t for t in trained if t and expected[t] == IGNORED and got[t] != ids[t]]
+    if odd and len({int(got[t]) for t in odd}) == 1:
+        text = f"{len(odd)} positions that are not supervised are trained as class {int(got[odd[0]])}"
+        yield step.depart("gradient", text, "the ignored label reaches the loss as a class", hides=("gradient",))
+
+
+def _wrong_weights(step: ReplayedStep) -> Departures:
+    """Report tokens whose weight in the loss is not one over the number of the step's supervised tokens."""
+    limit, ratios = WEIGHT_LIMITS[step.history.dtype], dict[int, list[float]]()
+    for row in step.seen:
+        heavy = row.targets.weights_T[row.targets.labels_T != IGNORED] * step.num_targets / step.loss_scale
+        ratios.setdefault(row.forward, []).extend(heavy.tolist())
+    # the weight of a confidently predicted token is a quotient of two small numbers and so imprecise; the median is not
+    medians = {index: sorted(values)[len(values) // 2] for index, values in ratios.items() if values}
+    low, high = min(medians.values(), default=1.0), max(medians.values(), default=1.0)
+    if within("gradient: weight of a token", max(abs(low - 1), abs(high - 1)), limit):
+        return
+    if high - low <= limit * high:
+        cause = f"the loss is {high:.4g} times the token mean" + _factor_words(step, high)
+        text = f"tokens count {low:.4g} to {high:.4g} times what they should"
+        yield step.depart("gradient", text, cause, factor=high, hides=("gradient",))
+        return
+    text = f"tokens count {low:.4g} to {high:.4g} times what they should"
+    yield step.depart("gradient", text, _uneven_cause(step, medians, limit), hides=("gradient",))
+
+
+def _uneven_cause(step: ReplayedStep, medians: Mapping[int, float], limit: float) -> str:
+    """The mean that weights tokens as they are: one over the targets of a micro-batch, a process or a row, each."""
+    targets = {forward: count_targets(step.rows(forward)) for forward in medians}
+    processes = step.history.plan.get("processes", 1)
+    share = max(1, -(-len(step.step.forwards) // processes))  # forward passes of one process
+    of_process = {forward: sum(n for f, n in targets.items() if f // share == forward // share) for forward in medians}
+    found = []
+    for words, counts in (
+        ("a mean of micro-batch means: tokens of short micro-batches weigh more", targets),
+        ("a mean over processes of their own means: tokens of processes with few targets weigh more", of_process),
+    ):
+        products = [medians[forward] * counts[forward] for forward in medians]
+        if max(products) - min(products) <= limit * max(products) and len(set(counts.values())) > 1:
+            found.append(words)
+    if found:
+        return found[0] if len(found) == 1 or processes == 1 else ""
+    by_row = [float(row.targets.weights_T[row.targets.labels_T != IGNORED].median()) * count_targets([(row.ids,
+              step.labels_of(row.ids))]) for row in step.seen if (row.targets.labels_T != IGNORED).any()]  # fmt: skip
+    is_by_row = bool(by_row) and max(by_row) - min(by_row) <= 10 * limit * max(by_row)
+    return "a mean of the rows' own means: tokens of short rows weigh more" if is_by_row else ""
+
+
+def _factor_words(step: ReplayedStep, factor: float) -> str:
+    """The divisor that explains a factor on the loss; "" if none fits or several do."""
+    divisors = {
+        "all tokens, supervised or not": sum(len(row.ids) for row in step.seen),
+        "all positions, padding included": sum(f.input_ids_BT.numel() for f in step.step.forwards),
+        "all predicted positions": sum(f.input_ids_BT[:, 1:].numel() for f in step.step.forwards),
+    }
+    factors = {f": divided by the number of {of}": step.num_targets / max(1, n) for of, n in divisors.items()}
+    for name, words in (("accumulation", "micro-batches"), ("processes", "processes")):
+        count = step.history.plan.get(name, 1)
+        if count > 1:
+            factors[f": not divided by the number of {words}"] = count
+            factors[f": divided by the number of {words} twice"] = 1 / count
+    fitting = [words for words, f in factors.items() if abs(factor / f - 1) <= WEIGHT_LIMITS[torch.float32]]
+    return fitting[0] if len(fitting) == 1 else ""
+
+
+def _gradient_cause(step: ReplayedStep, expected: Tensors) -> tuple[str, float | None]:
+    """Explain a wrong gradient as a weighted sum of the micro-batches' gradients and that of the previous step.
+
+    Returns:
+        The cause, "" if none is found; and the factor on the whole gradient, None unless that is the cause.
+    """
+    raw, previous = step.raw, step.history.previous
+    if raw.keys() != expected.keys():
+        return f"no gradient was accumulated in {sorted(expected.keys() - raw.keys())[:1]}", None
+    parts = _parts(step)
+    if previous:
+        parts.append(previous.clipped)
+    gram = torch.tensor([[dot(a, b) for b in parts] for a in parts], dtype=torch.float64)
+    factors = torch.linalg.lstsq(gram, torch.tensor([dot(a, raw) for a in parts], dtype=torch.float64)).solution
+    explained = {n: sum(float(f) * part[n].double() for f, part in zip(factors, parts, strict=True)) for n in raw}
+    if relative(raw, explained) > EXPLAINED:  # type: ignore[arg-type]
+        return _gradient_of_some(raw, expected), None
+    if previous and abs(factors[-1]) > 0.1:
+        return "the gradient of the previous step was not cleared", None
+    return _counts(factors[: len(_forwards(step))].tolist())
+
+
+def _gradient_of_some(raw: Tensors, expected: Tensors) -> str:
+    """Explain a gradient that is correct except for a factor on some parameters, or except for bf16 rounding."""
+    own = {name: float((raw[name] * g).sum() / (g * g).sum()) for name, g in expected.items() if g.any()}
+    scaled = {name: own.get(name, 1.0) * g for name, g in expected.items()}
+    odd = [name for name, factor in own.items() if abs(factor - 1) > 0.1]
+    if odd and relative(raw, scaled) <= EXPLAINED:
+        return f"{len(odd)} parameters have {own[odd[0]]:.4g} times their gradient, e.g. {odd[0]}"
+    if not odd and relative(raw, expected) <= BF16_NOISE:
+        return "the error has the size of bf16 rounding: the loss is computed in low precision"
+    return ""
+
+
+def _forwards(step: ReplayedStep) -> list[int]:
+    """The indices of the forward passes that contain targets."""
+    return sorted({row.forward for row in step.seen if any(label >= 0 for label in step.labels_of(row.ids))})
+
+
+def _parts(step: ReplayedStep) -> list[Tensors]:
+    """The gradient that each micro-batch with targets should contribute to the step's."""
+    parts = []
+    for forward in _forwards(step):
+        rows = step.rows(forward)
+        share = sum(label != IGNORED for _, labels in rows for label in labels) / step.num_targets
+        parts.append({n: share * g for n, g in step.reference.gradient(rows, step.step.before).items()})
+    return parts
+
+
+def _counts(factors: list[float]) -> tuple[str, float | None]:
+    """The weight of each micro-batch in words; and the common factor, None if the weights differ."""
+    mean = sum(factors) / len(factors)
+    if max(abs(f - mean) for f in factors) <= 10 * EXPLAINED * abs(mean):
+        return f"it is {mean:.4g} times the token mean", mean
+    lost = [str(i) for i, f in enumerate(factors, start=1) if abs(f) < 0.1]
+    if lost:
+        return f"{len(lost)} of {len(factors)} micro-batches lost: number {', '.join(lost)}", None
+    return "micro-batches count " + ", ".join(f"{f:.3g}" for f in factors) + " times", None
+
+
+def judge_clipping(step: ReplayedStep) -> Departures:
+    """Report a gradient that is not scaled by the one factor that clipping to the global norm gives."""
+    limit, raw, clipped = step.history.plan["max_grad_norm"], step.raw, step.step.clipped
+    norm, factor = clip_factor(raw, limit)
+    size = relative(clipped, {name: factor * tensor for name, tensor in raw.items()})
+    got = dot(clipped, raw) / norm**2 if norm else factor  # a gradient of zero has no factor to be read off
+    cause = "" if size <= step.limit("clipping") else _clipping_cause(step, norm, got)
+    text = f"the gradient of norm {norm:.4g} was multiplied by {got:.4g}, not {factor:.4g}"
+    yield step.depart("clipping", text, cause, size)
+
+
+def _clipping_cause(step: ReplayedStep, norm: float, got: float) -> str:
+    limit, raw, clipped = step.history.plan["max_grad_norm"], step.raw, step.step.clipped
+    if raw.keys() != clipped.keys():
+        return ""
+    if relative(clipped, raw) <= 1e-6:
+        return "it was not clipped"
+    cosine = got * norm / math.sqrt(dot(clipped, clipped) or 1.0)
+    if cosine >= 1 - 1e-6:
+        if norm < limit and abs(got * norm / limit - 1) <= 1e-3:
+            return "the coefficient is inverted: a small gradient is scaled up to the limit"
+        scale = step.loss_scale
+        if scale > 1 and abs(got * norm * scale / limit - 1) <= 1e-3:
+            return f"it was clipped before the loss scale of {scale:g} was divided out"
+        return "the factor is computed from a norm other than the global one"
+    if _is_parallel(raw, clipped):
+        return "each parameter or group is clipped by its own norm"
+    return f"its direction changed (cosine {cosine:.4f}): clipped by value"
+
+
+def _is_parallel(raw: Tensors, clipped: Tensors) -> bool:
+    """Whether clipping kept the direction of each parameter's gradient."""
+    for name, gradient in raw.items():
+        a, b = gradient.double().flatten(), clipped[name].double().flatten()
+        lengths = float(a.norm() * b.norm())
+        if lengths and not float(a @ b) >= (1 - 1e-6) * lengths:
+            return False
+    return True

@@ -29,6 +29,8 @@ COMMANDS = {
     ),
     "merge": Command("Merge an adapter into its base, for plain transformers.", "glm4ft.cli.merge"),
     "check": Command("Put a fine-tuning pipeline on trial; by default, this project's own.", "glm4ft.cli.check"),
+    "record": Command("Record the first optimizer steps of any training command, unchanged.", "glm4ft.cli.record"),
+    "judge": Command("Judge a recorded run: the first stage that departs, and the likely cause.", "glm4ft.cli.judge"),
     "faults": Command(
         "Prove the checks: put known bugs into a healthy loop and see that each is caught.", "glm4ft.cli.faults"
     ),

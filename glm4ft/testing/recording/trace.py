@@ -117,7 +117,7 @@ def record(model: nn.Module, max_steps: int) -> Iterator[Trace]:
     Yields:
         The trace, filled as the run proceeds.
     """
-    recorder = _Recorder(model, max_steps)
+    recorder = Recorder(model, max_steps)
     try:
         yield recorder.trace
     finally:
@@ -149,7 +149,14 @@ def output_head_of(model: nn.Module) -> nn.Linear:
     raise ValueError(f"{type(model).__name__} has no lm_head")
 
 
-class _Recorder:
+class Recorder:
+    """Records the optimizer steps of a model until it is closed or has recorded enough of them.
+
+    Args:
+        model: The model with its adapters attached.
+        max_steps: The number of steps to record.
+    """
+
     def __init__(self, model: nn.Module, max_steps: int) -> None:
         backbone: Any = backbone_of(model)
         self.backbone: nn.Module = backbone
@@ -177,7 +184,15 @@ class _Recorder:
             self.stack.callback(hook.remove)
 
     def close(self) -> None:
+        """Remove the hooks."""
         self.stack.close()
+
+    def refuse(self, why: str) -> None:
+        """Raise the reason why the run cannot be recorded."""
+        raise ValueError(why)
+
+    def step_recorded(self) -> None:
+        """Called after each step; for subclasses."""
 
     def _backbone_called(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self.inputs = {name: _copy(kwargs.get(name)) for name in ("position_ids", "attention_mask")}
@@ -196,7 +211,8 @@ class _Recorder:
                 self.trace.autocast = str(self.trace.dtype).removeprefix("torch.")
         input_ids = self.inputs.get("input_ids")
         if input_ids is None:
-            raise ValueError("the final norm ran without the token embedding: the trainer feeds embeddings directly")
+            self.refuse("the final norm ran without the token embedding: the trainer feeds embeddings directly")
+            return
         forward = Forward(
             input_ids_BT=input_ids,
             positions_BT=self.inputs.get("position_ids"),
@@ -297,6 +313,7 @@ class _Recorder:
         step = self.trace.steps[-1]
         step.after = {n: _copy(p) for n, p in self.parameters.items()}
         step.state_dtypes |= {n: found for n in held if (found := _moments(optimizer, self.parameters[n]))}
+        self.step_recorded()
 
 
 def _is_multiple(received: Tensors, gradient: Tensors) -> bool:

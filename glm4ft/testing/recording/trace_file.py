@@ -3,16 +3,42 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from glm4ft.files import write_atomically
 from glm4ft.testing.recording.trace import Forward, ParameterGroup, Step, Tensors, Trace
 
 _TENSORS = ("raw", "clipped", "before", "after")
 _FIELDS = ("input_ids_BT", "positions_BT", "attention_mask", "hidden_BTD", "gradient_BTD")
+
+
+def replace_trace(trace: Trace, folder: Path, about: Any) -> None:
+    """Write a trace in place of the one in a folder; a process that is killed leaves one of the two, whole.
+
+    Args:
+        trace: The trace of a run.
+        folder: The folder, which need not exist.
+        about: What else is known of the run; anything that JSON can represent.
+    """
+    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    write_trace(trace, unfinished, about)
+    folder.mkdir(parents=True, exist_ok=True)
+    # tensors first, under a name that the JSON states: JSON and tensors of two traces are never read together
+    tensors = f"tensors-{len(trace.steps)}.safetensors"
+    os.replace(unfinished / "tensors.safetensors", folder / tensors)
+    text = json.loads((unfinished / "trace.json").read_text("utf-8"))
+    write_atomically(folder / "trace.json", json.dumps({**text, "tensors": tensors}))
+    for old in folder.glob("tensors-*.safetensors"):
+        if old.name != tensors:
+            old.unlink()
+    shutil.rmtree(unfinished)
 
 
 def write_trace(trace: Trace, folder: Path, log: Any) -> None:
@@ -46,7 +72,7 @@ def read_trace(folder: Path) -> tuple[Trace, Any]:
         The trace and the log.
     """
     stored = json.loads((folder / "trace.json").read_text("utf-8"))
-    tensors = load_file(folder / "tensors.safetensors")
+    tensors = load_file(folder / stored.get("tensors", "tensors.safetensors"))
     steps = [_step(i, step, tensors) for i, step in enumerate(stored["steps"])]
     dtype = getattr(torch, stored["dtype"])
     return Trace(steps, dtype, tuple(stored["trained"]), tuple(stored["optimized"])), stored["log"]

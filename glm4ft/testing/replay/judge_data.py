@@ -101,7 +101,7 @@ def _unsure(step: ReplayedStep, row: SeenRow, expected: torch.Tensor) -> torch.T
 
 
 def judge_batches(step: ReplayedStep) -> Departures:
-    """Report rows repeated or left out within an epoch, trained padding or row starts, and rows that see neighbours or padding."""
+    """Report rows repeated or left out within an epoch, trained padding, and rows that see neighbours or padding."""
     yield from _trained_padding(step)
     step.history.seen.update(row.ids for row in step.seen)
     known = step.history.known.labels

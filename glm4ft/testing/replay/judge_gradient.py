@@ -108,11 +108,14 @@ def _uneven_cause(step: ReplayedStep, medians: Mapping[int, float], limit: float
     processes = step.history.plan.get("processes", 1)
     share = max(1, -(-len(step.step.forwards) // processes))  # forward passes of one process
     of_process = {forward: sum(n for f, n in targets.items() if f // share == forward // share) for forward in medians}
+    candidates = {
+        "a mean of micro-batch means: tokens of short micro-batches weigh more": targets,
+        "a mean over processes of their own means: tokens of processes with few targets weigh more": of_process,
+    }
+    if processes > 1 and targets == of_process:  # with one micro-batch each, the mean over processes is the one meant
+        del candidates[next(iter(candidates))]
     found = []
-    for words, counts in (
-        ("a mean of micro-batch means: tokens of short micro-batches weigh more", targets),
-        ("a mean over processes of their own means: tokens of processes with few targets weigh more", of_process),
-    ):
+    for words, counts in candidates.items():
         products = [medians[forward] * counts[forward] for forward in medians]
         if max(products) - min(products) <= limit * max(products) and len(set(counts.values())) > 1:
             found.append(words)

@@ -1,0 +1,56 @@
+"""``glm4ft record``: the first optimizer steps of any training command."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from glm4ft.cli.options import Parser
+from glm4ft.errors import ConfigError
+from glm4ft.files import require_unused
+
+
+def parse(argv: Sequence[str]) -> Namespace:
+    """Read the arguments.
+
+    Args:
+        argv: The arguments after the command's name; the training command follows ``--``.
+    """
+    end = list(argv).index("--") if "--" in argv else len(argv)
+    own, command = argv[:end], list(argv[end + 1 :])
+    parser = Parser("record", usage="glm4ft record [--steps N] [--output DIR] -- COMMAND ...")
+    parser.add_argument("--steps", annotation=int, default=4, help="Optimizer steps to record.")
+    parser.add_argument("--output", annotation=str, default="recording", help="Folder for the recording.")
+    options = parser.parse(own)
+    if not command:
+        raise ConfigError("there is no command to record", expected="glm4ft record -- python train.py")
+    options.command = command
+    return options
+
+
+def run(options: Namespace) -> bool:
+    """Run the command with the recorder in its Python processes; exits with the command's status.
+
+    Args:
+        options: The arguments.
+    """
+    folder = Path(options.output).absolute()
+    require_unused(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    inject = Path(__file__).parents[1] / "testing" / "recording" / "inject"
+    path = os.pathsep.join([str(inject), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {
+        **os.environ, "PYTHONPATH": path, "GLM4FT_RECORD": str(folder), "GLM4FT_RECORD_STEPS": str(options.steps),
+    }  # fmt: skip
+    try:
+        status = subprocess.call(options.command, env=environment)
+    except FileNotFoundError:
+        raise ConfigError("no such command", found=options.command[0]) from None
+    ranks = sorted(folder.glob("rank-*/trace.json"))
+    say = f"recorded {len(ranks)} process{'es' * (len(ranks) != 1)} in {options.output}: glm4ft judge {options.output}"
+    print(f"glm4ft: {say}" if ranks else f"glm4ft: nothing was recorded in {options.output}", file=sys.stderr)
+    sys.exit(status if status >= 0 else 128 - status)

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from glm4ft.testing.replay.leaks import Leak, watch_leaks
 from glm4ft.testing.replay.step import LIMITS
 from glm4ft.testing.replay.tolerances import within
 from glm4ft.testing.specification.mask_oracle import IGNORED
 from glm4ft.testing.subject import make_plan
+from glm4ft.testing.trial.leaks import Leak, watch_leaks
 from glm4ft.testing.trial.processes import require_ranks_stage
 from glm4ft.testing.trial.registry import check
 from glm4ft.testing.trial.runs import RecordedRun

@@ -11,12 +11,12 @@ from safetensors import safe_open
 from transformers import AutoTokenizer
 
 from glm4ft.testing.recording.trace import Tensors
-from glm4ft.testing.replay.first_module import describe_first_differing_module
 from glm4ft.testing.replay.step import LIMITS, relative
 from glm4ft.testing.replay.tolerances import within
 from glm4ft.testing.specification.lora_spec import LoraSpec, adapted_modules, base_name
 from glm4ft.testing.specification.reference import Reference
 from glm4ft.testing.subject import make_plan
+from glm4ft.testing.trial.first_module import describe_first_differing_module
 from glm4ft.testing.trial.interventions import adapter_dropouts
 from glm4ft.testing.trial.registry import check
 from glm4ft.testing.trial.stages import CheckFailed, NotApplicable

@@ -1,10 +1,13 @@
 """Certified bounds of the cross entropy under a head of any size, from a solution on a subset of its rows.
 
 ``logsumexp`` over some of the rows is never more than over all of them, so a bound certified on a subset holds for the
-whole head. A pass over the whole head finds the rows that matter and the loss actually reached; the rows outside the
-subset are represented by the mean rows of groups of similar logits (see ``glm4ft.floors.solver.HeadRows``).
+whole head. Each distribution has a subset of its own, so its bound does not depend on which others are asked for. The
+subset begins with the rows that are likely where the target's own row points to and with those nearest to it by angle:
+the twins of a token that was never trained. A pass over the whole head finds the loss actually reached and the rows
+that matter there, which join the subset; the rows outside are represented by their mean (see
+``glm4ft.floors.solver.HeadRows``).
 
-Shapes: K target distributions, M rows of the subset, V of the head, G groups of rows, D hidden.
+Shapes: K target distributions, M rows of the subset, V of the head, D hidden.
 """
 
 from __future__ import annotations
@@ -17,16 +20,16 @@ from dataclasses import dataclass
 import torch
 
 from glm4ft.floors.head import Head
-from glm4ft.floors.solver import EXACT, TOLERANCE, HeadRows, Precision, solve
+from glm4ft.floors.solver import EXACT, TOLERANCE, HeadRows, Precision, Solution, solve
 
 SMALL_HEAD = 8192  # rows; the largest head that is solved whole
 _BATCH = 64  # distributions solved side by side
 _SCANNED = 256  # distributions in one pass over the head
 _CANDIDATES = 512  # rows that a pass over the head proposes for each distribution
-_NUM_GROUPS = 64  # groups of similar logits among the rows outside the subset
 _MAX_SUBSET = 8192  # rows: 256 MiB in float64 at D = 4,096, and as much again while solving
-_MAX_ROUNDS = 6
-_WORTH_A_ROUND = 0.5  # a round that leaves more than this share of the gap is the last: each costs two head passes
+_MAX_ROUNDS = 16
+_PROGRESS, _PATIENCE = 0.9, 3  # a target is given up after this many rounds that leave more than this share of its gap
+UNDECIDED = 0.02  # nats between the bounds of a distribution above which the lower one says nothing if it is as small
 _RELATIVE_TOLERANCE = 0.02  # of a bound under a large head: 4.87 instead of 4.91 makes no difference to a user
 _LARGE_HEAD_STEPS = 300  # descent steps per round; the subset grows between rounds, and the bound holds at any step
 
@@ -65,6 +68,11 @@ class Bound:
     upper: float
     token_losses: tuple[float, ...]
 
+    @property
+    def is_decided(self) -> bool:
+        """Whether the bounds say if the head can reach the distribution: it certainly cannot, or they are near."""
+        return self.lower > UNDECIDED or self.upper - self.lower <= UNDECIDED
+
 
 def bound_targets(head: Head, targets: Sequence[Target], *, precision: Precision = EXACT) -> list[Bound]:
     """Bound the cross entropy of each distribution.
@@ -102,29 +110,12 @@ class _Scan:
     Args:
         total_K: The logsumexp of the logits.
         likeliest_KM: The ids of the likeliest rows.
-        mean_V: The mean logit of each row over the hidden states.
+        nearest_KM: The ids of the rows with the largest cosine to the hidden state.
     """
 
     total_K: torch.Tensor
     likeliest_KM: torch.Tensor
-    mean_V: torch.Tensor
-
-
-@dataclass(frozen=True)
-class _Groups:
-    """A partition of the head's rows into groups.
-
-    Args:
-        group_V: The index of each row's group.
-        counts_G: The number of rows in each group, float64.
-        sums_GD: The sum of the rows in each group, float64.
-        norm_sums_G: The sum of the norms of the rows in each group.
-    """
-
-    group_V: torch.Tensor
-    counts_G: torch.Tensor
-    sums_GD: torch.Tensor
-    norm_sums_G: torch.Tensor
+    nearest_KM: torch.Tensor
 
 
 class _Search:
@@ -134,12 +125,17 @@ class _Search:
         self.head, self.precision = head, precision
 
     @functools.cached_property
-    def _all_rows(self) -> _Groups:
-        """All rows as one group, computed by a pass over the head only if some target needs it."""
-        return self._group(torch.zeros(self.head.num_rows))
+    def _sums(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sum of all rows and of their norms, by a pass over the head that is made only if some target needs it."""
+        sum_D, norm_sum = torch.zeros(self.head.width, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        for _, rows_CD in self.head.chunks("mean row"):
+            # float64: the bound holds only if the mean is exact; products of bf16 are exact in fp32
+            sum_D += rows_CD.double().sum(dim=0)
+            norm_sum += rows_CD.norm(dim=1).double().sum()
+        return sum_D, norm_sum
 
     def bounds(self, targets: Sequence[Target]) -> list[Bound]:
-        """Bound the targets that the head reaches easily, then solve the others on a growing subset of rows."""
+        """Bound the targets that the head reaches easily, then solve each of the others on its own growing subset."""
         # the state in the direction of the target rows reaches almost every token, at the cost of one pass
         hidden_KD = torch.stack([self._mean_row(target) for target in targets])
         hidden_KD = self.head.radius * hidden_KD / hidden_KD.norm(dim=1, keepdim=True).clamp_min(1e-300)
@@ -148,44 +144,37 @@ class _Search:
             self._bound(target, target.entropy, hidden_KD[k], float(scan.total_K[k]))
             for k, target in enumerate(targets)
         ]
-        pending = [k for k, bound in enumerate(bounds) if not _is_tight(bound)]
-        for i in range(0, len(pending), _BATCH):
-            part = pending[i : i + _BATCH]
-            candidates = set(scan.likeliest_KM[part].flatten().tolist())
-            solved = self._solve([targets[k] for k in part], [bounds[k] for k in part], candidates)
-            for k, bound in zip(part, solved, strict=True):
-                bounds[k] = bound
+        # the twins of a token that was never trained are near its row, and not always likely where it is likely
+        subsets = {
+            k: {*target.ids, *scan.likeliest_KM[k].tolist(), *scan.nearest_KM[k].tolist()}
+            for k, target in enumerate(targets) if not _is_tight(bounds[k])
+        }  # fmt: skip
+        patience = dict.fromkeys(subsets, _PATIENCE)
+        for _ in range(_MAX_ROUNDS):
+            if not subsets:
+                break
+            solved = {k: self._solve(targets[k], sorted(subset)) for k, subset in subsets.items()}
+            scan = self._scan(torch.cat([solution.hidden_BD for solution in solved.values()]), "whole head")
+            for i, (k, solution) in enumerate(solved.items()):
+                found = self._bound(
+                    targets[k], float(solution.lower_B[0]), solution.hidden_BD[0], float(scan.total_K[i])
+                )
+                before, bounds[k] = bounds[k], _better(bounds[k], found)
+                patience[k] = _PATIENCE if _gap(bounds[k]) <= _PROGRESS * _gap(before) else patience[k] - 1
+                new = [id for id in scan.likeliest_KM[i].tolist() if id not in subsets[k]]
+                subsets[k] |= set(new[: max(0, _MAX_SUBSET - len(subsets[k]))])
+                if _is_tight(bounds[k]) or not new or not patience[k]:
+                    del subsets[k]
         return bounds
 
-    def _solve(self, targets: list[Target], bounds: list[Bound], subset: set[int]) -> list[Bound]:
-        """Alternate between solving on the subset and adding to it the rows that a pass over the head finds likely."""
-        subset = subset | {token for target in targets for token in target.ids}
-        groups = self._all_rows
-        for _ in range(_MAX_ROUNDS):
-            ids = sorted(subset)
-            rows = self._rows(ids, groups)
-            target_KM = _dense(targets, {token: m for m, token in enumerate(ids)}, len(rows.log_counts_M))
-            solution = solve(
-                rows,
-                target_KM,
-                self.head.radius,
-                precision=self.precision,
-                tolerance=TOLERANCE / 2,
-                max_steps=_LARGE_HEAD_STEPS,
-            )
-            scan = self._scan(solution.hidden_BD, "whole head")
-            found = [
-                self._bound(target, float(solution.lower_B[k]), solution.hidden_BD[k], float(scan.total_K[k]))
-                for k, target in enumerate(targets)
-            ]
-            before = _widest_gap(bounds)
-            bounds = [_better(old, new) for old, new in zip(bounds, found, strict=True)]
-            is_open = [k for k, bound in enumerate(bounds) if not _is_tight(bound)]
-            if not is_open or not _widest_gap(bounds) < _WORTH_A_ROUND * before:
-                break
-            subset |= set(_in_turn(scan.likeliest_KM[is_open].tolist(), subset, _MAX_SUBSET - len(subset)))
-            groups = self._group(scan.mean_V)
-        return bounds
+    def _solve(self, target: Target, ids: list[int]) -> Solution:
+        """Solve a target on a subset of the rows, with the mean row of all others beside it."""
+        rows = self._rows(ids)
+        target_KM = _dense([target], {token: m for m, token in enumerate(ids)}, len(rows.log_counts_M))
+        return solve(
+            rows, target_KM, self.head.radius, precision=self.precision, tolerance=TOLERANCE / 2,
+            max_steps=_LARGE_HEAD_STEPS,
+        )  # fmt: skip
 
     def _bound(self, target: Target, lower: float, hidden_D: torch.Tensor, total: float) -> Bound:
         logits = (self.head.rows(list(target.ids)) @ hidden_D).tolist()
@@ -196,50 +185,49 @@ class _Search:
     def _mean_row(self, target: Target) -> torch.Tensor:
         return torch.tensor(target.weights, dtype=torch.float64) @ self.head.rows(list(target.ids))
 
-    def _rows(self, ids: list[int], groups: _Groups) -> HeadRows:
-        """Return the rows of the subset, followed by one mean row for the remaining rows of each group."""
+    def _rows(self, ids: list[int]) -> HeadRows:
+        """Return the rows of the subset, followed by the mean of all others."""
         own = HeadRows.of(self.head.rows(ids))
-        group_M = groups.group_V[ids]
-        counts_G = groups.counts_G - torch.bincount(group_M, minlength=_NUM_GROUPS)
-        sums_GD = groups.sums_GD.index_add(0, group_M, -own.vectors_MD)
-        norm_sums_G = groups.norm_sums_G.index_add(0, group_M, -own.norms_M)
-        left = counts_G > 0
+        count = self.head.num_rows - len(ids)
+        if not count:
+            return own
+        sum_D, norm_sum = self._sums
+        mean_1D = (sum_D - own.vectors_MD.sum(dim=0))[None] / count
         return HeadRows(
-            torch.cat([own.vectors_MD, sums_GD[left] / counts_G[left, None]]),
-            torch.cat([own.log_counts_M, counts_G[left].log()]),
-            torch.cat([own.norms_M, norm_sums_G[left] / counts_G[left]]),
+            torch.cat([own.vectors_MD, mean_1D]),
+            torch.cat([own.log_counts_M, torch.tensor([math.log(count)], dtype=torch.float64)]),
+            torch.cat([own.norms_M, (norm_sum - own.norms_M.sum())[None] / count]),
         )
-
-    def _group(self, logit_V: torch.Tensor) -> _Groups:
-        """Group rows by similar logits, so that a mean row represents its group closely."""
-        low, high = logit_V.min(), logit_V.max()
-        share_V = (logit_V - low) / (high - low).clamp_min(1e-30)
-        group_V = (share_V * _NUM_GROUPS).long().clamp_max(_NUM_GROUPS - 1)
-        sums_GD = torch.zeros(_NUM_GROUPS, self.head.width, dtype=torch.float64)
-        norm_sums_G = torch.zeros(_NUM_GROUPS, dtype=torch.float64)
-        for start, rows_CD in self.head.chunks("groups of rows"):
-            own_C = group_V[start : start + len(rows_CD)]
-            # float64: the bound holds only if the mean is exact; products of bf16 are exact in fp32
-            sums_GD.index_add_(0, own_C, rows_CD.double())
-            norm_sums_G.index_add_(0, own_C, rows_CD.norm(dim=1).double())
-        counts_G = torch.bincount(group_V, minlength=_NUM_GROUPS).double()
-        return _Groups(group_V, counts_G, sums_GD, norm_sums_G)
 
     def _scan(self, hidden_KD: torch.Tensor, task: str) -> _Scan:
         """Make one pass over the whole head at the given hidden states."""
         hidden_KD = hidden_KD.float()
         total_K = torch.full((len(hidden_KD),), -math.inf, dtype=torch.float64)
-        mean_V = torch.empty(self.head.num_rows)
-        best_KM, ids_KM = torch.empty(len(hidden_KD), 0), torch.empty(len(hidden_KD), 0, dtype=torch.long)
+        likeliest, nearest = _Top(len(hidden_KD)), _Top(len(hidden_KD))
         for start, rows_CD in self.head.chunks(task):
             logits_KC = hidden_KD @ rows_CD.T
             total_K = torch.logaddexp(total_K, torch.logsumexp(logits_KC.double(), dim=1))
-            mean_V[start : start + len(rows_CD)] = logits_KC.mean(dim=0)
-            ids_C = torch.arange(start, start + len(rows_CD)).expand_as(logits_KC)
-            all_KM, all_ids_KM = torch.cat([best_KM, logits_KC], dim=1), torch.cat([ids_KM, ids_C], dim=1)
-            best_KM, at_KM = all_KM.topk(min(_CANDIDATES, all_KM.shape[1]), dim=1)
-            ids_KM = all_ids_KM.gather(1, at_KM)
-        return _Scan(total_K, ids_KM, mean_V)
+            likeliest.add(logits_KC, start)
+            nearest.add(logits_KC / rows_CD.norm(dim=1).clamp_min(1e-30), start)
+        return _Scan(total_K, likeliest.ids_KM, nearest.ids_KM)
+
+
+class _Top:
+    """The ids with the largest scores of each hidden state, over chunks of rows.
+
+    Args:
+        count: The number of hidden states.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.best_KM, self.ids_KM = torch.empty(count, 0), torch.empty(count, 0, dtype=torch.long)
+
+    def add(self, scores_KC: torch.Tensor, start: int) -> None:
+        """Add the scores of a chunk that begins at an id."""
+        ids_KC = torch.arange(start, start + scores_KC.shape[1]).expand_as(scores_KC)
+        all_KM, ids_KM = torch.cat([self.best_KM, scores_KC], dim=1), torch.cat([self.ids_KM, ids_KC], dim=1)
+        self.best_KM, at_KM = all_KM.topk(min(_CANDIDATES, all_KM.shape[1]), dim=1)
+        self.ids_KM = ids_KM.gather(1, at_KM)
 
 
 def _dense(targets: Sequence[Target], place: dict[int, int], width: int) -> torch.Tensor:
@@ -249,18 +237,12 @@ def _dense(targets: Sequence[Target], place: dict[int, int], width: int) -> torc
     return target_KM
 
 
-def _in_turn(ranked: list[list[int]], known: set[int], room: int) -> list[int]:
-    """Pick new rows from each ranking in turn, the likeliest first, at most ``room`` of them."""
-    new = dict.fromkeys(token for rank in zip(*ranked, strict=True) for token in rank if token not in known)
-    return list(new)[: max(room, 0)]
-
-
-def _widest_gap(bounds: Sequence[Bound]) -> float:
-    return max(bound.upper - bound.lower for bound in bounds)
+def _gap(bound: Bound) -> float:
+    return bound.upper - bound.lower
 
 
 def _is_tight(bound: Bound) -> bool:
-    return bound.upper - bound.lower <= max(TOLERANCE, _RELATIVE_TOLERANCE * bound.lower)
+    return _gap(bound) <= max(TOLERANCE, _RELATIVE_TOLERANCE * bound.lower)
 
 
 def _better(old: Bound, new: Bound) -> Bound:

@@ -39,6 +39,8 @@ class TokenFloor:
         floor: The mean floor over the token's occurrences, nats.
         head: The certified lower bound of the token's loss that is due to the head, at any position, nats; 0 without a
             head.
+        head_reaches: A loss of the token that the head reaches at some hidden state, nats; 0 without a head.
+        is_decided: Whether the two say if the head can express the token.
     """
 
     id: int
@@ -46,6 +48,8 @@ class TokenFloor:
     count: int
     floor: float
     head: float
+    head_reaches: float = 0.0
+    is_decided: bool = True
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,11 @@ class Floor:
             left -= token.floor * token.count
         return excess
 
+    @property
+    def undecided(self) -> list[TokenFloor]:
+        """The tokens of which it is not known whether the head can reach them, the most frequent first."""
+        return sorted((token for token in self.tokens if not token.is_decided), key=lambda token: -token.count)
+
     def record(self) -> dict[str, Any]:
         """Return the object that ``glm4ft floor --json`` writes."""
         return {
@@ -159,7 +168,7 @@ def find_floor(
         entropy=entropy,
         head=part,
         gap=float(gap_P[targets.pair_N].mean()),
-        tokens=_token_floors(targets, per_target, tokenizer, {t.ids[0]: bounds[t].lower for t in distinct}),
+        tokens=_token_floors(targets, per_target, tokenizer, {t.ids[0]: bounds[t] for t in distinct}),
         samples=_sample_floors(targets, per_target, rows),
         parts=_part_floors(targets, per_target, rows, tokenizer.get_added_vocab()),
         label=_label(head, precision),
@@ -198,16 +207,29 @@ def _of_pairs(targets: PrefixTargets, bounds: Mapping[Target, Bound]) -> tuple[A
 
 
 def _token_floors(
-    targets: PrefixTargets, per_target: Array, tokenizer: PreTrainedTokenizerBase, head_floors: Mapping[int, float]
+    targets: PrefixTargets, per_target: Array, tokenizer: PreTrainedTokenizerBase, of_head: Mapping[int, Bound]
 ) -> tuple[TokenFloor, ...]:
     decoder = TokenDecoder(tokenizer)
     ids, inverse, counts = np.unique(targets.token_N, return_inverse=True, return_counts=True)
     sums = np.bincount(inverse, weights=per_target)
     floors = [
-        TokenFloor(token, token_text(decoder, token), count, total / count, head_floors[token])
+        token_floor(token, token_text(decoder, token), count, of_head[token], total / count)
         for token, count, total in zip(ids.tolist(), counts.tolist(), sums.tolist(), strict=True)
     ]
     return tuple(sorted(floors, key=lambda token: (-token.floor * token.count, token.id)))
+
+
+def token_floor(id: int, text: str, count: int, of_head: Bound, floor: float) -> TokenFloor:
+    """The floor of a token with what the head alone allows.
+
+    Args:
+        id: The id of the token.
+        text: The text of the token.
+        count: The number of times the token is a target.
+        of_head: The bounds of the token's loss under the head.
+        floor: The mean floor over the token's occurrences, nats.
+    """
+    return TokenFloor(id, text, count, floor, of_head.lower, of_head.upper, of_head.is_decided)
 
 
 def _sample_floors(targets: PrefixTargets, per_target: Array, rows: Sequence[TrainedRow]) -> tuple[SampleFloor, ...]:

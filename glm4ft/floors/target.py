@@ -15,7 +15,7 @@ from glm4ft.data.chat_format import STOPS
 from glm4ft.data.dataset import Rows
 from glm4ft.data.encoded_rows import rows_of
 from glm4ft.floors.bounds import Target, bound_targets
-from glm4ft.floors.floor import HARD_TO_REACH, Floor, TokenFloor, find_floor
+from glm4ft.floors.floor import HARD_TO_REACH, Floor, TokenFloor, find_floor, token_floor
 from glm4ft.floors.head import Head, frozen_head
 from glm4ft.floors.solver import BF16, EXACT, Precision
 from glm4ft.train.config import TrainConfig
@@ -89,12 +89,17 @@ def _stop_floors(rows: Rows, head: Head, tokenizer: Any, precision: Precision) -
     ids, counts = np.unique(rows.input_ids[rows.supervised], return_counts=True)
     found = [(int(i), int(n)) for i, n in zip(ids, counts, strict=True) if int(i) in names]
     bounds = bound_targets(head, [Target((i,), (1.0,)) for i, _ in found], precision=precision) if found else []
-    return [TokenFloor(i, names[i], n, b.lower, b.lower) for (i, n), b in zip(found, bounds, strict=True)]
+    return [token_floor(i, names[i], n, b, b.lower) for (i, n), b in zip(found, bounds, strict=True)]
 
 
 def stop_warnings(tokens: Iterable[TokenFloor]) -> Iterator[str]:
     """The loudest warnings: a model that cannot express its stop token never stops."""
     for token in tokens:
+        if token.text in STOPS and not token.is_decided and not token.head > HARD_TO_REACH:
+            yield (
+                f"WARNING: {token.text} ends turns here, and it is undecided whether the frozen head can say it: its "
+                f"smallest loss lies between {token.head:.2f} and {token.head_reaches:.2f} nats"
+            )
         if token.text in STOPS and token.head > HARD_TO_REACH:
             yield (
                 f"WARNING: {token.text} ends turns here, but the frozen head cannot say it: its loss stays above "

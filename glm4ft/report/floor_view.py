@@ -18,6 +18,7 @@ from glm4ft.data.dataset import fit_row
 from glm4ft.data.encoded_rows import TrainedRow
 from glm4ft.data.reader import read_conversations
 from glm4ft.files import write_atomically
+from glm4ft.floors.bounds import UNDECIDED
 from glm4ft.floors.floor import Floor, TokenFloor, find_floor
 from glm4ft.floors.head import Head
 from glm4ft.floors.solver import BF16, EXACT
@@ -84,6 +85,15 @@ def print_floor(floor: Floor, name: str, console: Console) -> None:
     )
     console.print(f"  {floor.entropy:.4f} because equal prefixes go on differently (entropy)")
     console.print(f"  {floor.head:.4f} because the frozen head cannot express a target (head)")
+    if undecided := floor.undecided:
+        count = sum(token.count for token in undecided)
+        worst = max(undecided, key=lambda token: token.head_reaches - token.head)
+        what = "Of " + ("one token" if len(undecided) == 1 else f"{len(undecided):,} tokens")
+        console.print(Text(
+            f"  UNDECIDED: {what} ({count:,} targets) it is not known whether the head can express them, e.g. "
+            f"{worst.text}: its smallest loss lies between {worst.head:.4f} and {worst.head_reaches:.4f}",
+            style="bold",
+        ), soft_wrap=True)  # fmt: skip
     console.print(Text(f"  holds for: {floor.label}", style="dim"))
     costly = [token for token in floor.tokens if token.floor > _TOO_SMALL][:_SHOWN]
     if costly:
@@ -97,9 +107,14 @@ def _token_table(tokens: list[TokenFloor], total: float) -> Table:
     table = Table("token", "times", "floor each", "by the head", "share", box=box.SQUARE)
     for token in tokens:
         share = token.floor * token.count / total
-        figures = (f"{token.count:,}", f"{token.floor:.4f}", f"{token.head:.4f}", f"{share:.0%}")
+        figures = (f"{token.count:,}", f"{token.floor:.4f}", _by_head(token), f"{share:.0%}")
         table.add_row(Text(token.text), *figures)
     return table
+
+
+def _by_head(token: TokenFloor) -> str:
+    is_wide = token.head_reaches - token.head > max(UNDECIDED, 0.05 * token.head)
+    return f"{token.head:.4f} to {token.head_reaches:.4f}" if is_wide else f"{token.head:.4f}"
 
 
 def _part_table(floor: Floor) -> Table:

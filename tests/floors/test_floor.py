@@ -5,6 +5,7 @@ Run: pytest tests/floors/test_floor.py
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from glm4ft.cli.main import run
@@ -32,7 +34,7 @@ from glm4ft.floors.target import stop_warnings
 from glm4ft.model.base_model import load_base
 from glm4ft.model.lora import LoraOptions, attach_lora
 from glm4ft.model.tiny import tiny_tokenizer, write_tiny_base
-from glm4ft.report.floor_view import encoded_rows
+from glm4ft.report.floor_view import encoded_rows, print_floor
 from glm4ft.testing.subjects.founding_bug import FoundingBugFormat
 
 GATE = 0.01  # the loss limit of the overfit test
@@ -157,7 +159,6 @@ def search_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Treat the tiny head as too large to solve whole."""
     monkeypatch.setattr(head_bounds, "SMALL_HEAD", 10)
     monkeypatch.setattr(head_bounds, "_CANDIDATES", 60)
-    monkeypatch.setattr(head_bounds, "_WORTH_A_ROUND", 0.9)
 
 
 @pytest.mark.usefixtures("search_everywhere")
@@ -176,6 +177,44 @@ def test_search_on_a_subset_bounds_what_the_whole_head_reaches(head: Head, monke
         assert found.upper >= whole.lower - 1e-4  # computed in fp32
         assert found.upper - found.lower <= max(1e-4, 0.05 * found.lower)
     assert searched[0].lower > 5
+
+
+@pytest.fixture(scope="module")
+def head_with_twins() -> Head:
+    """A head as a pretrained one is: 24 rows that were never trained, almost equal and short, among 9,000 others."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(9000, 256, generator=generator)
+    dead = torch.randn(1, 256, generator=generator) * 0.05 + 1e-5 * torch.randn(24, 256, generator=generator)
+    return Head(torch.cat([dead, rows]), torch.ones(256, dtype=torch.float64), 9024)
+
+
+def test_token_that_was_never_trained_shares_its_probability_with_its_twins(head_with_twins: Head) -> None:
+    """In its direction hundreds of other rows are likelier than its twins, which a search by likelihood misses."""
+    (bound,) = bound_targets(head_with_twins, [Target((3,), (1.0,))])
+    assert bound.lower > 8
+    assert bound.upper < 9
+
+
+def test_bounds_of_a_target_do_not_depend_on_its_companions(head_with_twins: Head) -> None:
+    targets = [Target((i,), (1.0,)) for i in (0, 1, 5, 100, 2000, 9000)]
+    together = bound_targets(head_with_twins, targets)
+    for target, bound in zip(targets, together, strict=True):
+        (alone,) = bound_targets(head_with_twins, [target])
+        assert (alone.lower, alone.upper) == pytest.approx((bound.lower, bound.upper), abs=1e-3)
+
+
+def test_target_whose_search_ends_early_is_undecided_and_never_shown_as_reachable(
+    head_with_twins: Head, monkeypatch: pytest.MonkeyPatch, tokenizer: Any
+) -> None:
+    monkeypatch.setattr(head_bounds, "_MAX_ROUNDS", 0)
+    floor = find_floor([TrainedRow(1, [7, 3], [-100, 3])], tokenizer, head_with_twins)
+    (token,) = floor.undecided
+    assert (token.id, token.head) == (3, 0.0)
+    assert token.head_reaches > 1
+    console = Console(width=200, file=io.StringIO(), highlight=False)
+    print_floor(floor, "data", console)
+    told = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "UNDECIDED: Of one token (1 targets) it is not known whether the head can express them" in told
 
 
 def bf16_shards(folder: Path, **changes: torch.Tensor) -> Path:

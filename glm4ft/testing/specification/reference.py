@@ -100,7 +100,9 @@ class Reference:
 
     def head_weight(self, trained: Tensors) -> torch.Tensor:
         """The weight (V, D) of the output head with its adapter merged, on the base's device."""
-        weight = self._replaced(trained).get("lm_head.weight", self.weights["lm_head.weight"])
+        # a tied head has no weight of its own
+        name = "lm_head.weight" if "lm_head.weight" in self.weights else "model.embed_tokens.weight"
+        weight = self._replaced(trained).get(name, self.weights[name])
         pair = adapted_modules(list(trained)).get("lm_head")
         return weight + self._delta(pair, trained, "lm_head") if pair else weight
 

@@ -144,8 +144,8 @@ def format_of(model: str) -> FormatName | None:
 
 
 def _weight_map(folder: Path, model: str) -> dict[str, str]:
-    """Map the names of the tensors to the names of their files."""
-    if (folder / INDEX).exists():
+    """Map the names of the tensors to the names of their files; a single file before an index, as transformers does."""
+    if (folder / INDEX).exists() and not (folder / SINGLE_FILE).exists():
         weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ModelError("the index of the shards is malformed", where=str(folder / INDEX), expected="a weight_map")

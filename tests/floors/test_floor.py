@@ -203,6 +203,15 @@ def test_bounds_of_a_target_do_not_depend_on_its_companions(head_with_twins: Hea
         assert (alone.lower, alone.upper) == pytest.approx((bound.lower, bound.upper), abs=1e-3)
 
 
+def test_head_is_that_of_the_file_which_training_loads(tmp_path: Path) -> None:
+    """A folder may hold both a single file and shards with an index, for example after a merge into it."""
+    folder = bf16_shards(tmp_path / "both")
+    weights = {name: t + 1 for name, t in load_base(str(folder), dtype="fp32").model.state_dict().items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    trained = load_base(str(folder), dtype="fp32").model.get_output_embeddings().weight
+    assert torch.equal(read_head(str(folder)).weight[:].float(), trained.detach())
+
+
 def test_target_whose_search_ends_early_is_undecided_and_never_shown_as_reachable(
     head_with_twins: Head, monkeypatch: pytest.MonkeyPatch, tokenizer: Any
 ) -> None:

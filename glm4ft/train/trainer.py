@@ -174,6 +174,7 @@ class SupervisedTrainer(Trainer):
     # --- checkpoints ---
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        self._require_finite_weights()
         super()._save(output_dir, state_dict)
         # a pickle; config.yaml says the same in the open
         Path(output_dir or self.folder, _TRAINING_ARGS_PICKLE).unlink(missing_ok=True)
@@ -185,6 +186,17 @@ class SupervisedTrainer(Trainer):
             folder = self.folder / f"checkpoint-{self.state.global_step}"
             write_atomically(folder / COMPLETE_MARKER, f"{self.state.global_step}\n")
         self._step_began_s = time.perf_counter()
+
+    def _require_finite_weights(self) -> None:
+        """Save no weights that are not finite: the last update may have broken them after a finite loss."""
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        broken = [name for name, p in trained.items() if not bool(torch.isfinite(p).all())]
+        if broken:
+            raise RunError(
+                f"{len(broken)} of {len(trained)} trained parameters are not finite after step "
+                f"{self.state.global_step}, e.g. {broken[0]}; nothing was saved of them; last good checkpoint: "
+                f"{last_checkpoint(self.folder) or 'none'}. A lower --learning_rate may help"
+            )
 
 
 class _StepGuard(TrainerCallback):

@@ -381,6 +381,13 @@ def test_non_finite_gradient_stops_before_the_update(tmp_path: Path, monkeypatch
     assert last["finite"] is False
 
 
+def test_weights_that_the_last_update_broke_are_not_saved(tmp_path: Path) -> None:
+    """The loss of the last step is finite, since it is that before the update: no figure would show it."""
+    with pytest.raises(RunError, match=r"24 of 24 trained parameters are not finite after step 1, .*none"):
+        train(replace(SHORT, learning_rate=1e38, max_steps=1, save_every=1), tmp_path / "run")
+    assert not list((tmp_path / "run").glob("**/adapter_model.safetensors"))
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True

@@ -15,7 +15,10 @@ def write_atomically(path: Path, text: str) -> None:
     """Replace a file by a complete new one, or leave it as it was."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        unfinished.write_text(text, "utf-8")
+        with unfinished.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # or a crash of the machine may leave the new name on an empty file
         os.replace(unfinished, path)
     except OSError as error:
         error.filename = os.fspath(path)  # the caller's path, not that of the temporary file beside it

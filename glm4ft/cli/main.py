@@ -84,7 +84,13 @@ def _overview() -> str:
 
 
 def _fail(text: str, status: int) -> int:
-    print(f"glm4ft: error: {text}", file=sys.stderr)
+    lines = text.split("\n")
+    # the text quotes names and values from files, which may hold anything; most hold nothing that needs the import
+    if not all(line.isprintable() and "#" not in line and "::" not in line for line in lines):
+        from glm4ft.text.safe_text import visible
+
+        lines = [visible(line, newlines=False) for line in lines]
+    print("glm4ft: error: " + "\n".join(lines), file=sys.stderr)
     return status
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import re
 import resource
 import shutil
 from dataclasses import dataclass
@@ -371,3 +372,11 @@ def test_readme_command_learns_the_demo_and_its_merge_says_the_same(
         for turn in row.turns:
             expected = row.input_ids[turn.start : turn.end + 1]
             assert greedy(model, row.input_ids[: turn.start], chat_format.stop_ids, len(expected) + 16) == expected
+
+
+@pytest.mark.parametrize("payload", ["\x1b[2J\x1b]0;title\x07", "a\n::error::fail", "\u202egpj", "##vso[task.x]"])
+def test_errors_show_names_and_values_as_harmless_text(payload: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["inspect", "--data", payload]) == 2
+    shown = capsys.readouterr().err
+    assert not re.search(r"[\x1b\x07\u202e]|^\s*::|##\w*\[", shown, re.MULTILINE)
+    assert "glm4ft: error: " in shown

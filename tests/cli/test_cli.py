@@ -376,7 +376,7 @@ def test_readme_command_learns_the_demo_and_its_merge_says_the_same(
 
 @pytest.mark.parametrize("payload", ["\x1b[2J\x1b]0;title\x07", "a\n::error::fail", "\u202egpj", "##vso[task.x]"])
 def test_errors_show_names_and_values_as_harmless_text(payload: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["inspect", "--data", payload]) == 2
+    assert run(["inspect", payload]) == 2
     shown = capsys.readouterr().err
     assert not re.search(r"[\x1b\x07\u202e]|^\s*::|##\w*\[", shown, re.MULTILINE)
     assert "glm4ft: error: " in shown

@@ -13,15 +13,23 @@ import difflib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NoReturn, TypeGuard, get_args
 
 from glm4ft.data.conversation import Role
+from glm4ft.data.known_keys import LOSS_KEYS, refuse_lost_meaning
 from glm4ft.errors import Location, show
 
 Record = Mapping[str, Any]
 
 OBSERVATION: Role = "observation"
-ROLES: dict[str, Role] = {role: role for role in get_args(Role)} | {"tool": OBSERVATION, "function": OBSERVATION}
+_CALLS = ("function_call", "tool_call")  # roles of LLaMA-Factory and ms-swift whose text is a call as JSON
+_OTHERS: dict[str, Role] = {"developer": "system", "tool_call": "assistant"}
+ROLES: dict[str, Role] = (
+    {role: role for role in get_args(Role)}
+    | _OTHERS
+    | dict.fromkeys(("tool", "function", "tool_response"), OBSERVATION)
+)
 _FROM: dict[str, Role] = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "function_call": "assistant"}
 SHAREGPT_ROLES: dict[str, Role] = ROLES | _FROM | {"function_response": OBSERVATION}
 # A bool, 1 and 1.0 are one dictionary key in Python, so True and False stand for the numbers as well.
@@ -86,10 +94,10 @@ def read_record(record: Any, place: Location) -> Draft:
     """
     if not isinstance(record, Mapping):
         raise place.wrong("a record is not an object", record, SHAPES_IN_WORDS)
-    _refuse_reasoning(record, place)
+    refuse_lost_meaning(record, place)
     shape = _shape_of(record, place)
     turns = tuple(READERS[shape](record, place))
-    used = {*shape, "system"} if shape == ("conversations",) else set(shape)
+    used = set(shape) if shape == ("prompt", "completion") else {*shape, "system"}
     known = [key for keys in READERS for key in keys] + ["system"]
     unread = tuple(key for key in known if key not in used and record.get(key) not in (None, "", []))
     tools = tuple(_tools(record.get(key), place.key(key)) for key in ("tools", "functions"))  # OpenAI's older name
@@ -119,13 +127,6 @@ def is_array(value: Any) -> TypeGuard[Sequence[Any]]:
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))
 
 
-def _refuse_reasoning(record: Record, place: Location) -> None:
-    value = record.get("reasoning_content")
-    if value:
-        expected = "none: the dense GLM-4 formats have no place for reasoning, it would be lost"
-        raise place.key("reasoning_content").wrong("a message holds reasoning", value, expected, "remove the key")
-
-
 def _shape_of(record: Record, place: Location) -> tuple[str, ...]:
     """Return the keys of the record's format: the only one that is complete, otherwise the only one partly present."""
     fits = [shape for shape in READERS if all(record.get(key) is not None for key in shape)]
@@ -138,8 +139,9 @@ def _shape_of(record: Record, place: Location) -> tuple[str, ...]:
     raise place.wrong("a record has the keys of no known shape", list(record), SHAPES_IN_WORDS, "convert the record")
 
 
-def _from_sharegpt(record: Record, place: Location) -> Iterator[SourceMessage]:
-    turns = list(_message_list(record.get("conversations"), place.key("conversations"), sharegpt=True))
+def _from_list(key: str, record: Record, place: Location) -> Iterator[SourceMessage]:
+    """Read the list of messages below a key, with the system prompt that may stand beside it."""
+    turns = list(_message_list(record.get(key), place.key(key), sharegpt=key == "conversations"))
     system, at = record.get("system"), place.key("system")
     if system is not None and system != "":
         if turns[0].role == "system":
@@ -157,8 +159,8 @@ def _from_prompt_completion(record: Record, place: Location) -> Iterator[SourceM
 
 
 READERS: dict[tuple[str, ...], Callable[[Record, Location], Iterable[SourceMessage]]] = {
-    ("messages",): lambda record, place: _message_list(record.get("messages"), place.key("messages")),
-    ("conversations",): _from_sharegpt,
+    ("messages",): partial(_from_list, "messages"),
+    ("conversations",): partial(_from_list, "conversations"),
     ("prompt", "completion"): _from_prompt_completion,
 }
 
@@ -175,14 +177,14 @@ def _message(message: Any, place: Location, *, sharegpt: bool) -> Iterator[Sourc
     """Read one message as one turn, or as several if it holds tool calls."""
     if not isinstance(message, Mapping):
         raise place.wrong("a message is not an object", message, "an object with role and content")
-    _refuse_reasoning(message, place)
+    refuse_lost_meaning(message, place)
     role_key, content_key = _keys(message, place, sharegpt=sharegpt)
     role = _role(message, place.key(role_key), SHAREGPT_ROLES if sharegpt else ROLES, role_key)
     loss, metadata = _loss(message, place), _metadata(message, role, place)
     tools = _tools(message.get("tools"), place.key("tools"))
     content, at = message.get(content_key), place.key(content_key)
     calls = list(_calls(message, role, place))
-    if message[role_key] == "function_call":
+    if message[role_key] in _CALLS:
         calls, content = [*_json_calls(content, at), *calls], None
     if calls and metadata:
         raise place.key("metadata").wrong("a message names its tool twice", metadata, "metadata or calls, not both")
@@ -242,12 +244,11 @@ def _encodable(text: str, place: Location) -> str:
 
 
 def _loss(message: Record, place: Location) -> bool | None:
-    """Read the message's loss flag; ``weight`` is OpenAI's name for it."""
-    flags = {key: _flag(message.get(key), place.key(key)) for key in ("loss", "weight")}
-    given = {flag for flag in flags.values() if flag is not None}
-    if len(given) > 1:
-        raise place.key("weight").wrong("a message has two loss flags that disagree", flags, "one of the two")
-    return given.pop() if given else None
+    """Read the message's loss flag, under any of its names."""
+    flags = {key: flag for key in LOSS_KEYS if (flag := _flag(message.get(key), place.key(key))) is not None}
+    if len(set(flags.values())) > 1:
+        raise place.key(list(flags)[-1]).wrong("a message has two loss flags that disagree", flags, "one of the two")
+    return next(iter(flags.values()), None)
 
 
 def _flag(value: Any, place: Location) -> bool | None:

@@ -189,7 +189,8 @@ class SupervisedTrainer(Trainer):
 
     def _require_finite_weights(self) -> None:
         """Save no weights that are not finite: the last update may have broken them after a finite loss."""
-        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        model: Any = self.model
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         broken = [name for name, p in trained.items() if not bool(torch.isfinite(p).all())]
         if broken:
             raise RunError(

@@ -23,6 +23,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from glm4ft.data.conversation import Conversation, Message
+from glm4ft.data.known_keys import LOSS_KEYS
 from glm4ft.data.reader import from_messages, parse_conversation, read_conversations
 from glm4ft.errors import DataError
 
@@ -98,6 +99,14 @@ READ = [
         {"from": "user", "value": "a"}, {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
         {"from": "function_response", "value": "1"}, {"from": "chatgpt", "value": "b"}]},
          [U, ("assistant", '{"x": 1}', "f", True), ("observation", "1", "", True), A], 1),
+    Read("system-beside-messages", {"system": "s", "messages": [USER, ASSISTANT]}, [("system", "s", "", True), U, A]),
+    Read("developer", {"messages": [{"role": "developer", "content": "s"}, USER, ASSISTANT]},
+         [("system", "s", "", True), U, A]),
+    Read("swift-call", {"messages": [USER, {"role": "tool_call", "content": '{"name": "f", "arguments": {"x": 1}}'},
+                                     {"role": "tool_response", "content": "1"}, ASSISTANT], "tools": [TOOL]},
+         [U, ("assistant", '{"x": 1}', "f", True), ("observation", "1", "", True), A], 1),
+    Read("columns-that-say-nothing", {"messages": [USER, ASSISTANT | {"train": None}], "rejected": None, "images": [],
+                                      "label": "greeting"}, [U, A]),
     Read("sharegpt-role-content", {"conversations": [USER | {"from": None, "value": None}, ASSISTANT]}, [U, A]),
     Read("prompt-completion", {"prompt": "a", "completion": "b"}, [U, A]),
     Read("prompt-list", {"prompt": [USER, ASSISTANT, USER], "completion": [ASSISTANT, ASSISTANT | {"loss": 0}]},
@@ -118,7 +127,7 @@ LOSS_OFF = [False, 0, 0.0, "false", "No", "off\n", "n", "F", "0", ""]
 
 
 @pytest.mark.parametrize(("flag", "loss"), [(f, True) for f in LOSS_ON] + [(f, False) for f in LOSS_OFF], ids=repr)
-@pytest.mark.parametrize("key", ["loss", "weight"])
+@pytest.mark.parametrize("key", LOSS_KEYS)
 def test_every_spelling_of_the_loss_flag_is_honoured(key: str, flag: Any, loss: bool) -> None:
     assert parse_conversation(answered(ASSISTANT | {key: flag})).messages[-1].loss is loss
 
@@ -219,6 +228,20 @@ REFUSED: dict[str, tuple[Any, str, str]] = {  # id: record, where in it, words o
     "observation-late": (answered(USER, {"role": "tool", "content": "1"}), ": messages[3]", "follows nothing"),
     "reasoning": (answered(ASSISTANT | {"reasoning_content": "r"}), ": messages[2].reasoning_content", "lost"),
     "reasoning-of-record": (answered(reasoning_content="r"), ": reasoning_content", "lost"),
+    "preference": (answered(rejected="r"), ": rejected", "holds preference data"),
+    "preference-of-swift": (answered(rejected_response="r"), ": rejected_response", "not preference training"),
+    "preference-of-trl": ({"prompt": "a", "chosen": "b", "rejected": "c"}, ": chosen", "a preference trainer"),
+    "preference-of-kto": (answered(label=False), ": label", "holds preference data"),
+    "images": (answered(images=["a.png"]), ": images", "holds media"),
+    "audio-of-message": (answered(USER | {"audio": "a.wav"}), ": messages[2].audio", "no eyes or ears"),
+    "thinking": (answered(ASSISTANT | {"thinking": "r"}), ": messages[2].thinking", "lost"),
+    "mask": (answered(ASSISTANT | {"mask": 1}), ": messages[2].mask", "rename it to loss"),
+    "two-systems-beside-messages": (
+        {"system": "s", "messages": [{"role": "system", "content": "t"}, USER, ASSISTANT]},
+        ": system",
+        "two system prompts",
+    ),
+    "train-against-loss": (answered(ASSISTANT | {"loss": 1, "train": 0}), ": messages[2].train", "disagree"),
     "tools-late": (answered({"role": "system", "tools": [TOOL]}), ": messages[2].tools", "comes first"),
     "tools-on-user": ({"messages": [USER | {"tools": [TOOL]}, ASSISTANT]}, ": messages[0].tools", "user message"),
     "tools-differ": (answered(tools=[TOOL], functions=[{"name": "g"}]), ": tools", "differ"),
@@ -271,7 +294,7 @@ def test_deep_nesting_is_refused() -> None:
         ({"messages": [USER, ASSISTANT | {"loss": False}]}, "no target"),
         ({"prompt": [ASSISTANT | {"loss": 1}], "completion": "b"}, "prompt[0]: loss on a message of the prompt"),
         (answered(prompt="a"), "prompt is ignored: the conversation is read from messages"),
-        (answered(system="s"), "system is ignored"),
+        ({"prompt": "a", "completion": "b", "system": "s"}, "system is ignored"),
     ],
 )
 def test_what_is_probably_not_meant_is_one_warning(record: Any, words: str) -> None:

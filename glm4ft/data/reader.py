@@ -8,6 +8,7 @@ from __future__ import annotations
 import codecs
 import json
 import os
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -126,6 +127,16 @@ def _check_order(turns: Sequence[SourceMessage], tools: Sequence[dict[str, Any]]
         if turn.metadata and not tools:
             fix = "declare the tools at the top level of the record"
             raise turn.place.wrong("a tool call in a conversation without tools", turn.metadata, "tools", fix)
+        if turn.role == "assistant" and not turn.metadata and (name := _called_in_text(turn.content, tools)):
+            expected = "a call as metadata, tool_calls or function_call: as text it would be trained as a plain answer"
+            fix = f'write {{"metadata": {json.dumps(name)}, "content": arguments}}, or remove the tool\'s declaration'
+            raise turn.place.wrong("an answer calls a declared tool in its text", turn.content, expected, fix)
+
+
+def _called_in_text(content: str, tools: Sequence[dict[str, Any]]) -> str:
+    """The declared tool that a text calls as GLM-4 renders calls, name and newline, or as code; "" if it calls none."""
+    names = [tool.get("function", {}).get("name") or tool.get("type") for tool in tools]
+    return next((name for name in names if re.match(rf"\s*{re.escape(name)}\s*(\n|\{{|\(\s*[\w{{)])", content)), "")
 
 
 def _raw_lines(name: str) -> Iterator[tuple[Location, bytes, int]]:

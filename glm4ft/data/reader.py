@@ -135,7 +135,7 @@ def _check_order(turns: Sequence[SourceMessage], tools: Sequence[dict[str, Any]]
 
 def _called_in_text(content: str, tools: Sequence[dict[str, Any]]) -> str:
     """The declared tool that a text calls as GLM-4 renders calls, name and newline, or as code; "" if it calls none."""
-    names = [tool.get("function", {}).get("name") or tool.get("type") for tool in tools]
+    names = [str(tool["function"]["name"] if "function" in tool else tool["type"]) for tool in tools]
     return next((name for name in names if re.match(rf"\s*{re.escape(name)}\s*(\n|\{{|\(\s*[\w{{)])", content)), "")
 
 

@@ -16,7 +16,8 @@ from glm4ft.floors.head import frozen_head
 from glm4ft.floors.target import describe_unreachable
 from glm4ft.model.generation import greedy
 from glm4ft.testing.checks.another_mean import explain_mean
-from glm4ft.testing.recording.trace import Forward, Tensors, record
+from glm4ft.testing.recording.recorder import record
+from glm4ft.testing.recording.trace import Forward, Tensors
 from glm4ft.testing.replay.step import LIMITS
 from glm4ft.testing.replay.tolerances import within
 from glm4ft.testing.specification.mask_oracle import IGNORED

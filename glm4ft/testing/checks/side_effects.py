@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from glm4ft.testing.recording.trace import record
+from glm4ft.testing.recording.recorder import record
 from glm4ft.testing.specification.lora_spec import base_name
 from glm4ft.testing.subject import make_plan
 from glm4ft.testing.trial.interventions import spoiling

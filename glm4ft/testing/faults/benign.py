@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from glm4ft.data.chat_format import IGNORED
 from glm4ft.data.conversation import Message
 from glm4ft.testing.faults.variations import variation
-from glm4ft.testing.recording.trace import backbone_of
+from glm4ft.testing.recording.recorder import backbone_of
 from glm4ft.testing.subjects.plain_loop import Conversations, LoopState, Subject, trained, world_size
 from glm4ft.testing.subjects.plain_loop_data import Batch, Features
 

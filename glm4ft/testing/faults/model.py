@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from glm4ft.testing.faults.registry import MADE_UP, faults_at
-from glm4ft.testing.recording.trace import backbone_of
+from glm4ft.testing.recording.recorder import backbone_of
 from glm4ft.testing.subjects.plain_loop import Subject, trained
 from glm4ft.testing.subjects.plain_loop_data import Batch
 

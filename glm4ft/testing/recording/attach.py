@@ -19,7 +19,8 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from glm4ft.testing.recording.trace import Recorder, Trace, backbone_of
+from glm4ft.testing.recording.recorder import Recorder, backbone_of
+from glm4ft.testing.recording.trace import Trace
 from glm4ft.testing.recording.trace_file import replace_trace
 
 FOLDER, STEPS = "GLM4FT_RECORD", "GLM4FT_RECORD_STEPS"

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from glm4ft.data.chat_format import IGNORED
-from glm4ft.testing.recording.trace import Forward, Tensors, backbone_of
+from glm4ft.testing.recording.recorder import backbone_of
+from glm4ft.testing.recording.trace import Forward, Tensors
 from glm4ft.testing.specification.lora_spec import LoraSpec, adapted_modules, base_name
 
 LabelledIds = tuple[tuple[int, ...], tuple[int, ...]]  # input ids and unshifted labels

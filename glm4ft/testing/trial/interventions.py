@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from glm4ft.testing.recording.trace import backbone_of
+from glm4ft.testing.recording.recorder import backbone_of
 
 
 @contextlib.contextmanager

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from glm4ft.testing.recording.trace import Forward, backbone_of
+from glm4ft.testing.recording.recorder import backbone_of
+from glm4ft.testing.recording.trace import Forward
 from glm4ft.testing.replay.matching import KnownRows, RowSpan
 
 

@@ -1,0 +1,260 @@
+"""Records the inputs of the loss and of the optimizer with hooks, on a trainer that needs no change.
+
+The hooks are at points that every trainer must pass: the input of the token embedding, the output of the final norm and
+the gradient with respect to it, the gradient accumulated in each trained parameter, and the optimizer's step. A forward
+pre-hook on the whole model would miss a trainer that calls backbone and head itself.
+
+Shapes: B sequences of a forward pass, T positions, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+from glm4ft.testing.recording.trace import Forward, ParameterGroup, Step, Tensors, Trace
+
+
+@contextmanager
+def record(model: nn.Module, max_steps: int) -> Iterator[Trace]:
+    """Record the optimizer steps taken while the context is open.
+
+    Args:
+        model: The model with its adapters attached; in the context it may be wrapped, moved and trained.
+        max_steps: The number of steps to record; then the hooks are removed and the run goes on at full speed.
+    Yields:
+        The trace, filled as the run proceeds.
+    """
+    recorder = Recorder(model, max_steps)
+    try:
+        yield recorder.trace
+    finally:
+        recorder.close()
+
+
+def backbone_of(model: nn.Module) -> nn.Module:
+    """The decoder below the head: the module that holds the embedding, the layers and the final norm.
+
+    Raises:
+        ValueError: If there is no such module, or more than one.
+    """
+    found = [m for m in model.modules() if hasattr(m, "embed_tokens") and hasattr(m, "layers") and hasattr(m, "norm")]
+    if len(found) != 1:
+        raise ValueError(f"{type(model).__name__} has {len(found)} modules with embed_tokens, layers and norm, not one")
+    return found[0]
+
+
+def output_head_of(model: nn.Module) -> nn.Linear:
+    """The linear layer of the output head, without an adapter around it.
+
+    Raises:
+        ValueError: If there is no ``lm_head``.
+    """
+    for name, module in model.named_modules():
+        if name.split(".")[-1] == "lm_head":
+            head: nn.Linear = getattr(module, "base_layer", module)
+            return head
+    raise ValueError(f"{type(model).__name__} has no lm_head")
+
+
+class Recorder:
+    """Records the optimizer steps of a model until it is closed or has recorded enough of them.
+
+    Args:
+        model: The model with its adapters attached.
+        max_steps: The number of steps to record.
+    """
+
+    def __init__(self, model: nn.Module, max_steps: int) -> None:
+        backbone: Any = backbone_of(model)
+        self.backbone: nn.Module = backbone
+        self.max_steps, self.pending = max_steps, list[Forward]()
+        self.last, self.summed = Tensors(), Tensors()  # gradients since the last step, see _accumulated
+        self.num_detached = 0  # since the last step, see Step
+        # of optimizer steps inside of one another: a subclass calls its parent's, a wrapper that of the optimizer in it
+        self.depth = 0
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.names = {id(p): name for name, p in self.parameters.items()}
+        self.trace = Trace(dtype=output_head_of(model).weight.dtype, trained=tuple(self.parameters))
+        self.inputs: dict[str, torch.Tensor | None] = {}
+        self.stack = ExitStack()
+        hooks: list[RemovableHandle] = [
+            backbone.register_forward_pre_hook(self._backbone_called, with_kwargs=True),
+            backbone.embed_tokens.register_forward_pre_hook(self._ids_embedded),
+            backbone.norm.register_forward_hook(self._hidden_ready),
+            register_optimizer_step_pre_hook(self._step_begins),
+            register_optimizer_step_post_hook(self._step_ended),
+        ]
+        for name, parameter in self.parameters.items():
+            hooks.append(parameter.register_hook(self._add_up(name)))
+            hooks.append(parameter.register_post_accumulate_grad_hook(self._keep_last(name)))
+        for hook in hooks:
+            self.stack.callback(hook.remove)
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        self.stack.close()
+
+    def refuse(self, why: str) -> None:
+        """Raise the reason why the run cannot be recorded."""
+        raise ValueError(why)
+
+    def step_recorded(self) -> None:
+        """Called after each step; for subclasses."""
+
+    def _backbone_called(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self.inputs = {name: _copy(kwargs.get(name)) for name in ("position_ids", "attention_mask")}
+
+    def _ids_embedded(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if len(self.trace.steps) >= self.max_steps:
+            self.close()  # not before: a second optimizer may share the last step
+        self.inputs["input_ids"] = _copy(args[0])
+
+    def _hidden_ready(self, module: nn.Module, args: Any, hidden: torch.Tensor) -> None:
+        if len(self.trace.steps) >= self.max_steps:
+            return  # of the forward pass that ended the recording
+        if torch.is_autocast_enabled(hidden.device.type):
+            self.trace.dtype = torch.get_autocast_dtype(hidden.device.type)
+            if torch.is_grad_enabled():
+                self.trace.autocast = str(self.trace.dtype).removeprefix("torch.")
+        input_ids = self.inputs.get("input_ids")
+        if input_ids is None:
+            self.refuse("the final norm ran without the token embedding: the trainer feeds embeddings directly")
+            return
+        forward = Forward(
+            input_ids_BT=input_ids,
+            positions_BT=self.inputs.get("position_ids"),
+            attention_mask=self.inputs.get("attention_mask"),
+            hidden_BTD=hidden.detach().float().cpu().clone(),
+            gradient_BTD=None,
+            training=_mode(self.backbone),
+        )
+        if not (torch.is_grad_enabled() and hidden.requires_grad):
+            self.trace.evaluations.append((len(self.trace.steps), forward))
+            self.num_detached += bool(torch.is_grad_enabled() and forward.training)
+            return
+
+        def keep(gradient: torch.Tensor) -> None:
+            forward.gradient_BTD = gradient.detach().float().cpu().clone()
+
+        hidden.register_hook(keep)
+        self.pending.append(forward)
+
+    def _add_up(self, name: str) -> Any:
+        def add(gradient: torch.Tensor) -> None:
+            own = gradient.detach().cpu()
+            self.summed[name] = self.summed[name] + own if name in self.summed else own.clone()
+
+        return add
+
+    def _keep_last(self, name: str) -> Any:
+        def keep(parameter: torch.Tensor) -> None:
+            # every backward pass overwrites this, so at the step it is the gradient accumulated over all of them
+            self.last[name] = _copy(parameter.grad)
+
+        return keep
+
+    def _accumulated(self, received: Tensors) -> Tensors:
+        """The gradient accumulated for a step, of which the optimizer receives a multiple.
+
+        It is what ``grad`` held after the last backward pass, or, where a trainer accumulates in a buffer of its own
+        (Megatron's ``main_grad``), the sum over all backward passes: whichever has the direction of what is received.
+        """
+        return (
+            self.summed if _is_multiple(received, self.summed) and not _is_multiple(received, self.last) else self.last
+        )
+
+    def _step_begins(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+        self.depth += 1
+        if self.depth > 1:
+            return None
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._keep_step(optimizer)
+            return None
+
+        def closure_then_keep() -> Any:  # the closure may run the forward and backward pass (Lightning)
+            loss = closure()
+            self._keep_step(optimizer)
+            return loss
+
+        return (args[0],), {**kwargs, "closure": closure_then_keep}
+
+    def _keep_step(self, optimizer: torch.optim.Optimizer) -> None:
+        groups = [
+            ParameterGroup(
+                tuple(self.names[id(p)] for p in group["params"] if id(p) in self.names),
+                {key: value for key, value in group.items() if key != "params"},
+                len(group["params"]),
+            )
+            for group in optimizer.param_groups
+        ]
+        own = {name for group in groups for name in group.names}
+        if not own:
+            return  # the step of an optimizer that holds no trained parameter of this model
+        forwards = [forward for forward in self.pending if forward.gradient_BTD is not None]
+        if not forwards and self.trace.steps and own.isdisjoint(self.trace.optimized):
+            self.trace.steps[-1].groups += groups  # a second optimizer's part of the same step
+            self.trace.optimized += tuple(own)
+            return
+        received = {n: _copy(p.grad) for n, p in self.parameters.items() if p.grad is not None}
+        self.trace.optimized = tuple(name for group in groups for name in group.names)
+        self.trace.steps.append(
+            Step(
+                forwards=forwards,
+                raw=dict(self._accumulated(received)),
+                clipped=received,
+                before={n: _copy(p) for n, p in self.parameters.items()},
+                groups=groups,
+                optimizer=type(optimizer).__name__,
+                num_detached=self.num_detached,
+            )
+        )
+        self.num_detached = 0
+        self.pending, self.last, self.summed = [], {}, {}
+
+    def _step_ended(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self.depth -= 1
+        held = {name for group in optimizer.param_groups for p in group["params"] if (name := self.names.get(id(p)))}
+        if self.depth or not held or not self.trace.steps:
+            return
+        step = self.trace.steps[-1]
+        step.after = {n: _copy(p) for n, p in self.parameters.items()}
+        step.state_dtypes |= {n: found for n in held if (found := _moments(optimizer, self.parameters[n]))}
+        self.step_recorded()
+
+
+def _is_multiple(received: Tensors, gradient: Tensors) -> bool:
+    """Whether one gradient is the other times a positive factor, to the rounding of fp32."""
+    if received.keys() != gradient.keys():
+        return False
+    pairs = [(received[name].double(), gradient[name].double()) for name in received]
+    product = sum(float((a * b).sum()) for a, b in pairs)
+    lengths = [sum(float((t * t).sum()) for t in tensors) for tensors in zip(*pairs, strict=True)] if pairs else [0.0]
+    return product > 0 and product**2 >= (1 - 1e-9) * lengths[0] * lengths[-1]
+
+
+def _mode(model: nn.Module) -> bool | None:
+    """The mode of the modules that it matters to: dropout layers and those with trained parameters; None if mixed."""
+    parts = [
+        part for part in model.modules()
+        if isinstance(part, nn.Dropout) or any(p.requires_grad for p in part.parameters(recurse=False))
+    ]  # fmt: skip
+    modes = {part.training for part in parts or model.modules()}
+    return modes.pop() if len(modes) == 1 else None
+
+
+def _moments(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> torch.dtype | None:
+    """The dtype of the optimizer's moments of a parameter; None if it keeps none."""
+    state = optimizer.state.get(parameter, {}).values()
+    return next((v.dtype for v in state if isinstance(v, torch.Tensor) and v.shape == parameter.shape), None)
+
+
+def _copy(tensor: Any) -> Any:
+    return tensor.detach().cpu().clone() if isinstance(tensor, torch.Tensor) else None

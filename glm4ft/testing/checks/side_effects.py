@@ -86,7 +86,6 @@ def check_one_seed_repeats_one_run(trial: Trial) -> None:
 )
 def check_logging_and_saving_do_not_change_the_run(trial: Trial) -> None:
     """A run with logs, evaluations and checkpoints has the parameters of a run without them, bit by bit."""
-    _require_no_interruption_departs(trial)
     noise = trial.noise
     bare = trial.run(**noise)
     if not noise and describe_divergence(bare, trial.again):
@@ -109,8 +108,10 @@ def check_logging_and_saving_do_not_change_the_run(trial: Trial) -> None:
     raise CheckFailed(f"logging, evaluating and saving together change the run: {together}")
 
 
-def _require_no_interruption_departs(trial: Trial) -> None:
-    """Fail if the run of a plan with evaluations or saves departs from the specification, and not without them."""
+@check(stage="side-effects", needs=NEEDS, incident="an evaluation reset the count of micro-batches of the next step")
+def check_evaluating_and_saving_change_no_other_plan(trial: Trial) -> None:
+    """No plan with evaluations or saves departs from the specification where the same plan without them does not."""
+    judged = 0
     for plan in PLANS:
         if plan.uninterrupted() is None:
             continue
@@ -120,6 +121,9 @@ def _require_no_interruption_departs(trial: Trial) -> None:
                     raise CheckFailed(
                         f"evaluating or saving changes the run: {departure} (plan {plan}, and not without)"
                     )
+            judged += 1
+    if not judged:
+        raise NotApplicable("the subject neither evaluates nor saves in a run")
 
 
 @check(stage="side-effects", needs=NEEDS, incident="ms-swift 9452: a save switched requires_grad off; seq2seq 38")

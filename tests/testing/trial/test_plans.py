@@ -56,7 +56,7 @@ def test_departure_with_evaluations_or_saves_alone_is_a_side_effect_of_theirs(pl
     with contextlib.suppress(NotApplicable):  # where it is the check's only plan
         CHECKS[plan.owner("gradient")].run(trial)
     with pytest.raises(CheckFailed, match="evaluating or saving changes the run: gradient, step 3: it is lost"):
-        CHECKS["logging_and_saving_do_not_change_the_run"].run(trial)
+        CHECKS["evaluating_and_saving_change_no_other_plan"].run(trial)
 
 
 def test_stage_that_a_departure_hides_is_not_said_to_hold() -> None:

@@ -135,7 +135,8 @@ def test_own_trainer_passes_every_check_and_the_results_keep_the_contract(
 
 def test_founding_bug_fails_at_the_rows_and_still_at_the_outcome() -> None:
     """The checks of rows name the header and the missing terminator; those of the outcome see the bug in the run."""
-    found = list(check_subject(FOUNDING_BUG, all_checks(), stages=["rows", "outcome"]))
+    checks = [check for check in all_checks() if check.name != "mask_reaches_the_loss"]  # which runs every plan
+    found = list(check_subject(FOUNDING_BUG, checks, stages=["rows", "outcome"]))
     failed = {stage: [r for r in found if r.status == "failed" and r.stage == stage] for stage in STAGES}
     text = "\n".join(r.message for r in failed["rows"])
     assert "'<|assistant|>' is supervised, should be ignored" in text
@@ -170,8 +171,17 @@ def test_plan_with_an_unknown_key_is_refused() -> None:
         make_plan(stepps=3)
 
 
+class EncodesAlone:
+    """The founding bug as a pipeline that only encodes."""
+
+    def __init__(self, base_dir: str) -> None:
+        whole = load_subject(FOUNDING_BUG, Path(base_dir))
+        self.name, self.tokenizer, self.encode, self.chat_format = "x", whole.tokenizer, whole.encode, whole.chat_format
+
+
 def test_only_the_stages_that_were_asked_for_are_judged(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["check", "--stages", "rows", "--subject", FOUNDING_BUG, "--json"]) == 1
+    subject = f"{__name__}:{EncodesAlone.__name__}"
+    assert run(["check", "--stages", "rows", "--subject", subject, "--json"]) == 1
     stages = {check["stage"] for check in json.loads(capsys.readouterr().out)["checks"]}
     assert stages == {"rows"}
 

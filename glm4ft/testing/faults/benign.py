@@ -232,3 +232,19 @@ class ScaledByTokenMean(Subject):
     def loss_factor(self, batch: Batch, num_targets: int, num_micro_batches: int) -> float:
         own = int((batch["labels"][:, 1:] != IGNORED).sum())
         return 1 / max(own, 1) * (own / num_targets) * world_size()
+
+
+@variation("embeddings-handed-over")
+class EmbeddingsHandedOver(Subject):
+    """The loop looks embeddings up and hands them to the model, as loops do that add noise or images to them."""
+
+    def forward(self, model: Any, batch: Batch) -> torch.Tensor:
+        inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "input_ids")}
+        embeddings = self.embedding_of(model)(batch["input_ids"])
+        logits: torch.Tensor = model(inputs_embeds=embeddings, **inputs, use_cache=False).logits
+        return logits
+
+    def embedding_of(self, model: Any) -> torch.nn.Module:
+        """The embedding of a model, wrapped for several processes or not."""
+        found: torch.nn.Module = getattr(model, "module", model).get_input_embeddings()
+        return found

@@ -109,7 +109,8 @@ class Recorder:
         """Called after each step; for subclasses."""
 
     def _backbone_called(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self.inputs = {name: _copy(kwargs.get(name)) for name in ("position_ids", "attention_mask")}
+        # the ids may be embedded before the backbone is called: a trainer may hand over the embeddings
+        self.inputs |= {name: _copy(kwargs.get(name)) for name in ("position_ids", "attention_mask")}
 
     def _ids_embedded(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         if len(self.trace.steps) >= self.max_steps:
@@ -123,14 +124,15 @@ class Recorder:
             self.trace.dtype = torch.get_autocast_dtype(hidden.device.type)
             if torch.is_grad_enabled():
                 self.trace.autocast = str(self.trace.dtype).removeprefix("torch.")
-        input_ids = self.inputs.get("input_ids")
+        inputs, self.inputs = self.inputs, {}
+        input_ids = inputs.get("input_ids")
         if input_ids is None:
-            self.refuse("the final norm ran without the token embedding: the trainer feeds embeddings directly")
+            self.refuse("the final norm ran without the token embedding: the embeddings come from elsewhere")
             return
         forward = Forward(
             input_ids_BT=input_ids,
-            positions_BT=self.inputs.get("position_ids"),
-            attention_mask=self.inputs.get("attention_mask"),
+            positions_BT=inputs.get("position_ids"),
+            attention_mask=inputs.get("attention_mask"),
             hidden_BTD=hidden.detach().float().cpu().clone(),
             gradient_BTD=None,
             training=_mode(self.backbone),

@@ -70,7 +70,8 @@ class _Watcher:
     def embedded(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         self.input_ids = args[0]
         self.probe = torch.zeros_like(output, requires_grad=True)
-        return output + self.probe
+        with torch.enable_grad():  # the ids may be embedded before the backbone is called
+            return output + self.probe
 
     def hidden_ready(self, module: nn.Module, args: Any, hidden: torch.Tensor) -> None:
         positions, mask = (self.inputs.get(name) for name in ("position_ids", "attention_mask"))

@@ -14,3 +14,11 @@ def healthy(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untype
 
     base_dir = write_tiny_base(tmp_path_factory.mktemp("base"))
     return Trial(Subject(str(base_dir)), base_dir, tmp_path_factory.mktemp("healthy"))
+
+
+@pytest.fixture
+def named_plans_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the combined plans, a third of the time; the test of the own trainer runs all of them."""
+    from glm4ft.testing.trial import plans
+
+    monkeypatch.setattr(plans, "PLANS", plans.NAMED)

@@ -23,6 +23,7 @@ from glm4ft.testing.subjects.plain_loop import Subject
 from glm4ft.testing.trial.stages import CheckFailed
 from glm4ft.testing.trial.trial import Trial
 
+pytestmark = pytest.mark.usefixtures("named_plans_only")
 CHECKS = {check.name: check for check in all_checks()}
 
 

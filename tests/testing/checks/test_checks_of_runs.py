@@ -24,6 +24,7 @@ from glm4ft.testing.trial.runs import RecordedRun
 from glm4ft.testing.trial.stages import CheckFailed
 from glm4ft.testing.trial.trial import Trial
 
+pytestmark = pytest.mark.usefixtures("named_plans_only")
 CHECKS = {check.name: check for check in all_checks()}
 Tamper = Callable[[RecordedRun], None]
 

@@ -45,6 +45,7 @@ DOZEN = (
 
 
 @pytest.mark.parametrize("id", DOZEN)
+@pytest.mark.usefixtures("named_plans_only")
 def test_fault_is_caught_at_its_stage(id: str, tmp_path: Path) -> None:
     stage = all_faults()[id].stage
     caught = try_fault(id, tmp_path, stages=[stage])

@@ -119,6 +119,18 @@ class QuietRecorder(Recorder):
         """Note why the run cannot be recorded."""
         self.attachment.give_up(why)
 
+    def guarded(self, hook: Any) -> Any:
+        """The hook, which gives the recording up instead of raising an error in the run."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return hook(*args, **kwargs)
+            except Exception as error:
+                self.attachment.give_up(f"the run cannot be recorded: {error!r}")
+                return None
+
+        return call
+
     def step_recorded(self) -> None:
         """Write the trace."""
         self.attachment.keep(self.trace)
@@ -137,10 +149,10 @@ def describe(model: nn.Module) -> dict[str, Any]:
     """What the judge has to know of the model beside its trace: base, adapter, dropout and number of processes."""
     adapters = getattr(model, "peft_config", None) or {}
     adapter = next(iter(adapters.values()), None)
-    config = getattr(model, "config", None)
+    named = getattr(model, "name_or_path", "") or getattr(getattr(model, "config", None), "_name_or_path", "")
     dropouts = [m.p for m in model.modules() if isinstance(m, nn.Dropout) and m.p > 0]
     return {
-        "base": str(getattr(config, "_name_or_path", "") or ""),
+        "base": str(named or ""),
         "adapter": None if adapter is None else json.loads(json.dumps(adapter.to_dict(), default=_as_list)),
         "dropout": max(dropouts, default=0.0),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),

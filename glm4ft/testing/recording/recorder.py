@@ -85,15 +85,15 @@ class Recorder:
         self.inputs: dict[str, torch.Tensor | None] = {}
         self.stack = ExitStack()
         hooks: list[RemovableHandle] = [
-            backbone.register_forward_pre_hook(self._backbone_called, with_kwargs=True),
-            backbone.embed_tokens.register_forward_pre_hook(self._ids_embedded),
-            backbone.norm.register_forward_hook(self._hidden_ready),
-            register_optimizer_step_pre_hook(self._step_begins),
-            register_optimizer_step_post_hook(self._step_ended),
+            backbone.register_forward_pre_hook(self.guarded(self._backbone_called), with_kwargs=True),
+            backbone.embed_tokens.register_forward_pre_hook(self.guarded(self._ids_embedded)),
+            backbone.norm.register_forward_hook(self.guarded(self._hidden_ready)),
+            register_optimizer_step_pre_hook(self.guarded(self._step_begins)),
+            register_optimizer_step_post_hook(self.guarded(self._step_ended)),
         ]
         for name, parameter in self.parameters.items():
-            hooks.append(parameter.register_hook(self._add_up(name)))
-            hooks.append(parameter.register_post_accumulate_grad_hook(self._keep_last(name)))
+            hooks.append(parameter.register_hook(self.guarded(self._add_up(name))))
+            hooks.append(parameter.register_post_accumulate_grad_hook(self.guarded(self._keep_last(name))))
         for hook in hooks:
             self.stack.callback(hook.remove)
 
@@ -104,6 +104,10 @@ class Recorder:
     def refuse(self, why: str) -> None:
         """Raise the reason why the run cannot be recorded."""
         raise ValueError(why)
+
+    def guarded(self, hook: Any) -> Any:
+        """The hook as it is registered; for subclasses that may not let an error reach the run."""
+        return hook
 
     def step_recorded(self) -> None:
         """Called after each step; for subclasses."""

@@ -144,9 +144,9 @@ def _read(folder: Path) -> tuple[list[Trace], dict[str, Any]]:
 
 
 def _base(name: str) -> Path:
-    if not Path(name).is_dir():
+    if not (name and Path(name, "config.json").is_file()):
         raise InputError(
-            "the base is not a folder on this machine", found=name or "nothing", expected="a model folder",
+            "the base is not a model folder on this machine", found=name or "nothing", expected="a model folder",
             fix="name it with --model",
         )  # fmt: skip
     return Path(name)

@@ -13,10 +13,18 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from safetensors.torch import load_file, save_file
 
 from glm4ft.testing.checks import all_checks
-from glm4ft.testing.faults.benign_requests import Bf16Autocast, DropoutRequested
+from glm4ft.testing.faults.benign_requests import Bf16Autocast, Dora, DropoutRequested, ExcludedModules
+from glm4ft.testing.faults.randomness import RecomputedDropoutDrawsAnew
+from glm4ft.testing.faults.requested_settings import (
+    DoraAskedAndPlainLoraBuilt,
+    ExcludeModulesIgnored,
+    Fp32WhereBf16WasAsked,
+    LoraDropoutNeverApplied,
+    ModulesToSaveFrozen,
+    ModulesToSaveNotSaved,
+)
 from glm4ft.testing.subjects.plain_loop import Subject
 from glm4ft.testing.trial.stages import CheckFailed, NotApplicable
 from glm4ft.testing.trial.trial import Trial
@@ -26,11 +34,6 @@ DROPOUT, AUTOCAST = "requested_dropout_acts_in_training_alone", "forward_passes_
 MODULES = "adapters_are_on_the_requested_modules"
 SEED, RECOMPUTED = "one_seed_repeats_one_run", "checkpointing_does_not_change_the_gradient"
 TRAINED, SAVED = "only_what_was_asked_for_is_trained", "saved_adapter_is_complete"
-
-
-class DropoutIgnored(DropoutRequested):
-    def lora_config(self) -> LoraConfig:
-        return LoraConfig(task_type="CAUSAL_LM", **{**self.lora, "lora_dropout": 0.0})
 
 
 class DropoutAtAnotherRate(DropoutRequested):
@@ -44,10 +47,6 @@ class DropoutInEvaluation(DropoutRequested):
         return torch.no_grad()
 
 
-class AutocastNotUsed(Subject):
-    autocast = "bf16"
-
-
 class AutocastUnasked(Bf16Autocast):
     autocast: Any = None
 
@@ -58,51 +57,13 @@ class HeadRequested(Subject):
     lora: Mapping[str, Any] = {**Subject.lora, "modules_to_save": ["lm_head"]}
 
 
-class HeadFrozen(HeadRequested):
-    def attach(self, base: Any, seed: int) -> Any:
-        model = super().attach(base, seed)
-        for name, parameter in model.named_parameters():
-            if "modules_to_save" in name:
-                parameter.requires_grad_(False)
-        return model
-
-
-class HeadNotSaved(HeadRequested):
-    def save(self, model: Any, folder: str) -> None:
-        super().save(model, folder)
-        file = Path(folder) / "adapter_model.safetensors"
-        save_file({name: t for name, t in load_file(file).items() if "lora_" in name}, file)
-
-
-class DoraRequested(Subject):
-    """The adapters train magnitudes beside directions, as was asked for."""
-
-    lora: Mapping[str, Any] = {**Subject.lora, "use_dora": True}
-
-
-class DoraIgnored(DoraRequested):
-    def lora_config(self) -> LoraConfig:
-        return LoraConfig(task_type="CAUSAL_LM", **Subject.lora)
-
-
-class MagnitudesOfOne(DoraRequested):
+class MagnitudesOfOne(Dora):
     def attach(self, base: Any, seed: int) -> Any:
         model = super().attach(base, seed)
         for name, parameter in model.named_parameters():
             if "magnitude" in name:
                 torch.nn.init.ones_(parameter)
         return model
-
-
-class ModuleExcluded(Subject):
-    """One of the target modules gets no adapter, as was asked for."""
-
-    lora: Mapping[str, Any] = {**Subject.lora, "exclude_modules": ["down_proj"]}
-
-
-class ExclusionIgnored(ModuleExcluded):
-    def lora_config(self) -> LoraConfig:
-        return LoraConfig(task_type="CAUSAL_LM", **Subject.lora)
 
 
 class SeedIgnored(Subject):
@@ -113,33 +74,23 @@ class SeedIgnored(Subject):
             return super().begin(model, conversations, plan)
 
 
-class RecomputedAnew(Subject):
-    """Checkpointed layers do not restore the random state for their second forward pass."""
-
-    def begin(self, model: Any, conversations: Any, plan: Any) -> Any:
-        run = super().begin(model, conversations, plan)
-        if plan["gradient_checkpointing"]:
-            model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-        return run
-
-
 CASES = (
-    (DoraIgnored, MODULES, "q_proj has no magnitude, though DoRA was requested"),
+    (DoraAskedAndPlainLoraBuilt, MODULES, "q_proj has no magnitude, though DoRA was requested"),
     (MagnitudesOfOne, MODULES, "the magnitudes of .*q_proj do not start as the norms of its weight's rows"),
-    (ExclusionIgnored, MODULES, r"down_proj was not asked for \(2 like it; 12 adapters for 10\)"),
+    (ExcludeModulesIgnored, MODULES, r"down_proj was not asked for \(2 like it; 12 adapters for 10\)"),
     (SeedIgnored, SEED, "do not come from the plan's seed"),
-    (RecomputedAnew, RECOMPUTED, r"with dropout, the gradient with checkpointing is \S+ off that without"),
-    (DropoutIgnored, DROPOUT, "no dropout layer is in front of an adapter"),
+    (RecomputedDropoutDrawsAnew, RECOMPUTED, r"with dropout, the gradient with checkpointing is \S+ off that without"),
+    (LoraDropoutNeverApplied, DROPOUT, "no dropout layer is in front of an adapter"),
     (DropoutAtAnotherRate, DROPOUT, r"in training, 0\.(19|20)\d\d of .* dropped, not 0\.1"),
     (DropoutInEvaluation, DROPOUT, r"in evaluation, 0\.(09|10)\d\d of .* dropped, not 0"),
-    (AutocastNotUsed, AUTOCAST, "run under autocast to None, requested was bfloat16"),
+    (Fp32WhereBf16WasAsked, AUTOCAST, "run under autocast to None, requested was bfloat16"),
     (AutocastUnasked, AUTOCAST, "run under autocast to bfloat16, requested was None"),
-    (HeadFrozen, TRAINED, "asks for lm_head, of which no parameter is trained"),
-    (HeadNotSaved, SAVED, "lm_head.weight is missing, though it was trained"),
+    (ModulesToSaveFrozen, TRAINED, "asks for lm_head, of which no parameter is trained"),
+    (ModulesToSaveNotSaved, SAVED, "lm_head.weight is missing, though it was trained"),
 )
 HEALTHY = (
     (DropoutRequested, DROPOUT), (Bf16Autocast, AUTOCAST), (HeadRequested, TRAINED), (HeadRequested, SAVED),
-    (DoraRequested, MODULES), (DoraRequested, RECOMPUTED), (DoraRequested, SAVED), (ModuleExcluded, MODULES),
+    (Dora, MODULES), (Dora, RECOMPUTED), (Dora, SAVED), (ExcludedModules, MODULES),
     (Subject, SEED), (Subject, RECOMPUTED),
 )  # fmt: skip
 

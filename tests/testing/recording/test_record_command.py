@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from glm4ft.cli.main import run
 from glm4ft.errors import InputError
-from glm4ft.testing.recording.attach import record_run
+from glm4ft.testing.recording import attach, recorder
+from glm4ft.testing.recording.attach import describe, record_run
 from glm4ft.testing.trial.recorded import judge_recording
 from glm4ft.testing.trial.recorded_text import lines
 from glm4ft.testing.trial.trial import Trial
@@ -121,11 +122,33 @@ def test_run_that_dies_leaves_what_was_recorded(healthy: Trial, tmp_path: Path) 
     assert (judged.num_steps, judged.verdict.departures) == (2, {})
 
 
+def test_error_of_the_recorder_does_not_reach_the_run(
+    healthy: Trial, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder, "_copy", lambda tensor: 1 / 0)
+    with record_run(tmp_path / "recording"):
+        train(str(healthy.base_dir), str(tmp_path / "adapter"))
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    with pytest.raises(InputError, match="cannot be recorded: ZeroDivisionError"):
+        judge_recording(tmp_path / "recording")
+
+
 def test_run_that_trains_nothing_is_told(tmp_path: Path) -> None:
     with record_run(tmp_path / "recording"):
         torch.nn.Linear(2, 2)(torch.zeros(1, 2))
     with pytest.raises(InputError, match="nothing was recorded"):
         judge_recording(tmp_path / "recording")
+
+
+def test_base_that_the_run_did_not_name_is_asked_for(
+    healthy: Trial, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attach, "describe", lambda model: {**describe(model), "base": ""})
+    with record_run(tmp_path / "recording"):
+        train(str(healthy.base_dir), str(tmp_path / "adapter"))
+    with pytest.raises(InputError, match="name it with --model"):
+        judge_recording(tmp_path / "recording")
+    assert not judge_recording(tmp_path / "recording", str(healthy.base_dir)).verdict.departures
 
 
 def test_command_has_to_be_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,6 +31,9 @@ COMMANDS = {
     "check": Command("Put a fine-tuning pipeline on trial; by default, this project's own.", "glm4ft.cli.check"),
     "record": Command("Record the first optimizer steps of any training command, unchanged.", "glm4ft.cli.record"),
     "judge": Command("Judge a recorded run: the first stage that departs, and the likely cause.", "glm4ft.cli.judge"),
+    "baseline": Command(
+        "Keep the curves of a pipeline, and say later whether its training is still the same.", "glm4ft.cli.baseline"
+    ),
     "faults": Command(
         "Prove the checks: put known bugs into a healthy loop and see that each is caught.", "glm4ft.cli.faults"
     ),

@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 import glm4ft
 from glm4ft.data.batching import Item, RowSet
-from glm4ft.data.chat_format import IGNORED, AssistantTurn, ChatFormat, EncodedRow
+from glm4ft.data.chat_format import ChatFormat
 from glm4ft.data.conversation import Conversation, Message
+from glm4ft.data.encoded_row import IGNORED, AssistantTurn, EncodedRow
 from glm4ft.errors import ConfigError, DataError
 
 DEMO_DATA = Path(glm4ft.__file__).parent / "demo" / "two_conversations.jsonl"
@@ -30,7 +31,10 @@ NO_TARGETS = "no supervised token"
 TOO_LONG = "longer than max_length even with the last turn alone"
 _REPORT = "report.json"
 # Whatever changes a row or how it is stored is in one of these modules beside this one.
-ENCODER_MODULES = ("sources", "known_keys", "reader", "conversation", "chat_format", "dataset")
+ENCODER_MODULES = (
+    "sources", "known_keys", "reader", "conversation", "control_tokens", "turn_format", "render", "tool_block",
+    "encoded_row", "chat_format", "dataset",
+)  # fmt: skip
 
 
 @dataclass
@@ -227,7 +231,7 @@ def _write_rows(folder: Path, path: str | os.PathLike[str], chat_format: ChatFor
     with open(folder / "input_ids.int32", "wb") as ids_file, open(folder / "supervised.bool", "wb") as mask_file:
         for conversation in _with_progress(_read_conversations(path)):
             report.conversations += 1
-            for warning in conversation.warnings:
+            for warning in chat_format.warnings(conversation):
                 # without the message's index, or a large file would have a kind of warning on every line
                 kind = re.sub(r"\[\d+\]", "[*]", warning)
                 if kind not in report.warnings and len(report.warnings) >= WARNING_KINDS:
@@ -237,7 +241,7 @@ def _write_rows(folder: Path, path: str | os.PathLike[str], chat_format: ChatFor
             if row is None:
                 report.dropped.setdefault(reason, []).append(conversation.line)
                 continue
-            if len(row.turns) < sum(m.role == "assistant" for m in conversation.messages):
+            if len(row.turns) < chat_format.num_turns(conversation):
                 report.truncated.append(conversation.line)
             ids_file.write(np.asarray(row.input_ids, dtype=np.int32).tobytes())
             mask_file.write(np.asarray(row.supervised, dtype=np.bool_).tobytes())
@@ -284,6 +288,7 @@ def _digest(path: str | os.PathLike[str], chat_format: ChatFormat, max_length: i
         "final_stop": chat_format.final_stop,
         "train_on": chat_format.train_on,
         "allow_nonstop_terminator": chat_format.allow_nonstop_terminator,
+        "reasoning": chat_format.reasoning,
         "max_length": max_length,
         "chat_template": chat_format.tokenizer.chat_template,
         "tokenizer": hashlib.sha256(chat_format.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),

@@ -11,8 +11,9 @@ import torch
 import yaml
 from peft import PeftModel
 
-from glm4ft.data.chat_format import IGNORED, AssistantTurn, ChatFormat, EncodedRow
+from glm4ft.data.chat_format import ChatFormat
 from glm4ft.data.dataset import data_path, fit_row
+from glm4ft.data.encoded_row import IGNORED, AssistantTurn, EncodedRow
 from glm4ft.data.encoded_rows import KEPT_TOKENS, ROWS_FILE, TrainedRow, read_rows, rows_of, token_origins, write_rows
 from glm4ft.data.reader import read_conversations
 from glm4ft.diagnosis.measure import MEASURED_ROWS, gather_evidence
@@ -85,6 +86,7 @@ def explain_run(
     rows: str | None = None,
     model: str | None = None,
     chat_format: str | None = None,
+    force_format: bool = False,
 ) -> Diagnosis:
     """Diagnose why the loss of a run does not fall, or why its model does not stop.
 
@@ -95,6 +97,7 @@ def explain_run(
             or the conversations as they should be encoded.
         model: The base; by default the one that run or adapter name.
         chat_format: The chat format; by default the base's.
+        force_format: Whether to go on with a format that the base's own chat template contradicts.
     Returns:
         The diagnosis.
     Raises:
@@ -102,7 +105,11 @@ def explain_run(
     """
     files = find_files(run)
     base_name = model or _base_name(run, files)
-    tokenizer, format_name = load_format(base_name, chat_format or files.config.get("chat_format"))
+    tokenizer, format_name = load_format(
+        base_name,
+        chat_format or files.config.get("chat_format"),
+        force=force_format or bool(files.config.get("force_format")),
+    )
     trained = _trained(files, rows)
     served = Served()
     if _has_data(files, data):
@@ -208,7 +215,7 @@ def _has_data(files: RunFiles, data: str | None) -> bool:
 
 def _encoding(files: RunFiles) -> dict[str, Any]:
     """Options of one of our runs that decide how it was encoded."""
-    options = ("final_stop", "train_on", "allow_nonstop_terminator")
+    options = ("final_stop", "train_on", "allow_nonstop_terminator", "reasoning")
     return {key: files.config[key] for key in options if key in files.config}
 
 
@@ -225,7 +232,7 @@ def _served(files: RunFiles, data: str | None, encoder: ChatFormat, wanted: set[
         if row is None:
             dropped += 1
             continue
-        cut += len(row.turns) < sum(m.role == "assistant" for m in conversation.messages)
+        cut += len(row.turns) < encoder.num_turns(conversation)
         num_rows, num_tokens = num_rows + 1, num_tokens + len(row.input_ids)
         if not rows or num_tokens <= KEPT_TOKENS or row.line in wanted:
             rows.append(TrainedRow(row.line, row.input_ids, row.labels))
@@ -249,7 +256,9 @@ def _adapted(files: RunFiles, base_name: str, format_name: str) -> Any:
     if files.adapter is None:
         return None
     require_adapter(files.adapter)
-    base = load_base(base_name, dtype=str(files.config.get("dtype") or "auto"), chat_format=format_name)
+    # load_format has compared the format with the base's template
+    dtype = str(files.config.get("dtype") or "auto")
+    base = load_base(base_name, dtype=dtype, chat_format=format_name, force_format=True)
     try:
         return PeftModel.from_pretrained(base.model, str(files.adapter))
     except Exception as error:  # peft, safetensors and torch each raise their own

@@ -10,7 +10,9 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel
 
-from glm4ft.data.chat_format import AssistantTurn, ChatFormat, EncodedRow, common_prefix_length
+from glm4ft.data.chat_format import ChatFormat
+from glm4ft.data.control_tokens import common_prefix_length
+from glm4ft.data.encoded_row import AssistantTurn, EncodedRow
 from glm4ft.text.safe_text import visible
 
 # A turn that does not stop is generated this many tokens further, to show how it continues.

@@ -154,7 +154,7 @@ def _load_base(adapter: Path, config: dict[str, Any], model: str | None, dtype: 
     try:
         dtype = _stored_dtype(named) if dtype == "auto" else dtype
         # only the probe depends on the format; naming one also accepts checkpoints whose format has to be chosen
-        return load_base(named, dtype=dtype, chat_format="glm-4-0414")
+        return load_base(named, dtype=dtype, chat_format="glm-4-0414", force_format=True)
     except ModelError as error:
         if model:
             raise

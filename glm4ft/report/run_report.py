@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from glm4ft.data.chat_format import EncodedRow
+from glm4ft.data.encoded_row import EncodedRow
 from glm4ft.data.encoded_rows import TrainedRow
 from glm4ft.diagnosis.evidence import RowEvidence
 from glm4ft.diagnosis.measure import gather_evidence

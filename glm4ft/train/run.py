@@ -19,6 +19,7 @@ from transformers.integrations.integration_utils import get_available_reporting_
 from glm4ft.data.batching import Collator, PackedRows, RowSet
 from glm4ft.data.chat_format import ChatFormat
 from glm4ft.data.dataset import DataReport, Rows, data_path, prepare_rows
+from glm4ft.data.format_check import format_warnings
 from glm4ft.errors import ConfigError, RunError
 from glm4ft.files import require_unused, write_atomically
 from glm4ft.model.base_model import Base, load_base, load_format, require_loadable, write_built_in_base
@@ -167,13 +168,14 @@ def run_training(
 
 def chat_format_of(config: TrainConfig) -> ChatFormat:
     """The chat format of a run, from its checkpoint and options."""
-    tokenizer, name = load_format(config.model, config.chat_format)
+    tokenizer, name = load_format(config.model, config.chat_format, force=config.force_format)
     return ChatFormat(
         name,
         tokenizer,
         final_stop=config.final_stop,
         train_on=config.train_on,
         allow_nonstop_terminator=config.allow_nonstop_terminator,
+        reasoning=config.reasoning,
     )
 
 
@@ -256,7 +258,7 @@ def _prepare(config: TrainConfig, output: Path, say: Callable[[str], object], *,
     if config.eval_data:
         eval_rows, eval_data = prepare_rows(data_path(config.eval_data), chat_format, max_length=config.max_length)
         say(eval_data.describe())
-    base = load_base(config.model, dtype=config.dtype, chat_format=config.chat_format)
+    base = load_base(config.model, dtype=config.dtype, chat_format=chat_format.name, force_format=config.force_format)
     if base.is_built_in:
         # peft writes this into adapter_config.json: where whoever loads the adapter finds its base
         base.model.name_or_path = str((output / BASE_FOLDER).resolve())
@@ -264,7 +266,8 @@ def _prepare(config: TrainConfig, output: Path, say: Callable[[str], object], *,
     model = attach_lora(base.model, config.lora, seed=config.seed)
     adapters = audit_lora(model, config.lora)
     say(adapters.describe())
-    for warning in (*base.warnings, *adapters.warnings):
+    about_format = format_warnings(chat_format.name, base.tokenizer, where=config.model)
+    for warning in (*about_format, *base.warnings, *adapters.warnings):
         say(f"warning: {warning}")
     return PreparedRun(
         config,

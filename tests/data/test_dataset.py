@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 
 from glm4ft.data import dataset
-from glm4ft.data.chat_format import IGNORED, ChatFormat
+from glm4ft.data.chat_format import ChatFormat
 from glm4ft.data.dataset import DEMO_DATA, ENCODER_MODULES, NO_TARGETS, TOO_LONG, code_digest, fit_row, prepare_rows
+from glm4ft.data.encoded_row import IGNORED
 from glm4ft.data.reader import from_messages, read_conversations
 from glm4ft.errors import DataError
-from glm4ft.model.tiny import tiny_tokenizer
+from glm4ft.model.tiny_tokenizer import tiny_tokenizer
 from glm4ft.testing.subjects.founding_bug import FoundingBugFormat
 
 

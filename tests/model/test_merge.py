@@ -22,7 +22,8 @@ from peft.tuners.lora import Linear
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from glm4ft.data.chat_format import STOPS, ChatFormat
+from glm4ft.data.chat_format import ChatFormat
+from glm4ft.data.control_tokens import STOPS
 from glm4ft.data.reader import parse_conversation
 from glm4ft.errors import ConfigError, InputError, ModelError, RunError
 from glm4ft.model import base_model

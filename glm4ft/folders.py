@@ -35,17 +35,11 @@ def require_unused(output: Path, fix: str = "choose another folder") -> None:
         ConfigError: If the folder exists and is not empty, or the path is not a folder.
     """
     if output.exists() and (not output.is_dir() or any(p.name not in (_LOCK, _UNFINISHED) for p in output.iterdir())):
-        raise ConfigError(
-            "the output folder is already in use",
-            where="--output",
-            found=str(output),
-            expected="a folder that is empty or does not exist",
-            fix=fix,
-        )
+        raise _in_use(output, fix)
 
 
 @contextlib.contextmanager
-def only_writer(output: Path, first: str) -> Iterator[None]:
+def only_writer(output: Path, first: str, *, wait: bool = False) -> Iterator[None]:
     """Keep other processes from writing a folder, and put right what a killed writer left in it.
 
     The lock is the system's and ends with the process that holds it, however that ends.
@@ -53,11 +47,14 @@ def only_writer(output: Path, first: str) -> Iterator[None]:
     Args:
         output: The folder; created if it is missing, and removed again if it is still empty at the end.
         first: The entry that appears first, as for ``appearing_whole``.
+        wait: Whether to wait for another writer instead of raising an error.
     Raises:
         ConfigError: If another process is writing the folder, or it cannot be written.
     """
+    if output.exists() and not output.is_dir():
+        raise _in_use(output, "choose another folder")
     created = [folder for folder in (output, *output.parents) if not folder.exists()]
-    lock = FileLock(output / _LOCK, timeout=0)
+    lock = FileLock(output / _LOCK, timeout=-1 if wait else 0)
     try:
         output.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -105,6 +102,18 @@ def appearing_whole(output: Path, first: str) -> Iterator[Path]:
         raise
 
 
+def clear(folder: Path) -> None:
+    """Remove the content of a folder, but for its lock; to be called within ``only_writer``."""
+    for path in folder.iterdir():
+        if path.name != _LOCK:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether a folder is being written, or its writer was killed."""
+    return (folder / _UNFINISHED).exists() or (folder / _LOCK).exists()
+
+
 def seal(folder: Path, paths: Iterable[Path] | None = None) -> None:
     """Write sizes and digests of a folder's files into its marker, once they have reached the disk.
 
@@ -136,6 +145,16 @@ def damage(folder: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"its file {COMPLETE_MARKER} cannot be read"
     return "; ".join(wrong[:3]) if sealed else f"its file {COMPLETE_MARKER} lists no files"
+
+
+def _in_use(output: Path, fix: str) -> ConfigError:
+    return ConfigError(
+        "the output folder is already in use",
+        where="--output",
+        found=str(output),
+        expected="a folder that is empty or does not exist",
+        fix=fix,
+    )
 
 
 def _difference(folder: Path, name: str, identity: dict[str, Any]) -> str:

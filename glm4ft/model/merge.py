@@ -6,13 +6,9 @@ folder appears only when it is complete.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import random
 import shutil
-import uuid
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +21,7 @@ from transformers import PreTrainedModel
 from glm4ft.data.chat_format import ChatFormat
 from glm4ft.data.conversation import Message
 from glm4ft.errors import ConfigError, ModelError, RunError
-from glm4ft.files import require_unused
+from glm4ft.folders import COMPLETE_MARKER, appearing_whole, damage, only_writer, require_unused
 from glm4ft.model.base_model import Base, load_base
 from glm4ft.model.checkpoint import TINY, find_checkpoint, listed, one_line, read_json, require_whole_file
 
@@ -100,9 +96,13 @@ def merge_adapter(adapter: Path, output: Path, *, model: str | None = None, dtyp
         ModelError: If base or adapter cannot be used, or do not fit each other.
         RunError: If the logits of the merged weights differ from those of base and adapter by more than the tolerance.
     """
-    output = output.expanduser().absolute()
-    require_unused(output)
-    adapter = adapter.expanduser()
+    output, adapter = output.expanduser().absolute(), adapter.expanduser()
+    with only_writer(output, "config.json"):
+        require_unused(output)
+        return _merge_into(output, adapter, model, dtype)
+
+
+def _merge_into(output: Path, adapter: Path, model: str | None, dtype: str) -> MergeReport:
     config = require_adapter(adapter)
     base = _load_base(adapter, config, model, dtype)
     dtype = {torch.bfloat16: "bf16", torch.float32: "fp32"}[base.model.dtype]
@@ -141,6 +141,10 @@ def require_adapter(adapter: Path) -> dict[str, Any]:
             where=str(adapter),
             found=PICKLE if is_pickle else "",
             expected=WEIGHTS,
+        )
+    if (adapter / COMPLETE_MARKER).is_file() and (problem := damage(adapter)):
+        raise ModelError(
+            "the adapter is damaged", where=str(adapter), found=problem, fix="copy it again, or take a checkpoint's"
         )
     return config
 
@@ -247,7 +251,7 @@ def _doubts(effect: float, error: float) -> list[str]:
 
 def _write(merged: PreTrainedModel, base: Base, output: Path) -> None:
     try:
-        with _appearing_whole(output) as folder:
+        with appearing_whole(output, "config.json") as folder:
             merged.save_pretrained(folder)
             if base.folder is None:
                 base.tokenizer.save_pretrained(folder)
@@ -259,16 +263,3 @@ def _write(merged: PreTrainedModel, base: Base, output: Path) -> None:
         raise ConfigError(
             "the merged checkpoint cannot be written", where=str(output), found=one_line(error)
         ) from error
-
-
-@contextlib.contextmanager
-def _appearing_whole(output: Path) -> Iterator[Path]:
-    """Yield a temporary folder that is renamed to ``output`` on success and removed on any error."""
-    partial = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        os.replace(partial, output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise

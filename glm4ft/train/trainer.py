@@ -25,8 +25,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from glm4ft.data.batching import PackedRows, ShuffledByLength
 from glm4ft.errors import RunError
-from glm4ft.files import write_atomically
-from glm4ft.train.run_folder import COMPLETE_MARKER, last_checkpoint
+from glm4ft.train.run_folder import complete_checkpoint, drop_old_checkpoints, last_checkpoint
 
 _TRAINING_ARGS_PICKLE = "training_args.bin"
 
@@ -56,14 +55,20 @@ class SupervisedTrainer(Trainer):
     Args:
         record: A function that is given each trajectory row: ``type`` ``step`` or ``eval`` and its figures.
         target_loss: The loss below which training stops.
+        keep_checkpoints: The number of latest checkpoints that stay on disk.
         **kwargs: The arguments of ``transformers.Trainer``; data sets need ``lengths``, the collator yields ``lines``.
     """
 
     def __init__(
-        self, *, record: Callable[[dict[str, Any]], None], target_loss: float | None = None, **kwargs: Any
+        self,
+        *,
+        record: Callable[[dict[str, Any]], None],
+        target_loss: float | None = None,
+        keep_checkpoints: int = 2,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.record, self.target_loss = record, target_loss
+        self.record, self.target_loss, self.keep_checkpoints = record, target_loss, keep_checkpoints
         self.folder = Path(str(self.args.output_dir))
         self.step_contents = StepContents()
         self._step_began_s = time.perf_counter()
@@ -183,8 +188,9 @@ class SupervisedTrainer(Trainer):
         super()._save_checkpoint(*args, **kwargs)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            folder = self.folder / f"checkpoint-{self.state.global_step}"
-            write_atomically(folder / COMPLETE_MARKER, f"{self.state.global_step}\n")
+            complete_checkpoint(self.folder, self.state.global_step)
+            # only now: transformers would do it before the new one can be relied upon
+            drop_old_checkpoints(self.folder, self.keep_checkpoints)
         self._step_began_s = time.perf_counter()
 
     def _require_finite_weights(self) -> None:

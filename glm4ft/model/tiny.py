@@ -38,6 +38,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from glm4ft.model.portable import write_both_names, write_tokenizer
+
 Architecture = Literal["Glm4ForCausalLM", "GlmForCausalLM"]
 
 # GLM-4's control tokens in GLM-4's order (ids 151329 to 151342 in GLM-4); they too follow the ordinary vocabulary.
@@ -244,5 +246,6 @@ def write_tiny_base(
     model = tiny_model(seed, architecture=architecture)
     nn.Module.to(model, dtype)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
-    tiny_tokenizer(architecture).save_pretrained(folder)
+    write_both_names(Path(folder))
+    write_tokenizer(tiny_tokenizer(architecture), None, Path(folder))
     return Path(folder)

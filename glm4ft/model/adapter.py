@@ -67,6 +67,28 @@ def require_adapter(adapter: Path) -> dict[str, Any]:
     return config
 
 
+def base_of(adapter: Path, config: dict[str, Any]) -> str:
+    """The base that an adapter names.
+
+    Args:
+        adapter: The folder of the adapter.
+        config: Its configuration.
+    Returns:
+        A folder or a hub id. A run on the built-in base writes that into a folder of its own, which is found
+        there after the run was moved as well.
+    Raises:
+        ModelError: If the adapter names no base.
+    """
+    named = str(config.get("base_model_name_or_path") or "")
+    if not named:
+        raise ModelError(
+            "the adapter does not name its base", where=str(adapter / CONFIG), fix="name the base with --model"
+        )
+    beside = adapter / Path(named).name
+    is_moved = Path(named).is_absolute() and not Path(named).exists() and (beside / "config.json").is_file()
+    return str(beside) if is_moved else named
+
+
 def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
     """Put an adapter on its base.
 

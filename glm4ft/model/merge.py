@@ -26,7 +26,7 @@ from glm4ft.data.chat_format import ChatFormat
 from glm4ft.data.conversation import Message
 from glm4ft.errors import ConfigError, ModelError, RunError
 from glm4ft.files import require_unused
-from glm4ft.model.adapter import CONFIG, load_adapter, require_adapter
+from glm4ft.model.adapter import CONFIG, base_of, load_adapter, require_adapter
 from glm4ft.model.base_model import Base, load_base
 from glm4ft.model.checkpoint import TINY, find_checkpoint, one_line, read_json
 from glm4ft.model.model_card import own_body, shown_base, table, write_card
@@ -115,11 +115,7 @@ def merge_adapter(adapter: Path, output: Path, *, model: str | None = None, dtyp
 
 
 def _load_base(adapter: Path, config: dict[str, Any], model: str | None, dtype: str) -> Base:
-    named = model or config.get("base_model_name_or_path")
-    if not named:
-        raise ModelError(
-            "the adapter does not name its base", where=str(adapter / CONFIG), fix="name the base with --model"
-        )
+    named = model or base_of(adapter, config)
     try:
         dtype = _stored_dtype(named) if dtype == "auto" else dtype
         # only the probe depends on the format; naming one also accepts checkpoints whose format has to be chosen

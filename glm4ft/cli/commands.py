@@ -27,6 +27,7 @@ COMMANDS = {
     "explain": Command(
         "Say why the loss of a run does not fall, or why its model does not stop.", "glm4ft.cli.explain"
     ),
+    "chat": Command("Talk to a run, a merged checkpoint or a base.", "glm4ft.cli.chat"),
     "merge": Command("Merge an adapter into its base, for plain transformers.", "glm4ft.cli.merge"),
     "cache": Command("Show the encoded files that are kept for later runs, or remove them.", "glm4ft.cli.cache"),
     "check": Command("Put a fine-tuning pipeline on trial; by default, this project's own.", "glm4ft.cli.check"),

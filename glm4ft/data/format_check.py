@@ -131,7 +131,10 @@ def format_warnings(name: FormatName, tokenizer: PreTrainedTokenizerBase, *, whe
         where: The checkpoint.
     """
     if not tokenizer.chat_template:
-        return [f"{where}: it has no chat template, so no server can render a prompt for it, or for what is saved here"]
+        return [
+            f"{where}: it has no chat template, so what is trained or merged from it has none either, and no server can "
+            "render a prompt with it: put the chat_template.jinja of a matching chat checkpoint beside the weights"
+        ]
     difference = _first_difference(name, tokenizer)
     if difference is None and not FORMATS[name].joins:  # only some data has these
         probes = (("a tool call", _CALL), ("a system message in the middle", _LATE_SYSTEM))

@@ -19,10 +19,10 @@ from glm4ft.data.reader import read_conversations
 from glm4ft.diagnosis.measure import MEASURED_ROWS, gather_evidence
 from glm4ft.diagnosis.rules import Diagnosis, diagnose
 from glm4ft.errors import ConfigError, ModelError
+from glm4ft.model.adapter import require_adapter
 from glm4ft.model.base_model import load_base, load_format
 from glm4ft.model.checkpoint import one_line, read_json
 from glm4ft.model.generation import TurnRoundTrip, round_trip
-from glm4ft.model.merge import require_adapter
 from glm4ft.train.config import TrainConfig
 from glm4ft.train.run import PreparedRun, RunObserver
 from glm4ft.train.run_folder import BASE_FOLDER, CONFIG_FILE

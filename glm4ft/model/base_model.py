@@ -8,6 +8,7 @@ therefore refused before the weights are read, all others right after.
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from glm4ft.model.checkpoint import TINY, find_checkpoint, listed, one_line, rea
 
 # An explicit list, so that code in a checkpoint (`auto_map`) is never loaded.
 MODEL_CLASSES: dict[str, Any] = {"GlmForCausalLM": GlmForCausalLM, "Glm4ForCausalLM": Glm4ForCausalLM}
+GLM4_VOCAB_SIZE = 151552  # rows of GLM-4's embeddings; ChatGLM2 and ChatGLM3 have 65,024
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -193,8 +195,7 @@ def _architecture(folder: Path) -> str:
     found = ", ".join(names)
     if names[0].startswith("ChatGLM"):
         message = "the checkpoint needs remote code, which is never run here"
-        fix = "use the converted checkpoint, whose name ends in -hf"
-        raise ModelError(message, where=where, found=found, expected=expected, fix=fix)
+        raise ModelError(message, where=where, found=found, expected=expected, fix=_converted(folder, config))
     if found not in MODEL_CLASSES:
         raise ModelError("not a GLM-4 language model", where=where, found=found, expected=expected)
     if config.get("quantization_config"):
@@ -203,6 +204,19 @@ def _architecture(folder: Path) -> str:
         raise ModelError(message, where=where, found="quantization_config", fix=fix)
     _config(found, folder)
     return found
+
+
+def _converted(folder: Path, config: dict[str, Any]) -> str:
+    """Which checkpoint to take in place of one with remote code, if there is one."""
+    if "vision_config" in config:
+        return "a model with vision is not supported"
+    for name in (folder.as_posix(), config.get("_name_or_path"), *(config.get("auto_map") or {}).values()):
+        # parts of a path, of a hub id, and of a folder of the hub's cache (models--zai-org--glm-4-9b-chat)
+        if known := re.search(r"(?:^|/|--)(glm-4-9b(?:-chat)?(?:-1m)?)(?=$|/|--)", str(name)):
+            return f"use the converted checkpoint, zai-org/{known[1]}-hf"
+    if config.get("padded_vocab_size") == GLM4_VOCAB_SIZE:
+        return "of glm-4-9b, glm-4-9b-chat and glm-4-9b-chat-1m there are converted checkpoints (-hf); use one of those"
+    return "not supported: ChatGLM models before GLM-4 and glm-4v-9b have no checkpoint without remote code"
 
 
 def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

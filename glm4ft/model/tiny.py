@@ -36,6 +36,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from glm4ft.model.portable import write_both_names, write_tokenizer
 from glm4ft.model.tiny_tokenizer import CONTROL_TOKENS, Architecture, tiny_tokenizer
 
 STOP_TOKENS = ("<|endoftext|>", "<|user|>", "<|observation|>")
@@ -168,5 +169,6 @@ def write_tiny_base(
     model = tiny_model(seed, architecture=architecture)
     nn.Module.to(model, dtype)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
-    tiny_tokenizer(architecture).save_pretrained(folder)
+    write_both_names(Path(folder))
+    write_tokenizer(tiny_tokenizer(architecture), None, Path(folder))
     return Path(folder)

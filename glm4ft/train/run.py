@@ -26,6 +26,7 @@ from glm4ft.folders import only_writer, require_unused
 from glm4ft.model.base_model import Base, load_base, load_format, require_loadable, write_built_in_base
 from glm4ft.model.lora import AdapterReport, attach_lora, audit_lora
 from glm4ft.model.loss import install_supervised_loss
+from glm4ft.model.portable import write_beside_adapter
 from glm4ft.train import run_folder
 from glm4ft.train.config import TrainConfig
 from glm4ft.train.run_folder import BASE_FOLDER, CONFIG_FILE, is_complete, last_checkpoint
@@ -209,7 +210,9 @@ def make_trainer(
         train_dataset=PackedRows(rows, config.max_length) if config.packing else rows,
         eval_dataset=eval_rows,
         data_collator=Collator(base.tokenizer.pad_token_id),
-        processing_class=base.tokenizer,
+        write_beside=lambda folder: write_beside_adapter(
+            base.tokenizer, base.folder, base.model.generation_config, folder
+        ),
     )
 
 

@@ -27,7 +27,7 @@ from glm4ft.data.batching import PackedRows, ShuffledByLength
 from glm4ft.errors import RunError
 from glm4ft.train.run_folder import complete_checkpoint, drop_old_checkpoints, last_checkpoint
 
-_TRAINING_ARGS_PICKLE = "training_args.bin"
+_TRAINING_ARGS_PICKLE, _BLANK_CARD = "training_args.bin", "README.md"
 
 
 @dataclass
@@ -56,6 +56,7 @@ class SupervisedTrainer(Trainer):
         record: A function that is given each trajectory row: ``type`` ``step`` or ``eval`` and its figures.
         target_loss: The loss below which training stops.
         keep_checkpoints: The number of latest checkpoints that stay on disk.
+        write_beside: A function that writes into the folder of each saved adapter what belongs beside it.
         **kwargs: The arguments of ``transformers.Trainer``; data sets need ``lengths``, the collator yields ``lines``.
     """
 
@@ -65,10 +66,12 @@ class SupervisedTrainer(Trainer):
         record: Callable[[dict[str, Any]], None],
         target_loss: float | None = None,
         keep_checkpoints: int = 2,
+        write_beside: Callable[[Path], None] = lambda folder: None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.record, self.target_loss, self.keep_checkpoints = record, target_loss, keep_checkpoints
+        self.record, self.target_loss = record, target_loss
+        self.keep_checkpoints, self.write_beside = keep_checkpoints, write_beside
         self.folder = Path(str(self.args.output_dir))
         self.step_contents = StepContents()
         self._step_began_s = time.perf_counter()
@@ -181,8 +184,13 @@ class SupervisedTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         self._require_finite_weights()
         super()._save(output_dir, state_dict)
-        # a pickle; config.yaml says the same in the open
-        Path(output_dir or self.folder, _TRAINING_ARGS_PICKLE).unlink(missing_ok=True)
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.folder)
+        # a pickle, of which config.yaml says the same in the open; and a form for a model card, with no answers
+        for name in (_TRAINING_ARGS_PICKLE, _BLANK_CARD):
+            (folder / name).unlink(missing_ok=True)
+        self.write_beside(folder)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         super()._save_checkpoint(*args, **kwargs)

@@ -27,9 +27,10 @@ from glm4ft.data.control_tokens import STOPS
 from glm4ft.data.reader import parse_conversation
 from glm4ft.errors import ConfigError, InputError, ModelError, RunError
 from glm4ft.model import base_model
+from glm4ft.model.adapter import WEIGHTS
 from glm4ft.model.base_model import load_base
 from glm4ft.model.lora import LoraOptions, attach_lora
-from glm4ft.model.merge import TOLERANCES, WEIGHTS, MergeReport, merge_adapter
+from glm4ft.model.merge import TOLERANCES, MergeReport, merge_adapter
 from glm4ft.model.tiny import write_tiny_base
 
 # plain peft 0.21 on transformers 5.23 warns of its own call

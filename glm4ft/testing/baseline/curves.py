@@ -9,7 +9,7 @@ from dataclasses import astuple, dataclass
 import torch
 import torch.nn.functional as F
 
-from glm4ft.data.chat_format import IGNORED
+from glm4ft.data.encoded_row import IGNORED
 from glm4ft.testing.recording.trace import Step
 from glm4ft.testing.specification.lora_spec import LoraSpec
 from glm4ft.testing.specification.reference import Reference, clip_factor

@@ -132,8 +132,8 @@ def format_warnings(name: FormatName, tokenizer: PreTrainedTokenizerBase, *, whe
     """
     if not tokenizer.chat_template:
         return [
-            f"{where}: it has no chat template, so what is trained or merged from it has none either, and no server can "
-            "render a prompt with it: put the chat_template.jinja of a matching chat checkpoint beside the weights"
+            f"{where}: it has no chat template, so what is trained or merged from it has none either, and no server "
+            "can render a prompt with it: put the chat_template.jinja of a matching chat checkpoint beside the weights"
         ]
     difference = _first_difference(name, tokenizer)
     if difference is None and not FORMATS[name].joins:  # only some data has these

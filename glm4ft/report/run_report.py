@@ -125,7 +125,7 @@ def _diagnose(
             model,
             [TrainedRow(row.line, row.input_ids, row.labels) for row in encoded],
             run.chat_format.tokenizer,
-            trajectory.steps,
+            (*trajectory.steps, *trajectory.evaluations),
             round_trips=turns,
             target_loss=run.config.target,
             options={**asdict(run.config), "target_modules": run.config.lora.targets},

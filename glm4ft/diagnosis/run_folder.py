@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 
 from glm4ft.data.chat_format import ChatFormat
 from glm4ft.data.dataset import data_path, fit_row
@@ -21,9 +20,9 @@ from glm4ft.diagnosis.measure import MEASURED_ROWS, Trained, gather_evidence
 from glm4ft.diagnosis.rules import Diagnosis, diagnose
 from glm4ft.diagnosis.run_files import ADAPTER_CONFIG, RunFiles, find_files, has_weights
 from glm4ft.errors import ConfigError, ModelError
-from glm4ft.model.adapter import require_adapter
+from glm4ft.model.adapter import load_adapter, require_adapter
 from glm4ft.model.base_model import load_base, load_format
-from glm4ft.model.checkpoint import TINY, one_line, read_json, weight_files
+from glm4ft.model.checkpoint import TINY, read_json, weight_files
 from glm4ft.model.generation import TurnRoundTrip, round_trip
 from glm4ft.train.config import TrainConfig
 from glm4ft.train.run import PreparedRun, RunObserver
@@ -247,13 +246,7 @@ def _load(files: RunFiles, base_name: str, format_name: str) -> tuple[Any, Train
         return load(str(files.weights)), Trained.WEIGHTS
     if files.adapter is not None and has_weights(files.adapter):
         require_adapter(files.adapter)
-        base = load(base_name)
-        try:
-            return PeftModel.from_pretrained(base, str(files.adapter)), Trained.ADAPTERS
-        except Exception as error:  # peft, safetensors and torch each raise their own
-            raise ModelError(
-                "the adapter does not fit its base", where=str(files.adapter), found=one_line(error)
-            ) from error
+        return load_adapter(load(base_name), files.adapter), Trained.ADAPTERS
     has_base = base_name == TINY or (Path(base_name).is_dir() and _has_all_weights(Path(base_name)))
     return load(base_name) if has_base else None, Trained.NOTHING
 

@@ -8,6 +8,7 @@ therefore refused before the weights are read, all others right after.
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,15 @@ from glm4ft.model.checkpoint import TINY, find_checkpoint, listed, one_line, rea
 
 # An explicit list, so that code in a checkpoint (`auto_map`) is never loaded.
 MODEL_CLASSES: dict[str, Any] = {"GlmForCausalLM": GlmForCausalLM, "Glm4ForCausalLM": Glm4ForCausalLM}
+# Others of the family, and why a language model's rows do not fit them.
+_VISION = "it sees images and video, so its rows need image tokens, which are not rendered here"
+REFUSED = {
+    "Glm4vForConditionalGeneration": f"GLM-4.1V: {_VISION}",
+    "Glm4vMoeForConditionalGeneration": f"GLM-4.5V: {_VISION}",
+    "Glm46VForConditionalGeneration": f"GLM-4.6V: {_VISION}",
+    "GlmOcrForConditionalGeneration": f"GLM-OCR: {_VISION}",
+    "GlmMoeDsaForCausalLM": "GLM-5 has a chat format of its own",
+}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -192,11 +202,18 @@ def _architecture(folder: Path) -> str:
     names = [str(name) for name in config.get("architectures") or ["no architectures"]]
     found = ", ".join(names)
     if names[0].startswith("ChatGLM"):
-        message = "the checkpoint needs remote code, which is never run here"
-        fix = "use the converted checkpoint, whose name ends in -hf"
+        message, fix = "the checkpoint needs remote code, which is never run here", ""
+        if "vision_config" in config:
+            message = (
+                f"the checkpoint sees images, which is not supported, and {message.removeprefix('the checkpoint ')}"
+            )
+        elif re.search(r"glm-?4-9b", f"{folder} {config.get('_name_or_path')}".lower()):
+            fix = "use the converted checkpoint, whose name ends in -hf"  # only GLM-4-9B, -chat and -chat-1m have one
         raise ModelError(message, where=where, found=found, expected=expected, fix=fix)
     if found not in MODEL_CLASSES:
-        raise ModelError("not a GLM-4 language model", where=where, found=found, expected=expected)
+        reason = REFUSED.get(names[0], "it sees images or video" if "vision_config" in config else "")
+        message = "not a GLM-4 language model" + f": {reason}" * bool(reason)
+        raise ModelError(message, where=where, found=found, expected=expected)
     if config.get("quantization_config"):
         message = "quantised bases are not supported: merging and the checks read plain weights"
         fix = "use the bf16 checkpoint that this one was made from"

@@ -442,7 +442,10 @@ def test_writing_and_reading_a_conversation_is_the_identity(shape: str, conversa
     if shape == "conversations":
         record["tools"] = json.dumps(record["tools"])
         before = (None, *conversation.messages)  # a call with a role of its own goes on with the answer before it
-        goes_on = [m.is_call and b is not None and b.role == "assistant" for b, m in zip(before, conversation.messages)]
+        goes_on = [
+            m.is_call and b is not None and b.role == "assistant"
+            for b, m in zip(before, conversation.messages, strict=False)
+        ]
         messages = [replace(m, continues=g) for m, g in zip(conversation.messages, goes_on, strict=True)]
         conversation = replace(conversation, messages=tuple(messages))
     read = parse_conversation(json.loads(json.dumps(record)))

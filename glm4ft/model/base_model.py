@@ -15,7 +15,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, Glm4ForCausalLM, GlmForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    Glm4ForCausalLM,
+    Glm4MoeForCausalLM,
+    Glm4MoeLiteForCausalLM,
+    GlmForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from glm4ft.data.chat_format import ChatFormat
 from glm4ft.data.control_tokens import END_OF_TEXT, STOPS, control_ids
@@ -25,7 +33,12 @@ from glm4ft.errors import ConfigError, ModelError
 from glm4ft.model.checkpoint import TINY, find_checkpoint, listed, one_line, read_json, require_whole_file, weight_files
 
 # An explicit list, so that code in a checkpoint (`auto_map`) is never loaded.
-MODEL_CLASSES: dict[str, Any] = {"GlmForCausalLM": GlmForCausalLM, "Glm4ForCausalLM": Glm4ForCausalLM}
+MODEL_CLASSES: dict[str, Any] = {
+    "GlmForCausalLM": GlmForCausalLM,
+    "Glm4ForCausalLM": Glm4ForCausalLM,
+    "Glm4MoeForCausalLM": Glm4MoeForCausalLM,
+    "Glm4MoeLiteForCausalLM": Glm4MoeLiteForCausalLM,
+}
 # Others of the family, and why a language model's rows do not fit them.
 _VISION = "it sees images and video, so its rows need image tokens, which are not rendered here"
 REFUSED = {

@@ -6,7 +6,7 @@ import math
 import os
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -263,6 +263,7 @@ def _prepare(config: TrainConfig, output: Path, say: Callable[[str], object], *,
         # peft writes this into adapter_config.json: where whoever loads the adapter finds its base
         base.model.name_or_path = str((output / BASE_FOLDER).resolve())
     install_supervised_loss(base.model)
+    config = replace(config, lora=config.lora.for_model(base.model))
     model = attach_lora(base.model, config.lora, seed=config.seed)
     adapters = audit_lora(model, config.lora)
     say(adapters.describe())

@@ -58,7 +58,7 @@ def _render_body(tokenizer: PreTrainedTokenizerBase, turn_format: TurnFormat, to
     for messages, argument in ((on_message, None), (as_argument, tools)):
         text = _render(tokenizer, messages, argument)
         body = text[len(start) : -len(end)]
-        if text.startswith(start) and text.endswith(end) and all(_tool_name(tool) in body for tool in tools):
+        if text.startswith(start) and text.endswith(end) and all(_is_named(tool, body) for tool in tools):
             return body
     raise ModelError(
         "the checkpoint's chat template does not render tools as this chat format expects",
@@ -81,8 +81,10 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], 
         ) from error
 
 
-def _tool_name(tool: dict[str, Any]) -> str:
-    return str(tool.get("function", tool).get("name", tool.get("type", "")))
+def _is_named(tool: dict[str, Any], body: str) -> bool:
+    """Whether the text names the tool, plainly or within JSON."""
+    name = str(tool.get("function", tool).get("name", tool.get("type", "")))
+    return any(form in body for form in (name, json.dumps(name)[1:-1], json.dumps(name, ensure_ascii=False)[1:-1]))
 
 
 def _absent(text: str) -> str:

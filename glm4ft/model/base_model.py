@@ -15,7 +15,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, Glm4ForCausalLM, GlmForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    Glm4ForCausalLM,
+    Glm4MoeForCausalLM,
+    Glm4MoeLiteForCausalLM,
+    GlmForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from glm4ft.data.chat_format import ChatFormat
 from glm4ft.data.control_tokens import END_OF_TEXT, STOPS, control_ids
@@ -25,7 +33,21 @@ from glm4ft.errors import ConfigError, ModelError
 from glm4ft.model.checkpoint import TINY, find_checkpoint, listed, one_line, read_json, require_whole_file, weight_files
 
 # An explicit list, so that code in a checkpoint (`auto_map`) is never loaded.
-MODEL_CLASSES: dict[str, Any] = {"GlmForCausalLM": GlmForCausalLM, "Glm4ForCausalLM": Glm4ForCausalLM}
+MODEL_CLASSES: dict[str, Any] = {
+    "GlmForCausalLM": GlmForCausalLM,
+    "Glm4ForCausalLM": Glm4ForCausalLM,
+    "Glm4MoeForCausalLM": Glm4MoeForCausalLM,
+    "Glm4MoeLiteForCausalLM": Glm4MoeLiteForCausalLM,
+}
+# Others of the family, and why a language model's rows do not fit them.
+_VISION = "it sees images and video, so its rows need image tokens, which are not rendered here"
+REFUSED = {
+    "Glm4vForConditionalGeneration": f"GLM-4.1V: {_VISION}",
+    "Glm4vMoeForConditionalGeneration": f"GLM-4.5V: {_VISION}",
+    "Glm46VForConditionalGeneration": f"GLM-4.6V: {_VISION}",
+    "GlmOcrForConditionalGeneration": f"GLM-OCR: {_VISION}",
+    "GlmMoeDsaForCausalLM": "GLM-5 has a chat format of its own",
+}
 GLM4_VOCAB_SIZE = 151552  # rows of GLM-4's embeddings; ChatGLM2 and ChatGLM3 have 65,024
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -197,7 +219,9 @@ def _architecture(folder: Path) -> str:
         message = "the checkpoint needs remote code, which is never run here"
         raise ModelError(message, where=where, found=found, expected=expected, fix=_converted(folder, config))
     if found not in MODEL_CLASSES:
-        raise ModelError("not a GLM-4 language model", where=where, found=found, expected=expected)
+        reason = REFUSED.get(names[0], "it sees images or video" if "vision_config" in config else "")
+        message = "not a GLM-4 language model" + f": {reason}" * bool(reason)
+        raise ModelError(message, where=where, found=found, expected=expected)
     if config.get("quantization_config"):
         message = "quantised bases are not supported: merging and the checks read plain weights"
         fix = "use the bf16 checkpoint that this one was made from"

@@ -128,7 +128,7 @@ def _diagnose(
             (*trajectory.steps, *trajectory.evaluations),
             round_trips=turns,
             target_loss=run.config.target,
-            options={**asdict(run.config), "target_modules": run.config.lora.targets},
+            options={**asdict(run.config), "target_modules": list(run.adapters.num_adapted)},
             num_dropped=sum(map(len, run.data.dropped.values())),
             num_cut=len(run.data.truncated),
             num_rows=run.data.rows,

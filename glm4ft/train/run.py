@@ -282,6 +282,7 @@ def _prepare(config: TrainConfig, output: Path, say: Callable[[str], object], *,
         # peft writes this into adapter_config.json: where whoever loads the adapter finds its base
         base.model.name_or_path = str((output / BASE_FOLDER).resolve())
     install_supervised_loss(base.model)
+    config = replace(config, lora=config.lora.for_model(base.model))
     model = attach_lora(base.model, config.lora, seed=config.seed)
     adapters = audit_lora(model, config.lora)
     say(adapters.describe())

@@ -89,7 +89,7 @@ def test_file_that_changes_while_it_is_encoded_is_not_remembered(
 
     with monkeypatch.context() as patch:
         patch.setattr(ChatFormat, "encode", encode_and_cut)
-        with pytest.raises(DataError, match="changed while|truncated"):
+        with pytest.raises(DataError, match=r"changed while|truncated"):
             prepare_rows(path, tiny_format, max_length=100, cache=cache)
     path.write_bytes(content)
     assert len(prepare_rows(path, tiny_format, max_length=100, cache=cache)[0]) == 4000

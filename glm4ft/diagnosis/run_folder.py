@@ -154,7 +154,9 @@ def find_files(run: Path) -> RunFiles:
         rows_per_step = int(config.get("micro_batch_size", 0)) * int(config.get("accumulation", 1))
     elif state is not None:
         content = read_json(state)
-        log = [entry for entry in content.get("log_history") or [] if "loss" in entry]
+        history = content.get("log_history")
+        entries = history if isinstance(history, list) else []
+        log = [entry for entry in entries if isinstance(entry, dict) and "loss" in entry]
         rows_per_step = content.get("train_batch_size")
     if adapter is None and not log:
         raise ConfigError(

@@ -116,7 +116,7 @@ class Parser(argparse.ArgumentParser):
             raise ConfigError(
                 "an option has a value that cannot be used",
                 where=where,
-                found=show(value),
+                found=value if isinstance(value, str) and len(value) <= 80 else show(value),
                 expected=describe_type(annotation),
                 fix=self.see_help,
             ) from None

@@ -25,6 +25,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from glm4ft.data.conversation import Conversation, Message
+from glm4ft.data.time_limit import TEMPLATE_LIMIT_S, within
 from glm4ft.errors import DataError, ModelError
 
 IGNORED = -100  # the label of a token that is not supervised; the default ignore_index of torch's cross entropy
@@ -278,7 +279,8 @@ class ChatFormat:
 
     def _render(self, messages: list[dict[str, Any]], tools: Any) -> str:
         try:
-            return str(self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False))
+            render = functools.partial(self.tokenizer.apply_chat_template, messages, tools=tools, tokenize=False)
+            return str(within(TEMPLATE_LIMIT_S, render))
         except Exception as error:  # a template is a program and can raise anything
             raise ModelError(
                 "the checkpoint's chat template fails on the conversation's tools",

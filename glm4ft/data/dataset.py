@@ -29,7 +29,7 @@ NO_TARGETS = "no supervised token"
 TOO_LONG = "longer than max_length even with the last turn alone"
 _REPORT = "report.json"
 # Whatever changes a row or how it is stored is in one of these modules beside this one.
-ENCODER_MODULES = ("sources", "known_keys", "reader", "conversation", "chat_format", "dataset")
+ENCODER_MODULES = ("sources", "known_keys", "reader", "conversation", "chat_format", "time_limit", "dataset")
 
 
 @dataclass

@@ -7,7 +7,9 @@ therefore refused before the weights are read, all others right after.
 
 from __future__ import annotations
 
+import functools
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +28,15 @@ from glm4ft.data.chat_format import (
     detect_format,
 )
 from glm4ft.data.conversation import Message
-from glm4ft.errors import ConfigError, ModelError
+from glm4ft.data.time_limit import TEMPLATE_LIMIT_S, within
+from glm4ft.errors import ConfigError, ModelError, show
 from glm4ft.model.checkpoint import TINY, find_checkpoint, listed, one_line, read_json, require_whole_file, weight_files
 
 # An explicit list, so that code in a checkpoint (`auto_map`) is never loaded.
 MODEL_CLASSES: dict[str, Any] = {"GlmForCausalLM": GlmForCausalLM, "Glm4ForCausalLM": Glm4ForCausalLM}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+_ATTENTION = r"eager|sdpa|flex_attention|flash_attention_\d"
 
 _PROBE = [
     Message("system", "Answer in one sentence."),
@@ -207,8 +212,22 @@ def _architecture(folder: Path) -> str:
         message = "quantised bases are not supported: merging and the checks read plain weights"
         fix = "use the bf16 checkpoint that this one was made from"
         raise ModelError(message, where=where, found="quantization_config", fix=fix)
+    _refuse_kernels(config, where)
     _config(found, folder)
     return found
+
+
+def _refuse_kernels(config: dict[str, Any], where: str) -> None:
+    """Refuse the name of a kernel on the hub: transformers would load its code."""
+    for key, value in config.items():
+        if "_implementation" in key and not (value is None or re.fullmatch(_ATTENTION, str(value))):
+            raise ModelError(
+                "the checkpoint asks for code from elsewhere",
+                where=f"{where}: {key}",
+                found=show(value),
+                expected="an attention of transformers' own, such as sdpa, or no such key",
+                fix="remove the key from a copy of the folder: attention is computed by PyTorch here",
+            )
 
 
 def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -266,7 +285,10 @@ def _built_in_model(seed: int, dtype: torch.dtype) -> PreTrainedModel:
 def _read_weights(architecture: str, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     for shard in weight_files(folder):
         require_whole_file(shard)
-    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    # by itself, transformers would load a kernel from the hub for a flash attention that is not installed
+    stated = read_json(folder / "config.json").get("attn_implementation")
+    attention = {"attn_implementation": "eager" if stated == "eager" else "sdpa"}
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True, **attention}
     try:
         loaded = MODEL_CLASSES[architecture].from_pretrained(folder, **options)
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
@@ -310,7 +332,8 @@ def _template_warnings(tokenizer: PreTrainedTokenizerBase, format_name: FormatNa
     ours = ChatFormat(format_name, tokenizer).prompt(_PROBE)
     messages = [{"role": message.role, "content": message.content} for message in _PROBE]
     try:
-        theirs: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        options: dict[str, Any] = {"add_generation_prompt": True, "return_dict": False}
+        theirs: Any = within(TEMPLATE_LIMIT_S, functools.partial(tokenizer.apply_chat_template, messages, **options))
     except Exception as error:  # a template is a program and can raise anything
         return [f"{source}: its chat template fails on a plain conversation: {one_line(error)}"]
     if theirs == ours:

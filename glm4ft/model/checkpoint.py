@@ -65,7 +65,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     if not os.path.lexists(path):
         raise ModelError(f"the folder has no {path.name}", where=str(path.parent))
-    text = read_text(path, ModelError, "the file cannot be read")
+    text = read_text(path, ModelError, "the file is not JSON")
     try:
         content = decode_json(text)
     except ValueError as error:

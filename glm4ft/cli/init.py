@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from glm4ft.cli.options import Parser
+from glm4ft.cli.output import say
 
 
 def parse(argv: Sequence[str]) -> Namespace:
@@ -34,5 +35,5 @@ def run(options: Namespace) -> bool:
     """
     from glm4ft.init_command import describe_rendering
 
-    print(describe_rendering(Path(options.folder), trainer=options.trainer, name=options.name))
+    say(describe_rendering(Path(options.folder), trainer=options.trainer, name=options.name))
     return True

@@ -6,6 +6,7 @@ call that GLM-4.5 is shown, are control tokens; the same text in a tool's descri
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from glm4ft.data.control_tokens import HEADERS, PREFIX
+from glm4ft.data.time_limit import TEMPLATE_LIMIT_S, within
 from glm4ft.data.turn_format import Piece, TurnFormat
 from glm4ft.errors import ModelError
 
@@ -71,7 +73,8 @@ def _render_body(tokenizer: PreTrainedTokenizerBase, turn_format: TurnFormat, to
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], tools: Any) -> str:
     try:
-        return str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False))
+        render = functools.partial(tokenizer.apply_chat_template, messages, tools=tools, tokenize=False)
+        return str(within(TEMPLATE_LIMIT_S, render))
     except Exception as error:  # a template is a program and can raise anything
         raise ModelError(
             "the checkpoint's chat template fails on the conversation's tools",

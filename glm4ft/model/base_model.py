@@ -29,7 +29,7 @@ from glm4ft.data.chat_format import ChatFormat
 from glm4ft.data.control_tokens import END_OF_TEXT, STOPS, control_ids
 from glm4ft.data.format_check import detect_format, require_agreement
 from glm4ft.data.turn_format import FormatName
-from glm4ft.errors import ConfigError, ModelError
+from glm4ft.errors import ConfigError, ModelError, show
 from glm4ft.model.checkpoint import TINY, find_checkpoint, listed, one_line, read_json, require_whole_file, weight_files
 
 # An explicit list, so that code in a checkpoint (`auto_map`) is never loaded.
@@ -50,6 +50,9 @@ REFUSED = {
 }
 GLM4_VOCAB_SIZE = 151552  # rows of GLM-4's embeddings; ChatGLM2 and ChatGLM3 have 65,024
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+_ATTENTION = r"eager|sdpa|flex_attention|flash_attention_\d"
 
 
 @dataclass(frozen=True)
@@ -226,6 +229,7 @@ def _architecture(folder: Path) -> str:
         message = "quantised bases are not supported: merging and the checks read plain weights"
         fix = "use the bf16 checkpoint that this one was made from"
         raise ModelError(message, where=where, found="quantization_config", fix=fix)
+    _refuse_kernels(config, where)
     _config(found, folder)
     return found
 
@@ -241,6 +245,19 @@ def _converted(folder: Path, config: dict[str, Any]) -> str:
     if config.get("padded_vocab_size") == GLM4_VOCAB_SIZE:
         return "of glm-4-9b, glm-4-9b-chat and glm-4-9b-chat-1m there are converted checkpoints (-hf); use one of those"
     return "not supported: ChatGLM models before GLM-4 and glm-4v-9b have no checkpoint without remote code"
+
+
+def _refuse_kernels(config: dict[str, Any], where: str) -> None:
+    """Refuse the name of a kernel on the hub: transformers would load its code."""
+    for key, value in config.items():
+        if "_implementation" in key and not (value is None or re.fullmatch(_ATTENTION, str(value))):
+            raise ModelError(
+                "the checkpoint asks for code from elsewhere",
+                where=f"{where}: {key}",
+                found=show(value),
+                expected="an attention of transformers' own, such as sdpa, or no such key",
+                fix="remove the key from a copy of the folder: attention is computed by PyTorch here",
+            )
 
 
 def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -298,7 +315,10 @@ def _built_in_model(seed: int, dtype: torch.dtype) -> PreTrainedModel:
 def _read_weights(architecture: str, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     for shard in weight_files(folder):
         require_whole_file(shard)
-    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    # by itself, transformers would load a kernel from the hub for a flash attention that is not installed
+    stated = read_json(folder / "config.json").get("attn_implementation")
+    attention = {"attn_implementation": "eager" if stated == "eager" else "sdpa"}
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True, **attention}
     try:
         loaded = MODEL_CLASSES[architecture].from_pretrained(folder, **options)
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:

@@ -67,7 +67,7 @@ def _figures(run: PreparedRun, trajectory: Trajectory) -> Iterator[tuple[str, st
         yield "held-out loss", f"{row['eval_loss']:.4g} at step {row['step']}"
     yield (
         "LoRA",
-        f"rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(code(t, in_table=True) for t in lora.targets)}",
+        f"rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(code(t, in_table=True) for t in run.adapters.num_adapted)}",
     )
     yield "learning rate", f"{config.peak_learning_rate:g}, {config.schedule}"
     versions = trajectory.header.get("libraries", {})

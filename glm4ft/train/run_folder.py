@@ -216,7 +216,7 @@ def checkpoint_step(checkpoint: Path) -> int:
 def is_last(checkpoint: Path, config: TrainConfig) -> bool:
     """Whether a run has nothing to train after a checkpoint; transformers would take one step more."""
     path = checkpoint / "trainer_state.json"
-    state = validated(TrainerState, read_json(path), where=str(path), error=ModelError)
+    state = validated(TrainerState, read_json(path), where=str(path), error=ModelError, kind="the state of a trainer")
     steps = read_trajectory(checkpoint.parent / FILE_NAME).steps
     last_loss = steps[-1]["loss"] if steps else None
     has_target = config.target is not None and last_loss is not None and last_loss < config.target

@@ -16,6 +16,7 @@ from glm4ft.reading import json_lines, validated
 
 FILE_NAME = "trajectory.jsonl"
 SCHEMA = 1
+_KIND = "a trajectory row"
 
 
 @dataclass(frozen=True)
@@ -130,11 +131,11 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     fix = "restore the file from a copy, or start a new run"
     step = 0
-    for where, row in json_lines(path, DataError, "cannot read the trajectory"):
+    for where, row in json_lines(path, DataError, "cannot read the trajectory", kind=_KIND, skip_unfinished=True):
         if not rows and row.get("type") != "header":
             raise _no_header(where, show(row))
         model = ROWS.get(str(row.get("type")), OtherRow) if rows else HeaderRow
-        validated(model, row, where=where, error=DataError, fix=fix)
+        validated(model, row, where=where, error=DataError, kind=_KIND, fix=fix)
         if row.get("type") == "step":
             if row["step"] != step + 1:
                 found, expected = f"step {row['step']}", f"step {step + 1}"

@@ -11,6 +11,8 @@ import json
 import re
 import resource
 import shutil
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -316,6 +318,25 @@ def test_template_that_fails_on_tools_is_one_block(tmp_path: Path, capsys: pytes
     assert "fails on the conversation's tools" in error
     assert "no tools here" in error
     assert f"{DEMO_DATA}:2" in error
+
+
+def test_template_without_end_is_stopped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its hundred million million rounds are stopped, not left running; the checkpoint is named."""
+    monkeypatch.setattr("glm4ft.data.chat_format.TEMPLATE_LIMIT_S", 0.2)
+    base = write_tiny_base(tmp_path / "base")
+    loop = (
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(99999) %}{% endfor %}"
+        + "{% endfor %}" * 2
+    )
+    (base / "chat_template.jinja").write_text(loop)
+    assert run(["inspect", "demo", f"--model={base}"]) == 2
+    assert re.search(rf"chat template fails(?s:.*){base}(?s:.*)stopped after 0\.2 s", capsys.readouterr().err)
+    deadline_s = time.monotonic() + 20
+    while any("(run)" in thread.name for thread in threading.enumerate()) and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    assert not any("(run)" in thread.name for thread in threading.enumerate())
 
 
 def test_flags_win_over_the_configuration(tmp_path: Path) -> None:

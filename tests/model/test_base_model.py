@@ -283,6 +283,11 @@ DAMAGES = [
     Damage("config-not-an-object", write("config.json", b"[]"), ("no JSON object", "list")),
     Damage("config-not-text", write("config.json", b"\xff\xfe"), ("not JSON", "config.json")),
     Damage("config-invalid-value", config(hidden_size="wide"), ("configuration cannot be used", "hidden_size")),
+    Damage("kernel", config(attn_implementation="evil/kernel"), ("code from elsewhere", "evil/kernel")),
+    Damage(
+        "kernel-by-revision", config(_attn_implementation_internal="a/b@main:f"), ("code from elsewhere", "a/b@main")
+    ),
+    Damage("experts-kernel", config(experts_implementation={"": "a/b"}), ("code from elsewhere", "experts_")),
     Damage("llama", config(architectures=["LlamaForCausalLM"]), ("not a GLM-4", "LlamaForCausalLM")),
     Damage("glm-4.1v", config(architectures=["Glm4vForConditionalGeneration"]), ("GLM-4.1V: it sees images",)),
     Damage("glm-4.5v", config(architectures=["Glm4vMoeForConditionalGeneration"]), ("GLM-4.5V: it sees images",)),
@@ -364,6 +369,13 @@ def test_damaged_checkpoint_is_refused(damage: Damage, folder: Path, monkeypatch
     assert caught.value.where.startswith(str(folder))
     for text in damage.told:
         assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(("stated", "used"), [("flash_attention_2", "sdpa"), ("eager", "eager"), (None, "sdpa")])
+def test_attention_is_transformers_own(stated: str | None, used: str, folder: Path) -> None:
+    """A flash attention that is not installed would be loaded from the hub."""
+    edit_json(folder / "config.json", attn_implementation=stated)
+    assert load_base(str(folder)).model.config._attn_implementation == used
 
 
 # --- stop tokens ---

@@ -65,10 +65,8 @@ def _figures(run: PreparedRun, trajectory: Trajectory) -> Iterator[tuple[str, st
     )
     for row in trajectory.evaluations[-1:]:
         yield "held-out loss", f"{row['eval_loss']:.4g} at step {row['step']}"
-    yield (
-        "LoRA",
-        f"rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(code(t, in_table=True) for t in run.adapters.num_adapted)}",
-    )
+    targets = ", ".join(code(target, in_table=True) for target in run.adapters.num_adapted)
+    yield "LoRA", f"rank {lora.rank}, alpha {lora.alpha:g}, on {targets}"
     yield "learning rate", f"{config.peak_learning_rate:g}, {config.schedule}"
     versions = trajectory.header.get("libraries", {})
     yield "versions", prose(", ".join(f"{name} {number}" for name, number in versions.items()))

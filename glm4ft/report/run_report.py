@@ -27,6 +27,7 @@ from glm4ft.report.costly_tokens import part_counts
 from glm4ft.report.files import HTML_FILE, write_report
 from glm4ft.report.run_card import write_run_card
 from glm4ft.report.wording import diagnosed_run, failed_run, finished_run, supervised_sentence
+from glm4ft.train.best import describe_evaluations, read_best
 from glm4ft.train.config import TrainConfig
 from glm4ft.train.run import PreparedRun, RunObserver
 from glm4ft.train.trajectory import FILE_NAME, Trajectory, read_trajectory
@@ -139,7 +140,8 @@ def _diagnose(
 def _headline(run: PreparedRun, trajectory: Trajectory, diagnosis: Diagnosis, supervised: str, error: str) -> Headline:
     if error:
         return failed_run(error, supervised)
-    account = finished_run(trajectory.steps, run.config.target, diagnosis.evidence.round_trips, supervised)
+    evaluations = describe_evaluations(trajectory.evaluations, read_best(run.output))
+    account = finished_run(trajectory.steps, run.config.target, diagnosis.evidence.round_trips, supervised, evaluations)
     return diagnosed_run(diagnosis, account)
 
 

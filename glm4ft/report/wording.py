@@ -50,12 +50,18 @@ def parts_sentence(counts: Counts) -> str:
 
 
 def finished_run(
-    steps: Sequence[Mapping[str, Any]], target: float | None, round_trips: Sequence[TurnRoundTrip], supervised: str
+    steps: Sequence[Mapping[str, Any]],
+    target: float | None,
+    round_trips: Sequence[TurnRoundTrip],
+    supervised: str,
+    evaluations: str = "",
 ) -> Headline:
-    """Make the headline of a run that finished."""
+    """Make the headline of a run that finished; ``evaluations`` is what ``describe_evaluations`` says of them."""
     last = steps[-1]["loss"]
     wrong = [turn for turn in round_trips if turn.supervised and not turn.exact]
     happened = [f"The loss went from {steps[0]['loss']:.3g} to {last:.3g} in {_number(len(steps), 'step')}."]
+    if evaluations:
+        happened.append(sentence(evaluations))
     if target is not None:
         happened.append(f"It was to fall below {target:g}, and {'did' if last < target else 'did not'}.")
     if round_trips:

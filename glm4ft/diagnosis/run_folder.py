@@ -22,6 +22,7 @@ from glm4ft.model.adapter import require_adapter
 from glm4ft.model.base_model import load_base, load_format
 from glm4ft.model.checkpoint import one_line, read_json
 from glm4ft.model.generation import TurnRoundTrip, round_trip
+from glm4ft.train.best import steps_of_adapter
 from glm4ft.train.config import TrainConfig
 from glm4ft.train.run import PreparedRun, RunObserver
 from glm4ft.train.run_folder import BASE_FOLDER, CONFIG_FILE
@@ -150,7 +151,7 @@ def find_files(run: Path) -> RunFiles:
     rows_per_step, num_rows = None, 0
     if (run / FILE_NAME).is_file():
         trajectory = read_trajectory(run / FILE_NAME)
-        log, num_rows = trajectory.steps, int(trajectory.header.get("rows", 0))
+        log, num_rows = steps_of_adapter(run), int(trajectory.header.get("rows", 0))
         rows_per_step = int(config.get("micro_batch_size", 0)) * int(config.get("accumulation", 1))
     elif state is not None:
         content = read_json(state)

@@ -27,7 +27,7 @@ from glm4ft.report.costly_tokens import part_counts
 from glm4ft.report.files import HTML_FILE, write_report
 from glm4ft.report.run_card import write_run_card
 from glm4ft.report.wording import diagnosed_run, failed_run, finished_run, supervised_sentence
-from glm4ft.train.best import describe_evaluations, read_best
+from glm4ft.train.best import describe_evaluations, read_best, steps_of_adapter
 from glm4ft.train.config import TrainConfig
 from glm4ft.train.run import PreparedRun, RunObserver
 from glm4ft.train.trajectory import FILE_NAME, Trajectory, read_trajectory
@@ -94,7 +94,7 @@ def run_content(
     """
     trajectory = read_trajectory(run.output / FILE_NAME)
     encoded = [run.rows.encoded(index) for index in range(min(SHOWN_ROWS, len(run.rows)))]
-    diagnosis = _diagnose(run, encoded, trajectory, model, turns)
+    diagnosis = _diagnose(run, encoded, steps_of_adapter(run.output), model, turns)
     evidence = diagnosis.evidence
     rows = tuple(map(shown_row, encoded, evidence.rows if model is not None else itertools.repeat(None)))
     counts = part_counts(rows, run.chat_format.tokenizer)
@@ -117,7 +117,7 @@ def run_content(
 def _diagnose(
     run: PreparedRun,
     encoded: Sequence[EncodedRow],
-    trajectory: Trajectory,
+    steps: Sequence[Mapping[str, Any]],
     model: Any,
     turns: Sequence[TurnRoundTrip],
 ) -> Diagnosis:
@@ -126,7 +126,7 @@ def _diagnose(
             model,
             [TrainedRow(row.line, row.input_ids, row.labels) for row in encoded],
             run.chat_format.tokenizer,
-            trajectory.steps,
+            steps,
             round_trips=turns,
             target_loss=run.config.target,
             options={**asdict(run.config), "target_modules": run.config.lora.targets},

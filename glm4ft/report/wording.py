@@ -88,7 +88,7 @@ def diagnosed_run(diagnosis: Diagnosis, account: Headline) -> Headline:
     if first.verdict in NOTHING_WRONG and not sure:
         return account
     text, _, more = first.text.partition(". ")
-    told = (more, *first.evidence, *(finding.text for finding in sure), " ".join(account.happened))
+    told = (more, *first.evidence, *(finding.text for finding in sure), *account.happened)
     todo = dict.fromkeys(finding.remedy for finding in (first, *sure))
     tone: Tone = "unsure" if first.verdict in OPEN_VERDICTS and account.tone != "bad" else "bad"
     return Headline(

@@ -89,6 +89,16 @@ def describe_evaluations(evaluations: Sequence[Mapping[str, Any]], kept: Best | 
     return f"{text}; lowest {best.eval_loss:.4f} at step {best.step}, {advice}"
 
 
+def steps_of_adapter(output: Path) -> tuple[dict[str, Any], ...]:
+    """The steps of a run that led to its adapter: all of them, or those up to the best evaluation.
+
+    Args:
+        output: The folder of the run, with its trajectory.
+    """
+    steps, best = read_trajectory(output / FILE_NAME).steps, read_best(output)
+    return tuple(step for step in steps if best is None or step["step"] <= best.step)
+
+
 def restore_best(model: PeftModel, output: Path) -> None:
     """Give a model the adapter that was kept; it stays as it is if none was."""
     if best := read_best(output):

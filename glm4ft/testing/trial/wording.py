@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # a session's report may be written where torch is not instal
     from glm4ft.diagnosis.rules import Diagnosis
 
 
+LONGEST_CAUSE = 160  # characters; what is longer stands below the headline
 WRONG = ("failed", "error")
 LOOK_AT = {
     "rows": "the code that turns a conversation into ids and labels",
@@ -60,14 +61,21 @@ def headline(results: Sequence[Judged], supervised: str, diagnosis: Diagnosis | 
     told = tuple(f"{result.check.replace('_', ' ')}: {_first_line(result.message)}" for result in same[:3])
     num_causes = len(group_failures(wrong))
     causes = f", of {num_causes} cause{'s' * (num_causes != 1)}" if len(wrong) > 1 else ""
-    text = f"{len(wrong)} of {len(judged)} claims fail{causes}, first at stage {first.stage}."
+    count = f"{len(wrong)} of {len(judged)} claims fail{causes}, first at stage {first.stage}."
     later = [stage for stage in STAGES if any(r.stage == stage for r in wrong)][1:]
     after = (f"Fix that first: failures at {', '.join(later)} may follow from it.",) if later else ()
     todo = (f"Look at {LOOK_AT[first.stage]}.", *after)
     if diagnosis is None or diagnosis.verdict in NOTHING_WRONG:
-        return Headline("bad", text, supervised, (*told, *not_judged), todo)
-    remedy = sentence(diagnosis.findings[0].remedy)
-    return Headline("bad", text, supervised, (diagnosis.text, *told, *not_judged), (remedy, *todo))
+        text = f"At stage {first.stage}: {_first_sentence(_first_line(first.message))}"
+        return Headline("bad", text, supervised, (count, *told, *not_judged), todo)
+    remedy, (cause, _, more) = sentence(diagnosis.findings[0].remedy), diagnosis.text.partition(". ")
+    happened = (count, *([more] if more else []), *told, *not_judged)
+    return Headline("bad", sentence(cause), supervised, happened, (remedy, *todo))
+
+
+def _first_sentence(text: str) -> str:
+    first = text.partition(". ")[0].rstrip(".")
+    return f"{first if len(first) <= LONGEST_CAUSE else first[: LONGEST_CAUSE - 1] + '…'}."
 
 
 def _first_line(message: str) -> str:

@@ -15,7 +15,7 @@ WIDTH, HEIGHT = 640, 280
 # Margins for the labels, in units of the view box; wide enough for the larger text of narrow screens.
 LEFT, RIGHT, TOP, BOTTOM = 76, 16, 16, 58
 X_NAME = "optimiser step"
-MAX_STRETCH = 10.0  # a line this many times below or above all values is not drawn: the curve would be flat beside it
+MAX_STRETCH = 100.0  # a line this many times below or above all values is not drawn: the curve would be flat beside it
 MAX_POINTS = 400  # longer curves are drawn by the extremes of their stretches, so that no spike is lost
 MAX_DOTS = 80
 

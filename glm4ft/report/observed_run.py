@@ -14,6 +14,7 @@ from glm4ft.report.content import Content
 from glm4ft.report.failure_card import explain_failure
 from glm4ft.report.files import HTML_FILE
 from glm4ft.report.run_report import RunReport
+from glm4ft.train.best import describe_evaluations, read_best
 from glm4ft.train.config import TrainConfig
 from glm4ft.train.run import RunResult, run_training
 from glm4ft.train.trajectory import Trajectory
@@ -60,6 +61,8 @@ class ObservedRun:
         if target is not None:
             goal = f", target {target:g} {'reached' if self.reached_target else 'NOT reached'}"
         lines = [f"loss {last['loss']:.4f} at step {last['step']}{goal}"]
+        if evaluations := describe_evaluations(self.trajectory.evaluations, read_best(self.output)):
+            lines.append(evaluations)
         if self.content and not (self.reached_target and self.is_reproduced):
             lines.append(explain_failure(self.content))
         elif self.round_trips:

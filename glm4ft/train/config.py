@@ -50,6 +50,8 @@ class TrainConfig:
             much above the lowest loss that the data and the frozen head allow.
         round_trip: Whether every assistant turn is generated after training and compared; the run fails if one differs.
         eval_every: The number of steps between evaluations; the last step is always followed by one.
+        keep_best: Whether the adapter is that of the evaluation with the lowest loss, and not that of the last step.
+        patience: The number of evaluations in a row without a new lowest loss after which training stops.
         save_every: The number of steps between checkpoints; 0 writes none, so a killed run starts again.
         keep_checkpoints: The number of latest checkpoints that stay on disk.
         seed: The seed of the adapter's weights, the order of the rows and dropout.
@@ -83,6 +85,8 @@ class TrainConfig:
     target_loss: float | str | None = None
     round_trip: bool = False
     eval_every: int = 100
+    keep_best: bool = False
+    patience: int | None = None
     save_every: int = 100
     keep_checkpoints: int = 2
     seed: int = 0
@@ -93,9 +97,12 @@ class TrainConfig:
             self._require(name, at_least=1)
         for name in ("warmup_steps", "save_every", "weight_decay", "max_grad_norm"):
             self._require(name, at_least=0)
-        for name in ("learning_rate", "epochs", "target_loss", "max_steps"):
+        for name in ("learning_rate", "epochs", "target_loss", "max_steps", "patience"):
             if getattr(self, name) is not None and self._is_number(name):
                 self._require(name, above=0)
+        for name in ("keep_best", "patience"):
+            if getattr(self, name) and self.eval_data is None:
+                raise ConfigError("there is nothing to evaluate on", where=f"--{name}", fix="give --eval_data")
         # numpy's and torch's generators take no negative seed, and numpy's none above 32 bits
         self._require("seed", at_least=0, at_most=2**32 - 1)
 

@@ -28,6 +28,7 @@ from glm4ft.model.lora import AdapterReport, attach_lora, audit_lora
 from glm4ft.model.loss import install_supervised_loss
 from glm4ft.model.portable import write_beside_adapter
 from glm4ft.train import run_folder
+from glm4ft.train.best import WatchEvaluations, is_exhausted, restore_best
 from glm4ft.train.config import TrainConfig
 from glm4ft.train.run_folder import BASE_FOLDER, CONFIG_FILE, is_complete, last_checkpoint
 from glm4ft.train.stop import StopAfterStep, StopRequest, stopping_after_a_step
@@ -320,14 +321,23 @@ def _train(run: PreparedRun, stop: StopRequest) -> None:
     trainer = make_trainer(run.config, run.base, model, run.rows, run.eval_rows, output)
     run.is_distributed = trainer.args.world_size > 1
     run.is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    checkpoint = last_checkpoint(output)
-    if checkpoint and run_folder.is_last(checkpoint, run.config):
+    config, checkpoint = run.config, last_checkpoint(output)
+    if config.keep_best or config.patience:
+        trainer.add_callback(WatchEvaluations(trainer, output, keep_best=config.keep_best, patience=config.patience))
+    is_at_end = checkpoint and (
+        run_folder.is_last(checkpoint, config)
+        or is_exhausted(read_trajectory(output / FILE_NAME).evaluations, config.patience)
+    )
+    if is_at_end:
         model.load_adapter(str(checkpoint), "default", is_trainable=True)
     else:
         trainer.add_callback(StopAfterStep(stop, trainer))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if stop.is_answered:
             return
+    if config.keep_best:
+        trainer.accelerator.wait_for_everyone()
+        restore_best(model, output)
     trainer.save_model(str(output))
     if run.is_main_process:
         run_folder.complete(output)

@@ -13,7 +13,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from tqdm import tqdm
 
-from glm4ft.data.chat_format import IGNORED, common_prefix_length
+from glm4ft.data.control_tokens import common_prefix_length
+from glm4ft.data.encoded_row import IGNORED
 from glm4ft.data.encoded_rows import TokenOrigin, TrainedRow, token_origins
 from glm4ft.diagnosis.evidence import (
     AdapterAudit,

@@ -15,8 +15,8 @@ import yaml
 from glm4ft.data.encoded_rows import ROWS_FILE
 from glm4ft.diagnosis.trainer_logs import STATE_FILE, RunLog, find_logs, join_logs
 from glm4ft.errors import ConfigError
+from glm4ft.model.adapter import PICKLE, WEIGHTS
 from glm4ft.model.checkpoint import INDEX, SINGLE_FILE, one_line
-from glm4ft.model.merge import PICKLE, WEIGHTS
 from glm4ft.train.run_folder import CONFIG_FILE
 from glm4ft.train.trajectory import FILE_NAME
 

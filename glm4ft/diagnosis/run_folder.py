@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 
-from glm4ft.data.chat_format import IGNORED, AssistantTurn, ChatFormat, EncodedRow
+from glm4ft.data.chat_format import ChatFormat
 from glm4ft.data.dataset import data_path, fit_row
+from glm4ft.data.encoded_row import IGNORED, AssistantTurn, EncodedRow
 from glm4ft.data.encoded_rows import KEPT_TOKENS, ROWS_FILE, TrainedRow, read_rows, rows_of, token_origins, write_rows
 from glm4ft.data.reader import read_conversations
 from glm4ft.diagnosis.evidence import Evidence, Sources
@@ -20,10 +20,10 @@ from glm4ft.diagnosis.measure import MEASURED_ROWS, Trained, gather_evidence
 from glm4ft.diagnosis.rules import Diagnosis, diagnose
 from glm4ft.diagnosis.run_files import ADAPTER_CONFIG, RunFiles, find_files, has_weights
 from glm4ft.errors import ConfigError, ModelError
+from glm4ft.model.adapter import load_adapter, require_adapter
 from glm4ft.model.base_model import load_base, load_format
-from glm4ft.model.checkpoint import TINY, one_line, read_json, weight_files
+from glm4ft.model.checkpoint import TINY, read_json, weight_files
 from glm4ft.model.generation import TurnRoundTrip, round_trip
-from glm4ft.model.merge import require_adapter
 from glm4ft.train.config import TrainConfig
 from glm4ft.train.run import PreparedRun, RunObserver
 from glm4ft.train.run_folder import BASE_FOLDER
@@ -63,6 +63,7 @@ def explain_run(
     rows: str | None = None,
     model: str | None = None,
     chat_format: str | None = None,
+    force_format: bool = False,
 ) -> Diagnosis:
     """Diagnose why the loss of a run does not fall, or why its model does not stop.
 
@@ -73,6 +74,7 @@ def explain_run(
             or the conversations as they should be encoded.
         model: The base; by default the one that run or adapter name.
         chat_format: The chat format; by default the base's.
+        force_format: Whether to go on with a format that the base's own chat template contradicts.
     Returns:
         The diagnosis. Without conversations it is that of the log alone, and says so.
     Raises:
@@ -81,7 +83,7 @@ def explain_run(
     files = find_files(run)
     trained = _trained(files, rows)
     if trained or _has_data(files, data):
-        evidence = _measured(files, trained, data, rows, model, chat_format)
+        evidence = _measured(files, trained, data, rows, model, chat_format, force_format=force_format)
     elif files.log is not None:
         evidence = _logged(files, model)
     else:
@@ -109,10 +111,16 @@ def _measured(
     rows: str | None,
     model: str | None,
     chat_format: str | None,
+    *,
+    force_format: bool,
 ) -> Evidence:
     """What log, conversations and weights show."""
     base_name = model or _base_name(files)
-    tokenizer, format_name = load_format(base_name, chat_format or files.config.get("chat_format"))
+    tokenizer, format_name = load_format(
+        base_name,
+        chat_format or files.config.get("chat_format"),
+        force=force_format or bool(files.config.get("force_format")),
+    )
     served = Served()
     if _has_data(files, data):
         wanted = {row.line for row in trained[:MEASURED_ROWS]}
@@ -190,7 +198,7 @@ def _has_data(files: RunFiles, data: str | None) -> bool:
 
 def _encoding(files: RunFiles) -> dict[str, Any]:
     """Options of one of our runs that decide how it was encoded."""
-    options = ("final_stop", "train_on", "allow_nonstop_terminator")
+    options = ("final_stop", "train_on", "allow_nonstop_terminator", "reasoning")
     return {key: files.config[key] for key in options if key in files.config}
 
 
@@ -207,7 +215,7 @@ def _served(files: RunFiles, data: str | None, encoder: ChatFormat, wanted: set[
         if row is None:
             dropped += 1
             continue
-        cut += len(row.turns) < sum(m.role == "assistant" for m in conversation.messages)
+        cut += len(row.turns) < encoder.num_turns(conversation)
         num_rows, num_tokens = num_rows + 1, num_tokens + len(row.input_ids)
         if not rows or num_tokens <= KEPT_TOKENS or row.line in wanted:
             rows.append(TrainedRow(row.line, row.input_ids, row.labels))
@@ -228,20 +236,19 @@ def _require_known_ids(rows: Sequence[TrainedRow], vocab_size: int) -> None:
 
 def _load(files: RunFiles, base_name: str, format_name: str) -> tuple[Any, Trained]:
     """The model as trained, or else its base; None if there are no weights at all."""
-    dtype = str(files.config.get("dtype") or "auto")
+
+    def load(source: str) -> Any:
+        # load_format has compared the format with the base's template
+        dtype = str(files.config.get("dtype") or "auto")
+        return load_base(source, dtype=dtype, chat_format=format_name, force_format=True).model
+
     if files.adapter is None and files.weights is not None:
-        return load_base(str(files.weights), dtype=dtype, chat_format=format_name).model, Trained.WEIGHTS
+        return load(str(files.weights)), Trained.WEIGHTS
     if files.adapter is not None and has_weights(files.adapter):
         require_adapter(files.adapter)
-        base = load_base(base_name, dtype=dtype, chat_format=format_name)
-        try:
-            return PeftModel.from_pretrained(base.model, str(files.adapter)), Trained.ADAPTERS
-        except Exception as error:  # peft, safetensors and torch each raise their own
-            raise ModelError(
-                "the adapter does not fit its base", where=str(files.adapter), found=one_line(error)
-            ) from error
+        return load_adapter(load(base_name), files.adapter), Trained.ADAPTERS
     has_base = base_name == TINY or (Path(base_name).is_dir() and _has_all_weights(Path(base_name)))
-    return load_base(base_name, dtype=dtype, chat_format=format_name).model if has_base else None, Trained.NOTHING
+    return load(base_name) if has_base else None, Trained.NOTHING
 
 
 def _has_all_weights(folder: Path) -> bool:

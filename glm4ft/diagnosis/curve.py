@@ -20,8 +20,10 @@ LEAST_STEPS = 8  # the fewest points from which a curve is judged
 # The median size of the difference of two points that each have noise of standard deviation 1.
 _MEDIAN_DIFFERENCE = 0.6745 * math.sqrt(2)
 _MOST_WINDOW = 20
-# A jump is larger than the noise by this factor, and than the level before it by this share.
-_CLEAR, _LARGE = 6.0, 0.15
+# A jump is larger than the noise before it and after it by these factors; a run that begins anew falls fast, which
+# looks like noise.
+_CLEAR, _CLEAR_AFTER = 6.0, 3.0
+_SAME = 5  # losses that equal the first ones of the run, in their order
 
 
 def noise(losses: Sequence[float]) -> float:
@@ -59,6 +61,16 @@ def trend(losses: Sequence[float]) -> Trend:
     error = math.sqrt(float(residual @ residual) / max(len(losses) - 2, 1) / float(at @ at))
     length = len(losses) - 1
     return Trend(slope * length, error * length)
+
+
+def fall(losses: Sequence[float]) -> Trend:
+    """The change from the first sixth of a curve to its second half.
+
+    Most of the fall of a run is in its first steps, which a straight line through all of it would not see.
+    """
+    first, rest = losses[: max(3, len(losses) // 6)], losses[len(losses) // 2 :]
+    error = noise(losses) * math.sqrt(1 / len(first) + 1 / len(rest))
+    return Trend(statistics.fmean(rest) - statistics.fmean(first), error)
 
 
 def interval(curve: Sequence[CurvePoint]) -> int:
@@ -108,11 +120,19 @@ def find_jump(losses: Sequence[float]) -> Jump | None:
     return max(found, key=lambda jump: jump.after - jump.before, default=None)
 
 
+def find_restart(losses: Sequence[float]) -> int | None:
+    """The index from which on the losses are those of the beginning once more, to the last digit."""
+    begin = list(losses[:_SAME])
+    if len(set(begin)) < _SAME:
+        return None
+    return next((at for at in range(_SAME, len(losses) - _SAME + 1) if list(losses[at : at + _SAME]) == begin), None)
+
+
 def _jump(losses: Sequence[float], at: int, window: int) -> Jump | None:
     before, after = losses[at - window : at], losses[at : at + window]
     low, high = statistics.median(before[-5:]), statistics.median(after[:3])
     rise = high - low
-    if not rise > max(_CLEAR * noise(before), _CLEAR * noise(after), _LARGE * low):
+    if not rise > max(_CLEAR * noise(before), _CLEAR_AFTER * noise(after)):
         return None
     # within one step: the last point before is at the lower level, the first one after at the higher
     is_sharp = losses[at - 1] < low + 0.3 * rise and losses[at] > low + 0.6 * rise

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 
+from glm4ft.diagnosis.curve import LEAST_STEPS, trend
 from glm4ft.diagnosis.evidence import CurvePoint, Evidence
 from glm4ft.diagnosis.finding import Finding
 
@@ -62,18 +63,27 @@ def _counted(curve: Sequence[CurvePoint], bad: Sequence[int], first: int) -> Ite
 
 def _skipped(curve: Sequence[CurvePoint], bad: Sequence[int], facts: tuple[str, ...]) -> Finding:
     """The losses stay finite, so an update with such a gradient was not made: that is what a loss scaler does."""
-    is_lasting = bad == list(range(bad[0], len(curve))) and len(bad) > 2
     where = "from the first logged step on" if bad[0] == 0 else f"from step {curve[bad[0]].step} on"
-    often = "at every step " + where if is_lasting else f"at {len(bad)} of {len(curve)} logged steps"
-    effect = "so every update is skipped and nothing is learnt" if is_lasting else "and those updates were skipped"
+    is_lasting = len(bad) > 2 and bad == list(range(bad[0], len(curve)))
+    after = [point.loss for point in curve[bad[0] :] if point.loss is not None]
+    # a loss that falls says that updates are made, whatever is logged as their norm
+    is_sure = is_lasting and not (len(after) >= LEAST_STEPS and trend(after).is_falling)
+    often = f"at every step {where}" if is_lasting else f"at {len(bad)} of {len(curve)} logged steps"
+    effect = (
+        "so every update is skipped and nothing is learnt"
+        if is_sure
+        else "yet the loss falls: updates are made, and the norm that is logged is not theirs"
+        if is_lasting
+        else "and those updates were skipped"
+    )
     return Finding(
         "numerics",
         "gradient",
-        f"The gradient norm is not finite {often}, though the losses are: the backward pass overflows in fp16, "
-        f"{effect} (loss scaling).",
+        f"The gradient norm is not finite {often}, though the losses are: the backward pass overflows in fp16 (loss "
+        f"scaling), {effect}.",
         facts,
         f"{PRECISION}; a few skipped updates at the start of an fp16 run are how the loss scale is found",
-        0.9 if is_lasting else 0.4,
+        0.9 if is_sure else 0.4,
     )
 
 

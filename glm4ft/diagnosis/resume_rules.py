@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 
-from glm4ft.diagnosis.curve import Jump, find_jump, peak_rate
+from glm4ft.diagnosis.curve import Jump, find_jump, find_restart, peak_rate
 from glm4ft.diagnosis.curve_rules import HIGH_RATE
 from glm4ft.diagnosis.evidence import CurvePoint, Evidence
 from glm4ft.diagnosis.finding import Finding
@@ -13,6 +13,11 @@ NORM_CHANGED = 1.5  # the factor by which the median norm changes at the jump, u
 RATE_CHANGED = 0.2  # relative change of the rate from one logged point to the next; smooth schedules change less
 AS_AT_FIRST = 0.25  # share of the way from the level before to the first losses, within which a loss is back there
 DESTROYED = 2.0  # a loss above this multiple of the run's first is no model that was loaded: the run diverged
+LARGE, LARGE_KNOWN = 0.15, 0.05  # share of the level by which it has to rise; where something else tells of a resume
+RESUME = (
+    "give the checkpoint to the trainer (resume_from_checkpoint), not only to the model, and compare an adapter tensor "
+    "after loading with the file"
+)
 _NEAR = 5  # points on each side whose norms are compared
 
 
@@ -20,10 +25,14 @@ def resume_lost_state(evidence: Evidence) -> Finding | None:
     """The loss jumps at one step and stays, as a resume that loads only part of the state makes it."""
     points = [p for p in evidence.curve if p.loss is not None]
     losses = [p.loss or 0.0 for p in points]
-    jump = find_jump(losses)
+    restart, jump = find_restart(losses), find_jump(losses)
+    if restart is not None:
+        return _started_over(points, restart)
     if jump is None:
         return None
     signs = _signs(evidence, points, jump)
+    if not jump.after > (1 + (LARGE_KNOWN if signs else LARGE)) * jump.before:
+        return None
     norms = _norms(points, jump.at)
     has_norm_jump = norms is not None and not 1 / NORM_CHANGED < norms[1] / max(norms[0], 1e-30) < NORM_CHANGED
     is_destroyed = jump.after > DESTROYED * statistics.median(losses[:3]) or peak_rate(evidence.curve) >= HIGH_RATE
@@ -44,6 +53,19 @@ def resume_lost_state(evidence: Evidence) -> Finding | None:
         ),
         remedy,
         0.9 if signs else 0.8,
+    )
+
+
+def _started_over(points: list[CurvePoint], at: int) -> Finding:
+    first, last = points[at], points[at - 1]
+    return Finding(
+        "resume-lost-state",
+        "persistence",
+        f"From step {first.step} on the losses are those of the run's beginning once more, to the last digit: a resume "
+        "that lost state. Weights, data and random numbers begin anew, only the number of the step goes on.",
+        (f"loss {last.loss:.4f} at step {last.step}, then {first.loss:.4f}, as at step {points[0].step}",),
+        RESUME,
+        0.95,
     )
 
 
@@ -84,8 +106,7 @@ def _lost(losses: list[float], points: list[CurvePoint], jump: Jump) -> tuple[st
     if began > jump.before and abs(jump.after - began) <= AS_AT_FIRST * (began - jump.before):
         return (
             "The loss is back where the run began, so the trained weights were not loaded: the run started over.",
-            "give the checkpoint to the trainer (resume_from_checkpoint), not only to the model, and compare an "
-            "adapter tensor after loading with the file",
+            RESUME,
         )
     if _has_new_rate(points, jump.at):
         return (

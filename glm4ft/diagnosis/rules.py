@@ -17,6 +17,7 @@ from glm4ft.diagnosis.adapter_rules import (
     reload_differs,
     samples_not_learnt,
 )
+from glm4ft.diagnosis.curve import fall
 from glm4ft.diagnosis.curve_rules import (
     LEARNT_LOSS,
     not_falling,
@@ -42,7 +43,7 @@ from glm4ft.diagnosis.mask_rules import (
 )
 from glm4ft.diagnosis.numerics_rules import memorised, numerics, zero_loss
 from glm4ft.diagnosis.resume_rules import resume_lost_state
-from glm4ft.diagnosis.standstill_rules import no_gradient, rate_zero, training_stopped
+from glm4ft.diagnosis.standstill_rules import losses_repeat, no_gradient, rate_zero, training_stopped
 from glm4ft.diagnosis.start_rules import loss_not_a_mean, wrong_start
 from glm4ft.files import finite_or_null
 
@@ -64,6 +65,7 @@ RULES: tuple[Rule, ...] = (
     adapters_dead,
     rate_zero,
     no_gradient,
+    losses_repeat,
     training_stopped,
     labels_shifted,
     loss_not_a_mean,
@@ -190,9 +192,23 @@ def nothing_found(evidence: Evidence) -> Finding:
         text = f"The loss is {evidence.loss:.4f}, and the diagnosis found no fault."
         return Finding("learnt", "outcome", text, (), "nothing to do")
     if not evidence.is_whole and evidence.losses:
-        return _trained(evidence)
+        # that something was learnt has to be seen, not only that nothing is wrong
+        return _trained(evidence) if fall(evidence.losses).is_falling else _too_noisy(evidence)
     text = f"The loss is {evidence.loss:.4f}, and no rule of the diagnosis explains it."
     return Finding("unexplained", "outcome", text, (), "look at the tokens with the largest losses; run glm4ft check")
+
+
+def _too_noisy(evidence: Evidence) -> Finding:
+    losses = evidence.losses
+    change = fall(losses)
+    return Finding(
+        "undecided",
+        "outcome",
+        f"{len(losses)} logged losses do not show whether anything was learnt: from the first ones to the second half "
+        f"the loss changes by {change.change:+.3f} +- {change.error:.3f} nats, in the noise of the batches.",
+        (f"last loss {evidence.loss:.4f}",),
+        "log the mean of more steps, evaluate on held-out conversations, and name data and base to glm4ft explain",
+    )
 
 
 def _trained(evidence: Evidence) -> Finding:

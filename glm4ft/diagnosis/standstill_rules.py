@@ -11,6 +11,10 @@ from glm4ft.diagnosis.finding import Finding
 
 CONSTANT = 1e-6  # relative difference below which losses are equal; steps that change the weights differ by more
 FLAT_STEPS = 5
+EFFECT = (
+    "create the optimizer from the parameters of the model that is trained, after adapters are attached and wrapped; "
+    "look for a step that is skipped (fp16), and for bf16 weights that round small updates away"
+)
 NO_NORMS = 3  # gradient norms of exactly 0, from which it is no accident
 
 
@@ -65,6 +69,26 @@ def rate_zero(evidence: Evidence) -> Finding | None:
     )
 
 
+def losses_repeat(evidence: Evidence) -> Finding | None:
+    """The same losses come back in the same order, epoch after epoch: the rows are the same, and so is the model."""
+    losses = evidence.losses
+    if len(losses) < LEAST_STEPS or _is_constant(losses):
+        return None
+    periods = range(2, len(losses) // 3 + 1)  # twice may be a run that was started again
+    period = next((n for n in periods if all(a == b for a, b in zip(losses, losses[n:], strict=False))), None)
+    if period is None:
+        return None
+    return Finding(
+        "updates-without-effect",
+        "update",
+        f"The losses repeat after every {period} logged steps to the last digit: the same rows come back, and the "
+        "model that they meet is the same, so no update has changed it.",
+        (f"the first {min(period, 4)}: {', '.join(f'{loss:.4f}' for loss in losses[: min(period, 4)])}",),
+        EFFECT,
+        0.9,
+    )
+
+
 def training_stopped(evidence: Evidence) -> Finding | None:
     """The loss is constant to the last digit from some step on, although there are gradients and a rate."""
     points = [p for p in evidence.curve if p.loss]
@@ -78,8 +102,8 @@ def training_stopped(evidence: Evidence) -> Finding | None:
     # where the rate has ended, the schedule is to blame
     if len(flat) < FLAT_STEPS or not _has_rate(flat, peak_rate(points)):
         return None
-    if start == 0:
-        return _constant(evidence, flat)
+    if start == 0 or (start == 1 and last > (points[0].loss or 0.0)):
+        return _constant(flat)
     return Finding(
         "training-stopped",
         "side-effects",
@@ -91,15 +115,15 @@ def training_stopped(evidence: Evidence) -> Finding | None:
     )
 
 
-def _constant(evidence: Evidence, flat: list[CurvePoint]) -> Finding:
-    """The loss never moved. A rate that is high explains it by a model that the first updates have destroyed."""
+def _constant(flat: list[CurvePoint]) -> Finding:
+    """The loss does not move. A rate that is high explains it by a model that the first updates have destroyed."""
     peak, loss = peak_rate(flat), flat[0].loss or 0.0
-    facts = (f"{len(flat)} equal losses, from the first logged step on", f"peak learning rate {peak:.2g}")
+    facts = (f"{len(flat)} equal losses, from step {flat[0].step} on", f"peak learning rate {peak:.2g}")
     if peak >= HIGH_RATE:
         return Finding(
             "rate-too-high",
             "update",
-            f"The loss is constant at {loss:.4f} from the first logged step on, with a learning rate of {peak:.2g}: a "
+            f"The loss is constant at {loss:.4f} from step {flat[0].step} on, with a learning rate of {peak:.2g}: a "
             "rate too high to learn anything. The first updates have driven the model to one output for every input.",
             facts,
             "divide the learning rate by 10 to 100 (2e-4 is usual for LoRA on a 9B base, 1e-5 for all weights), and "
@@ -114,8 +138,7 @@ def _constant(evidence: Evidence, flat: list[CurvePoint]) -> Finding:
         + ("there are gradients and " if norms else "")
         + "the rate is not 0: no update reaches the weights that the loss is computed with.",
         (*facts, *([f"median gradient norm {statistics.median(norms):.3g}"] if norms else [])),
-        "create the optimizer from the parameters of the model that is trained, after adapters are attached and "
-        "wrapped; look for a step that is skipped (fp16), and for bf16 weights that round small updates away",
+        EFFECT,
         0.8,
     )
 

@@ -29,6 +29,7 @@ LEAST_EVALUATIONS = 2
 # A ratio is that of the options if it is as near as this to it, relative: batches differ. Otherwise it has to be a
 # whole number; a large one has to be a power of two, since others cannot be told apart.
 NEAR_KNOWN, NEAR, SMALL = 0.15, 0.03, 8
+SPREAD = 1.06  # of the ratios to evaluations, largest over smallest: those of an over-fitting run drift apart
 
 
 def loss_not_a_mean(evidence: Evidence) -> Finding | None:
@@ -36,11 +37,12 @@ def loss_not_a_mean(evidence: Evidence) -> Finding | None:
     found = _ratio(evidence)
     if found is None:
         return None
-    ratio, to_what = found
+    ratio, spread, to_what = found
     times, is_sum = max(ratio, 1 / ratio), ratio > 1
-    number, name = _factor(times, evidence.options)
+    # held-out conversations are never many times easier than those that are trained
+    number, name = _factor(times, evidence.options, NEAR if to_what == "base" else NEAR_KNOWN)
     # without the weights that were trained, a ratio to a base may be one to another run's
-    is_sure = bool(name) or (is_sum and (evidence.adapters is not None or to_what == "evaluations"))
+    is_sure = bool(name) or (is_sum and spread < SPREAD and (evidence.adapters is not None or to_what != "base"))
     if number < 2 or not is_sure:
         return None
     what = f"{times:.1f} times" if is_sum else f"1/{times:.1f} of"
@@ -115,15 +117,15 @@ def _unreadable(evidence: Evidence, uniform: float, *, is_far: bool) -> Finding:
     )
 
 
-def _ratio(evidence: Evidence) -> tuple[float, str] | None:
-    """The ratio of the logged loss to the base's at the start, or to the evaluations beside it."""
+def _ratio(evidence: Evidence) -> tuple[float, float, str] | None:
+    """The ratio of the logged loss to the base's at the start, or to the evaluations beside it, and its spread."""
     first = evidence.first_loss
     beside = _beside_evaluations(evidence)
-    if len(beside) >= LEAST_EVALUATIONS and (max(beside) / min(beside) < 1 + 2 * NEAR):
-        return statistics.median(beside), "evaluations"
+    if len(beside) >= LEAST_EVALUATIONS:
+        return statistics.median(beside), max(beside) / min(beside), "evaluations"
     is_known = first.base is not None and first.base > 0 and first.logged is not None and first.logged > 0
     if is_known and _is_beginning(evidence) and evidence.curve[0].step == 1:
-        return (first.logged or 0.0) / (first.base or 1.0), "base"
+        return (first.logged or 0.0) / (first.base or 1.0), 1.0, "base"
     return None
 
 
@@ -144,7 +146,7 @@ def _is_beginning(evidence: Evidence) -> bool:
     return evidence.curve[0].step <= interval(evidence.curve)
 
 
-def _factor(times: float, options: Mapping[str, object]) -> tuple[int, str]:
+def _factor(times: float, options: Mapping[str, object], near: float) -> tuple[int, str]:
     """The whole number that a ratio is, with its name where the options have it; 0 if it is none."""
     accumulation, processes = (int(float(str(options.get(name) or 1))) for name in ("accumulation", "world_size"))
     names = {
@@ -156,7 +158,7 @@ def _factor(times: float, options: Mapping[str, object]) -> tuple[int, str]:
         if number > 1 and abs(times / number - 1) <= NEAR_KNOWN:
             return number, name
     number = round(times) if times < SMALL else 2 ** round(math.log2(times))
-    return (number, "") if number > 1 and abs(times / number - 1) <= NEAR else (0, "")
+    return (number, "") if number > 1 and abs(times / number - 1) <= near else (0, "")
 
 
 def _facts(evidence: Evidence) -> str:

@@ -146,13 +146,15 @@ def _of_json_lines(path: Path) -> RunLog:
 
 
 def _of_csv(path: Path) -> RunLog:
+    """Lightning writes what it logs at one step in several rows: losses, rates, evaluations. It counts from 0."""
+    steps: dict[str, dict[str, str]] = {}
+    for number, row in enumerate(csv.DictReader(_text(path).splitlines())):
+        known = {_plain(name): value for name, value in row.items() if name and value}
+        steps.setdefault(known.get("step", str(number)), {}).update(known)
+    shown = next((name for name in _LOSS if any(name in row for row in steps.values())), "")
     rows = [
-        {_plain(name): value for name, value in row.items() if name and value}
-        for row in csv.DictReader(_text(path).splitlines())
+        {name: value for name, value in row.items() if name == shown or name not in _LOSS} for row in steps.values()
     ]
-    # Lightning writes a step's figures and those of its epoch in rows of their own, and counts from 0
-    shown = next((name for name in _LOSS if any(name in row for row in rows)), "")
-    rows = [{name: value for name, value in row.items() if name == shown or name not in _LOSS} for row in rows]
     return _log(path, rows, first_step=0)
 
 

@@ -170,15 +170,30 @@ class ChatFormat:
             DataError: If an assistant turn is followed by a message whose header is not a stop token.
             ModelError: If the checkpoint's template does not render the tools.
         """
-        try:
-            blocks = self._blocks(conversation.messages, conversation.tools)
-        except ModelError as error:
-            where = " and ".join(filter(None, (error.where, conversation.where())))  # either may be at fault
-            raise ModelError(
-                error.message, where=where, found=error.found, expected=error.expected, fix=error.fix
-            ) from error
-        self._require_stops(blocks, conversation)
+        blocks = self._checked_blocks(conversation)
         return self._assemble(blocks, self._trained_messages(conversation), conversation.line)
+
+    def check(self, conversation: Conversation) -> None:
+        """Raise what ``encode`` would raise, without encoding the texts."""
+        self._checked_blocks(conversation)
+
+    def exceeds(self, message: Message, limit: int) -> bool:
+        """Whether a message alone certainly has more tokens than a limit; no more of it is encoded than that takes.
+
+        Args:
+            message: The message.
+            limit: The limit in tokens.
+        Returns:
+            True if the words of a part of the text have more tokens; False if its text is short, or it is not certain.
+        """
+        size = 8 * limit  # characters; one token has four or so
+        while size < len(message.content):
+            # the last two words may go on differently in the whole text, the others are the same there
+            words = [word or 0 for word in self._plain.encode(message.content[:size]).word_ids]
+            if sum(word < words[-1] - 1 for word in words) > limit:
+                return True
+            size *= 4
+        return False
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
         """Encode the prompt that serving sends to generate the next assistant turn: all messages, then the header."""
@@ -194,6 +209,17 @@ class ChatFormat:
         if tools:
             text = self._tool_block(json.dumps(tools))
             blocks.insert(0, _Block("system", text, None))
+        return blocks
+
+    def _checked_blocks(self, conversation: Conversation) -> list[_Block]:
+        try:
+            blocks = self._blocks(conversation.messages, conversation.tools)
+        except ModelError as error:
+            where = " and ".join(filter(None, (error.where, conversation.where())))  # either may be at fault
+            raise ModelError(
+                error.message, where=where, found=error.found, expected=error.expected, fix=error.fix
+            ) from error
+        self._require_stops(blocks, conversation)
         return blocks
 
     def _assemble(

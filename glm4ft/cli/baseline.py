@@ -56,13 +56,20 @@ def _record_options(parser: Parser) -> None:
 
 
 def _compare_options(parser: Parser) -> None:
-    parser.add_argument("files", annotation=str, nargs="+", help="Files that glm4ft baseline record wrote, or folders of them.")
+    parser.add_argument(
+        "files", annotation=str, nargs="+", help="Files that glm4ft baseline record wrote, or folders of them."
+    )
     parser.add_argument("--keep", annotation=str | None, help="Folder for the curves of today, for the history.")
     parser.add_argument("--json", nargs="?", const="-", help="Write the results as JSON here, or to stdout.")
 
 
 def _history_options(parser: Parser) -> None:
-    parser.add_argument("files", annotation=str, nargs="+", help="Files of one baseline, recorded at several commits, or folders of them.")
+    parser.add_argument(
+        "files",
+        annotation=str,
+        nargs="+",
+        help="Files of one baseline, recorded at several commits, or folders of them.",
+    )
     parser.add_argument("--report", annotation=str | None, help="Folder for history.html.")
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -29,6 +31,7 @@ WARNING_KINDS = 20  # counted apart: warnings quote names from the data
 NO_TARGETS = "no supervised token"
 TOO_LONG = "longer than max_length even with the last turn alone"
 _REPORT = "report.json"
+_LEAST_TOKENS = 2  # of a message: its header, and one for a newline and a text
 # Whatever changes a row or how it is stored is in one of these modules beside this one.
 ENCODER_MODULES = (
     "sources", "known_keys", "reader", "conversation", "control_tokens", "turn_format", "render", "tool_block",
@@ -172,20 +175,51 @@ def fit_row(conversation: Conversation, chat_format: ChatFormat, max_length: int
         ``(row, "")``, or ``(None, reason)`` if the row has to be dropped. A row shorter than its conversation has
         fewer turns.
     """
-    row = chat_format.encode(conversation)
-    kept = conversation
-    if len(row.input_ids) > max_length:
-        excess, dropped = len(row.input_ids) - max_length, set[int]()
-        for exchange in _exchanges(conversation.messages)[:-1]:
-            if excess <= 0:
-                break
-            excess -= sum(s.end - s.start for s in row.segments if s.message in exchange)
-            dropped |= exchange
-        if excess > 0:
+    exchanges = _exchanges(conversation.messages)
+    num_dropped = _num_too_many(conversation, exchanges, chat_format, max_length)
+    if num_dropped == len(exchanges):
+        return None, TOO_LONG
+    if num_dropped:
+        chat_format.check(conversation)  # what is cut off is not exempt
+    kept = _without(conversation, exchanges[:num_dropped])
+    row = chat_format.encode(kept)
+    if (excess := len(row.input_ids) - max_length) > 0:
+        sizes = collections.Counter[int | None]()
+        for segment in row.segments:
+            sizes[segment.message] += segment.end - segment.start
+        exchanges = _exchanges(kept.messages)
+        # the exchanges are dropped from the oldest on, the last one never
+        left = itertools.accumulate((sum(sizes[i] for i in exchange) for exchange in exchanges[:-1]), initial=0)
+        num_dropped = next((num for num, size in enumerate(left) if size >= excess), len(exchanges))
+        if num_dropped == len(exchanges):
             return None, TOO_LONG
-        kept = replace(conversation, messages=tuple(m for i, m in enumerate(kept.messages) if i not in dropped))
-        row = chat_format.encode(kept)
+        row = chat_format.encode(_without(kept, exchanges[:num_dropped]))
     return (row, "") if any(row.supervised) else (None, NO_TARGETS)
+
+
+def _num_too_many(
+    conversation: Conversation, exchanges: list[set[int]], chat_format: ChatFormat, max_length: int
+) -> int:
+    """The number of oldest exchanges that certainly do not fit, at little cost; all of them if the last one does not.
+
+    Encoding takes 200 bytes of memory for each byte of text, and the texts may be longer than any row by far.
+    """
+    messages = conversation.messages
+    too_long = {i for i, message in enumerate(messages) if chat_format.exceeds(message, max_length)}
+    if any(messages[i].role == "system" for i in too_long):
+        return len(exchanges)
+    num = max((number for number, exchange in enumerate(exchanges, start=1) if exchange & too_long), default=0)
+    num_messages = len(messages) - sum(map(len, exchanges[:num]))
+    while num < len(exchanges) - 1 and _LEAST_TOKENS * num_messages > max_length:
+        num_messages -= len(exchanges[num])
+        num += 1
+    return num
+
+
+def _without(conversation: Conversation, exchanges: list[set[int]]) -> Conversation:
+    dropped = set[int]().union(*exchanges)
+    messages = tuple(message for i, message in enumerate(conversation.messages) if i not in dropped)
+    return replace(conversation, messages=messages) if dropped else conversation
 
 
 def _exchanges(messages: tuple[Message, ...]) -> list[set[int]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import shlex
@@ -142,7 +141,13 @@ def run_training(
         RunError: If the run had to stop.
     """
     say, output = say if is_main_process() else _silent, Path(str(config.output))
-    with only_writer(output, CONFIG_FILE) if is_main_process() else contextlib.nullcontext():
+    if not is_main_process():
+        return _run(config, output, observers, say, resume=resume)
+    if not resume:
+        _require_unused(output)  # at once, or the lock would be in the way of whoever resumes that run
+    with only_writer(output, CONFIG_FILE):
+        if not resume:
+            _require_unused(output)
         return _run(config, output, observers, say, resume=resume)
 
 
@@ -159,7 +164,7 @@ def _run(
         if all(observer.is_done(output) for observer in observers):
             say(f"the run in {output} is complete")
             return RunResult(output, read_trajectory(output / FILE_NAME), config.target)
-    run = _prepare(config, output, say, resume=resume)
+    run = _prepare(config, output, say)
     for observer in observers:
         observer.on_prepared(run)
     if run.config.target_above_floor is not None:
@@ -265,10 +270,12 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def _prepare(config: TrainConfig, output: Path, say: Callable[[str], object], *, resume: bool) -> PreparedRun:
-    if not resume and is_main_process():
-        go_on = f", or continue that run with --resume {shlex.quote(str(output))}" * run_folder.is_run(output)
-        require_unused(output, f"choose another folder{go_on}")
+def _require_unused(output: Path) -> None:
+    go_on = f", or continue that run with --resume {shlex.quote(str(output))}" * run_folder.is_run(output)
+    require_unused(output, f"choose another folder{go_on}")
+
+
+def _prepare(config: TrainConfig, output: Path, say: Callable[[str], object]) -> PreparedRun:
     _require_trackers(config.report_to)
     require_loadable(config.model, config.dtype)  # before hours may go into encoding
     chat_format = chat_format_of(config)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -118,12 +117,6 @@ def rewind(path: Path, step: int) -> None:
     """
     kept = [row for row in _read_rows(path) if (row.get("step") or 0) <= step]
     write_atomically(path, "".join(dump_row(row) + "\n" for row in kept))
-
-
-def reach_disk(path: Path) -> None:
-    """Wait until all rows are on the disk, so that no checkpoint outlives the rows of the steps before it."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from glm4ft.data.conversation import Conversation, Message
 from glm4ft.data.known_keys import LOSS_KEYS
 from glm4ft.data.reader import from_messages, parse_conversation, read_conversations
+from glm4ft.data.written_calls import find_written_calls
 from glm4ft.errors import DataError
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
@@ -178,8 +179,8 @@ def calling(**call: Any) -> dict[str, Any]:
 
 
 REFUSED: dict[str, tuple[Any, str, str]] = {  # id: record, where in it, words of the message
-    "not-an-object": ([USER], "chat.jsonl:7", "not an object"),
-    "no-shape": ({"instruction": "x", "output": "y"}, "'instruction', 'output'", "no known shape"),
+    "not-an-object": (["x"], "chat.jsonl:7", "not an object"),
+    "no-shape": ({"city": "x", "size": 3}, "'city', 'size'", "no known shape"),
     "two-shapes": ({"messages": [], "prompt": "a", "completion": "b"}, "'prompt', 'completion'", "several shapes"),
     "messages-null": ({"messages": None}, ": messages", "missing"),
     "messages-text": ({"messages": "a"}, ": messages", "not a list"),
@@ -188,10 +189,10 @@ REFUSED: dict[str, tuple[Any, str, str]] = {  # id: record, where in it, words o
     "completion-empty": ({"prompt": "a", "completion": ""}, ": completion", "empty"),
     "completion-list": ({"prompt": "a", "completion": [{"role": "assistant"}]}, ": completion[0].content", "missing"),
     "message-text": (answered("x"), ": messages[2]", "not an object"),
-    "role-missing": (answered({"from": "user"}), ": messages[2].role", "no role"),
+    "role-missing": (answered({"content": "a"}), ": messages[2].role", "no role"),
     "role-unknown": (answered({"role": "asistant"}), ": messages[2].role", "did you mean 'assistant'?"),
     "role-case": (answered({"role": "Assistant"}), ": messages[2].role", "did you mean 'assistant'?"),
-    "role-sharegpt": (answered({"role": "gpt"}), ": messages[2].role", "did you mean 'assistant'?"),
+    "role-sharegpt": (answered({"role": "GPT"}), ": messages[2].role", "did you mean 'gpt'?"),
     "role-list": (answered({"role": ["user"]}), ": messages[2].role", "unknown role"),
     "from-unknown": ({"conversations": [{"from": "humn"}]}, ": conversations[0].from", "did you mean 'human'?"),
     "from-and-role": ({"conversations": [{"from": "human", "role": "user"}]}, ": conversations[0].from", "two roles"),
@@ -296,9 +297,9 @@ def test_deep_nesting_is_refused() -> None:
         (answered(USER), "ends with a message of role user: it is context without a target"),
         (answered(USER | {"loss": "yes"}, ASSISTANT), "messages[2]: loss on a user message is ignored"),
         ({"messages": [USER, ASSISTANT | {"loss": False}]}, "no target"),
-        ({"prompt": [ASSISTANT | {"loss": 1}], "completion": "b"}, "prompt[0]: loss on a message of the prompt"),
+        ({"prompt": [USER, ASSISTANT | {"loss": 1}, USER], "completion": "b"}, "prompt[1]: loss on a message of the prompt"),
         (answered(prompt="a"), "prompt is ignored: the conversation is read from messages"),
-        ({"prompt": "a", "completion": "b", "system": "s"}, "system is ignored"),
+        (answered(query="a"), "query is ignored"),
     ],
 )
 def test_what_is_probably_not_meant_is_one_warning(record: Any, words: str) -> None:
@@ -374,7 +375,19 @@ def conversations(draw: st.DrawFn) -> Conversation:
     names = list(dict.fromkeys(message.metadata for message in messages if message.is_call))
     built_in = draw(st.sets(st.sampled_from(names))) - {"function"} if names else set()
     tools = ({"type": n} if n in built_in else {"type": "function", "function": {"name": n}} for n in names)
-    return Conversation(tuple(messages), tuple(tools))
+    read = (with_object(m) if m.is_call and m.metadata not in built_in else m for m in messages)
+    return Conversation(tuple(read), tuple(tools))
+
+
+def with_object(call: Message) -> Message:
+    """Functions take JSON objects; built-in tools such as python take any text."""
+    return replace(call, content=json.dumps({"x": call.content}, ensure_ascii=False))
+
+
+def writes_a_call(conversation: Conversation) -> bool:
+    names = [message.metadata for message in conversation.messages if message.is_call]
+    replies = [m for m in conversation.messages if m.role == "assistant" and not m.is_call]
+    return any(find_written_calls(reply.content, names) for reply in replies)
 
 
 def as_glm4(message: Message) -> dict[str, Any]:
@@ -404,7 +417,7 @@ WRITERS = {"messages": as_glm4, "openai": as_openai, "conversations": as_sharegp
 
 @pytest.mark.parametrize("shape", WRITERS)
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(conversation=conversations())
+@given(conversation=conversations().filter(lambda conversation: not writes_a_call(conversation)))
 def test_writing_and_reading_a_conversation_is_the_identity(shape: str, conversation: Conversation) -> None:
     key = "conversations" if shape == "conversations" else "messages"
     record = {key: [WRITERS[shape](message) for message in conversation.messages], "tools": list(conversation.tools)}
@@ -412,7 +425,7 @@ def test_writing_and_reading_a_conversation_is_the_identity(shape: str, conversa
         record["tools"] = json.dumps(record["tools"])
     read = parse_conversation(json.loads(json.dumps(record)))
     assert read == conversation
-    undeclared_or_lost = [text for text in read.warnings if "calls" in text or "ignored" in text]
+    undeclared_or_lost = [text for text in read.warnings if " calls " in text or "ignored" in text]
     assert undeclared_or_lost == []
 
 
@@ -448,17 +461,13 @@ BAD_FILES: dict[str, tuple[bytes, str, str]] = {  # id: file, line of the fault,
     "truncated-character": (GOOD + b'\n{"messages": "\xe5\x8c', ":2", "the file is truncated"),
     "not-utf8": (GOOD + b'\n{"messages": "\xff"}\n', ":2", f"byte 15 of the line, offset {len(GOOD) + 15} in the file"),
     "not-utf8-after-bom": (b'\xef\xbb\xbf"\xff"', ":1", "byte 2 of the line, offset 4 in the file"),
-    "utf16": (GOOD.decode().encode("utf-16"), ":1", "not UTF-8 at byte 1"),
-    "bom-later": (GOOD + b"\n\xef\xbb\xbf" + GOOD, ":2", "BOM"),
+    "bom-later": (GOOD + b"\n\xef\xbb\xbf" + GOOD, ":2", "second byte order mark (BOM)"),
     "duplicate-key": (b'{"prompt": "a", "prompt": "b"}\n', ":1", "'prompt' stands twice"),
     "nan": (b'{"prompt": NaN}\n', ":1", "NaN is not a JSON number"),
     "infinity": (b'{"prompt": -Infinity}\n', ":1", "-Infinity is not a JSON number"),
     "long-integer": (b'{"tools": ' + b"1" * 5000 + b"}\n", ":1", ""),  # which fault depends on Python's digit limit
     "empty": (b"", "chat.jsonl", "no conversation"),
     "blank": (b"\n \r\n", "chat.jsonl", "no conversation"),
-    "array": (b"[\n  " + GOOD + b"\n]\n", ":1", "chat.jsonl > chat-lines.jsonl"),
-    "array-on-one-line": (b"[" + GOOD + b"]", ":1", "one JSON array, not JSONL"),
-    "object": (json.dumps(answered(), indent=2).encode(), ":1", "one JSON object, not JSONL"),
     "deep": (b"[" * 100_000 + b"\n", ":1", "nested too deeply"),
     "bad-record": (GOOD + b'\n\n{"messages": [{"role": "user"}]}', ":3: messages[0].content", "missing"),
     "list-later": (GOOD + b"\n[]\n", ":2", "not an object"),
@@ -474,7 +483,7 @@ def test_a_bad_file_is_refused_at_its_line(tmp_path: Path, data: bytes, where: s
 
 
 @pytest.mark.parametrize(
-    ("name", "words"), [(".", "this is a directory"), ("no.jsonl", "No such file"), ("\0", "cannot be read")]
+    ("name", "words"), [(".", "datasets"), ("no.jsonl", "No such file"), ("\0", "cannot be read")]
 )
 def test_a_path_that_is_no_file_is_refused(tmp_path: Path, name: str, words: str) -> None:
     with pytest.raises(DataError, match=words) as caught:

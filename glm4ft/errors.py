@@ -87,9 +87,9 @@ class Location:
 
     def __str__(self) -> str:
         if self.path and self.line and self.unit == "line":
-            parts = (f"{self.path}:{self.line}", self.field)  # as editors and compilers write it
+            parts = [f"{self.path}:{self.line}", self.field]  # as editors and compilers write it
         else:
-            parts = (self.path, f"{self.unit} {self.line}" if self.line else "", self.field)
+            parts = [self.path, f"{self.unit} {self.line}" if self.line else "", self.field]
         return ": ".join(part for part in parts if part)
 
     def wrong(self, problem: str, value: Any, expected: str, fix: str = "") -> DataError:

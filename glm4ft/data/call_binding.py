@@ -76,7 +76,9 @@ def _require_ids(ids: list[str], results: list[SourceMessage]) -> None:
         if result.call_id and result.call_id not in ids:
             fix = "put the result behind its call, or correct the id"
             at = result.place.key("tool_call_id")
-            raise at.wrong("a result without a call: its id is that of no call before it", result.call_id, f"{ids}", fix)
+            raise at.wrong(
+                "a result without a call: its id is that of no call before it", result.call_id, f"{ids}", fix
+            )
         if result.call_id in seen:
             at = result.place.key("tool_call_id")
             raise at.wrong("a call has two results", result.call_id, "one result for each call", "remove one of them")

@@ -169,6 +169,20 @@ class ChatFormat:
             DataError: If an assistant turn is followed by a message whose header is not a stop token.
             ModelError: If the checkpoint's template does not render the tools.
         """
+        blocks = self.require_stops(conversation)
+        return self._assemble(blocks, self._trained_messages(conversation), conversation.line)
+
+    def require_stops(self, conversation: Conversation) -> list[_Block]:
+        """Check that a conversation can be encoded, without encoding it.
+
+        Args:
+            conversation: A validated conversation.
+        Returns:
+            The headers and texts of the row.
+        Raises:
+            DataError: If an assistant turn is followed by a message whose header is not a stop token.
+            ModelError: If the checkpoint's template does not render the tools.
+        """
         try:
             blocks = self._blocks(conversation.messages, conversation.tools)
         except ModelError as error:
@@ -177,7 +191,7 @@ class ChatFormat:
                 error.message, where=where, found=error.found, expected=error.expected, fix=error.fix
             ) from error
         self._require_stops(blocks, conversation)
-        return self._assemble(blocks, self._trained_messages(conversation), conversation.line)
+        return blocks
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
         """Encode the prompt that serving sends to generate the next assistant turn: all messages, then the header."""

@@ -60,6 +60,12 @@ def load_set(name: str) -> Any:
         raise _unreadable(name, error) from error
 
 
+def set_digest(name: str) -> bytes:
+    """What changes when the data set does: the fingerprint by which datasets caches it."""
+    found = load_set(name)
+    return str(found._fingerprint).encode()
+
+
 def _datasets(name: str, problem: str) -> Any:
     try:
         import datasets

@@ -33,14 +33,15 @@ class _Way(NamedTuple):
     suffix: str = ".jsonl"
 
 
+_PANDAS = "python -c \"import pandas; pandas.{read}({{quoted}}).to_json({{made}}, orient='records', lines=True)\""
 _WAYS = {
     "zstd": _Way("zstd -dc {file} > {out}", ""),
     "zip": _Way("unzip {file}", ""),
     "7z": _Way("7z x {file}", ""),
-    "HDF5": _Way("python -c \"import pandas; pandas.read_hdf({quoted}).to_json({made}, orient='records', lines=True)\""),
+    "HDF5": _Way(_PANDAS.format(read="read_hdf")),
     "SQLite": _Way("sqlite3 -json {file} 'SELECT * FROM conversations' > {out}", ".json"),
     "Avro": _Way("fastavro --compact {file} > {out}"),
-    "ORC": _Way("python -c \"import pandas; pandas.read_orc({quoted}).to_json({made}, orient='records', lines=True)\""),
+    "ORC": _Way(_PANDAS.format(read="read_orc")),
     "PDF": _Way("extract the conversations from it"),
     "pickle": _Way("write it as JSONL with the program that made it: a pickle can run any code when it is read"),
     "Git LFS pointer": _Way("git lfs pull --include {file}"),
@@ -49,7 +50,7 @@ _WAYS = {
     "UTF-16LE": _Way("iconv -f UTF-16LE -t UTF-8 {file} > {out}"),
     "UTF-16BE": _Way("iconv -f UTF-16BE -t UTF-8 {file} > {out}"),
     "text with CR line ends": _Way("tr '\\r' '\\n' < {file} > {out}"),
-    "HTML page": _Way("download the file itself, not the page that shows it (on the hub: resolve, not blob, in the address)"),
+    "HTML page": _Way("download the file itself: on the hub with resolve, not blob, in its address"),
 }  # fmt: skip
 CONVERTED = tuple(_WAYS)
 
@@ -86,7 +87,9 @@ def refuse_kind(kind: str, name: str) -> DataError:
     out = f"{stem}-utf8.jsonl" if "iconv" in way.command else f"{stem}-lines.jsonl" if way.suffix else stem
     command = way.command.format(file=shlex.quote(name), out=shlex.quote(out), quoted=f"'{name}'", made=f"'{out}'")
     article = "an" if kind[0] in "AHOU" and not kind.startswith("UTF") else "a"
-    return Location(name).wrong(f"this is {article} {kind} file", kind, "JSONL, JSON, CSV or Parquet", f"convert it: {command}")
+    return Location(name).wrong(
+        f"this is {article} {kind} file", kind, "JSONL, JSON, CSV or Parquet in UTF-8", f"convert it: {command}"
+    )
 
 
 def refuse_encoding(raw: bytes, place: Location, offset: int) -> DataError | None:

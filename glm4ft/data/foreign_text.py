@@ -88,7 +88,7 @@ def _begins_a_line(opening: str, text: str) -> bool:
 def _is_marker(marker: str, text: str) -> bool:
     """Whether a marker is told as one of a template: ``<s>`` is also HTML, and only ends and begins a text as one."""
     if marker in ("<s>", "</s>"):
-        return text.startswith("<s>") or text.rstrip().endswith("</s>") and "<s>" not in text
+        return text.startswith("<s>") or (text.rstrip().endswith("</s>") and "<s>" not in text)
     return not _IS_THINK.fullmatch(marker) and not _IS_MEDIA.fullmatch(marker)
 
 
@@ -98,4 +98,6 @@ def _families(markers: list[str]) -> list[str]:
     first = dict[str, str]()
     for name, marker in named:
         first.setdefault(name, marker)
-    return [f"holds {m}, a marker of {name}: it is trained as ordinary text, and stops nothing" for name, m in first.items()]
+    return [
+        f"holds {m}, a marker of {name}: it is trained as ordinary text, and stops nothing" for name, m in first.items()
+    ]

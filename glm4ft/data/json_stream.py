@@ -53,7 +53,9 @@ class JsonStream:
                 return
             if mark != ",":
                 self._at -= 1
-                problem = "this JSON array ends before its closing bracket" if not mark else "this JSON array is malformed"
+                problem = (
+                    "this JSON array ends before its closing bracket" if not mark else "this JSON array is malformed"
+                )
                 raise self._wrong(f"{problem} after record {self.record}", "a comma or a closing bracket")
 
     def _holds_messages(self) -> bool:

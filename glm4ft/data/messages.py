@@ -88,7 +88,7 @@ def _is_about_a_tool(message: Mapping[str, Any]) -> bool:
 def _message(message: Any, place: Location) -> Iterator[SourceMessage]:
     """Read one message as one turn, or as several if it holds tool calls or is a pair."""
     if is_array(message) and len(message) == 2:
-        yield from _tuple(*message, place)
+        yield from _tuple(message[0], message[1], place)
         return
     if not isinstance(message, Mapping):
         raise place.wrong("a message is not an object", message, "an object with role and content")

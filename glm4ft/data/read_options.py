@@ -68,12 +68,17 @@ class ReadOptions:
         ours = {name: key for name, key in self.columns.items() if name in _RECORD_COLUMNS}
         for name, key in ours.items():
             if key not in record and name not in _OPTIONAL:
-                raise place.wrong("a record lacks a column that --columns names", list(record), key, "correct --columns")
+                raise place.wrong(
+                    "a record lacks a column that --columns names", list(record), key, "correct --columns"
+                )
         theirs = set(ours.values())
         kept = {f"{key} (not --columns)" if key in ours else key: record[key] for key in record if key not in theirs}
         result = {**kept, **{name: record[key] for name, key in ours.items() if key in record}}
         of_messages = {key: name for name, key in self.columns.items() if name in _MESSAGE_COLUMNS}
         return {key: _renamed_messages(value, of_messages) for key, value in result.items()} if of_messages else result
+
+
+AS_IS = ReadOptions()
 
 
 def columns_of(text: str | Mapping[str, str] | None) -> dict[str, str]:

@@ -14,7 +14,7 @@ from typing import Any
 from glm4ft.data.call_binding import bind_results
 from glm4ft.data.conversation import Conversation, Message
 from glm4ft.data.json_values import strict_json
-from glm4ft.data.read_options import ReadOptions
+from glm4ft.data.read_options import AS_IS, ReadOptions
 from glm4ft.data.record_files import read_records
 from glm4ft.data.refusals import Refusals
 from glm4ft.data.source_message import SourceMessage
@@ -22,11 +22,9 @@ from glm4ft.data.sources import Draft, read_record
 from glm4ft.data.written_calls import find_written_calls
 from glm4ft.errors import DataError, Location, Unit
 
-_AS_IS = ReadOptions()
-
 
 def parse_conversation(
-    record: Any, *, line: int = 0, path: str = "", unit: Unit = "line", options: ReadOptions = _AS_IS
+    record: Any, *, line: int = 0, path: str = "", unit: Unit = "line", options: ReadOptions = AS_IS
 ) -> Conversation:
     """Read and validate one record.
 
@@ -78,7 +76,7 @@ def from_messages(
 
 
 def read_conversations(
-    path: str | os.PathLike[str], options: ReadOptions = _AS_IS, refusals: Refusals | None = None
+    path: str | os.PathLike[str], options: ReadOptions = AS_IS, refusals: Refusals | None = None
 ) -> Iterator[Conversation]:
     """Read a file of records lazily, one record at a time; it is opened when the first conversation is requested.
 
@@ -101,7 +99,7 @@ def read_conversations(
         try:
             conversation = parse_conversation(record, line=place.line, path=name, unit=place.unit, options=options)
         except DataError as error:
-            own.add(error)
+            own.add(error, place.line)
             continue
         yield conversation
     if own.read == read_before:
@@ -194,7 +192,7 @@ def _written_calls(
     for call in written.calls:
         if call.arguments is None:
             expected = 'arguments such as {"city": "Bonn"}'
-            raise turn.place.wrong("a call in an answer's text has arguments that cannot be read", turn.content, expected)
+            raise turn.place.wrong(
+                "a call in an answer's text has arguments that cannot be read", turn.content, expected
+            )
         yield replace(turn, content=call.arguments, metadata=call.name, tools=())
-
-

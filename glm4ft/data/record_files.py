@@ -97,7 +97,7 @@ def _from_lines(file: BinaryIO, name: str, refusals: Refusals) -> Records:
             record = _decode(text, place, at)
         except DataError as error:
             refusals.read += 1
-            refusals.add(error)
+            refusals.add(error, line)
             continue
         yield place, record
 
@@ -115,8 +115,8 @@ def _goes_on(text: bytes) -> bool:
 
 def _decode(raw: bytes, place: Location, offset: int) -> Any:
     """Decode one line of JSONL."""
-    if error := refuse_encoding(raw, place, offset):
-        raise error
+    if wrong_encoding := refuse_encoding(raw, place, offset):
+        raise wrong_encoding
     text = raw.decode("utf-8")
     try:
         return strict_json(text)
@@ -161,6 +161,7 @@ def _from_csv(file: BinaryIO, name: str, delimiter: str, refusals: Refusals) -> 
                 fix = "quote cells that hold the delimiter or a line end"
                 found = f"{len(cells)} cells"
                 refusals.read += 1
-                refusals.add(place.wrong("a row has another number of cells than the header", found, f"{len(header)}", fix))
+                error = place.wrong("a row has another number of cells than the header", found, f"{len(header)}", fix)
+                refusals.add(error, number)
     finally:
         text.detach()

@@ -36,7 +36,9 @@ class ManyErrors(DataError):
             kinds.setdefault((error.message, error.expected, error.fix), []).append(error)
         for (message, expected, fix), errors in kinds.items():
             lines += ["", f"  {message}"]
-            lines += [f"    {error.where}: found {error.found}" if error.found else f"    {error.where}" for error in errors]
+            lines += [
+                f"    {error.where}: found {error.found}" if error.found else f"    {error.where}" for error in errors
+            ]
             lines += [f"    {label + ':':<10}{text}" for label, text in (("expected", expected), ("fix", fix)) if text]
         return "\n".join([*lines, "", f"  fix: {self.fix}"])
 
@@ -52,12 +54,24 @@ class Refusals:
         self.on_error = on_error
         self.first: list[DataError] = []
         self.count, self.read = 0, 0
+        self._new: list[tuple[str, int]] = []
 
-    def add(self, error: DataError) -> None:
-        """Count a conversation that cannot be used."""
+    def add(self, error: DataError, line: int) -> None:
+        """Count a conversation that cannot be used.
+
+        Args:
+            error: What is wrong with it.
+            line: Its line, or the number of its record.
+        """
         self.count += 1
+        self._new.append((error.message, line))
         if len(self.first) < TOLD:
             self.first.append(error)
+
+    def new(self) -> list[tuple[str, int]]:
+        """The reasons and lines that were added since the last call."""
+        new, self._new = self._new, []
+        return new
 
     @property
     def will_stop(self) -> bool:

@@ -80,7 +80,7 @@ def name_of(value: Any, place: Location) -> str:
 def _parts(parts: Sequence[Any], place: Location) -> Iterator[str]:
     for index, part in enumerate(parts):
         kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind not in _TEXT_PARTS or not isinstance(part["text"] if "text" in part else None, str):
+        if kind not in _TEXT_PARTS or not isinstance(part.get("text"), str):
             raise _no_text(part, str(kind), place.item(index))
         yield part["text"]
 

@@ -35,7 +35,7 @@ SHAPES_IN_WORDS = (
 )
 # Columns that hold questions and answers in common data sets; for hints, never read by themselves.
 _QUESTIONS = ("prompt", "question", "query", "instruction", "input", "content", "source", "user", "problem")
-_ANSWERS = ("completion", "answer", "response", "output", "summary", "target", "assistant", "solution", "chosen")
+_ANSWERS = ("completion", "answer", "response", "output", "summary", "target", "assistant", "solution")
 
 
 @dataclass(frozen=True)

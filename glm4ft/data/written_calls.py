@@ -127,8 +127,8 @@ def _as_code(content: str, names: list[str]) -> WrittenCalls | None:
         return None
     before, text = content[: match.start()], _ENDS.sub("", content[match.start() :].strip().strip("[]`"))
     try:
-        nodes = [item for item in ast.parse(f"[{text}]", mode="eval").body.elts]  # type: ignore[attr-defined]
-        calls = tuple(_code_call(node, names) for node in nodes)
+        body = ast.parse(f"[{text}]", mode="eval").body
+        calls = tuple(_code_call(node, names) for node in body.elts) if isinstance(body, ast.List) else ()
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
     is_alone = _OPENERS.match(before) is not None or before.rstrip(" `").endswith("\n")
@@ -152,7 +152,10 @@ def _as_tags(content: str, names: list[str]) -> WrittenCalls | None:
     match = re.search(rf"{opening}(?P<name>{_any(names)})\b[\"']?>?", content)
     if not match:
         return None
-    rest, pairs = content[match.end() :], re.findall(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", content)
+    rest, pairs = (
+        content[match.end() :],
+        re.findall(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", content),
+    )
     arguments = _json({key: _value(value) for key, value in pairs}) if pairs else None
     if not pairs and _leading_json(rest.strip())[1]:
         arguments = _leading_json(rest.strip())[0]

@@ -297,7 +297,10 @@ def test_deep_nesting_is_refused() -> None:
         (answered(USER), "ends with a message of role user: it is context without a target"),
         (answered(USER | {"loss": "yes"}, ASSISTANT), "messages[2]: loss on a user message is ignored"),
         ({"messages": [USER, ASSISTANT | {"loss": False}]}, "no target"),
-        ({"prompt": [USER, ASSISTANT | {"loss": 1}, USER], "completion": "b"}, "prompt[1]: loss on a message of the prompt"),
+        (
+            {"prompt": [USER, ASSISTANT | {"loss": 1}, USER], "completion": "b"},
+            "prompt[1]: loss on a message of the prompt",
+        ),
         (answered(prompt="a"), "prompt is ignored: the conversation is read from messages"),
         (answered(query="a"), "query is ignored"),
     ],
@@ -482,9 +485,7 @@ def test_a_bad_file_is_refused_at_its_line(tmp_path: Path, data: bytes, where: s
     assert words in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("name", "words"), [(".", "datasets"), ("no.jsonl", "No such file"), ("\0", "cannot be read")]
-)
+@pytest.mark.parametrize(("name", "words"), [(".", "datasets"), ("no.jsonl", "No such file"), ("\0", "cannot be read")])
 def test_a_path_that_is_no_file_is_refused(tmp_path: Path, name: str, words: str) -> None:
     with pytest.raises(DataError, match=words) as caught:
         next(read_conversations(os.path.join(tmp_path, name)))

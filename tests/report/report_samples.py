@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from glm4ft.data.chat_format import ChatFormat, EncodedRow
 from glm4ft.data.conversation import Conversation, Message
-from glm4ft.data.dataset import DEMO_DATA
+from glm4ft.data.inputs import DEMO_DATA
 from glm4ft.data.reader import read_conversations
 from glm4ft.model.tiny import tiny_tokenizer
 from glm4ft.report.content import Content, Curves, Headline, ShownCheck, ShownOption, ShownRow, ShownTurn

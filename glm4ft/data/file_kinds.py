@@ -49,7 +49,7 @@ _WAYS = {
     "UTF-16": _Way("iconv -f UTF-16 -t UTF-8 {file} > {out}"),
     "UTF-16LE": _Way("iconv -f UTF-16LE -t UTF-8 {file} > {out}"),
     "UTF-16BE": _Way("iconv -f UTF-16BE -t UTF-8 {file} > {out}"),
-    "text with CR line ends": _Way("tr '\\r' '\\n' < {file} > {out}"),
+    "CR line ends": _Way("tr '\\r' '\\n' < {file} > {out}"),
     "HTML page": _Way("download the file itself: on the hub with resolve, not blob, in its address"),
 }  # fmt: skip
 CONVERTED = tuple(_WAYS)
@@ -73,7 +73,7 @@ def kind_of(head: bytes) -> str:
     if start.startswith((b"<!doctype", b"<html")):
         return "HTML page"
     # between records, not within: JSON escapes the carriage returns of its strings
-    return "text with CR line ends" if b"\r" in head and b"\n" not in head and b"}\r" in head else ""
+    return "CR line ends" if b"\r" in head and b"\n" not in head and b"}\r" in head else ""
 
 
 def refuse_kind(kind: str, name: str) -> DataError:
@@ -86,10 +86,8 @@ def refuse_kind(kind: str, name: str) -> DataError:
     way, stem = _WAYS[kind], os.path.splitext(os.path.basename(name))[0]
     out = f"{stem}-utf8.jsonl" if "iconv" in way.command else f"{stem}-lines.jsonl" if way.suffix else stem
     command = way.command.format(file=shlex.quote(name), out=shlex.quote(out), quoted=f"'{name}'", made=f"'{out}'")
-    article = "an" if kind[0] in "AHOU" and not kind.startswith("UTF") else "a"
-    return Location(name).wrong(
-        f"this is {article} {kind} file", kind, "JSONL, JSON, CSV or Parquet in UTF-8", f"convert it: {command}"
-    )
+    what = "the file has CR line ends" if kind == "CR line ends" else f"the file is {kind}"
+    return Location(name).wrong(what, kind, "JSONL, JSON, CSV or Parquet in UTF-8", f"convert it: {command}")
 
 
 def refuse_encoding(raw: bytes, place: Location, offset: int) -> DataError | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import glm4ft
-from glm4ft.data.record_files import is_hub_id
+from glm4ft.data.record_files import is_set
 from glm4ft.errors import ConfigError, Location
 
 DEMO_DATA = Path(glm4ft.__file__).parent / "demo" / "two_conversations.jsonl"
@@ -35,7 +35,7 @@ class DataInput:
     @property
     def is_file(self) -> bool:
         """Whether it is one file, so that its bytes tell whether it has changed."""
-        return not os.path.isdir(self.name) and not is_hub_id(self.name)
+        return not is_set(self.name)
 
     def repeats(self, index: int) -> int:
         """How often a row is trained in an epoch; all of them together come to the weight, evenly over the file.
@@ -78,7 +78,7 @@ def _inputs(text: str) -> list[DataInput]:
         if not found:
             raise Location(name).wrong("no file fits this pattern", name, "a pattern such as data/*.jsonl")
         return [DataInput(path, weight) for path in found]
-    if not is_hub_id(name):
+    if not is_set(name):
         _require_there(name)
     return [DataInput(name, weight)]
 

@@ -37,7 +37,7 @@ def read_records(name: str, refusals: Refusals) -> Records:
     Raises:
         DataError: If the file cannot be read, or not further.
     """
-    if os.path.isdir(name) or is_hub_id(name):
+    if is_set(name):
         yield from columnar.read_set(name)
         return
     try:
@@ -51,9 +51,15 @@ def read_records(name: str, refusals: Refusals) -> Records:
         raise Location(name).wrong(f"a file cannot be read: {reason}", name, "a file that can be read") from None
 
 
-def is_hub_id(name: str) -> bool:
-    """Whether a name is that of a data set of the hub: ``org/name``, and no file that is or might have been there."""
+def is_set(name: str) -> bool:
+    """Whether a name is that of a folder, or of a data set of the hub, and no file that is or might have been there.
+
+    Args:
+        name: ``folder``, ``org/name``, or one of them with ``:split`` or ``:config:split`` behind it.
+    """
     path = name.partition(":")[0]
+    if os.path.isdir(name) or (os.path.isdir(path) and not os.path.exists(name)):
+        return True
     parts = path.split("/")
     looks_like_one = len(parts) == 2 and all(part and part[0].isalnum() for part in parts) and "\0" not in name
     is_file_name = os.path.splitext(path)[1].lower() in {*_DELIMITERS, ".jsonl", ".json", ".parquet", ".arrow", ".gz",

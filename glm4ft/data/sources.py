@@ -9,12 +9,14 @@ Alpaca as read by LLaMA-Factory; the query/response format of ms-swift; TRL's pr
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from glm4ft.data.conversation import Role
-from glm4ft.data.json_values import is_array, listed, says_nothing
+from glm4ft.data.json_values import is_array, says_nothing
 from glm4ft.data.known_keys import (
     SYSTEM_KEYS,
     TOOL_KEYS,
@@ -120,6 +122,8 @@ def _shape_of(record: Record, place: Location, named: frozenset[str]) -> Shape:
     if not fits:
         begun = [shape for shape in shapes if record.get(shape.keys[0]) is not None]
         fits = (begun or [shape for shape in shapes if shape.keys[0] in record])[:1]
+        if fits and len(fits[0].keys) > 1 and any(isinstance(record.get(key), str) for key in _ANSWERS):
+            raise _no_shape(record, place)  # a question with an answer by another name
     if len(fits) == 1:
         return fits[0]
     if fits:
@@ -132,8 +136,8 @@ def _no_shape(record: Record, place: Location) -> DataError:
     """Return the error for a record of no known shape, with the way out that fits what it holds."""
     problem, fix = "a record has the keys of no known shape", "convert the record, or name its columns with --columns"
     texts = [key for key, value in record.items() if isinstance(value, str)]
-    lists = [key for key, value in record.items() if is_array(listed_or_none(value))]
-    wrapped = next((key for key in lists if record[key] and isinstance(record[key][0], Mapping)), None)
+    lists = {key: value for key, value in record.items() if is_array(value)}
+    wrapped = next((key for key, value in lists.items() if value and isinstance(value[0], Mapping)), None)
     question = next((key for key in _QUESTIONS if key in texts), None)
     answer = next((key for key in _ANSWERS if key in texts and key != question), None)
     if texts == ["text"]:
@@ -143,20 +147,13 @@ def _no_shape(record: Record, place: Location) -> DataError:
         fix = f"name the list of messages: --columns messages={wrapped}"
     elif wrapped is not None and len(record) == 1:
         problem = "the file is an object around its records"
-        fix = f"write the records alone: jq -c '.{wrapped}[]' FILE > LINES.jsonl"
+        lines = f"{os.path.splitext(os.path.basename(place.path))[0]}-lines.jsonl"
+        fix = f"write the records alone: jq -c '.{wrapped}[]' {shlex.quote(place.path)} > {shlex.quote(lines)}"
     elif question and answer:
         fix = f"if these are question and answer: --columns prompt={question},completion={answer}"
     elif len(texts) == 2:
         fix = f"if these are question and answer: --columns prompt={texts[0]},completion={texts[1]}"
     return place.wrong(problem, list(record), SHAPES_IN_WORDS, fix)
-
-
-def listed_or_none(value: Any) -> Any:
-    """A list, also one in a JSON string; None for everything else, whether it is wrong or not."""
-    try:
-        return listed(value, Location())
-    except DataError:
-        return None
 
 
 def _from_list(record: Record, place: Location, shape: Shape) -> Iterator[SourceMessage]:

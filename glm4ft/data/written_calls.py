@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -127,7 +128,8 @@ def _as_code(content: str, names: list[str]) -> WrittenCalls | None:
         return None
     before, text = content[: match.start()], _ENDS.sub("", content[match.start() :].strip().strip("[]`"))
     try:
-        body = ast.parse(f"[{text}]", mode="eval").body
+        with warnings.catch_warnings(action="ignore", category=SyntaxWarning):
+            body = ast.parse(f"[{text}]", mode="eval").body
         calls = tuple(_code_call(node, names) for node in body.elts) if isinstance(body, ast.List) else ()
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None

@@ -30,6 +30,7 @@ class JsonStream:
         self._file, self._name, self._begun = file, name, begun
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self._text, self._at, self._lines, self._is_over = "", 0, 1, False
+        self._kept: int | None = None  # where to come back to
         self.record = 0
 
     def records(self) -> Iterator[tuple[Location, Any]]:
@@ -52,18 +53,18 @@ class JsonStream:
             if mark == "]":
                 return
             if mark != ",":
-                self._at -= 1
-                problem = (
-                    "this JSON array ends before its closing bracket" if not mark else "this JSON array is malformed"
+                self._at -= bool(mark)
+                problem = "is malformed" if mark else "ends before its closing bracket: the file looks truncated"
+                raise self._wrong(
+                    f"after record {self.record} this JSON array {problem}", "a comma or a closing bracket"
                 )
-                raise self._wrong(f"{problem} after record {self.record}", "a comma or a closing bracket")
 
     def _holds_messages(self) -> bool:
         """Whether the list that begins here is one conversation: a list of messages."""
-        start = self._at
+        self._kept = self._at
         self._at += 1
         first = self._value() if self._peek() not in ("]", "") else None
-        self._at = start
+        self._at, self._kept = self._kept, None
         return is_message(first)
 
     def _next(self) -> tuple[Location, Any]:
@@ -110,13 +111,14 @@ class JsonStream:
             return False
         raw = self._begun or self._file.read(size)
         self._is_over, self._begun = not raw, b""
-        self._lines += self._text.count("\n", 0, self._at)
+        read = self._at if self._kept is None else self._kept
+        self._lines += self._text.count("\n", 0, read)
         try:
-            self._text = self._text[self._at :] + self._decoder.decode(raw, final=self._is_over)
+            self._text = self._text[read:] + self._decoder.decode(raw, final=self._is_over)
         except UnicodeDecodeError as error:
             around = error.object[max(0, error.start - 8) : error.start + 8]
             raise Location(self._name, self._lines).wrong("the file is not UTF-8", around, "UTF-8 text") from None
-        self._at = 0
+        self._at, self._kept = self._at - read, None if self._kept is None else 0
         return bool(raw) or bool(self._text)
 
     def _wrong(self, problem: str, expected: str) -> DataError:

@@ -116,13 +116,14 @@ def _system(record: Record, place: Location) -> SourceMessage | None:
 def _shape_of(record: Record, place: Location, named: frozenset[str]) -> Shape:
     """Return the only shape that is complete, otherwise the first that is partly present."""
     shapes = [shape for shape in SHAPES if named <= {*shape.keys, *shape.optional}]
-    fits = [shape for shape in shapes if all(record.get(key) is not None for key in shape.keys)]
+    fits = [shape for shape in shapes if all(record.get(key) not in (None, "") for key in shape.keys)]
     # Alpaca's records have all that a pair of input and output has
     fits = [s for s in fits if not any(set(s.keys) < {*other.keys, *other.optional} for other in fits if other != s)]
     if not fits:
-        begun = [shape for shape in shapes if record.get(shape.keys[0]) is not None]
+        begun = [shape for shape in shapes if record.get(shape.keys[0]) not in (None, "")]
         fits = (begun or [shape for shape in shapes if shape.keys[0] in record])[:1]
-        if fits and len(fits[0].keys) > 1 and any(isinstance(record.get(key), str) for key in _ANSWERS):
+        others = [key for key in _ANSWERS if fits and key not in fits[0].keys and isinstance(record.get(key), str)]
+        if others and len(fits[0].keys) > 1:
             raise _no_shape(record, place)  # a question with an answer by another name
     if len(fits) == 1:
         return fits[0]

@@ -7,15 +7,11 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import re
 import subprocess
 import sys
-import threading
-import tracemalloc
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,7 +20,7 @@ from hypothesis import strategies as st
 
 from glm4ft.data.conversation import Conversation, Message
 from glm4ft.data.known_keys import LOSS_KEYS
-from glm4ft.data.reader import from_messages, parse_conversation, read_conversations
+from glm4ft.data.reader import from_messages, parse_conversation
 from glm4ft.data.written_calls import find_written_calls
 from glm4ft.errors import DataError
 
@@ -430,101 +426,6 @@ def test_writing_and_reading_a_conversation_is_the_identity(shape: str, conversa
     assert read == conversation
     undeclared_or_lost = [text for text in read.warnings if " calls " in text or "ignored" in text]
     assert undeclared_or_lost == []
-
-
-# --- files ----------------------------------------------------------------------------------------------------------
-
-GOOD = json.dumps(answered()).encode()
-
-
-def read(folder: Path, data: bytes) -> list[Conversation]:
-    path = folder / "chat.jsonl"
-    path.write_bytes(data)
-    return list(read_conversations(path))
-
-
-@pytest.mark.parametrize(
-    ("data", "lines"),
-    [
-        (GOOD, [1]),
-        (b"\xef\xbb\xbf" + GOOD + b"\r\n\r\n  \n" + GOOD + b"\n", [1, 4]),
-        (b"\n" + GOOD + b"\n\n", [2]),
-    ],
-)
-def test_lines_are_numbered_as_in_the_file(tmp_path: Path, data: bytes, lines: list[int]) -> None:
-    found = read(tmp_path, data)
-    assert [conversation.line for conversation in found] == lines
-    assert {conversation.path for conversation in found} == {str(tmp_path / "chat.jsonl")}
-    assert all(replace(each, line=0, path="") == parse_conversation(answered()) for each in found)
-
-
-BAD_FILES: dict[str, tuple[bytes, str, str]] = {  # id: file, line of the fault, words of the message
-    "malformed": (GOOD + b'\n{"messages": [}\n', ":2", "column 15"),
-    "truncated": (GOOD + b"\n" + GOOD[:-9], ":2", "the file looks truncated"),
-    "truncated-character": (GOOD + b'\n{"messages": "\xe5\x8c', ":2", "the file is truncated"),
-    "not-utf8": (GOOD + b'\n{"messages": "\xff"}\n', ":2", f"byte 15 of the line, offset {len(GOOD) + 15} in the file"),
-    "not-utf8-after-bom": (b'\xef\xbb\xbf"\xff"', ":1", "byte 2 of the line, offset 4 in the file"),
-    "bom-later": (GOOD + b"\n\xef\xbb\xbf" + GOOD, ":2", "second byte order mark (BOM)"),
-    "duplicate-key": (b'{"prompt": "a", "prompt": "b"}\n', ":1", "'prompt' stands twice"),
-    "nan": (b'{"prompt": NaN}\n', ":1", "NaN is not a JSON number"),
-    "infinity": (b'{"prompt": -Infinity}\n', ":1", "-Infinity is not a JSON number"),
-    "long-integer": (b'{"tools": ' + b"1" * 5000 + b"}\n", ":1", ""),  # which fault depends on Python's digit limit
-    "empty": (b"", "chat.jsonl", "no conversation"),
-    "blank": (b"\n \r\n", "chat.jsonl", "no conversation"),
-    "deep": (b"[" * 100_000 + b"\n", ":1", "nested too deeply"),
-    "bad-record": (GOOD + b'\n\n{"messages": [{"role": "user"}]}', ":3: messages[0].content", "missing"),
-    "list-later": (GOOD + b"\n[]\n", ":2", "not an object"),
-}
-
-
-@pytest.mark.parametrize(("data", "where", "words"), BAD_FILES.values(), ids=BAD_FILES)
-def test_a_bad_file_is_refused_at_its_line(tmp_path: Path, data: bytes, where: str, words: str) -> None:
-    with pytest.raises(DataError) as caught:
-        read(tmp_path, data)
-    assert f"{tmp_path / 'chat.jsonl'}{where if where.startswith(':') else ''}" in caught.value.where
-    assert words in str(caught.value)
-
-
-@pytest.mark.parametrize(("name", "words"), [(".", "datasets"), ("no.jsonl", "No such file"), ("\0", "cannot be read")])
-def test_a_path_that_is_no_file_is_refused(tmp_path: Path, name: str, words: str) -> None:
-    with pytest.raises(DataError, match=words) as caught:
-        next(read_conversations(os.path.join(tmp_path, name)))
-    assert str(tmp_path) in caught.value.where
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes, which this system lacks")
-def test_a_conversation_arrives_before_the_next_line_is_written(tmp_path: Path) -> None:
-    pipe, arrived = tmp_path / "pipe", threading.Event()
-    os.mkfifo(pipe)
-    seen_in_time: list[bool] = []
-
-    def write() -> None:
-        with open(pipe, "wb", buffering=0) as file:
-            file.write(GOOD + b"\n")
-            seen_in_time.append(arrived.wait(timeout=5))
-            file.write(b"not JSON\n")
-
-    writer = threading.Thread(target=write, daemon=True)
-    writer.start()
-    reader = read_conversations(pipe)
-    assert next(reader).line == 1
-    arrived.set()
-    with pytest.raises(DataError, match="column 1"):
-        next(reader)
-    writer.join(timeout=5)
-    assert seen_in_time == [True]
-
-
-def test_memory_holds_lines_not_the_file(tmp_path: Path) -> None:
-    path = tmp_path / "long.jsonl"
-    line = json.dumps({"prompt": "a", "completion": "b" * 20_000}) + "\n"
-    path.write_text(line * 300)
-    tracemalloc.start()
-    count = sum(1 for _ in read_conversations(path))
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert count == 300
-    assert peak < 20 * len(line), f"{peak} bytes for lines of {len(line)}"
 
 
 def test_the_module_loads_without_torch() -> None:

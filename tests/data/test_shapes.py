@@ -129,7 +129,7 @@ def test_columns_are_read_under_the_names_given(columns: str, record: Any, expec
 
 
 def test_a_named_column_that_is_missing_is_said() -> None:
-    with pytest.raises(DataError, match="(?s)lacks a column.*expected: summary"):
+    with pytest.raises(DataError, match=r"(?s)lacks a column.*expected: summary"):
         read({"content": "One?"}, columns={"prompt": "content", "completion": "summary"})
     with pytest.raises(ConfigError, match="prompt"):
         ReadOptions(columns={"promt": "content"})

@@ -73,7 +73,7 @@ def _datasets(name: str, problem: str) -> Any:
         fix = _INSTALL
         if os.path.isdir(name):
             fix = f"name its files: {os.path.join(name, '*.jsonl')}, or {_INSTALL}"
-        raise Location(name).wrong(problem, "no module datasets", "datasets 3 or newer", fix) from None
+        raise Location(name).wrong(problem, "no module datasets", "datasets 4.4 or newer", fix) from None
     return datasets
 
 
@@ -93,4 +93,5 @@ def _unreadable(name: str, error: Exception) -> DataError:
     said = " ".join(str(error).split())[:300] or type(error).__name__
     fix = "check the name; of a data set: org/name:split or org/name:config:split, with what it has"
     cause = cast(str, getattr(error, "strerror", None) or said)
-    return DataError("datasets cannot read this", where=name, found=cause, expected="rows of conversations", fix=fix)
+    what = "directory" if os.path.isdir(name) else "file" if os.path.exists(name) else "data set"
+    return DataError(f"datasets cannot read this {what}", where=name, found=cause, expected="rows of conversations", fix=fix)

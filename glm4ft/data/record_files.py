@@ -64,7 +64,7 @@ def is_set(name: str) -> bool:
     looks_like_one = len(parts) == 2 and all(part and part[0].isalnum() for part in parts) and "\0" not in name
     is_file_name = os.path.splitext(path)[1].lower() in {*_DELIMITERS, ".jsonl", ".json", ".parquet", ".arrow", ".gz",
                                                          ".bz2", ".xz", ".zst", ".zip", ".txt", ".ndjson"}  # fmt: skip
-    return looks_like_one and not is_file_name and not os.path.exists(name) and not os.path.isdir(parts[0])
+    return looks_like_one and not is_file_name and not os.path.lexists(name) and not os.path.lexists(parts[0])
 
 
 def _from_open(file: BinaryIO, name: str, shown: str, refusals: Refusals) -> Records:

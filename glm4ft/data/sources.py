@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from glm4ft.data.conversation import Role
-from glm4ft.data.json_values import is_array, says_nothing
+from glm4ft.data.json_values import is_array, listed, says_nothing
 from glm4ft.data.known_keys import (
     SYSTEM_KEYS,
     TOOL_KEYS,
@@ -191,8 +191,9 @@ def _from_alpaca(record: Record, place: Location, _: Shape) -> Iterator[SourceMe
 
 
 def _history(record: Record, place: Location) -> Iterator[SourceMessage]:
-    if not says_nothing(record.get("history")):
-        yield from read_messages(record["history"], place.key("history"))
+    history, at = record.get("history"), place.key("history")
+    if not says_nothing(history := listed(history, at)):
+        yield from read_messages(history, at)
 
 
 def _is_part(value: Any) -> bool:

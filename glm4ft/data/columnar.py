@@ -94,4 +94,6 @@ def _unreadable(name: str, error: Exception) -> DataError:
     fix = "check the name; of a data set: org/name:split or org/name:config:split, with what it has"
     cause = cast(str, getattr(error, "strerror", None) or said)
     what = "directory" if os.path.isdir(name) else "file" if os.path.exists(name) else "data set"
-    return DataError(f"datasets cannot read this {what}", where=name, found=cause, expected="rows of conversations", fix=fix)
+    return DataError(
+        f"datasets cannot read this {what}", where=name, found=cause, expected="rows of conversations", fix=fix
+    )

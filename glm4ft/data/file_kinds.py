@@ -90,24 +90,21 @@ def refuse_kind(kind: str, name: str) -> DataError:
     return Location(name).wrong(what, kind, "JSONL, JSON, CSV or Parquet in UTF-8", f"convert it: {command}")
 
 
-def refuse_encoding(raw: bytes, place: Location, offset: int) -> DataError | None:
-    """The error of text that is not UTF-8; None if it is.
+def refuse_encoding(raw: bytes, error: UnicodeDecodeError, place: Location, offset: int) -> DataError:
+    """The error of a line that is not UTF-8, with the command for its likely encoding.
 
     Args:
-        raw: The bytes of a line.
+        raw: The bytes of the line.
+        error: What decoding them raised.
         place: Its place.
         offset: The offset of its first byte in the file.
     """
-    try:
-        raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        at = f"byte {error.start + 1} of the line, offset {offset + error.start} in the file"
-        around = raw[max(0, error.start - 8) : error.start + 8]
-        fix = f"convert the file to UTF-8: {_iconv(raw, place.path)}"
-        if not raw.endswith(b"\n"):
-            fix = "convert it to UTF-8; or the file is truncated here"
-        return place.wrong(f"a line is not UTF-8 at {at}", around, "UTF-8 text", fix)
-    return None
+    at = f"byte {error.start + 1} of the line, offset {offset + error.start} in the file"
+    around = raw[max(0, error.start - 8) : error.start + 8]
+    fix = f"convert the file to UTF-8: {_iconv(raw, place.path)}"
+    if not raw.endswith(b"\n"):
+        fix = "convert it to UTF-8; or the file is truncated here"
+    return place.wrong(f"a line is not UTF-8 at {at}", around, "UTF-8 text", fix)
 
 
 def _iconv(raw: bytes, name: str) -> str:

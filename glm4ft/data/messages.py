@@ -103,12 +103,12 @@ def _message(message: Any, place: Location) -> Iterator[SourceMessage]:
 
 def _turns(message: Mapping[str, Any], place: Location) -> Iterator[SourceMessage]:
     role_key, content_key = _keys(message, place)
-    role = _role(message, place.key(role_key), role_key)
+    role = _role(message, place, role_key)
     if message.get(role_key) == "tool" and message.get("observation") is not None:
         yield from _call_with_result(message, place)
         return
     loss, metadata = _loss(message, place), _metadata(message, role, place)
-    tools = read_tools(message.get("tools"), place.key("tools"))
+    tools = read_tools(message["tools"], place.key("tools")) if message.get("tools") is not None else ()
     content, at = message.get(content_key), place.key(content_key)
     calls = list(read_calls(message, role, place))
     if message.get(role_key) in _CALLS:
@@ -137,44 +137,44 @@ def _keys(message: Mapping[str, Any], place: Location) -> tuple[str, str]:
 
 
 def _role(message: Mapping[str, Any], place: Location, key: str) -> Role:
-    value, expected = message.get(key), "system, user, assistant, observation, tool, tool_call, human, gpt and the like"
-    if value is None:
-        raise place.wrong("a message has no role", list(message), f"{key}: {expected}", f"add the key {key}")
+    value = message.get(key)
     if isinstance(value, str) and value in ROLES:
         return ROLES[value]
+    at, expected = place.key(key), "system, user, assistant, observation, tool, tool_call, human, gpt and the like"
+    if value is None:
+        raise at.wrong("a message has no role", list(message), f"{key}: {expected}", f"add the key {key}")
     word = value[:40].strip().lower() if isinstance(value, str) else ""
     # a hint may name another spelling of the same role, never another role: 'tools' may well declare them
     guesses = [role for role in ROLES if role not in ("tool", "function")]
     near = [word] if word in ROLES else difflib.get_close_matches(word, guesses, n=1, cutoff=0.8)
     fix = f"did you mean {near[0]!r}?" if near else "rename the role; --columns role=KEY names another key of roles"
-    raise place.wrong("a message has an unknown role", value, expected, fix)
+    raise at.wrong("a message has an unknown role", value, expected, fix)
 
 
 def _loss(message: Mapping[str, Any], place: Location) -> bool | None:
     """Read the message's loss flag, under any of its names."""
-    flags = {key: flag for key in LOSS_KEYS if (flag := _flag(message.get(key), place.key(key))) is not None}
+    # columnar data sets fill missing values with null
+    flags = {key: _flag(message[key], place.key(key)) for key in LOSS_KEYS if message.get(key) is not None}
     if len(set(flags.values())) > 1:
         raise place.key(list(flags)[-1]).wrong("a message has two loss flags that disagree", flags, "one of the two")
     return next(iter(flags.values()), None)
 
 
-def _flag(value: Any, place: Location) -> bool | None:
+def _flag(value: Any, place: Location) -> bool:
     word = value.strip().lower() if isinstance(value, str) else value
     if isinstance(word, (str, int, float)) and word in LOSS_FLAGS:
         return LOSS_FLAGS[word]
-    if value is None:  # columnar data sets fill missing values with null
-        return None
     raise place.wrong("a loss flag is neither true nor false", value, "true or false (or 1 or 0)")
 
 
 def _metadata(message: Mapping[str, Any], role: Role, place: Location) -> str:
-    value, at = message.get("metadata"), place.key("metadata")
+    value = message.get("metadata")
     if value is None or value == "":
         return ""
     if role != "assistant":
         fix = "remove it: metadata names the tool that an assistant turn calls"
-        raise at.wrong(f"metadata on a message of role {role}", value, "no metadata", fix)
-    return name_of(value, at)
+        raise place.key("metadata").wrong(f"metadata on a message of role {role}", value, "no metadata", fix)
+    return name_of(value, place.key("metadata"))
 
 
 # --- other spellings ------------------------------------------------------------------------------------------------

@@ -121,9 +121,10 @@ def _goes_on(text: bytes) -> bool:
 
 def _decode(raw: bytes, place: Location, offset: int) -> Any:
     """Decode one line of JSONL."""
-    if wrong_encoding := refuse_encoding(raw, place, offset):
-        raise wrong_encoding
-    text = raw.decode("utf-8")
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise refuse_encoding(raw, error, place, offset) from None
     try:
         return strict_json(text)
     except RecursionError:

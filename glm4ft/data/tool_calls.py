@@ -35,6 +35,8 @@ def read_calls(message: Mapping[str, Any], role: Role, place: Location) -> Itera
         DataError: If they cannot be read, or the message is not the assistant's.
     """
     entries, call = message.get("tool_calls"), message.get("function_call")
+    if entries is None and call is None:
+        return
     at = place.key("function_call" if entries in (None, [], "") else "tool_calls")
     given = listed(call if entries in (None, [], "") else entries, at)
     if given is None or (given == [] and isinstance(entries, str)):

@@ -13,10 +13,10 @@ from typing import Any
 import yaml
 
 import glm4ft
-from glm4ft.cli.conversations import require_file
 from glm4ft.cli.dataclass_options import COMMAND_LINE, DataclassParser, Given, nested
 from glm4ft.cli.libraries import quiet_libraries
 from glm4ft.cli.output import complain, say
+from glm4ft.data.inputs import data_inputs
 from glm4ft.errors import ConfigError, harmless
 from glm4ft.model.lora import LoraOptions
 from glm4ft.train.config import TrainConfig
@@ -128,8 +128,8 @@ def _check_files(values: dict[str, Any]) -> None:
     """Refuse what can be refused at once, before anything slow is imported."""
     if values.get("data") is None:
         raise ConfigError("no conversations to train on", where="--data", expected="a JSONL file, or 'demo'")
-    require_file(values["data"])
+    data_inputs(values["data"])
     if values.get("eval_data") is not None:
-        require_file(values["eval_data"])
+        data_inputs(values["eval_data"])
     if values.get("output") is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("several processes need one folder to write to", where="--output", fix="name it")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from glm4ft.data.dataset import DataReport
+from glm4ft.data.data_report import DataReport
 from glm4ft.diagnosis.finding import CERTAIN
 from glm4ft.diagnosis.rules import Diagnosis
 from glm4ft.model.generation import TurnRoundTrip

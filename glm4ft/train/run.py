@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import shlex
@@ -18,7 +19,8 @@ from transformers.integrations.integration_utils import get_available_reporting_
 
 from glm4ft.data.batching import Collator, PackedRows, RowSet
 from glm4ft.data.chat_format import ChatFormat
-from glm4ft.data.dataset import DataReport, Rows, data_path, prepare_rows
+from glm4ft.data.data_report import DataReport
+from glm4ft.data.dataset import JoinedRows, Rows, prepare_rows
 from glm4ft.data.format_check import format_warnings
 from glm4ft.errors import ConfigError, RunError
 from glm4ft.folders import only_writer, require_unused
@@ -58,9 +60,9 @@ class PreparedRun:
     config: TrainConfig
     output: Path
     chat_format: ChatFormat
-    rows: Rows
+    rows: Rows | JoinedRows
     data: DataReport
-    eval_rows: Rows | None
+    eval_rows: Rows | JoinedRows | None
     base: Base
     model: PeftModel
     adapters: AdapterReport
@@ -279,11 +281,14 @@ def _prepare(config: TrainConfig, output: Path, say: Callable[[str], object]) ->
     _require_trackers(config.report_to)
     require_loadable(config.model, config.dtype)  # before hours may go into encoding
     chat_format = chat_format_of(config)
-    rows, data = prepare_rows(data_path(str(config.data)), chat_format, max_length=config.max_length)
+    encode = functools.partial(
+        prepare_rows, chat_format=chat_format, max_length=config.max_length, options=config.read_options
+    )
+    rows, data = encode(config.data or [])
     say(data.describe())
     eval_rows = None
     if config.eval_data:
-        eval_rows, eval_data = prepare_rows(data_path(config.eval_data), chat_format, max_length=config.max_length)
+        eval_rows, eval_data = encode(config.eval_data)
         say(eval_data.describe())
     base = load_base(config.model, dtype=config.dtype, chat_format=chat_format.name, force_format=config.force_format)
     if base.is_built_in:
@@ -350,7 +355,7 @@ def _train(run: PreparedRun, stop: StopRequest) -> None:
         run_folder.complete(output)
 
 
-def _header(rows: Rows, model: PeftModel) -> dict[str, Any]:
+def _header(rows: Rows | JoinedRows, model: PeftModel) -> dict[str, Any]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     libraries = {name: version(name) for name in ("glm4ft", "torch", "transformers", "peft", "accelerate")}
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from glm4ft.cli.main import run
 from glm4ft.data.chat_format import ChatFormat
-from glm4ft.data.dataset import DEMO_DATA
+from glm4ft.data.inputs import DEMO_DATA
 from glm4ft.data.reader import read_conversations
 from glm4ft.model.generation import greedy
 from glm4ft.model.tiny import write_tiny_base
@@ -125,7 +125,7 @@ def test_consecutive_assistant_turns_train_with_the_option(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("option", "says"),
     [
-        ("--data={tmp}", ("this is a directory",)),
+        ("--data={tmp}", ("cannot read this directory",)),
         ("--data={tmp}/none.jsonl", ("No such file",)),
         ("--model={tmp}/none", ("none",)),
         ("--model=./none", ("none",)),
@@ -368,6 +368,38 @@ def test_inspect_says_what_is_dropped(tmp_path: Path, capsys: pytest.CaptureFixt
     assert run(["inspect", str(data), "--json=-"]) == 0
     record = json.loads(capsys.readouterr().out.splitlines()[1])
     assert record == {"schema": 1, "index": 1, "line": 2, "dropped": "no supervised token"}
+
+
+SPOILT = [GOOD, {**GOOD, "source": "x"}, {"prompt": "a", "completion": ""}, {"prompt": "b", "chosen": "c"}]
+
+
+def test_inspect_skips_what_cannot_be_used_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_bytes(lines(*SPOILT))
+    assert run(["inspect", str(data)]) == 2
+    assert "2 of 4 conversations cannot be used" in capsys.readouterr().err
+    assert run(["inspect", str(data), "--on_error=skip", f"--json={tmp_path / 'rows'}"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "not used, keys: source (1)" in shown
+    assert "line 3: dropped, cannot be used: a text is empty" in shown
+    records = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
+    assert [record["line"] for record in records] == [1, 2, 3, 4]
+    assert ["dropped" in record for record in records] == [False, False, True, True]
+
+
+def test_train_says_at_the_end_what_it_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_bytes(lines(*SPOILT))
+    argv = ["train", f"--data={data}=2", f"--output={tmp_path / 'out'}", "--max_steps=1"]
+    assert run(argv) == 2
+    assert not (tmp_path / "out").exists()
+    assert run([*argv, "--on_error=skip"]) == 0
+    said = capsys.readouterr().out
+    assert "SKIPPED, a text is empty: 1 (line 3)" in said
+    assert "trained WITHOUT 2 of 4 conversations, which cannot be used" in said[said.index("loss ") :]
+    assert "a record holds preference data" in (tmp_path / "out" / "report.html").read_text()
+    header = read_trajectory(tmp_path / "out" / "trajectory.jsonl").header
+    assert header["rows"] == 4, "two conversations, each of them twice"
 
 
 def test_readme_command_learns_the_demo_and_its_merge_says_the_same(

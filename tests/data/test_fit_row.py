@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glm4ft.data.chat_format import ChatFormat, EncodedRow
+from glm4ft.data.chat_format import ChatFormat
 from glm4ft.data.conversation import Conversation
-from glm4ft.data.dataset import NO_TARGETS, TOO_LONG, fit_row
+from glm4ft.data.encoded_row import EncodedRow
+from glm4ft.data.encoding import NO_TARGETS, TOO_LONG, fit_row
 from glm4ft.data.reader import from_messages
 from glm4ft.errors import DataError
 from glm4ft.model.tiny import tiny_tokenizer

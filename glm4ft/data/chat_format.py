@@ -25,7 +25,6 @@ from transformers import PreTrainedTokenizerBase
 from glm4ft.data.control_tokens import END_OF_TEXT, HEADERS, PREFIX, STOPS, control_ids, plain_text_tokenizer
 from glm4ft.data.conversation import Conversation, Message
 from glm4ft.data.encoded_row import AssistantTurn, EncodedRow, Part, Segment
-from glm4ft.data.foreign_text import holds_reasoning
 from glm4ft.data.render import Block, Place, ReasoningTurns, Renderer, prompt_pieces
 from glm4ft.data.tool_block import tool_block
 from glm4ft.data.turn_format import FORMATS, FormatName, Piece, merged
@@ -127,21 +126,10 @@ class ChatFormat:
 
     def warnings(self, conversation: Conversation) -> list[str]:
         """Sentences about parts of a conversation that are probably unintended, or that the format does not train."""
-        messages = conversation.messages
-        wanted = frozenset(i for i, m in enumerate(messages) if m.role == "assistant" and m.loss)
-        thought = (
-            []
-            if self.turn_format.reasoning
-            else [i for i, m in enumerate(messages) if m.role == "assistant" and holds_reasoning(m.content)]
-        )
+        wanted = frozenset(i for i, m in enumerate(conversation.messages) if m.role == "assistant" and m.loss)
         return [
             *conversation.warnings,
-            *(
-                f"{conversation.field_of(i)} holds a <think> block: {self.name} has no reasoning, it is trained as "
-                "ordinary text"
-                for i in thought
-            ),
-            *self._renderer.warnings(messages, conversation.field_of, wanted),
+            *self._renderer.warnings(conversation.messages, conversation.field_of, wanted),
         ]
 
     def num_turns(self, conversation: Conversation) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, NoReturn
 
 from glm4ft.data.conversation import Message
+from glm4ft.data.foreign_text import holds_reasoning
 from glm4ft.data.turn_format import CLOSED, FORMATS, FormatName, Piece, TurnFormat, pieces, split_reasoning
 from glm4ft.errors import DataError, show
 
@@ -139,7 +140,7 @@ class Renderer:
         """
         turns = [turn for turn in self.turns(messages, place) if turn.index in wanted]
         if self.format.reasoning is None:
-            held = [turn for turn in turns if CLOSED in turn.messages[0].content]
+            held = [turn for turn in turns if holds_reasoning(turn.messages[0].content)]
             return [f"{place(turn.index)} holds reasoning tags, which are plain text in {self.name}" for turn in held]
         carried = self.carrying(self.turns(messages, place), is_open=False)
         left_out = [turn for turn in turns if turn.index not in carried]

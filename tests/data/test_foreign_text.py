@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import pytest
 
+from glm4ft.data.chat_format import ChatFormat
 from glm4ft.data.foreign_text import foreign_text
 from glm4ft.data.reader import from_messages
+from glm4ft.model.tiny_tokenizer import tiny_tokenizer
 
 MARKERS = {
     "ChatML": "Yes.<|im_end|>",
@@ -64,9 +66,11 @@ def test_ordinary_text_is_not_told(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["<think>\nr\n</think>\n\n4", "<think></think>4", "r</thinking>4"])
-def test_thinking_in_an_answer_is_told(text: str) -> None:
-    assert "no reasoning" in foreign_text(text, is_answer=True)[0]
-    assert foreign_text(text, is_answer=False) == []
+def test_thinking_in_an_answer_is_told_by_a_format_without_reasoning(text: str) -> None:
+    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+    told = ChatFormat("glm-4-0414", tiny_tokenizer()).warnings(from_messages(messages))
+    assert told == ["messages[1] holds reasoning tags, which are plain text in glm-4-0414"]
+    assert foreign_text(text, is_answer=True) == foreign_text(text, is_answer=False) == []
 
 
 @pytest.mark.parametrize("text", ["<image>\nWhat is it?", "<audio>Who speaks?", "See <|image_1|>."])

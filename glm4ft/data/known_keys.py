@@ -123,7 +123,8 @@ def refuse_flag_of_record(record: Mapping[str, Any], place: Location) -> None:
     """
     for key in LOSS_KEYS:
         value = record.get(key)
-        if isinstance(value, (bool, int, float)) and value != 1:
+        is_number = isinstance(value, (bool, int, float)) and value != 1
+        if is_number or (isinstance(value, str) and value.strip().lower() in ("false", "no", "off", "0")):
             raise refused(_FLAG, value, place.key(key))
 
 

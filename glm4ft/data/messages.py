@@ -74,11 +74,12 @@ def read_messages(messages: Any, place: Location) -> list[SourceMessage]:
 def unknown_keys_of(messages: Any, name: str) -> Iterator[str]:
     """The keys of messages that are not used, each with the name of the list before it."""
     for message in messages if is_array(messages) else ():
-        if isinstance(message, Mapping) and _pair(message) is None:
-            used = USED_IN_MESSAGE
+        if isinstance(message, Mapping):
+            pair = _pair(message)
+            used = {*pair, "system", *LOSS_KEYS} if pair else USED_IN_MESSAGE
             if message.get("name") and not _is_about_a_tool(message):
-                used = used - {"name"}
-            yield from (f"{name}[*].{key}" for key in unknown_keys(message, used) if key not in ROLES)
+                used = used - {"name"}  # of a participant
+            yield from (f"{name}[*].{key}" for key in unknown_keys(message, used))
 
 
 def _is_about_a_tool(message: Mapping[str, Any]) -> bool:

@@ -101,7 +101,7 @@ class TrainConfig:
         for name in ("learning_rate", "epochs", "target_loss", "max_steps"):
             if getattr(self, name) is not None and self._is_number(name):
                 self._require(name, above=0)
-        self.read_options  # noqa: B018 - names of columns are checked
+        _ = self.read_options  # checks the names of columns
         # numpy's and torch's generators take no negative seed, and numpy's none above 32 bits
         self._require("seed", at_least=0, at_most=2**32 - 1)
 

@@ -10,23 +10,23 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
 
 from glm4ft.data.batching import Item, RowSet
 from glm4ft.data.chat_format import IGNORED, AssistantTurn, ChatFormat, EncodedRow
-from glm4ft.data.columnar import set_digest
 from glm4ft.data.data_report import DataReport, list_lines
-from glm4ft.data.encoding import Encoded, encoded_conversations
 from glm4ft.data.inputs import DataInput, DataNames, data_inputs
 from glm4ft.data.read_options import AS_IS, ReadOptions
-from glm4ft.data.refusals import Refusals
 from glm4ft.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from glm4ft.data.encoding import Encoded
 
 _REPORT = "report.json"
 # Whatever changes a row or how it is stored is in one of these modules beside this one.
@@ -153,21 +153,19 @@ def prepare_rows(
         ConfigError: If the cache cannot be written.
         DataError: If a conversation cannot be used and is not to be skipped, or if no row is left.
     """
-    inputs, refusals, folders = data_inputs(data), Refusals(options.on_error), list[Path]()
-    for one in inputs:
-        folder = (cache or default_cache()) / "rows" / _digest(one, chat_format, max_length, options)
-        if not (folder / _REPORT).exists():
-            try:
-                _write_folder(folder, one, chat_format, max_length, options, refusals)
-            except OSError as error:
-                raise ConfigError(
-                    "the encoded conversations cannot be written",
-                    where=str(folder.parent),
-                    found=error.strerror or str(error),
-                    fix="free some space there, or set GLM4FT_CACHE to another folder",
-                ) from error
-        folders.append(folder)
-    refusals.settle()
+    inputs, cached = data_inputs(data), (cache or default_cache()) / "rows"
+    folders = [cached / _digest(one, chat_format, max_length, options) for one in inputs]
+    missing = {folder: one for folder, one in zip(folders, inputs, strict=True) if not (folder / _REPORT).exists()}
+    try:
+        if missing:
+            _encode(missing, chat_format, max_length, options)
+    except OSError as error:
+        raise ConfigError(
+            "the encoded conversations cannot be written",
+            where=str(cached),
+            found=error.strerror or str(error),
+            fix="free some space there, or set GLM4FT_CACHE to another folder",
+        ) from error
     parts, reports = [Rows(folder) for folder in folders], list[DataReport]()
     for folder, part, one in zip(folders, parts, inputs, strict=True):
         stored = json.loads((folder / _REPORT).read_text("utf-8"))
@@ -212,17 +210,28 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "glm4ft"
 
 
-def _write_folder(
-    folder: Path, one: DataInput, chat_format: ChatFormat, max_length: int, options: ReadOptions, refusals: Refusals
-) -> None:
+def _encode(missing: Mapping[Path, DataInput], chat_format: ChatFormat, max_length: int, options: ReadOptions) -> None:
+    """Encode inputs, each into its folder; the errors of all of them are told at once."""
+    # a run whose rows are in the cache loads no reader of files
+    from glm4ft.data.encoding import encoded_conversations
+    from glm4ft.data.refusals import Refusals
+
+    refusals = Refusals(options.on_error)
+    for folder, one in missing.items():
+        outcomes = encoded_conversations([one], chat_format, max_length, options, refusals)
+        _write_folder(folder, one.name, outcomes, is_wanted=lambda: not refusals.will_stop)
+    refusals.settle()
+
+
+def _write_folder(folder: Path, name: str, outcomes: Iterator[Encoded], *, is_wanted: Callable[[], bool]) -> None:
     """Write the rows so that their folder appears whole or not at all, and not if the reading ends in an error."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        _write_rows(unfinished, one.name, encoded_conversations([one], chat_format, max_length, options, refusals))
+        _write_rows(unfinished, name, outcomes)
         # another process may have finished the same rows meanwhile; both are the same, so either will do
         with contextlib.suppress(OSError):
-            if not refusals.will_stop:
+            if is_wanted():
                 os.rename(unfinished, folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -262,7 +271,7 @@ def _with_progress(outcomes: Iterator[Encoded]) -> Iterator[Encoded]:
 def _digest(one: DataInput, chat_format: ChatFormat, max_length: int, reading: ReadOptions) -> str:
     """Name of the cache entry: a digest of everything that the rows depend on, and of nothing else."""
     digest = hashlib.sha256()
-    digest.update(_file_digest(one.name) if one.is_file else set_digest(one.name))
+    digest.update(_input_digest(one))
     options: dict[str, Any] = {
         "code": code_digest(),
         "encoder": f"{type(chat_format).__module__}.{type(chat_format).__qualname__}",
@@ -293,9 +302,13 @@ def code_digest(package: Path = Path(__file__).parent) -> str:
     return digest.hexdigest()
 
 
-def _file_digest(name: str) -> bytes:
+def _input_digest(one: DataInput) -> bytes:
+    if not one.is_file:
+        from glm4ft.data.columnar import set_digest
+
+        return set_digest(one.name)
     digest = hashlib.sha256()
-    with open(name, "rb") as file:
+    with open(one.name, "rb") as file:
         while block := file.read(2**20):
             digest.update(block)
     return digest.digest()

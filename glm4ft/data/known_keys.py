@@ -27,6 +27,18 @@ CALL_ID_KEYS = ("tool_call_id", "call_id", "id")
 _CALL_KEYS = ("metadata", "tools", "tool_calls", "function_call", "name", "arguments", "parameters", "observation")
 _ITEM_KEYS = ("type", "status", "output")  # of the items of OpenAI's Responses
 USED_IN_MESSAGE = frozenset((*ROLE_KEYS, *CONTENT_KEYS, *LOSS_KEYS, *CALL_ID_KEYS, *_CALL_KEYS, *_ITEM_KEYS))
+# The shapes of records: the keys that each needs, mapped to those that it may have.
+RECORD_SHAPES: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("messages",): (),
+    ("conversations",): (),
+    ("conversation",): (),
+    ("prompt", "completion"): ("history",),
+    ("prompt", "response"): ("history",),
+    ("query", "response"): ("history",),
+    ("instruction", "output"): ("input", "history"),
+    ("input", "output"): ("history",),
+}
+SHAPE_KEYS = frozenset(key for keys, optional in RECORD_SHAPES.items() for key in (*keys, *optional))
 USED_IN_RECORD = frozenset((*SYSTEM_KEYS, *TOOL_KEYS))  # beside the keys of its shape
 
 

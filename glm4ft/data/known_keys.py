@@ -23,10 +23,12 @@ ROLE_KEYS = ("role", "from")
 CONTENT_KEYS = ("content", "value", "text")
 SYSTEM_KEYS = ("system", "system_prompt", "system_message", "instructions")
 TOOL_KEYS = ("tools", "functions")  # the second is OpenAI's older name
-CALL_ID_KEYS = ("tool_call_id", "call_id", "id")
-_CALL_KEYS = ("metadata", "tools", "tool_calls", "function_call", "name", "arguments", "parameters", "observation")
-_ITEM_KEYS = ("type", "status", "output")  # of the items of OpenAI's Responses
-USED_IN_MESSAGE = frozenset((*ROLE_KEYS, *CONTENT_KEYS, *LOSS_KEYS, *CALL_ID_KEYS, *_CALL_KEYS, *_ITEM_KEYS))
+RESULT_ID_KEYS = ("tool_call_id", "call_id")  # the id of a message is its own, not that of a call
+CALL_ID_KEYS = (*RESULT_ID_KEYS, "id")
+_CALLS = ("metadata", "tools", "tool_calls", "function_call")
+_STATE = ("type", "status")  # of the items of OpenAI's Responses; they say nothing of their own
+USED_IN_MESSAGE = frozenset((*ROLE_KEYS, *CONTENT_KEYS, *LOSS_KEYS, *CALL_ID_KEYS, *_CALLS, *_STATE))
+USED_ABOUT_TOOLS = USED_IN_MESSAGE | {"name", "arguments", "parameters", "observation", "output"}
 # The shapes of records: the keys that each needs, mapped to those that it may have.
 RECORD_SHAPES: dict[tuple[str, ...], tuple[str, ...]] = {
     ("messages",): (),

@@ -17,6 +17,8 @@ from glm4ft.data.known_keys import (
     CONTENT_KEYS,
     LOSS_KEYS,
     REASONING,
+    RESULT_ID_KEYS,
+    USED_ABOUT_TOOLS,
     USED_IN_MESSAGE,
     refuse_lost_meaning,
     refused,
@@ -76,9 +78,8 @@ def unknown_keys_of(messages: Any, name: str) -> Iterator[str]:
     for message in messages if is_array(messages) else ():
         if isinstance(message, Mapping):
             pair = _pair(message)
-            used = {*pair, "system", *LOSS_KEYS} if pair else USED_IN_MESSAGE
-            if message.get("name") and not _is_about_a_tool(message):
-                used = used - {"name"}  # of a participant
+            used = USED_ABOUT_TOOLS if _is_about_a_tool(message) else USED_IN_MESSAGE
+            used = frozenset((*pair, "system", *LOSS_KEYS)) if pair else used
             yield from (f"{name}[*].{key}" for key in unknown_keys(message, used))
 
 
@@ -120,7 +121,11 @@ def _turns(message: Mapping[str, Any], place: Location) -> Iterator[SourceMessag
     if text or not calls:
         turn = SourceMessage(role, text, place, metadata, loss, tools)
         if metadata or role == OBSERVATION:
-            turn = replace(turn, call_id=call_id(message), answers="" if metadata else str(message.get("name") or ""))
+            turn = replace(
+                turn,
+                call_id=call_id(message, RESULT_ID_KEYS),
+                answers="" if metadata else str(message.get("name") or ""),
+            )
         yield turn
     yield from (replace(call, loss=loss) for call in calls)
 

@@ -194,6 +194,8 @@ def test_keys_without_a_meaning_are_listed_once() -> None:
     assert read(record).unused == ("source", "messages[*].name")
     pairs = {"conversation": [{"human": "One?", "assistant": "Un.", "score": 3}], "chat_template_kwargs": {"x": 1}}
     assert read(pairs).unused == ("chat_template_kwargs", "conversation[*].score")
+    odd = {"messages": [MESSAGES[0] | {"arguments": "x"}, MESSAGES[1] | {"output": "y", "status": "done"}]}
+    assert read(odd).unused == ("messages[*].arguments", "messages[*].output")
 
 
 @pytest.mark.parametrize(("role", "hint"), [("assistent", "assistant"), ("tool_cal", "tool_call"), ("tools", "")])

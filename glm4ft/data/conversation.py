@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from glm4ft.data.foreign_text import foreign_text
 from glm4ft.errors import Location, Unit, show
 
 Role = Literal["system", "user", "assistant", "observation"]
@@ -115,6 +114,8 @@ class Conversation:
                 )
 
     def _foreign_texts(self) -> Iterator[str]:
+        from glm4ft.data.foreign_text import foreign_text  # a run whose rows are in the cache reads no text
+
         for index, message in enumerate(self.messages):
             for told in foreign_text(message.content, is_answer=message.role == "assistant"):
                 yield f"{self.field_of(index)} {told}"

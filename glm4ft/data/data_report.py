@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from glm4ft.data.encoding import Encoded
 from glm4ft.errors import Unit
+
+if TYPE_CHECKING:
+    from glm4ft.data.encoding import Encoded
 
 WARNING_KINDS = 20  # counted apart: warnings quote names from the data
 _KEYS_SHOWN = 12

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
@@ -20,14 +20,15 @@ from tqdm import tqdm
 from glm4ft.data.batching import Item, RowSet
 from glm4ft.data.cache import default_cache, find_or_write
 from glm4ft.data.chat_format import ChatFormat
-from glm4ft.data.columnar import set_digest
 from glm4ft.data.data_report import DataReport, list_lines
 from glm4ft.data.encoded_row import IGNORED, AssistantTurn, EncodedRow
-from glm4ft.data.encoding import Encoded, encoded_conversations
 from glm4ft.data.inputs import DataInput, DataNames, data_inputs
 from glm4ft.data.read_options import AS_IS, ReadOptions
-from glm4ft.data.refusals import Refusals
 from glm4ft.errors import DataError
+
+if TYPE_CHECKING:
+    from glm4ft.data.encoding import Encoded
+    from glm4ft.data.refusals import Refusals
 
 _REPORT = "report.json"
 # Whatever changes a row or how it is stored is in one of these modules beside this one.
@@ -155,14 +156,13 @@ def prepare_rows(
         ConfigError: If the cache cannot be written.
         DataError: If a conversation cannot be used and is not to be skipped, or if no row is left.
     """
-    inputs, refusals, found = data_inputs(data), Refusals(options.on_error), list[tuple[Path, str]]()
+    inputs, encoder, found = data_inputs(data), _Encoder(chat_format, max_length, options), list[tuple[Path, str]]()
     for one in inputs:
         content = _content(one)
-        write = functools.partial(_write_rows, one, content, chat_format, max_length, options, refusals)
+        name = _entry_name(one, content, chat_format, max_length, options)
         with contextlib.suppress(_NotKept):
-            name = _entry_name(one, content, chat_format, max_length, options)
-            found.append(find_or_write(cache or default_cache(), name, write))
-    refusals.settle()
+            found.append(find_or_write(cache or default_cache(), name, functools.partial(encoder.write, one, content)))
+    encoder.settle()
     parts, reports = [Rows(folder) for folder, _ in found], list[DataReport]()
     for (folder, damage), part, one in zip(found, parts, inputs, strict=True):
         report = DataReport(**json.loads((folder / _REPORT).read_text("utf-8")))
@@ -204,45 +204,66 @@ class _NotKept(Exception):
     """The rows are not to be kept, since the reading is bound to end in an error."""
 
 
-def _write_rows(
-    one: DataInput,
-    content: Content,
-    chat_format: ChatFormat,
-    max_length: int,
-    options: ReadOptions,
-    refusals: Refusals,
-    folder: Path,
-) -> None:
-    """Write the rows of an input into a folder.
+class _Encoder:
+    """Encodes inputs that are not in the cache; a run that finds all of its rows there loads no reader of files.
 
-    Raises:
-        DataError: If the input changed meanwhile.
-        _NotKept: If a conversation cannot be used and is not to be skipped.
+    Args:
+        chat_format: The encoder.
+        max_length: The longest row, in tokens.
+        options: How conversations are read.
     """
-    outcomes = encoded_conversations([one], chat_format, max_length, options, refusals)
-    report, offsets, lines, turns, turn_offsets = DataReport(one.name), [0], [], list[tuple[int, ...]](), [0]
-    with open(folder / "input_ids.int32", "wb") as ids_file, open(folder / "supervised.bool", "wb") as mask_file:
-        for outcome in _with_progress(outcomes):
-            report.add(outcome)
-            row = outcome.row
-            if row is None:
-                continue
-            ids_file.write(np.asarray(row.input_ids, dtype=np.int32).tobytes())
-            mask_file.write(np.asarray(row.supervised, dtype=np.bool_).tobytes())
-            offsets.append(offsets[-1] + len(row.input_ids))
-            lines.append(outcome.line)
-            turns += [(turn.message, turn.start, turn.end, turn.supervised) for turn in row.turns]
-            turn_offsets.append(len(turns))
-    np.save(folder / "offsets.npy", np.asarray(offsets, dtype=np.int64))
-    np.save(folder / "lines.npy", np.asarray(lines, dtype=np.int64))
-    np.save(folder / "turns.npy", np.asarray(turns, dtype=np.int64).reshape(-1, 4))
-    np.save(folder / "turn_offsets.npy", np.asarray(turn_offsets, dtype=np.int64))
-    (folder / _REPORT).write_text(json.dumps(asdict(report), ensure_ascii=False), "utf-8")
-    if refusals.will_stop:
-        raise _NotKept
-    if _content(one) != content:
-        fix = "run the command again when nothing writes to the file"
-        raise DataError("the file changed while it was being encoded", where=one.name, fix=fix)
+
+    def __init__(self, chat_format: ChatFormat, max_length: int, options: ReadOptions) -> None:
+        self.chat_format, self.max_length, self.options = chat_format, max_length, options
+        self._refusals: Refusals | None = None
+
+    @property
+    def refusals(self) -> Refusals:
+        """The conversations of all inputs that cannot be used."""
+        if self._refusals is None:
+            from glm4ft.data.refusals import Refusals
+
+            self._refusals = Refusals(self.options.on_error)
+        return self._refusals
+
+    def settle(self) -> None:
+        """Raise the errors of all inputs at once."""
+        if self._refusals is not None:
+            self._refusals.settle()
+
+    def write(self, one: DataInput, content: Content, folder: Path) -> None:
+        """Write the rows of an input into a folder.
+
+        Raises:
+            DataError: If the input changed meanwhile.
+            _NotKept: If a conversation cannot be used and is not to be skipped.
+        """
+        from glm4ft.data.encoding import encoded_conversations
+
+        outcomes = encoded_conversations([one], self.chat_format, self.max_length, self.options, self.refusals)
+        report, offsets, lines, turns, turn_offsets = DataReport(one.name), [0], [], list[tuple[int, ...]](), [0]
+        with open(folder / "input_ids.int32", "wb") as ids_file, open(folder / "supervised.bool", "wb") as mask_file:
+            for outcome in _with_progress(outcomes):
+                report.add(outcome)
+                row = outcome.row
+                if row is None:
+                    continue
+                ids_file.write(np.asarray(row.input_ids, dtype=np.int32).tobytes())
+                mask_file.write(np.asarray(row.supervised, dtype=np.bool_).tobytes())
+                offsets.append(offsets[-1] + len(row.input_ids))
+                lines.append(outcome.line)
+                turns += [(turn.message, turn.start, turn.end, turn.supervised) for turn in row.turns]
+                turn_offsets.append(len(turns))
+        np.save(folder / "offsets.npy", np.asarray(offsets, dtype=np.int64))
+        np.save(folder / "lines.npy", np.asarray(lines, dtype=np.int64))
+        np.save(folder / "turns.npy", np.asarray(turns, dtype=np.int64).reshape(-1, 4))
+        np.save(folder / "turn_offsets.npy", np.asarray(turn_offsets, dtype=np.int64))
+        (folder / _REPORT).write_text(json.dumps(asdict(report), ensure_ascii=False), "utf-8")
+        if self.refusals.will_stop:
+            raise _NotKept
+        if _content(one) != content:
+            fix = "run the command again when nothing writes to the file"
+            raise DataError("the file changed while it was being encoded", where=one.name, fix=fix)
 
 
 def _mapped(path: Path, dtype: Any) -> np.ndarray[Any, Any]:
@@ -301,6 +322,8 @@ class Content:
 
 def _content(one: DataInput) -> Content:
     if not one.is_file:
+        from glm4ft.data.columnar import set_digest
+
         return Content(set_digest(one.name), 0)
     try:
         if not stat.S_ISREG(os.stat(one.name).st_mode):

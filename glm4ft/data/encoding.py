@@ -12,6 +12,7 @@ from glm4ft.data.conversation import Conversation, Message
 from glm4ft.data.encoded_row import EncodedRow
 from glm4ft.data.inputs import DataInput
 from glm4ft.data.read_options import ReadOptions
+from glm4ft.data.reader import read_conversations
 from glm4ft.data.refusals import Refusals
 from glm4ft.errors import DataError
 
@@ -82,9 +83,6 @@ def encoded_conversations(
 def _of_input(
     one: DataInput, chat_format: ChatFormat, max_length: int, options: ReadOptions, refusals: Refusals
 ) -> Iterator[Encoded]:
-    # a run whose rows are in the cache loads no reader of files
-    from glm4ft.data.reader import read_conversations
-
     num_rows = 0
     for conversation in read_conversations(one.name, options, refusals):
         yield from _refused(refusals)

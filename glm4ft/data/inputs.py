@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import glm4ft
-from glm4ft.data.record_files import is_set
 from glm4ft.errors import ConfigError, Location
 
 DEMO_DATA = Path(glm4ft.__file__).parent / "demo" / "two_conversations.jsonl"
 DataNames = str | os.PathLike[str] | Sequence[str]
 _WEIGHT = re.compile(r"=(\d+(?:\.\d*)?|\.\d+)\Z")
+# By which a missing file is told from a data set of the hub.
+_FILE_SUFFIXES = (
+    ".jsonl", ".json", ".ndjson", ".txt", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".bz2", ".xz", ".zst", ".zip",
+)  # fmt: skip
 _PATTERN = re.compile(r"[*?\[]")
 
 
@@ -63,6 +66,21 @@ def data_inputs(data: DataNames) -> list[DataInput]:
     if not names:
         raise ConfigError("no conversations to train on", where="--data", expected="a JSONL file, or 'demo'")
     return [one for name in names for one in _inputs(name)]
+
+
+def is_set(name: str) -> bool:
+    """Whether a name is that of a folder, or of a data set of the hub, and no file that is or might have been there.
+
+    Args:
+        name: ``folder``, ``org/name``, or one of them with ``:split`` or ``:config:split`` behind it.
+    """
+    path = name.partition(":")[0]
+    if os.path.isdir(name) or (os.path.isdir(path) and not os.path.exists(name)):
+        return True
+    parts = path.split("/")
+    looks_like_an_id = len(parts) == 2 and all(part[:1].isalnum() for part in parts) and "\0" not in name
+    looks_like_a_file = path.lower().endswith(_FILE_SUFFIXES) or os.path.lexists(name) or os.path.lexists(parts[0])
+    return looks_like_an_id and not looks_like_a_file
 
 
 def _inputs(text: str) -> list[DataInput]:

@@ -25,12 +25,24 @@ ROLE_KEYS = ("role", "from")
 CONTENT_KEYS = ("content", "value", "text")
 SYSTEM_KEYS = ("system", "system_prompt", "system_message", "instructions")
 TOOL_KEYS = ("tools", "functions")  # the second is OpenAI's older name
-CALL_ID_KEYS = ("tool_call_id", "call_id", "id")
-_CALL_KEYS = ("metadata", "tools", "tool_calls", "function_call", "name", "arguments", "parameters", "observation")
-_ITEM_KEYS = ("type", "status", "output")  # of the items of OpenAI's Responses
-USED_IN_MESSAGE = frozenset(
-    (*ROLE_KEYS, *CONTENT_KEYS, *REASONING_KEYS, *LOSS_KEYS, *CALL_ID_KEYS, *_CALL_KEYS, *_ITEM_KEYS)
-)
+RESULT_ID_KEYS = ("tool_call_id", "call_id")  # the id of a message is its own, not that of a call
+CALL_ID_KEYS = (*RESULT_ID_KEYS, "id")
+_CALLS = ("metadata", "tools", "tool_calls", "function_call")
+_STATE = ("type", "status")  # of the items of OpenAI's Responses; they say nothing of their own
+USED_IN_MESSAGE = frozenset((*ROLE_KEYS, *CONTENT_KEYS, *REASONING_KEYS, *LOSS_KEYS, *CALL_ID_KEYS, *_CALLS, *_STATE))
+USED_ABOUT_TOOLS = USED_IN_MESSAGE | {"name", "arguments", "parameters", "observation", "output"}
+# The shapes of records: the keys that each needs, mapped to those that it may have.
+RECORD_SHAPES: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("messages",): (),
+    ("conversations",): (),
+    ("conversation",): (),
+    ("prompt", "completion"): ("history",),
+    ("prompt", "response"): ("history",),
+    ("query", "response"): ("history",),
+    ("instruction", "output"): ("input", "history"),
+    ("input", "output"): ("history",),
+}
+SHAPE_KEYS = frozenset(key for keys, optional in RECORD_SHAPES.items() for key in (*keys, *optional))
 USED_IN_RECORD = frozenset((*SYSTEM_KEYS, *TOOL_KEYS))  # beside the keys of its shape
 
 
@@ -128,7 +140,8 @@ def refuse_flag_of_record(record: Mapping[str, Any], place: Location) -> None:
     """
     for key in LOSS_KEYS:
         value = record.get(key)
-        if isinstance(value, (bool, int, float)) and value != 1:
+        is_number = isinstance(value, (bool, int, float)) and value != 1
+        if is_number or (isinstance(value, str) and value.strip().lower() in ("false", "no", "off", "0")):
             raise refused(_FLAG, value, place.key(key))
 
 

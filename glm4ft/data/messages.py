@@ -18,6 +18,8 @@ from glm4ft.data.known_keys import (
     LOSS_KEYS,
     REASONING,
     REASONING_KEYS,
+    RESULT_ID_KEYS,
+    USED_ABOUT_TOOLS,
     USED_IN_MESSAGE,
     refuse_lost_meaning,
     refused,
@@ -87,11 +89,11 @@ def _is_call_alone(message: Any) -> bool:
 def unknown_keys_of(messages: Any, name: str) -> Iterator[str]:
     """The keys of messages that are not used, each with the name of the list before it."""
     for message in messages if is_array(messages) else ():
-        if isinstance(message, Mapping) and _pair(message) is None:
-            used = USED_IN_MESSAGE
-            if message.get("name") and not _is_about_a_tool(message):
-                used = used - {"name"}
-            yield from (f"{name}[*].{key}" for key in unknown_keys(message, used) if key not in ROLES)
+        if isinstance(message, Mapping):
+            pair = _pair(message)
+            used = USED_ABOUT_TOOLS if _is_about_a_tool(message) else USED_IN_MESSAGE
+            used = frozenset((*pair, "system", *LOSS_KEYS)) if pair else used
+            yield from (f"{name}[*].{key}" for key in unknown_keys(message, used))
 
 
 def _is_about_a_tool(message: Mapping[str, Any]) -> bool:
@@ -134,7 +136,11 @@ def _turns(message: Mapping[str, Any], place: Location) -> Iterator[SourceMessag
     if text or not calls:
         turn = SourceMessage(role, text, place, metadata, loss, tools)
         if metadata or role == OBSERVATION:
-            turn = replace(turn, call_id=call_id(message), answers="" if metadata else str(message.get("name") or ""))
+            turn = replace(
+                turn,
+                call_id=call_id(message, RESULT_ID_KEYS),
+                answers="" if metadata else str(message.get("name") or ""),
+            )
         turns.insert(0, turn)
     yield replace(turns[0], reasoning=_reasoning(message, place) if role == "assistant" else "")
     yield from (replace(call, continues=True) for call in turns[1:])

@@ -8,13 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from glm4ft.data.json_values import is_array
-from glm4ft.data.known_keys import SYSTEM_KEYS, TOOL_KEYS
-from glm4ft.data.sources import SHAPE_KEYS, SHAPES
+from glm4ft.data.known_keys import RECORD_SHAPES, SHAPE_KEYS, SYSTEM_KEYS, TOOL_KEYS
 from glm4ft.errors import ConfigError, Location
 
 OnError = Literal["stop", "skip"]
 _MESSAGE_COLUMNS = ("role", "content", "loss", "metadata", "tool_calls")
-_OPTIONAL = frozenset((*SYSTEM_KEYS, *TOOL_KEYS, *(key for shape in SHAPES for key in shape.optional)))
+_OPTIONAL = frozenset((*SYSTEM_KEYS, *TOOL_KEYS, *(key for keys in RECORD_SHAPES.values() for key in keys)))
 _RECORD_COLUMNS = SHAPE_KEYS | _OPTIONAL
 
 

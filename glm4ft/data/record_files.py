@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, cast
 
 from glm4ft.data import columnar
 from glm4ft.data.file_kinds import COLUMNAR, CONVERTED, kind_of, refuse_encoding, refuse_kind
+from glm4ft.data.inputs import is_set
 from glm4ft.data.json_stream import JsonStream
 from glm4ft.data.json_values import strict_json
 from glm4ft.data.refusals import Refusals
@@ -49,22 +50,6 @@ def read_records(name: str, refusals: Refusals) -> Records:
             raise Location(name).wrong("the file is not UTF-8", around, "UTF-8 text", "convert it with iconv") from None
         reason = getattr(error, "strerror", None) or str(error)
         raise Location(name).wrong(f"a file cannot be read: {reason}", name, "a file that can be read") from None
-
-
-def is_set(name: str) -> bool:
-    """Whether a name is that of a folder, or of a data set of the hub, and no file that is or might have been there.
-
-    Args:
-        name: ``folder``, ``org/name``, or one of them with ``:split`` or ``:config:split`` behind it.
-    """
-    path = name.partition(":")[0]
-    if os.path.isdir(name) or (os.path.isdir(path) and not os.path.exists(name)):
-        return True
-    parts = path.split("/")
-    looks_like_one = len(parts) == 2 and all(part and part[0].isalnum() for part in parts) and "\0" not in name
-    is_file_name = os.path.splitext(path)[1].lower() in {*_DELIMITERS, ".jsonl", ".json", ".parquet", ".arrow", ".gz",
-                                                         ".bz2", ".xz", ".zst", ".zip", ".txt", ".ndjson"}  # fmt: skip
-    return looks_like_one and not is_file_name and not os.path.lexists(name) and not os.path.lexists(parts[0])
 
 
 def _from_open(file: BinaryIO, name: str, shown: str, refusals: Refusals) -> Records:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from glm4ft.data.conversation import Role
 from glm4ft.data.json_values import is_array, listed, says_nothing
 from glm4ft.data.known_keys import (
+    RECORD_SHAPES,
     SYSTEM_KEYS,
     TOOL_KEYS,
     USED_IN_RECORD,
@@ -31,6 +32,7 @@ from glm4ft.data.tool_calls import read_tools
 from glm4ft.errors import DataError, Location
 
 Record = Mapping[str, Any]
+Reader = Callable[[Record, Location, "Shape"], Iterator[SourceMessage]]
 SHAPES_IN_WORDS = (
     '{"messages": [{"role", "content"}, ...]}, {"conversations": [{"from", "value"}, ...]}, '
     '{"prompt": ..., "completion": ...}, {"query": ..., "response": ...}, {"instruction": ..., "output": ...}'
@@ -61,7 +63,7 @@ class Shape(NamedTuple):
     """A shape of records: the keys that it needs, those that it may have, and its reader."""
 
     keys: tuple[str, ...]
-    read: Callable[[Record, Location, Shape], Iterator[SourceMessage]]
+    read: Reader
     optional: tuple[str, ...] = ()
 
 
@@ -200,14 +202,11 @@ def _is_part(value: Any) -> bool:
     return isinstance(value, Mapping) and not is_message(value) and "text" in value
 
 
-SHAPES: tuple[Shape, ...] = (
-    Shape(("messages",), _from_list),
-    Shape(("conversations",), _from_list),
-    Shape(("conversation",), _from_list),
-    Shape(("prompt", "completion"), _from_prompt_completion, ("history",)),
-    Shape(("prompt", "response"), _from_sides, ("history",)),
-    Shape(("query", "response"), _from_sides, ("history",)),
-    Shape(("instruction", "output"), _from_alpaca, ("input", "history")),
-    Shape(("input", "output"), _from_sides, ("history",)),
+_READERS: dict[tuple[str, ...], Reader] = {
+    ("prompt", "completion"): _from_prompt_completion,
+    ("instruction", "output"): _from_alpaca,
+}
+SHAPES = tuple(
+    Shape(keys, _READERS.get(keys, _from_list if len(keys) == 1 else _from_sides), optional)
+    for keys, optional in RECORD_SHAPES.items()
 )
-SHAPE_KEYS = frozenset(key for shape in SHAPES for key in (*shape.keys, *shape.optional))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -83,9 +83,9 @@ def read_call(call: Any, place: Location) -> SourceMessage:
     )
 
 
-def call_id(holder: Mapping[str, Any]) -> str:
+def call_id(holder: Mapping[str, Any], keys: Sequence[str] = CALL_ID_KEYS) -> str:
     """The id of a call, or of the call that a result answers; "" if there is none."""
-    return next((str(holder[key]) for key in CALL_ID_KEYS if holder.get(key) not in (None, "")), "")
+    return next((str(holder[key]) for key in keys if holder.get(key) not in (None, "")), "")
 
 
 def _entry(entry: Any, place: Location) -> SourceMessage:

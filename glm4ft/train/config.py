@@ -114,7 +114,7 @@ class TrainConfig:
         for name in ("keep_best", "patience"):
             if getattr(self, name) and self.eval_data is None:
                 raise ConfigError("there is nothing to evaluate on", where=f"--{name}", fix="give --eval_data")
-        self.read_options  # noqa: B018 - names of columns are checked
+        _ = self.read_options  # checks the names of columns
         # numpy's and torch's generators take no negative seed, and numpy's none above 32 bits
         self._require("seed", at_least=0, at_most=2**32 - 1)
 

@@ -56,6 +56,13 @@ def test_results_are_put_into_the_order_of_their_calls(order: tuple[int, ...]) -
         assert conversation.warnings == ()
 
 
+def test_the_id_of_a_message_is_no_id_of_a_call() -> None:
+    assert results(read(asked([call("f", "a"), call("g", "b")], result("r", id="m1"), result("s", id="m2")))) == [
+        "r",
+        "s",
+    ]
+
+
 def test_results_without_ids_keep_their_order() -> None:
     assert results(read(asked([call("f"), call("g")], result("r1"), result("r0"), ANSWER))) == ["r1", "r0"]
 

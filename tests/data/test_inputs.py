@@ -118,7 +118,7 @@ def test_a_file_more_encodes_that_file_alone(
     prepare_rows("a.jsonl,b.jsonl", chat_format, max_length=100, cache=folder / "cache")
     encoded = []
     monkeypatch.setattr(
-        "glm4ft.data.dataset.encoded_conversations",
+        "glm4ft.data.encoding.encoded_conversations",
         lambda inputs, *rest: encoded.append(inputs[0].name) or encoded_conversations(inputs, *rest),
     )
     prepare_rows("a.jsonl,b.jsonl=2,c.jsonl", chat_format, max_length=100, cache=folder / "cache")

@@ -173,6 +173,7 @@ REFUSED = [
     ("loss_scale", {"messages": [MESSAGES[0], MESSAGES[1] | {"loss_scale": 2.0}]}, "factor"),
     ("train", {"messages": MESSAGES, "train": False}, "training flag"),
     ("weight", {"messages": MESSAGES, "weight": 0.5}, "training flag"),
+    ("trainable", {"prompt": "One?", "completion": "Un.", "trainable": "False"}, "training flag"),
     ("refusal", {"messages": [MESSAGES[0], MESSAGES[1] | {"refusal": "No."}]}, "refusal"),
     ("documents", {"messages": MESSAGES, "documents": [{"title": "x"}]}, "documents"),
     ("instructions", {"system": "a", "instructions": "b", "messages": MESSAGES}, "two system prompts"),
@@ -191,6 +192,10 @@ def test_a_key_with_a_meaning_that_would_be_lost_is_refused(key: str, record: An
 def test_keys_without_a_meaning_are_listed_once() -> None:
     record = {"messages": [MESSAGES[0] | {"name": "Li", "id": 1}, MESSAGES[1] | {"x": None}], "source": "web", "n": []}
     assert read(record).unused == ("source", "messages[*].name")
+    pairs = {"conversation": [{"human": "One?", "assistant": "Un.", "score": 3}], "chat_template_kwargs": {"x": 1}}
+    assert read(pairs).unused == ("chat_template_kwargs", "conversation[*].score")
+    odd = {"messages": [MESSAGES[0] | {"arguments": "x"}, MESSAGES[1] | {"output": "y", "status": "done"}]}
+    assert read(odd).unused == ("messages[*].arguments", "messages[*].output")
 
 
 @pytest.mark.parametrize(("role", "hint"), [("assistent", "assistant"), ("tool_cal", "tool_call"), ("tools", "")])

@@ -284,8 +284,26 @@ DAMAGES = [
     Damage("llama", config(architectures=["LlamaForCausalLM"]), ("not a GLM-4", "LlamaForCausalLM")),
     Damage("moe", config(architectures=["Glm4MoeForCausalLM"]), ("not a GLM-4", "Glm4ForCausalLM")),
     Damage("no-architecture", config(architectures=None), ("not a GLM-4", "no architectures")),
-    Damage("remote-code", config(architectures=["ChatGLMModel"]), ("remote code", "ends in -hf")),
-    Damage("remote-code-chat", config(architectures=["ChatGLMForConditionalGeneration"]), ("remote code", "-hf")),
+    Damage(
+        "remote-code",
+        config(architectures=["ChatGLMModel"], _name_or_path="THUDM/glm-4-9b-chat-1m"),
+        ("remote code", "zai-org/glm-4-9b-chat-1m-hf"),
+    ),
+    Damage(
+        "remote-code-unnamed",
+        config(architectures=["ChatGLMForConditionalGeneration"], padded_vocab_size=151552),
+        ("remote code", "of glm-4-9b, glm-4-9b-chat and glm-4-9b-chat-1m there are converted checkpoints (-hf)"),
+    ),
+    Damage(
+        "remote-code-older",
+        config(architectures=["ChatGLMModel"], padded_vocab_size=65024, _name_or_path="THUDM/chatglm3-6b"),
+        ("remote code", "not supported"),
+    ),
+    Damage(
+        "remote-code-vision",
+        config(architectures=["ChatGLMForConditionalGeneration"], padded_vocab_size=151552, vision_config={}),
+        ("remote code", "a model with vision is not supported"),
+    ),
     Damage("quantised", config(quantization_config={"bits": 4}), ("quantised", "plain weights")),
     Damage("adapter", only_adapter, ("an adapter, not a base", "merge the two")),
     Damage("adapter-beside-base", write("adapter_config.json", b"{}"), ("an adapter, not a base", "folder of its own")),
@@ -468,8 +486,10 @@ def test_template_that_departs_from_the_format_is_warned_of(template: Template, 
     assert template.told in "".join(warnings)
 
 
-def test_tokenizer_without_a_template_is_taken_as_it_is(folder: Path) -> None:
+def test_base_without_a_template_is_taken_with_a_warning(folder: Path) -> None:
     (folder / "chat_template.jinja").unlink()
     base = load_base(str(folder))
-    assert base.warnings == ()
+    (warning,) = base.warnings
+    assert "no chat template" in warning
+    assert "chat_template.jinja" in warning
     assert isinstance(base.tokenizer, PreTrainedTokenizerFast)

@@ -183,6 +183,14 @@ def test_files_of_another_are_left_as_they_are(layout: str, tmp_path: Path, caps
             assert (tmp_path / "tox.ini").exists() == ("tox.ini" in files)
     assert told in said or "wrote" in told
     assert (tmp_path / ADAPTER).is_file()
+    assert "/" not in (tmp_path / ".copier-answers.yml").read_text().partition("\n")[2]  # no folder of this machine
+
+
+def test_environment_that_was_added_is_not_asked_for_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("copier", reason="needs copier: pip install 'glm4ft[init]'")
+    (tmp_path / "tox.ini").write_text("[testenv:conformance]\ncommands = pytest conformance\n")
+    assert run(["init", str(tmp_path), "--trainer", "loop"]) == 0
+    assert "tox.ini was there" not in capsys.readouterr().out
 
 
 def test_nothing_compiled_is_rendered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,12 +68,11 @@ def render_template(folder: Path, *, trainer: str, name: str, required: str | No
         raise ConfigError(
             "rendering the template needs copier", found=str(error), fix="pip install 'glm4ft[init]'"
         ) from error
-    before = _contents(folder)
+    before, tox = _contents(folder), tox_configuration(folder)
     answers = {"name": name, "trainer": trainer, "requirement": required or requirement()}
-    kept = foreign_files(folder) + (["tox.ini"] if tox_configuration(folder) else [])
     run_copy(
-        str(_template()), folder, data=answers, defaults=True, overwrite=True, quiet=True, skip_if_exists=kept,
-        exclude=["tox.ini"] if tox_configuration(folder) else [],
+        str(_template()), folder, data=answers, defaults=True, overwrite=True, quiet=True,
+        skip_if_exists=foreign_files(folder), exclude=["tox.ini"] if tox else [],
     )  # fmt: skip
     return sorted(file for file, content in _contents(folder).items() if before.get(file) != content)
 
@@ -113,19 +112,18 @@ def describe_rendering(
     """
     detected = Detected(trainer, "--trainer") if trainer else detect_trainer(folder)
     rendered, why = NEAREST.get(detected.trainer, (detected.trainer, ""))
-    has_tox = (folder / "tox.ini").exists()
-    needs_requirement = not has_tox and not tox_configuration(folder)
-    required = required or requirement(input if needs_requirement and sys.stdin.isatty() else None)
     foreign, tox = foreign_files(folder), tox_configuration(folder)
+    can_ask = not (folder / "tox.ini").exists() and sys.stdin.isatty()
+    required = required or requirement(input if can_ask else None)
     written = render_template(folder, trainer=rendered, name=name or folder.resolve().name, required=required)
     lines = [f"trainer: {detected.trainer} ({detected.where or 'nothing names one; --trainer does'})"]
     lines += [f"  {why}: rendered for {rendered}"] if why else []
     lines += [f"  wrote {file}" for file in written] or ["  everything was there already"]
     lines += [f"  kept {file}, which is not from here: move it away to have it rendered" for file in foreign]
-    if tox:
+    if tox and "conformance" not in _text(folder / tox):
         place = "tox.ini was there" if tox == "tox.ini" else f"tox is configured in {tox}"
-        lines += [f"  {place}: add this environment to it", *_environment(tox, required)]
-    elif not has_tox and required == requirement() and _is_local():
+        lines += [f"  {place}: add this environment to it", *_environment(tox, _text(folder / tox), required)]
+    if "tox.ini" in written and required == requirement() and _is_local():
         lines.append(f"  tox.ini installs {required}: if that is not released, name another by --requirement")
     lines.append(f"next: cd {folder} && pip install tox && tox run -e conformance")
     return "\n".join(
@@ -138,10 +136,9 @@ def _is_local() -> bool:
     return str(source.get("url", "")).startswith("file:")
 
 
-def _environment(tox: str, required: str) -> list[str]:
+def _environment(tox: str, text: str, required: str) -> list[str]:
     """The environment for another tox configuration, in its language."""
-    commands = 'pytest conformance -m "not gpu"'
-    if tox.endswith(".toml"):
+    if tox.endswith(".toml") and "legacy_tox_ini" not in text:
         table = "env.conformance" if tox == "tox.toml" else "tool.tox.env.conformance"
         return [
             f"    [{table}]",
@@ -154,7 +151,7 @@ def _environment(tox: str, required: str) -> list[str]:
         "    package = skip",
         f"    deps = {required}",
         "           pytest>=8.4",
-        f"    commands = {commands}",
+        '    commands = pytest conformance -m "not gpu"',
     ]
 
 

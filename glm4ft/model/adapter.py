@@ -119,7 +119,9 @@ def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         if "size mismatch" in str(error):
             raise _other_size(error, adapter) from error
-        raise ModelError("the adapter does not fit the base", where=str(adapter), found=one_line(error)) from error
+        raise ModelError(
+            "the adapter does not fit the base", where=str(adapter), found=one_line(error), fix=_about_names(stored)
+        ) from error
     _require_same_tensors(set(get_peft_model_state_dict(adapted, save_embedding_layers=False)), stored, adapter)
     return adapted.eval()
 
@@ -132,7 +134,7 @@ def _require_layers(model: PreTrainedModel, stored: set[str], adapter: Path) -> 
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     missing = [target for target in map(str, targets or ()) if target.rpartition(".")[2] not in names]
     # a list that was written for any model may name layers that this one never had, and that have no weights
-    unknown = [target for target in missing if any(f"{target}." in name for name in stored)]
+    unknown = [target for target in missing if any(f".{target}." in f".{name}" for name in stored)]
     unknown = unknown or missing * (len(missing) == len(targets or ()))
     if not unknown:
         return
@@ -189,26 +191,30 @@ def _require_same_tensors(wanted: set[str], stored: set[str], adapter: Path) -> 
         where=str(adapter / WEIGHTS),
         found=f"{len(missing)}: {listed(missing)}{both}" if missing else f"{len(foreign)}: {listed(foreign)}",
         expected=f"the {len(wanted)} tensors that {CONFIG} describes",
-        fix=_about_names(wanted, missing, foreign),
+        fix=_about_names(foreign) if missing else _about_depth(wanted, foreign),
     )
 
 
-def _about_names(wanted: set[str], missing: set[str], foreign: set[str]) -> str:
-    """Whether the tensors are all there under other names, or which layers have one kind of tensor too few."""
-    renamed, causes = {name: name for name in foreign}, []
+def _about_names(names: Collection[str]) -> str:
+    """What makes names of tensors differ from those that peft writes; "" if nothing known does."""
+    renamed, causes = {name: name for name in names}, []
     for pattern, replacement, cause in _RENAMINGS:
-        after = {name: pattern.sub(replacement, new, count=0) for name, new in renamed.items()}
+        after = {name: pattern.sub(replacement, new) for name, new in renamed.items()}
         causes += [cause] if after != renamed else []
         renamed = after
-    if missing and foreign and missing <= set(renamed.values()) <= wanted:
-        example = min(name for name in foreign if renamed[name] in missing)
-        return (
-            f"the tensors are there under other names, which differ by {' and '.join(causes)}: rename them, as "
-            f"{example} to {renamed[example]}, or save the model anew with its save_pretrained"
-        )
-    layers = [
+    changed = min((name for name, new in renamed.items() if new != name), default="")
+    if not changed:
+        return ""
+    return (
+        f"the names of the tensors differ from peft's by {' and '.join(causes)}: rename them, as {changed} to "
+        f"{renamed[changed]}, or save the model anew with its save_pretrained"
+    )
+
+
+def _about_depth(wanted: Collection[str], foreign: Collection[str]) -> str:
+    inside, outside = (
         {match[1] for name in names if (match := re.search(r"layers\.(\d+)\.", name))} for names in (wanted, foreign)
-    ]
-    if foreign and layers[1] and not layers[0] & layers[1]:
-        return "the adapter has layers that the base has not: it was trained on a deeper one; name that with --model"
-    return ""
+    )
+    if not outside or inside & outside:
+        return ""
+    return "the adapter has layers that the base has not: it was trained on a deeper one; name that with --model"

@@ -352,4 +352,13 @@ def _complete_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
                 f"{source}: eos_token_id of {name} lacks {' and '.join(lacking)}, so a server would not stop there; "
                 "here, and in what is merged from it, it has all three"
             )
+    _drop_unused_sampling(model.generation_config)
     return warnings
+
+
+def _drop_unused_sampling(config: Any) -> None:
+    """Remove settings of a sampling that is off: transformers refuses to save them once anything else has changed."""
+    if not config.do_sample:
+        for name in ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"):
+            if getattr(config, name, None) is not None:
+                setattr(config, name, None)

@@ -119,14 +119,12 @@ def generate(
         pad_token_id=stop_ids[0],
         use_cache=True,
     )
+    watched = {"streamer": _Streamer(on_token)} if on_token else {}
     input_ids = torch.tensor([prompt], device=model.device)
     generate: Any = model.generate
     with torch.no_grad():
         output = generate(
-            input_ids=input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            generation_config=config,
-            streamer=_Streamer(on_token) if on_token else None,
+            input_ids=input_ids, attention_mask=torch.ones_like(input_ids), generation_config=config, **watched
         )
     return list(output[0, len(prompt) :].tolist())
 

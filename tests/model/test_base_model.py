@@ -298,14 +298,23 @@ DAMAGES = [
     Damage("no-architecture", config(architectures=None), ("not a GLM-4", "no architectures")),
     Damage(
         "remote-code",
-        config(architectures=["ChatGLMModel"], _name_or_path="THUDM/glm-4-9b"),
-        ("remote code", "ends in -hf"),
+        config(architectures=["ChatGLMModel"], _name_or_path="THUDM/glm-4-9b-chat-1m"),
+        ("remote code", "zai-org/glm-4-9b-chat-1m-hf"),
     ),
-    Damage("remote-code-older", config(architectures=["ChatGLMForConditionalGeneration"]), ("remote code",)),
+    Damage(
+        "remote-code-unnamed",
+        config(architectures=["ChatGLMForConditionalGeneration"], padded_vocab_size=151552),
+        ("remote code", "of glm-4-9b, glm-4-9b-chat and glm-4-9b-chat-1m there are converted checkpoints (-hf)"),
+    ),
+    Damage(
+        "remote-code-older",
+        config(architectures=["ChatGLMModel"], padded_vocab_size=65024, _name_or_path="THUDM/chatglm3-6b"),
+        ("remote code", "not supported"),
+    ),
     Damage(
         "remote-code-vision",
-        config(architectures=["ChatGLMForConditionalGeneration"], _name_or_path="THUDM/glm-4v-9b", vision_config={}),
-        ("sees images, which is not supported, and needs remote code",),
+        config(architectures=["ChatGLMForConditionalGeneration"], padded_vocab_size=151552, vision_config={}),
+        ("remote code", "a model with vision is not supported"),
     ),
     Damage("quantised", config(quantization_config={"bits": 4}), ("quantised", "plain weights")),
     Damage("adapter", only_adapter, ("an adapter, not a base", "merge the two")),
@@ -475,8 +484,10 @@ def test_format_that_the_template_contradicts_has_to_be_forced(folder: Path) -> 
     assert load_base(str(folder), chat_format="glm-4-0414", force_format=True).format_name == "glm-4-0414"
 
 
-def test_tokenizer_without_a_template_is_taken_as_it_is(folder: Path) -> None:
+def test_base_without_a_template_is_taken_with_a_warning(folder: Path) -> None:
     (folder / "chat_template.jinja").unlink()
     base = load_base(str(folder))
-    assert base.warnings == ()
+    (warning,) = base.warnings
+    assert "no chat template" in warning
+    assert "chat_template.jinja" in warning
     assert isinstance(base.tokenizer, PreTrainedTokenizerFast)

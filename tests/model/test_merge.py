@@ -31,6 +31,7 @@ from glm4ft.model.adapter import WEIGHTS
 from glm4ft.model.base_model import load_base
 from glm4ft.model.lora import LoraOptions, attach_lora
 from glm4ft.model.merge import TOLERANCES, MergeReport, merge_adapter
+from glm4ft.model.model_card import write_card
 from glm4ft.model.tiny import write_tiny_base
 
 # plain peft 0.21 on transformers 5.23 warns of its own call
@@ -263,6 +264,42 @@ def test_merged_checkpoint_stops_at_all_three_though_its_base_did_not(
         assert sorted(json.loads((tmp_path / "merged" / name).read_text("utf-8"))["eos_token_id"]) == stops
 
 
+def test_base_with_settings_of_a_sampling_that_is_off_can_be_merged_into(
+    random_adapter: Path, base_folder: Path, tmp_path: Path
+) -> None:
+    """Published configs have them; transformers refuses to save them beside stop tokens that were added."""
+    base = Path(shutil.copytree(base_folder, tmp_path / "base"))
+    one = load_base("tiny").tokenizer.eos_token_id
+    edit_json(base / "generation_config.json", eos_token_id=one, do_sample=False, temperature=0.8, top_p=0.8)
+    merge_adapter(random_adapter, tmp_path / "merged", model=str(base))
+    written = json.loads((tmp_path / "merged" / "generation_config.json").read_text("utf-8"))
+    assert len(written["eos_token_id"]) == 3
+    assert "temperature" not in written
+
+
+def test_card_names_base_and_figures_and_tells_how_the_adapter_was_trained(
+    learnt: Any, merged: Merged, tmp_path: Path
+) -> None:
+    card = (merged.output / "README.md").read_text("utf-8")
+    assert f"{merged.report.effect:.2g} of the largest logit" in card
+    assert "More Information Needed" not in card  # of the card that peft wrote beside the adapter
+    assert str(merged.base) not in card
+    merge_adapter(learnt.output, tmp_path / "merged")
+    card = (tmp_path / "merged" / "README.md").read_text("utf-8")
+    assert card.count("---\n") == 2
+    assert "4 of 4 assistant turns came back word for word" in card
+
+
+@pytest.mark.parametrize(
+    ("base", "expected"),
+    [("zai-org/GLM-4-9B-0414", "base_model: zai-org/GLM-4-9B-0414\nbase_model_relation: finetune\n"), ("/a/b", "")],
+)
+def test_card_gives_the_hub_only_bases_that_it_has(base: str, expected: str, tmp_path: Path) -> None:
+    write_card(tmp_path, ["# x"], base=base, library="transformers", relation="finetune")
+    front = (tmp_path / "README.md").read_text("utf-8").split("---\n")[1]
+    assert front == expected + "library_name: transformers\npipeline_tag: text-generation\ntags:\n- glm4ft\n- lora\n"
+
+
 def test_checkpoint_whose_format_must_be_chosen_can_be_merged_into(
     random_adapter: Path, base_folder: Path, tmp_path: Path
 ) -> None:
@@ -310,6 +347,14 @@ def change_tensors(adapter: Path, change: Callable[[dict[str, torch.Tensor]], An
 
 def config(**changes: Any) -> Callable[[Path], None]:
     return lambda adapter: edit_json(adapter / "adapter_config.json", **changes)
+
+
+def renaming(rename: Callable[[str], str]) -> Callable[[Path], None]:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[rename(name)] = tensors.pop(name)
+
+    return lambda adapter: change_tensors(adapter, change)
 
 
 def into_checkpoints(adapter: Path) -> None:
@@ -367,8 +412,36 @@ DAMAGES = [
         ),
         ("without a place", "2: base_model.model.model.layers.0.self_attn.q_projx.lora_A.weight, y"),
     ),
-    Damage("other-rank", config(r=4), ("does not fit the base", "size mismatch")),
-    Damage("other-model", config(target_modules=["query_key_value"]), ("does not fit the base", "target_modules")),
+    Damage("other-rank", config(r=4), ("does not fit the base", "size mismatch", "its r")),
+    Damage(
+        "remote-code",
+        config(target_modules=["query_key_value", "dense_h_to_4h"]),
+        ("query_key_value is q_proj, k_proj and v_proj", "dense_h_to_4h is gate_up_proj", "128 of q, 64 of k, 64 of v"),
+    ),
+    Damage(
+        "split-gate", config(target_modules=["gate_proj", "up_proj"]), ("fused as gate_up_proj", "gate_proj, up_proj")
+    ),
+    Damage(
+        "other-model", config(target_modules=["c_attn"]), ("layers that the base does not have", "c_attn", "--model")
+    ),
+    Damage(
+        "named-tensors",
+        renaming(lambda name: name.replace(".weight", ".default.weight") if "lora_" in name else name),
+        ("in their place 24 others", "down_proj.lora_A.default.weight", "the name of the adapter", "save_pretrained"),
+    ),
+    Damage("wrapped", renaming(lambda name: f"module.{name}"), ("a wrapper", "module.base_model.model")),
+    Damage(
+        "without-prefix",
+        renaming(lambda name: name.removeprefix("base_model.model.")),
+        ("missing prefix base_model.model", "as lm_head.weight"),
+    ),
+    Damage(
+        "deeper",
+        lambda a: change_tensors(
+            a, lambda t: t.update({f"{Q_PROJ.replace('.0.', '.40.')}.lora_A.weight": torch.ones(8, 128)})
+        ),
+        ("without a place", "trained on a deeper one"),
+    ),
     Damage("fewer-targets", config(target_modules=["q_proj"]), ("without a place", "20: ")),
     Damage("base-unnamed", config(base_model_name_or_path=None), ("does not name its base", "--model")),
     Damage(
@@ -399,6 +472,13 @@ def test_adapter_that_does_not_fit_is_refused(damage: Damage, adapter: Path, tmp
     for text in damage.told:
         assert text in str(caught.value)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_targets_of_which_the_base_has_some_are_merged(adapter: Path, tmp_path: Path) -> None:
+    """A list that was written for any model names layers that this one never had; peft trains the others."""
+    named = json.loads((adapter / "adapter_config.json").read_text("utf-8"))["target_modules"]
+    config(target_modules=[*named, "gate_proj", "up_proj"])(adapter)
+    assert merge_adapter(adapter, tmp_path / "merged").effect > 0
 
 
 @pytest.mark.parametrize("options", [{"alora_invocation_tokens": [10]}, {"lora_bias": True}], ids=str)

@@ -89,7 +89,7 @@ def _climbs(losses: Sequence[float]) -> str:
 def _never_falls(evidence: Evidence) -> str:
     """At a rate that is certainly high, a loss that does not fall has not been learnt at all."""
     losses, peak = evidence.losses, peak_rate(evidence.curve)
-    if not peak >= HIGH_RATE or fall(losses).is_falling:
+    if not peak >= HIGH_RATE or not _is_flat(losses):
         return ""
     return f"the loss has not fallen: {_level(losses[:5]):.4f} at the start, {_level(losses[-5:]):.4f} at the end"
 
@@ -131,11 +131,9 @@ def rate_too_low(evidence: Evidence) -> Finding | None:
         return None
     moved = sum_of_rates(evidence.curve)
     if not evidence.is_whole:
-        change = fall(losses)
-        is_falling = change.is_falling and -change.change > HARDLY_FALLEN * _level(losses)
-        is_still = moved is not None and moved < NO_MOVEMENT and -change.change < HARDLY_BEGUN * _level(losses)
-        is_flat = not is_falling and change.change - 2 * change.error > -HARDLY_FALLEN * _level(losses)
-        if moved is None or not (is_still or (is_flat and 0 < moved < LEAST_MOVEMENT)):
+        fallen = -fall(losses).change
+        is_still = moved is not None and moved < NO_MOVEMENT and fallen < HARDLY_BEGUN * _level(losses)
+        if not moved or not (is_still or (moved < LEAST_MOVEMENT and _is_flat(losses))):
             return None
         how = f"The loss has hardly fallen, from {_level(losses[:5]):.2f} to {_level(losses[-5:]):.2f}"
     else:
@@ -207,10 +205,9 @@ def not_falling(evidence: Evidence) -> Finding | None:
     losses = evidence.losses
     if len(losses) < LEAST_STEPS or not evidence.loss > LEARNT_LOSS or evidence.is_whole:
         return None
-    change, moved = fall(losses), sum_of_rates(evidence.curve)
-    # what the noise of the log leaves open is not said
-    if change.change - 2 * change.error < -HARDLY_FALLEN * _level(losses):
+    if not _is_flat(losses):
         return None
+    change, moved = fall(losses), sum_of_rates(evidence.curve)
     return Finding(
         "not-falling",
         "outcome",
@@ -224,6 +221,12 @@ def not_falling(evidence: Evidence) -> Finding | None:
         "these answers already, is anything trained, and with which labels?",
         0.5,
     )
+
+
+def _is_flat(losses: Sequence[float]) -> bool:
+    """Whether the loss has certainly not fallen by more than a few per cent; what the noise leaves open is not said."""
+    change = fall(losses)
+    return change.change - 2 * change.error > -HARDLY_FALLEN * _level(losses)
 
 
 def _level(losses: Sequence[float]) -> float:

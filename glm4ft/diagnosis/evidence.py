@@ -14,6 +14,9 @@ from glm4ft.data.encoded_rows import TokenPart
 from glm4ft.floors.floor import Floor
 from glm4ft.model.generation import TurnRoundTrip
 
+# A first loss that differs from the base's own by more, relative, is that of another base or of other rows.
+OTHER_RUN = 0.3
+
 
 @dataclass(frozen=True)
 class TokenEvidence:
@@ -255,6 +258,11 @@ class Evidence:
         what its conversations have in common: the final loss cannot be predicted, batches differ, and some rows are
         easy from the start.
         """
+        first = self.first_loss
+        is_unconfirmed = self.adapters is None and bool(first.base) and first.logged is not None
+        # rows and base were named by the user, and the first loss is all that confirms them
+        if is_unconfirmed and not abs((first.logged or 0.0) / (first.base or 1.0) - 1) <= OTHER_RUN:
+            return False
         return bool(self.rows) and len(self.rows) >= max(self.num_rows, self.num_rows_logged)
 
     @property

@@ -198,7 +198,8 @@ CASES = (
     case("epochs-alike/transformers", repeating(8), "updates-without-effect", "repeat after every 8"),
     # the first loss (transformers 34263; LLaMA-Factory 7443)
     case("summed/transformers", times(16), "wrong-start", "accumulation"),
-    case("summed/llamafactory", times(4), "loss-not-a-mean", "evaluations of the same run | accumulation", evaluate=100, scatter=0.02),
+    case("summed/llamafactory", times(4), "loss-not-a-mean", "evaluations of the same run | accumulation",
+         evaluate=100, scatter=0.02),
     case("summed/swift", times(8), "loss-not-a-mean", "the number of accumulation steps (8)", evaluate=40,
          options={"gradient_accumulation_steps": 8}),
     case("summed-ranks/swift", times(4), "loss-not-a-mean", "the world size (4)", evaluate=40,

@@ -6,6 +6,7 @@ Run: pytest tests/diagnosis/test_run_folder.py
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -20,6 +21,8 @@ from glm4ft.diagnosis.run_folder import explain_run
 from glm4ft.model.base_model import load_base
 from glm4ft.model.lora import LoraOptions, attach_lora
 from glm4ft.train.trajectory import FILE_NAME
+
+FALLING = [1.0 + 2.0 * 0.9**i + 0.05 * math.sin(7 * i) for i in range(150)]  # the losses of a run without a fault
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +184,7 @@ def log_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def test_log_alone_is_explained_and_says_what_it_was_not_told(
     log_of: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = log_of([2.0 * 0.9**i + 1.0 for i in range(150)])
+    folder = log_of(FALLING)
     (folder / "runs" / "Jan01").mkdir(parents=True)
     (folder / "runs" / "Jan01" / "events.out.tfevents.1.host").write_bytes(b"")
     assert run(["explain", str(folder), "--json"]) == 0
@@ -215,13 +218,13 @@ def test_losses_of_the_base_times_the_accumulation_steps_are_a_sum(foreign: Path
 
 def test_base_of_another_run_raises_no_alarm(log_of: Callable[..., Path]) -> None:
     """The base's own loss is 8; that of a log which begins at 2 is of another base, or of other rows."""
-    found = explain_run(log_of([2.0 * 0.9**i + 1.0 for i in range(150)]), data="demo", model="tiny")
+    found = explain_run(log_of(FALLING), data="demo", model="tiny")
     assert [finding.verdict for finding in found.findings] == ["trained"]
 
 
 def test_weights_of_a_full_fine_tune_are_measured_or_said_to_be_unread(learnt: Any, tmp_path: Path) -> None:
     shutil.copytree(learnt.output / "base", tmp_path, dirs_exist_ok=True)
-    log = [{"step": i, "loss": 2.0 * 0.9**i + 1.0, "learning_rate": 1e-5} for i in range(1, 151)]
+    log = [{"step": i, "loss": loss, "learning_rate": 1e-5} for i, loss in enumerate(FALLING, start=1)]
     (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": log}))
     unread = explain_run(tmp_path)
     assert unread.verdict == "undecided"

@@ -14,9 +14,6 @@ from glm4ft.data.encoded_rows import TokenPart
 from glm4ft.floors.floor import Floor
 from glm4ft.model.generation import TurnRoundTrip
 
-# A first loss that differs from the base's own by more, relative, is that of another base or of other rows.
-OTHER_RUN = 0.3
-
 
 @dataclass(frozen=True)
 class TokenEvidence:
@@ -229,6 +226,7 @@ class Evidence:
         num_dropped: The number of conversations that were left out.
         num_cut: The number of conversations that lost turns, or their end, to the length limit.
         num_rows: The number of rows of the data set, unmeasured ones included; 0 if all were measured.
+        are_rows_sure: Whether the run was trained on these rows; a user may have named others.
         has_head: Whether the floor takes the frozen head into account.
         sources: What was looked at.
     """
@@ -246,6 +244,7 @@ class Evidence:
     num_dropped: int = 0
     num_cut: int = 0
     num_rows: int = 0
+    are_rows_sure: bool = True
     has_head: bool = False
     evaluations: tuple[Evaluation, ...] = ()
     sources: Sources = field(default_factory=Sources)
@@ -258,12 +257,8 @@ class Evidence:
         what its conversations have in common: the final loss cannot be predicted, batches differ, and some rows are
         easy from the start.
         """
-        first = self.first_loss
-        is_unconfirmed = self.adapters is None and bool(first.base) and first.logged is not None
-        # rows and base were named by the user, and the first loss is all that confirms them
-        if is_unconfirmed and not abs((first.logged or 0.0) / (first.base or 1.0) - 1) <= OTHER_RUN:
-            return False
-        return bool(self.rows) and len(self.rows) >= max(self.num_rows, self.num_rows_logged)
+        is_all = len(self.rows) >= max(self.num_rows, self.num_rows_logged)
+        return bool(self.rows) and self.are_rows_sure and is_all
 
     @property
     def num_rows_logged(self) -> int:

@@ -15,10 +15,11 @@ from glm4ft.data.dataset import data_path, fit_row
 from glm4ft.data.encoded_row import IGNORED, AssistantTurn, EncodedRow
 from glm4ft.data.encoded_rows import KEPT_TOKENS, ROWS_FILE, TrainedRow, read_rows, rows_of, token_origins, write_rows
 from glm4ft.data.reader import read_conversations
-from glm4ft.diagnosis.evidence import Evidence, Sources
+from glm4ft.diagnosis.evidence import Evidence, FirstLoss, Sources
 from glm4ft.diagnosis.measure import MEASURED_ROWS, Trained, gather_evidence
 from glm4ft.diagnosis.rules import Diagnosis, diagnose
 from glm4ft.diagnosis.run_files import ADAPTER_CONFIG, RunFiles, find_files, has_weights
+from glm4ft.diagnosis.start_rules import START_DIFFERENCE
 from glm4ft.errors import ConfigError, ModelError
 from glm4ft.model.adapter import load_adapter, require_adapter
 from glm4ft.model.base_model import load_base, load_format
@@ -151,7 +152,15 @@ def _measured(
         seen.append(f"the weights of {_named(files, base_name, what)}, token by token")
     unknown = [] if trained else ["the labels as the trainer made them: name them with --rows"]
     unknown += [] if is_tried else ["the model as trained, of which the folder has no weights"]
-    return replace(evidence, sources=_sources(files, seen, [], unknown))
+    is_sure = bool(trained) or is_tried or _is_confirmed(evidence.first_loss)
+    return replace(evidence, are_rows_sure=is_sure, sources=_sources(files, seen, [], unknown))
+
+
+def _is_confirmed(first: FirstLoss) -> bool:
+    """Whether a run without weights had this base and these rows, by its first loss."""
+    if first.base is None or first.logged is None:
+        return False
+    return abs(first.logged / first.base - 1) <= START_DIFFERENCE
 
 
 def _sources(files: RunFiles, seen: Sequence[str], unread: Sequence[str], unknown: Sequence[str]) -> Sources:

@@ -32,6 +32,8 @@ def numerics(evidence: Evidence) -> Finding | None:
         return None
     facts = [f"{len(broken)} adapters hold NaN or infinity, the first {broken[0]}"] if broken else []
     facts += ["the trained model's loss is NaN"] if is_lost else []
+    precision = evidence.options.get("precision")
+    facts += [f"by its options the run is in {precision}"] if precision else []
     if found is None:
         text = "The numbers are not finite, in the adapters; nothing can be learnt from there on."
         remedy = f"{PRECISION}; check the initialisation, and lower the learning rate"
@@ -45,21 +47,22 @@ def _in_log(evidence: Evidence) -> Finding | None:
     zeros = _hidden_zeros(curve)
     if not bad and zeros is None:
         return None
-    first = min([*bad, *([zeros] if zeros is not None else [])])
-    facts = tuple(_counted(curve, bad, first)) if bad else ()
-    after = curve[first:]
-    if bad and all(_is_sound(point) for point in after):
+    facts = tuple(_counted(curve, bad)) if bad else ()
+    if bad and all(_is_sound(point) for point in curve[bad[0] :]):
         return _skipped(curve, bad, facts)
     if bad and _is_sound(curve[-1]) and _is_finite(curve[-1]):
         return _passing(curve, bad, facts)
+    # an fp16 run may skip its first updates; what breaks it begins where nothing is finite any more
+    first = len(curve)
+    while first and (first - 1 in bad or (zeros is not None and first - 1 >= zeros)):
+        first -= 1
     if first == 0:
         return _from_the_start(curve, facts)
     return _later(curve, first, facts)
 
 
-def _counted(curve: Sequence[CurvePoint], bad: Sequence[int], first: int) -> Iterator[str]:
-    if first == bad[0]:
-        yield f"first step that is not finite: {curve[first].step}"
+def _counted(curve: Sequence[CurvePoint], bad: Sequence[int]) -> Iterator[str]:
+    yield f"first step that is not finite: {curve[bad[0]].step}"
     yield f"{len(bad)} of {len(curve)} logged points are not finite"
 
 
@@ -165,7 +168,7 @@ def zero_loss(evidence: Evidence) -> Finding | None:
     rest = [p.loss or 0.0 for p in points if p.loss != 0]
     if not zeros or (rest and (len(zeros) < MANY_ZEROS * len(points) or not statistics.median(rest[-5:]) > NOT_YET)):
         return None
-    norms = [p.grad_norm for p in zeros if p.grad_norm is not None]
+    norms = [p.grad_norm for p in zeros if p.grad_norm is not None and math.isfinite(p.grad_norm)]
     where = "from the first logged step on" if not rest else f"at {len(zeros)} of {len(points)} logged steps"
     return Finding(
         "zero-loss",
@@ -174,7 +177,9 @@ def zero_loss(evidence: Evidence) -> Finding | None:
         "-100, or the loss was NaN and transformers' log filter left it out.",
         (
             f"first step with a loss of 0: {zeros[0].step}",
-            f"the gradient norm there is {max(norms):.3g} at most" if norms else "no gradient norm was logged there",
+            f"the gradient norm there is {max(norms):.3g} at most"
+            if norms
+            else "no finite gradient norm was logged there",
         ),
         "look at the labels of one batch (glm4ft inspect shows what they should be): the template's answer marker, "
         "the length limit, the roles; and log with logging_nan_inf_filter: false",

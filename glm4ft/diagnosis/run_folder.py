@@ -172,7 +172,7 @@ def _sources(files: RunFiles, seen: Sequence[str], unread: Sequence[str], unknow
         told.append(f"{log.path.name}: {steps:,} logged steps{numbered}, {evaluations:,} evaluations")
     return Sources(
         looked_at=(*told, *seen),
-        unread=tuple(unread),
+        unread=(*unread, *(f"the weights in {name}, a format that is not opened" for name in files.closed)),
         unknown=(*unknown, *files.unread),
         checkpoints=files.checkpoints,
         resumed=log.resumed if log else (),

@@ -49,6 +49,12 @@ def overflowing() -> Fault:
     return lambda run: changed(run, lambda i, point: {"loss": point["loss"] if i == 0 else 0.0, "grad_norm": NAN})
 
 
+def broken_twice() -> Fault:
+    """The first update is skipped, as an fp16 run finds its loss scale; much later the run breaks."""
+    figures = {"loss": 0.0, "grad_norm": NAN}
+    return lambda run: changed(run, lambda i, point: {"grad_norm": NAN} if i == 0 else figures if i >= 40 else {})
+
+
 def flat(value: float, scatter: float, **figures: float) -> Fault:
     """Batches differ, but nothing is learnt."""
     draw = random.Random(7)
@@ -181,6 +187,7 @@ CASES = (
     case("zeros-and-nan-norms/axolotl", each(loss=0.0, grad_norm=NAN), "numerics", f"{FIRST} | fp16"),
     case("nan-later/transformers", since(40, loss=0.0, grad_norm=NAN), "numerics", "from step 205 on"),
     case("nan-later/llamafactory", since(40, loss=0.0), "numerics", "from step 205 on | exactly 0"),
+    case("after-a-skipped-update/axolotl", broken_twice(), "numerics", "from step 205 on"),
     case("updates-skipped/transformers", flat(1.8, 0.05, grad_norm=math.inf), "numerics", "every step | skipped"),
     case("some-nan/transformers", now_and_then(loss=NAN, grad_norm=NAN), "numerics", "finite again later | target"),
     case("no-labels/transformers", each(loss=0.0, grad_norm=0.0), "zero-loss", "exactly 0 | -100"),

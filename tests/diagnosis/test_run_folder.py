@@ -237,6 +237,23 @@ def test_weights_of_a_full_fine_tune_are_measured_or_said_to_be_unread(learnt: A
     assert len(measured.evidence.round_trips) == 4
 
 
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "checkpoints/epoch=2-step=150.ckpt", "final/lit_model.pth.lora"])
+def test_nothing_is_called_right_while_weights_were_not_looked_at(name: str, log_of: Callable[..., Path]) -> None:
+    folder = log_of(FALLING)
+    assert explain_run(folder).verdict == "trained"
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(b"PK")
+    found = explain_run(folder)
+    assert found.verdict == "undecided"
+    assert name in found.findings[0].evidence[0]
+
+
+def test_precision_of_the_run_is_said_beside_numbers_that_are_not_finite(log_of: Callable[..., Path]) -> None:
+    found = explain_run(log_of([2.0, 1.9, *[math.nan] * 8], fp16=True))
+    assert found.verdict == "numerics"
+    assert "by its options the run is in fp16" in found.findings[0].evidence
+
+
 def test_latest_of_several_runs_in_a_folder_is_taken(log_of: Callable[..., Path], tmp_path: Path) -> None:
     """As ms-swift numbers them below its output_dir."""
     for number in (9, 10):

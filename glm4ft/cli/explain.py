@@ -20,7 +20,8 @@ def parse(argv: Sequence[str]) -> Namespace:
     parser.add_argument(
         "run",
         annotation=str,
-        help="Folder of a run; of another trainer: with trainer_state.json or an adapter.",
+        help="Folder of a run, ours or another trainer's: with a log (of transformers, LLaMA-Factory, ms-swift, "
+        "axolotl, Lightning, LitGPT, torchtune, or printed), an adapter, or weights.",
     )
     parser.add_argument(
         "--data", annotation=str | None, help="JSONL of conversations, if not those that the run names."

@@ -17,8 +17,8 @@ import numpy as np
 from glm4ft.diagnosis.evidence import CurvePoint
 
 LEAST_STEPS = 8  # the fewest points from which a curve is judged
-# The median size of the difference of two points that each have noise of standard deviation 1.
-_MEDIAN_DIFFERENCE = 0.6745 * math.sqrt(2)
+# The median size of a - 2b + c for neighbouring points that each have noise of standard deviation 1.
+_MEDIAN_BEND = 0.6745 * math.sqrt(6)
 _MOST_WINDOW = 20
 # A jump is larger than the noise before it and after it by these factors; a run that begins anew falls fast, which
 # looks like noise.
@@ -27,10 +27,9 @@ _SAME = 5  # losses that equal the first ones of the run, in their order
 
 
 def noise(losses: Sequence[float]) -> float:
-    """The standard deviation of the differences between a curve and its trend, robust against single spikes."""
-    if len(losses) < 2:
-        return 0.0
-    return statistics.median(abs(b - a) for a, b in itertools.pairwise(losses)) / _MEDIAN_DIFFERENCE
+    """The standard deviation of a curve around its trend, robust against single spikes."""
+    bends = [abs(a - 2 * b + c) for a, b, c in zip(losses, losses[1:], losses[2:], strict=False)]
+    return statistics.median(bends) / _MEDIAN_BEND if bends else 0.0
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def fall(losses: Sequence[float]) -> Trend:
 
     Most of the fall of a run is in its first steps, which a straight line through all of it would not see.
     """
-    first, rest = losses[: max(3, len(losses) // 6)], losses[len(losses) // 2 :]
+    first, rest = losses[: max(1, len(losses) // 6)], losses[len(losses) // 2 :]
     error = noise(losses) * math.sqrt(1 / len(first) + 1 / len(rest))
     return Trend(statistics.fmean(rest) - statistics.fmean(first), error)
 

@@ -31,8 +31,8 @@ HARDLY_FALLEN = 0.05
 CLIMBED, CLEARLY = 1.25, 8.0
 # Spikes of the loss: above this multiple of the level, at least this often.
 SPIKE, LEAST_SPIKES = 2.0, 3
-# The share by which the loss falls over the second half of a run that is still falling.
-STILL_FALLING = 0.05
+# The share by which the loss falls over the second half of a run that is still falling; of one with few steps.
+STILL_FALLING, STILL_FALLING_EARLY, FEW_STEPS = 0.05, 0.025, 200
 # The share of its peak above which the rate still trains.
 STILL_TRAINING = 0.1
 
@@ -89,7 +89,7 @@ def _climbs(losses: Sequence[float]) -> str:
 def _never_falls(evidence: Evidence) -> str:
     """At a rate that is certainly high, a loss that does not fall has not been learnt at all."""
     losses, peak = evidence.losses, peak_rate(evidence.curve)
-    if not peak >= HIGH_RATE or fall(losses).is_falling:
+    if not peak >= HIGH_RATE or not _is_flat(losses):
         return ""
     return f"the loss has not fallen: {_level(losses[:5]):.4f} at the start, {_level(losses[-5:]):.4f} at the end"
 
@@ -131,11 +131,9 @@ def rate_too_low(evidence: Evidence) -> Finding | None:
         return None
     moved = sum_of_rates(evidence.curve)
     if not evidence.is_whole:
-        change = fall(losses)
-        is_falling = change.is_falling and -change.change > HARDLY_FALLEN * _level(losses)
-        is_still = moved is not None and moved < NO_MOVEMENT and -change.change < HARDLY_BEGUN * _level(losses)
-        is_flat = not is_falling and change.change - 2 * change.error > -HARDLY_FALLEN * _level(losses)
-        if moved is None or not (is_still or (is_flat and 0 < moved < LEAST_MOVEMENT)):
+        fallen = -fall(losses).change
+        is_still = moved is not None and moved < NO_MOVEMENT and fallen < HARDLY_BEGUN * _level(losses)
+        if not moved or not (is_still or (moved < LEAST_MOVEMENT and _is_flat(losses))):
             return None
         how = f"The loss has hardly fallen, from {_level(losses[:5]):.2f} to {_level(losses[-5:]):.2f}"
     else:
@@ -181,13 +179,9 @@ def _cut_short(evidence: Evidence) -> Finding | None:
     # on more rows than a run memorises nobody knows the end, but a curve that still falls has not reached it
     losses, last = evidence.losses, evidence.curve[-1]
     half = losses[len(losses) // 2 :]
-    falling = trend(half)
+    falling, least = trend(half), STILL_FALLING if last.step > FEW_STEPS else STILL_FALLING_EARLY
     still_trains = last.lr is None or last.lr > STILL_TRAINING * peak_rate(evidence.curve)
-    if (
-        not falling.change < -2 * falling.error
-        or not -falling.change > STILL_FALLING * _level(half)
-        or not still_trains
-    ):
+    if not falling.change < -2 * falling.error or not -falling.change > least * _level(half) or not still_trains:
         return None
     planned = int(evidence.options.get("planned_steps") or 0)
     end = f" The log ends at step {last.step} of {planned}." if planned > last.step else ""
@@ -207,10 +201,9 @@ def not_falling(evidence: Evidence) -> Finding | None:
     losses = evidence.losses
     if len(losses) < LEAST_STEPS or not evidence.loss > LEARNT_LOSS or evidence.is_whole:
         return None
-    change, moved = fall(losses), sum_of_rates(evidence.curve)
-    # what the noise of the log leaves open is not said
-    if change.change - 2 * change.error < -HARDLY_FALLEN * _level(losses):
+    if not _is_flat(losses):
         return None
+    change, moved = fall(losses), sum_of_rates(evidence.curve)
     return Finding(
         "not-falling",
         "outcome",
@@ -224,6 +217,12 @@ def not_falling(evidence: Evidence) -> Finding | None:
         "these answers already, is anything trained, and with which labels?",
         0.5,
     )
+
+
+def _is_flat(losses: Sequence[float]) -> bool:
+    """Whether the loss has certainly not fallen by more than a few per cent; what the noise leaves open is not said."""
+    change = fall(losses)
+    return change.change - 2 * change.error > -HARDLY_FALLEN * _level(losses)
 
 
 def _level(losses: Sequence[float]) -> float:

@@ -13,7 +13,9 @@ from glm4ft.diagnosis.finding import Finding
 RISEN, RISEN_NATS = 0.03, 0.02
 # With one evaluation after the best, the rise has to be larger to be no accident.
 RISEN_AT_ONCE = 0.1
-FALLEN = 0.05  # the share by which the training loss fell meanwhile
+# The share by which the training loss fell meanwhile; and the share that it may rise by, in the noise of its batches,
+# where it is at its end already. If it rises with the evaluations, the run diverges.
+FALLEN, NOT_RISEN = 0.05, 0.1
 UNMOVED = 1e-6  # relative difference below which evaluations are of the same weights
 LEAST_UNMOVED = 3
 
@@ -44,7 +46,11 @@ def evaluation_not_finite(evidence: Evidence) -> Finding | None:
 def evaluation_unmoved(evidence: Evidence) -> Finding | None:
     """All evaluations are equal to the last digit while the training loss falls."""
     found = [e.loss for e in evidence.evaluations if math.isfinite(e.loss) and e.loss > 0]
-    if len(found) < LEAST_UNMOVED or max(found) - min(found) > UNMOVED * max(found) or not _has_fallen(evidence, 0):
+    if (
+        len(found) < LEAST_UNMOVED
+        or max(found) - min(found) > UNMOVED * max(found)
+        or not _change(evidence, 0) < -FALLEN
+    ):
         return None
     return Finding(
         "evaluation-unmoved",
@@ -69,13 +75,17 @@ def over_fitting(evidence: Evidence) -> Finding | None:
     # the level at the end, not the last value alone: evaluations differ a little from one to the next
     end = statistics.median(e.loss for e in later[-3:])
     rise = RISEN if len(later) > 1 else RISEN_AT_ONCE
-    if not end > best.loss * (1 + rise) or not end > best.loss + RISEN_NATS or not _has_fallen(evidence, best.step):
+    if (
+        not end > best.loss * (1 + rise)
+        or not end > best.loss + RISEN_NATS
+        or not _change(evidence, best.step) < NOT_RISEN
+    ):
         return None
     return Finding(
         "over-fitting",
         "outcome",
         f"Over-fitting since step {best.step}: the evaluation loss rises from {best.loss:.4g} there to "
-        f"{later[-1].loss:.4g} at step {later[-1].step}, while the training loss falls to {evidence.losses[-1]:.4g}.",
+        f"{later[-1].loss:.4g} at step {later[-1].step}, while the training loss is at {evidence.losses[-1]:.4g}.",
         (
             f"best evaluation: {best.loss:.4g} at step {best.step}" + _epoch(evidence, best.step),
             f"evaluations: {', '.join(f'{e.loss:.3g}' for e in found[:12])}",
@@ -86,16 +96,15 @@ def over_fitting(evidence: Evidence) -> Finding | None:
     )
 
 
-def _has_fallen(evidence: Evidence, since: int) -> bool:
-    """Whether the training loss is clearly lower at the end than around a step."""
+def _change(evidence: Evidence, since: int) -> float:
+    """The change of the training loss from a step to the end, as a share; NaN if nothing is logged after it."""
     known = [(p.step, p.loss) for p in evidence.curve if p.loss is not None and math.isfinite(p.loss)]
     before = [loss for step, loss in known if step <= max(since, 1)]
     after = [loss for step, loss in known if step > since]
     if not after:
-        return False
-    now = statistics.median(after[-5:])
+        return math.nan
     then = statistics.median(before[-5:]) if before else after[0]
-    return now < (1 - FALLEN) * then
+    return statistics.median(after[-5:]) / max(then, 1e-30) - 1
 
 
 def _beside(evidence: Evidence, evaluation: Evaluation) -> float:

@@ -226,6 +226,7 @@ class Evidence:
         num_dropped: The number of conversations that were left out.
         num_cut: The number of conversations that lost turns, or their end, to the length limit.
         num_rows: The number of rows of the data set, unmeasured ones included; 0 if all were measured.
+        are_rows_sure: Whether the run was trained on these rows; a user may have named others.
         has_head: Whether the floor takes the frozen head into account.
         sources: What was looked at.
     """
@@ -243,6 +244,7 @@ class Evidence:
     num_dropped: int = 0
     num_cut: int = 0
     num_rows: int = 0
+    are_rows_sure: bool = True
     has_head: bool = False
     evaluations: tuple[Evaluation, ...] = ()
     sources: Sources = field(default_factory=Sources)
@@ -255,7 +257,8 @@ class Evidence:
         what its conversations have in common: the final loss cannot be predicted, batches differ, and some rows are
         easy from the start.
         """
-        return bool(self.rows) and len(self.rows) >= max(self.num_rows, self.num_rows_logged)
+        is_all = len(self.rows) >= max(self.num_rows, self.num_rows_logged)
+        return bool(self.rows) and self.are_rows_sure and is_all
 
     @property
     def num_rows_logged(self) -> int:

@@ -43,12 +43,10 @@ def header_supervised(evidence: Evidence) -> Finding | None:
     headers = [token for token in evidence.supervised if token.role == "assistant" and token.part == "header"]
     if not headers:
         return None
-    name, bound = headers[0].text, max((token.floor or 0.0 for token in headers), default=0.0)
-    text = f"{name} is trained as a target, though the prompt always gives it at inference."
-    if bound > HARD_TO_REACH:
-        text += (
-            f" The frozen head cannot express it (an unreachable target: {bound:.2f} nats at best), so the loss stops."
-        )
+    name = headers[0].text
+    text = (
+        f"{name} is trained as a target, though the prompt always gives it at inference.{_reach(evidence, headers[0])}"
+    )
     ends = _untrained_ends(evidence)
     if ends:
         text += f" {_names(ends)}, which ends the turn, is not trained: the terminator is never learned."
@@ -64,6 +62,25 @@ def header_supervised(evidence: Evidence) -> Finding | None:
         tuple(facts),
         f"start the supervised span after the header and end it with the next control token; {INSPECT}",
     )
+
+
+def _reach(evidence: Evidence, token: TokenEvidence) -> str:
+    """What is certified of the loss of one token under the frozen head; "" where there is no certificate."""
+    floor = evidence.floor
+    known = next((f for f in floor.tokens if f.id == token.id), None) if floor and evidence.has_head else None
+    if known is None:
+        return ""
+    if known.head > HARD_TO_REACH:
+        return (
+            f" The frozen head cannot express it (an unreachable target: {known.head:.2f} nats at best, certified), so "
+            "the loss stops."
+        )
+    if known.is_decided:
+        return (
+            f" The frozen head can express it ({known.head_reaches:.2f} nats were reached), so the loss may fall to 0 "
+            "and show nothing of it: the mask and the round trip do."
+        )
+    return " Whether the frozen head can express it is undecided."
 
 
 def prompt_supervised(evidence: Evidence) -> Finding | None:
@@ -197,7 +214,11 @@ def unreachable_target(evidence: Evidence) -> Finding | None:
         "model",
         f"The frozen output head cannot express some targets, so no adapter below it gets the mean loss under "
         f"{floor.floor:.4f}.",
-        (f"certified floor {floor.floor:.4f} (gap {floor.gap:.1g}) of a loss of {evidence.loss:.4f}", f"by {names}"),
+        (
+            f"certified floor {floor.floor:.4f} (gap {floor.gap:.1g}) of a loss of {evidence.loss:.4f}",
+            f"by {names}",
+            *([f"undecided: {', '.join(t.text for t in floor.undecided[:5])}"] if floor.undecided else []),
+        ),
         "take these tokens out of the targets, train the head's rows (modules_to_save: [lm_head]), or use tokens that "
         "the base was trained to predict",
         _explained(floor.head, evidence.loss),

@@ -13,8 +13,12 @@ from glm4ft.diagnosis.finding import Finding
 # From a loss above this one a log cannot have come down to exactly 0 within one logged step by learning and by rounding
 # to four digits; a loss of 0.02 is a mean probability of 0.98.
 NOT_YET = 0.02
+# A loss below it is that of rows known by heart: the limit of the overfit test.
+MEMORISED = 0.01
 # The share of steps with a loss of exactly 0 that is no accident.
 MANY_ZEROS = 0.05
+# The share of its level by which a loss falls that is trained.
+FALLEN = 0.1
 # The norm before a breakdown is a spike above this multiple of the median norm: the run diverged.
 SPIKE = 10.0
 PRECISION = "train in bf16 or fp32, with adapters in fp32 and never fp16"
@@ -30,6 +34,8 @@ def numerics(evidence: Evidence) -> Finding | None:
         return None
     facts = [f"{len(broken)} adapters hold NaN or infinity, the first {broken[0]}"] if broken else []
     facts += ["the trained model's loss is NaN"] if is_lost else []
+    precision = evidence.options.get("precision")
+    facts += [f"by its options the run is in {precision}"] if precision else []
     if found is None:
         text = "The numbers are not finite, in the adapters; nothing can be learnt from there on."
         remedy = f"{PRECISION}; check the initialisation, and lower the learning rate"
@@ -43,21 +49,22 @@ def _in_log(evidence: Evidence) -> Finding | None:
     zeros = _hidden_zeros(curve)
     if not bad and zeros is None:
         return None
-    first = min([*bad, *([zeros] if zeros is not None else [])])
-    facts = tuple(_counted(curve, bad, first)) if bad else ()
-    after = curve[first:]
-    if bad and all(_is_sound(point) for point in after):
+    facts = tuple(_counted(curve, bad)) if bad else ()
+    if bad and all(_is_sound(point) for point in curve[bad[0] :]):
         return _skipped(curve, bad, facts)
     if bad and _is_sound(curve[-1]) and _is_finite(curve[-1]):
         return _passing(curve, bad, facts)
+    # an fp16 run may skip its first updates; what breaks it begins where nothing is finite any more
+    first = len(curve)
+    while first and (first - 1 in bad or (zeros is not None and first - 1 >= zeros)):
+        first -= 1
     if first == 0:
         return _from_the_start(curve, facts)
     return _later(curve, first, facts)
 
 
-def _counted(curve: Sequence[CurvePoint], bad: Sequence[int], first: int) -> Iterator[str]:
-    if first == bad[0]:
-        yield f"first step that is not finite: {curve[first].step}"
+def _counted(curve: Sequence[CurvePoint], bad: Sequence[int]) -> Iterator[str]:
+    yield f"first step that is not finite: {curve[bad[0]].step}"
     yield f"{len(bad)} of {len(curve)} logged points are not finite"
 
 
@@ -67,7 +74,8 @@ def _skipped(curve: Sequence[CurvePoint], bad: Sequence[int], facts: tuple[str, 
     is_lasting = len(bad) > 2 and bad == list(range(bad[0], len(curve)))
     after = [point.loss for point in curve[bad[0] :] if point.loss is not None]
     # a loss that falls says that updates are made, whatever is logged as their norm
-    is_sure = is_lasting and not (len(after) >= LEAST_STEPS and trend(after).is_falling)
+    falls = len(after) >= LEAST_STEPS and -trend(after).change > FALLEN * statistics.median(after)
+    is_sure = is_lasting and not falls
     often = f"at every step {where}" if is_lasting else f"at {len(bad)} of {len(curve)} logged steps"
     effect = (
         "so every update is skipped and nothing is learnt"
@@ -163,7 +171,7 @@ def zero_loss(evidence: Evidence) -> Finding | None:
     rest = [p.loss or 0.0 for p in points if p.loss != 0]
     if not zeros or (rest and (len(zeros) < MANY_ZEROS * len(points) or not statistics.median(rest[-5:]) > NOT_YET)):
         return None
-    norms = [p.grad_norm for p in zeros if p.grad_norm is not None]
+    norms = [p.grad_norm for p in zeros if p.grad_norm is not None and math.isfinite(p.grad_norm)]
     where = "from the first logged step on" if not rest else f"at {len(zeros)} of {len(points)} logged steps"
     return Finding(
         "zero-loss",
@@ -172,7 +180,9 @@ def zero_loss(evidence: Evidence) -> Finding | None:
         "-100, or the loss was NaN and transformers' log filter left it out.",
         (
             f"first step with a loss of 0: {zeros[0].step}",
-            f"the gradient norm there is {max(norms):.3g} at most" if norms else "no gradient norm was logged there",
+            f"the gradient norm there is {max(norms):.3g} at most"
+            if norms
+            else "no finite gradient norm was logged there",
         ),
         "look at the labels of one batch (glm4ft inspect shows what they should be): the template's answer marker, "
         "the length limit, the roles; and log with logging_nan_inf_filter: false",
@@ -182,7 +192,8 @@ def zero_loss(evidence: Evidence) -> Finding | None:
 def memorised(evidence: Evidence) -> Finding | None:
     """The logged loss has come down to 0 step by step; what the weights do was not measured."""
     losses = evidence.losses
-    if not losses or evidence.is_measured or not any(losses) or not losses[-1] < NOT_YET / 2:
+    is_asked_for = evidence.target_loss is not None
+    if not losses or evidence.is_measured or is_asked_for or not any(losses) or not losses[-1] < MEMORISED:
         return None
     return Finding(
         "memorised",

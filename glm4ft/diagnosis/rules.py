@@ -188,7 +188,9 @@ def nothing_found(evidence: Evidence) -> Finding:
             tuple(f"not looked at: {name}" for name in evidence.sources.unread),
             "name what it was trained on: --data or --rows, and --model",
         )
-    if evidence.is_measured and evidence.loss < LEARNT_LOSS:
+    # a logged loss of exactly 0 was never computed
+    is_shown = evidence.is_measured or (evidence.target_loss is not None and evidence.loss > 0)
+    if is_shown and evidence.loss < LEARNT_LOSS:
         text = f"The loss is {evidence.loss:.4f}, and the diagnosis found no fault."
         return Finding("learnt", "outcome", text, (), "nothing to do")
     if not evidence.is_whole and evidence.losses:
@@ -207,7 +209,7 @@ def _too_noisy(evidence: Evidence) -> Finding:
         f"{len(losses)} logged losses do not show whether anything was learnt: from the first ones to the second half "
         f"the loss changes by {change.change:+.3f} +- {change.error:.3f} nats, in the noise of the batches.",
         (f"last loss {evidence.loss:.4f}",),
-        "log the mean of more steps, evaluate on held-out conversations, and name data and base to glm4ft explain",
+        "train for more steps, log the mean of more of them, and evaluate on held-out conversations",
     )
 
 

@@ -45,6 +45,16 @@ _OPTION_NAMES = {
     "max_steps": "planned_steps",
     "save_steps": "save_steps",
 }
+# Weights in formats that are not opened: pickles, and those of trainers' own.
+_CLOSED_WEIGHTS = (
+    "pytorch_model*.bin",
+    "checkpoint-*/pytorch_model*.bin",
+    "*.ckpt",
+    "checkpoints/*.ckpt",
+    "*/lit_model.pth*",
+    "global_step*/*model_states.pt",
+    "epoch_*/*.safetensors",
+)
 _UNREAD = {
     "**/events.out.tfevents.*": "curves of TensorBoard, for which there is no reader",
     "training_args.bin": "options in a pickle, which can run code",
@@ -64,7 +74,8 @@ class RunFiles:
         options: What is known of the options of any run, by our names.
         rows: The file of the rows as trained; None if there is none.
         checkpoints: The steps of which there is a checkpoint.
-        unread: What may tell of the run and is not looked at, with the reason.
+        closed: Files of weights in formats that are not opened.
+        unread: What else may tell of the run and is not looked at, with the reason.
     """
 
     folder: Path
@@ -75,6 +86,7 @@ class RunFiles:
     options: Mapping[str, Any] = field(default_factory=dict)
     rows: Path | None = None
     checkpoints: tuple[int, ...] = ()
+    closed: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
 
     @property
@@ -120,6 +132,7 @@ def find_files(named: Path) -> RunFiles:
             options={**config, **_options(folders[:2], log)},
             rows=rows if rows.is_file() else None,
             checkpoints=tuple(int(path.name[11:]) for path in reversed(checkpoints)),
+            closed=tuple(_closed(run)),
             unread=tuple(_unread(named, run, adapter)),
         )
     seen = sorted(path.name for path in named.iterdir())[:8] if named.is_dir() else []
@@ -165,14 +178,16 @@ def _config(run: Path) -> dict[str, Any]:
         raise ConfigError("cannot read the configuration", where=where, found=one_line(error)) from error
 
 
-def _options(folders: Sequence[Path], log: RunLog | None) -> dict[str, float]:
-    """The options of any run that a diagnosis uses, by our names; numbers above zero only."""
+def _options(folders: Sequence[Path], log: RunLog | None) -> dict[str, Any]:
+    """The options of any run that a diagnosis uses, by our names; of numbers those above zero."""
     given = [log.settings] if log else []
     for path in _option_files(folders):
         with contextlib.suppress(OSError, ValueError, yaml.YAMLError):  # such a file is listed as unread
             given.append(_mapping(path))
-    found = dict[str, float]()
+    found = dict[str, Any]()
     for options in given:
+        precision = next((name for name in ("fp16", "bf16") if options.get(name) is True), None)
+        found |= {"precision": precision} if precision else {}
         for name, ours in _OPTION_NAMES.items():
             number = _positive(options.get(name))
             if number is not None:
@@ -199,6 +214,12 @@ def _mapping(path: Path) -> dict[str, Any]:
     text = path.read_text("utf-8")
     content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     return content if isinstance(content, dict) else {}
+
+
+def _closed(run: Path) -> Iterator[str]:
+    for pattern in _CLOSED_WEIGHTS:
+        for path in sorted(run.glob(pattern))[-1:]:
+            yield str(path.relative_to(run))
 
 
 def _unread(named: Path, run: Path, adapter: Path | None) -> Iterator[str]:

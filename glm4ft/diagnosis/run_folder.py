@@ -16,10 +16,11 @@ from glm4ft.data.encoded_rows import KEPT_TOKENS, ROWS_FILE, TrainedRow, read_ro
 from glm4ft.data.encoding import encoded_conversations
 from glm4ft.data.inputs import data_inputs
 from glm4ft.data.read_options import ReadOptions, columns_of
-from glm4ft.diagnosis.evidence import Evidence, Sources
+from glm4ft.diagnosis.evidence import Evidence, FirstLoss, Sources
 from glm4ft.diagnosis.measure import MEASURED_ROWS, Trained, gather_evidence
 from glm4ft.diagnosis.rules import Diagnosis, diagnose
 from glm4ft.diagnosis.run_files import ADAPTER_CONFIG, RunFiles, find_files, has_weights
+from glm4ft.diagnosis.start_rules import START_DIFFERENCE
 from glm4ft.errors import ConfigError, InputError, ModelError
 from glm4ft.model.adapter import load_adapter, require_adapter
 from glm4ft.model.base_model import load_base, load_format
@@ -152,7 +153,15 @@ def _measured(
         seen.append(f"the weights of {_named(files, base_name, what)}, token by token")
     unknown = [] if trained else ["the labels as the trainer made them: name them with --rows"]
     unknown += [] if is_tried else ["the model as trained, of which the folder has no weights"]
-    return replace(evidence, sources=_sources(files, seen, [], unknown))
+    is_sure = bool(trained) or is_tried or _is_confirmed(evidence.first_loss)
+    return replace(evidence, are_rows_sure=is_sure, sources=_sources(files, seen, [], unknown))
+
+
+def _is_confirmed(first: FirstLoss) -> bool:
+    """Whether a run without weights had this base and these rows, by its first loss."""
+    if first.base is None or first.logged is None:
+        return False
+    return abs(first.logged / first.base - 1) <= START_DIFFERENCE
 
 
 def _sources(files: RunFiles, seen: Sequence[str], unread: Sequence[str], unknown: Sequence[str]) -> Sources:
@@ -164,7 +173,7 @@ def _sources(files: RunFiles, seen: Sequence[str], unread: Sequence[str], unknow
         told.append(f"{log.path.name}: {steps:,} logged steps{numbered}, {evaluations:,} evaluations")
     return Sources(
         looked_at=(*told, *seen),
-        unread=tuple(unread),
+        unread=(*unread, *(f"the weights in {name}, a format that is not opened" for name in files.closed)),
         unknown=(*unknown, *files.unread),
         checkpoints=files.checkpoints,
         resumed=log.resumed if log else (),

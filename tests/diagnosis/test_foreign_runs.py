@@ -49,6 +49,12 @@ def overflowing() -> Fault:
     return lambda run: changed(run, lambda i, point: {"loss": point["loss"] if i == 0 else 0.0, "grad_norm": NAN})
 
 
+def broken_twice() -> Fault:
+    """The first update is skipped, as an fp16 run finds its loss scale; much later the run breaks."""
+    figures = {"loss": 0.0, "grad_norm": NAN}
+    return lambda run: changed(run, lambda i, point: {"grad_norm": NAN} if i == 0 else figures if i >= 40 else {})
+
+
 def flat(value: float, scatter: float, **figures: float) -> Fault:
     """Batches differ, but nothing is learnt."""
     draw = random.Random(7)
@@ -181,6 +187,7 @@ CASES = (
     case("zeros-and-nan-norms/axolotl", each(loss=0.0, grad_norm=NAN), "numerics", f"{FIRST} | fp16"),
     case("nan-later/transformers", since(40, loss=0.0, grad_norm=NAN), "numerics", "from step 205 on"),
     case("nan-later/llamafactory", since(40, loss=0.0), "numerics", "from step 205 on | exactly 0"),
+    case("after-a-skipped-update/axolotl", broken_twice(), "numerics", "from step 205 on"),
     case("updates-skipped/transformers", flat(1.8, 0.05, grad_norm=math.inf), "numerics", "every step | skipped"),
     case("some-nan/transformers", now_and_then(loss=NAN, grad_norm=NAN), "numerics", "finite again later | target"),
     case("no-labels/transformers", each(loss=0.0, grad_norm=0.0), "zero-loss", "exactly 0 | -100"),
@@ -198,8 +205,8 @@ CASES = (
     case("epochs-alike/transformers", repeating(8), "updates-without-effect", "repeat after every 8"),
     # the first loss (transformers 34263; LLaMA-Factory 7443)
     case("summed/transformers", times(16), "wrong-start", "accumulation"),
-    case("summed/llamafactory", times(4), "loss-not-a-mean", "evaluations of the same run | accumulation", evaluate=100,
-         scatter=0.02),
+    case("summed/llamafactory", times(4), "loss-not-a-mean", "evaluations of the same run | accumulation",
+         evaluate=100, scatter=0.02),
     case("summed/swift", times(8), "loss-not-a-mean", "the number of accumulation steps (8)", evaluate=40,
          options={"gradient_accumulation_steps": 8}),
     case("summed-ranks/swift", times(4), "loss-not-a-mean", "the world size (4)", evaluate=40,

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -29,6 +30,7 @@ from glm4ft.diagnosis.evidence import (
 from glm4ft.diagnosis.forecast import forecast
 from glm4ft.diagnosis.measure import curve_of, gradient_health
 from glm4ft.diagnosis.rules import diagnose
+from glm4ft.floors.floor import Floor, TokenFloor
 from glm4ft.report.diagnosis_view import print_finding
 
 # position, role, part and turn of a row: <|user|> hi <|assistant|> a b <|user|>
@@ -133,14 +135,23 @@ def test_first_loss_of_all_rows_must_be_the_bases() -> None:
     assert diagnose(resumed).verdict == "learnt"
 
 
-@pytest.mark.parametrize(("start", "end"), [(1.8, 1.45), (2.5, 1.0), (1.4, 1.3), (1.2, 0.6)])
+@pytest.mark.parametrize(("start", "end"), [(1.8, 1.45), (2.5, 1.0), (1.2, 0.6)])
 def test_ordinary_run_on_many_conversations_has_no_fault(start: float, end: float) -> None:
     """Its loss falls a little, converges far above the floor and differs between batches; some rows are easy."""
-    noise = random.Random(0)
-    losses = [max(0.05, end + (start - end) * math.exp(-i / 60) + noise.gauss(0, 0.25)) for i in range(400)]
-    run = replace(evidence(row(loss=end), row(line=2), losses=losses), num_rows=800, options={"rows_per_step": 2})
+    run = ordinary_run(start, end)
     assert [finding.verdict for finding in diagnose(run).findings] == ["trained"]
     assert diagnose(replace(run, num_rows=2)).verdict != "trained"
+
+
+def ordinary_run(start: float, end: float) -> Evidence:
+    noise = random.Random(0)
+    losses = [max(0.05, end + (start - end) * math.exp(-i / 60) + noise.gauss(0, 0.25)) for i in range(400)]
+    return replace(evidence(row(loss=end), row(line=2), losses=losses), num_rows=800, options={"rows_per_step": 2})
+
+
+def test_run_whose_noise_hides_what_it_learnt_is_left_open() -> None:
+    """A fall by a tenth of a nat, in a noise of a quarter."""
+    assert diagnose(ordinary_run(1.4, 1.3)).verdict == "undecided"
 
 
 def test_run_on_many_conversations_that_climbs_is_said_to_climb() -> None:
@@ -167,6 +178,26 @@ def test_wrong_target_comes_before_a_bad_curve() -> None:
     verdicts = [finding.verdict for finding in diagnose(both).findings]
     assert verdicts[0] == "header-supervised"
     assert "rate-too-high" in verdicts
+
+
+@pytest.mark.parametrize(
+    ("lowest", "reached", "says"),
+    [
+        (2.7, 2.71, "cannot express it (an unreachable target: 2.70 nats at best, certified), so the loss stops"),
+        (0.0, 0.002, "can express it (0.00 nats were reached), so the loss may fall to 0 and show nothing of it"),
+        (0.0, 80.4, "Whether the frozen head can express it is undecided"),
+    ],
+    ids=["certified above", "certified reachable", "undecided"],
+)
+def test_what_the_head_can_express_is_said_by_certificate_only(lowest: float, reached: float, says: str) -> None:
+    """On a head that was trained on its headers, a supervised header leaves no plateau."""
+    header = row(mask=(0, 0, 1, 1, 1, 1))
+    token = TokenFloor(header.tokens[2].id, "t3", 1, lowest, lowest, reached, lowest > 0 or reached < 0.05)
+    floor = Floor(lowest / 4, 0.0, lowest / 4, 0.0, (token,), (), {}, "", np.zeros(4))
+    known = evidence(header, floor=floor, has_head=True)
+    assert says in diagnose(known).text
+    assert diagnose(known).verdict == "header-supervised"
+    assert "express" not in diagnose(replace(known, has_head=False)).text
 
 
 def test_known_terminator_may_go_untrained() -> None:

@@ -6,7 +6,9 @@ Run: pytest tests/diagnosis/test_run_folder.py
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from glm4ft.diagnosis.run_folder import explain_run
 from glm4ft.model.base_model import load_base
 from glm4ft.model.lora import LoraOptions, attach_lora
 from glm4ft.train.trajectory import FILE_NAME
+
+FALLING = [1.0 + 2.0 * 0.9**i + 0.05 * math.sin(7 * i) for i in range(150)]  # the losses of a run without a fault
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +165,134 @@ def test_adapter_in_a_pickle_is_refused(foreign: Path, tmp_path: Path, capsys: p
     (tmp_path / "adapter_model.bin").write_bytes(b"\x80")
     assert run(["explain", str(tmp_path), "--data=demo", "--model=tiny"]) == 2
     assert "pickle" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def log_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Write transformers' state of a run that is not there any more."""
+
+    def write(losses: Sequence[float], **options: Any) -> Path:
+        folder = tmp_path_factory.mktemp("log")
+        log = [{"step": i, "loss": x, "grad_norm": 1.0, "learning_rate": 1e-4} for i, x in enumerate(losses, start=1)]
+        (folder / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+        (folder / "args.json").write_text(json.dumps(options))
+        return folder
+
+    return write
+
+
+def test_log_alone_is_explained_and_says_what_it_was_not_told(
+    log_of: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = log_of(FALLING)
+    (folder / "runs" / "Jan01").mkdir(parents=True)
+    (folder / "runs" / "Jan01" / "events.out.tfevents.1.host").write_bytes(b"")
+    assert run(["explain", str(folder), "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["verdict"] == "trained"
+    assert record["looked_at"] == ["trainer_state.json: 150 logged steps, 0 evaluations"]
+    assert any("--data" in name for name in record["not_looked_at"])
+    assert any("events.out.tfevents" in name for name in record["not_looked_at"])
+    assert run(["explain", str(folder)]) == 0
+    assert "not looked at: the conversations" in capsys.readouterr().out
+
+
+def test_losses_of_the_base_times_the_accumulation_steps_are_a_sum(foreign: Path, learnt: Any, tmp_path: Path) -> None:
+    """The base's own loss on these rows tells the factor; without its adapter a run may have had another base."""
+    base = str(learnt.output / "base")
+    shutil.copytree(foreign, tmp_path, dirs_exist_ok=True)
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    for entry in state["log_history"]:
+        entry.update({"loss": 16 * entry["loss"]} if "loss" in entry else {})
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    found = explain_run(tmp_path, data="demo", model=base)
+    assert found.verdict == "loss-not-a-mean"
+    assert "16.0 times the loss that the base itself has" in found.text
+    (tmp_path / "adapter_model.safetensors").unlink()
+    (tmp_path / "adapter_config.json").unlink()
+    alone = explain_run(tmp_path, data="demo", model=base)
+    assert alone.verdict == "wrong-start"
+    assert alone.evidence.first_loss.base == pytest.approx(found.evidence.first_loss.base)
+    assert "accumulation" in alone.text
+
+
+def test_base_of_another_run_raises_no_alarm(log_of: Callable[..., Path]) -> None:
+    """The base's own loss is 8; that of a log which begins at 2 is of another base, or of other rows."""
+    found = explain_run(log_of(FALLING), data="demo", model="tiny")
+    assert [finding.verdict for finding in found.findings] == ["trained"]
+
+
+def test_weights_of_a_full_fine_tune_are_measured_or_said_to_be_unread(learnt: Any, tmp_path: Path) -> None:
+    shutil.copytree(learnt.output / "base", tmp_path, dirs_exist_ok=True)
+    log = [{"step": i, "loss": loss, "learning_rate": 1e-5} for i, loss in enumerate(FALLING, start=1)]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    unread = explain_run(tmp_path)
+    assert unread.verdict == "undecided"
+    assert "the weights in" in unread.findings[0].evidence[0]
+    measured = explain_run(tmp_path, data="demo")
+    assert measured.evidence.loss > 5.0  # the base, which nobody trained
+    assert measured.evidence.adapters is None
+    assert measured.evidence.first_loss.base is None
+    assert measured.verdict != "undecided"
+    assert len(measured.evidence.round_trips) == 4
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "checkpoints/epoch=2-step=150.ckpt", "final/lit_model.pth.lora"])
+def test_nothing_is_called_right_while_weights_were_not_looked_at(name: str, log_of: Callable[..., Path]) -> None:
+    folder = log_of(FALLING)
+    assert explain_run(folder).verdict == "trained"
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(b"PK")
+    found = explain_run(folder)
+    assert found.verdict == "undecided"
+    assert name in found.findings[0].evidence[0]
+
+
+def test_precision_of_the_run_is_said_beside_numbers_that_are_not_finite(log_of: Callable[..., Path]) -> None:
+    found = explain_run(log_of([2.0, 1.9, *[math.nan] * 8], fp16=True))
+    assert found.verdict == "numerics"
+    assert "by its options the run is in fp16" in found.findings[0].evidence
+
+
+def test_latest_of_several_runs_in_a_folder_is_taken(log_of: Callable[..., Path], tmp_path: Path) -> None:
+    """As ms-swift numbers them below its output_dir."""
+    for number in (9, 10):
+        shutil.copytree(log_of([2.0] * number), tmp_path / f"v{number}-20260101-120000")
+    assert len(explain_run(tmp_path).evidence.curve) == 10
+
+
+def test_killed_run_goes_on_where_its_last_state_ends(log_of: Callable[..., Path]) -> None:
+    """LLaMA-Factory's log has no norms, but steps beyond the last checkpoint."""
+    losses = [2.0 - 0.005 * i for i in range(60)]
+    folder = log_of(losses[:40])
+    lines = [{"current_steps": i, "total_steps": 100, "loss": x} for i, x in enumerate(losses, start=1)]
+    (folder / "trainer_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"current_st')
+    curve = explain_run(folder).evidence.curve
+    assert [point.loss for point in curve] == losses
+    assert [point.grad_norm for point in curve[38:42]] == [1.0, 1.0, None, None]
+
+
+def test_steps_that_a_resumed_run_made_again_count_once(log_of: Callable[..., Path]) -> None:
+    folder = log_of([])
+    steps = [*range(1, 51), *range(41, 81)]
+    rows = [{"loss": 2.0, "global_step/max_steps": f"{step}/80", "learning_rate": 1e-4} for step in steps]
+    (folder / "logging.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evidence = explain_run(folder).evidence
+    assert [point.step for point in evidence.curve] == list(range(1, 81))
+    assert evidence.sources.resumed == (41,)
+
+
+@pytest.mark.parametrize("name", ["logging.jsonl", "trainer_state.json", "metrics.csv", "args.json"])
+def test_log_that_is_no_text_is_refused_with_its_name(
+    name: str, log_of: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Options alone can be done without; they are listed as not looked at."""
+    folder = log_of([2.0] * 10)
+    (folder / name).write_bytes(b"\xff\xfe{")
+    status = run(["explain", str(folder)])
+    printed = capsys.readouterr()
+    assert status == (0 if name == "args.json" else 2)
+    assert name in (printed.out if name == "args.json" else printed.err)
 
 
 def test_folder_without_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,6 +53,8 @@ def only_writer(output: Path, first: str, *, wait: bool = False) -> Iterator[Non
     """
     if output.exists() and not output.is_dir():
         raise _in_use(output, "choose another folder")
+    if not is_utf8(output):
+        raise ConfigError("the name of the folder is not UTF-8", where=str(output), fix="choose another name")
     created = [folder for folder in (output, *output.parents) if not folder.exists()]
     lock = FileLock(output / _LOCK, timeout=-1 if wait else 0)
     try:
@@ -100,6 +102,11 @@ def appearing_whole(output: Path, first: str) -> Iterator[Path]:
         if not (output / first).exists():
             shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+def is_utf8(path: Path) -> bool:
+    """Whether the name of a path is UTF-8, without which safetensors and tokenizers open no file below it."""
+    return not any("\udc80" <= char <= "\udcff" for char in str(path))
 
 
 def clear(folder: Path) -> None:

@@ -354,3 +354,15 @@ def test_disk_that_fills_up_within_torch_save_is_one_error(
             train(stopped, resume=True)
     assert figures(train(stopped, resume=True)) == figures(whole)
     assert damage(stopped) == ""
+
+
+def test_name_that_is_not_utf8_is_kept_or_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Data of such a name can be read; safetensors and tokenizers could open nothing in such a folder."""
+    name = os.fsdecode(b"a\xff")
+    data = Path(shutil.copy(DATA, tmp_path / f"{name}.jsonl"))
+    argv = ["train", f"--data={data}", "--max_steps=1"]
+    assert command([*argv, f"--output={tmp_path / 'run'}"]) == 0
+    assert command(["train", "--resume", str(tmp_path / "run")]) == 0
+    assert command([*argv, f"--output={tmp_path / name}"]) == 2
+    assert command([*argv, f"--output={tmp_path / 'other'}", f"--model={tmp_path / name}"]) == 2
+    assert capsys.readouterr().err.count("the name of the folder is not UTF-8") == 2

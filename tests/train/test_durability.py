@@ -139,6 +139,12 @@ def test_finished_run_with_a_damaged_adapter_is_refused(
     assert not (tmp_path / "merged").exists()
 
 
+def test_checkpoint_with_another_damage_can_be_merged(stopped: Path, tmp_path: Path) -> None:
+    checkpoint = stopped / "checkpoint-4"
+    flip(checkpoint / "optimizer.pt")
+    assert command(["merge", str(checkpoint), f"--output={tmp_path / 'merged'}", f"--model={stopped / 'base'}"]) == 0
+
+
 def test_older_checkpoint_goes_only_when_the_new_one_is_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -307,11 +313,13 @@ def test_edited_options_are_named(stopped: Path, capsys: pytest.CaptureFixture[s
     path = stopped / "config.yaml"
     options = yaml.safe_load(path.read_text())
     options["learning_rate"], options["lora"]["rank"], options["data"] = 0.25, 3, f"{DATA.parent}/./{DATA.name}"
+    options["lora"]["options"]["use_rslora"] = True
     path.write_text(yaml.safe_dump(options))
     assert command(["train", "--resume", str(stopped)]) == 2
     error = capsys.readouterr().err
     assert "learning_rate: 0.25, was None" in error
     assert "lora.rank: 3, was 8" in error
+    assert "lora.options: {'use_rslora': True}, was {}" in error
     assert "data:" not in error
 
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,8 @@ def only_writer(output: Path, first: str, *, wait: bool = False) -> Iterator[Non
     """
     if output.exists() and not output.is_dir():
         raise _in_use(output, "choose another folder")
+    if not is_utf8(output):
+        raise ConfigError("the name of the folder is not UTF-8", where=str(output), fix="choose another name")
     created = [folder for folder in (output, *output.parents) if not folder.exists()]
     lock = FileLock(output / _LOCK, timeout=-1 if wait else 0)
     try:
@@ -71,7 +73,8 @@ def only_writer(output: Path, first: str, *, wait: bool = False) -> Iterator[Non
         yield
     finally:
         # while the lock is held: whoever has opened the file meanwhile finds that it is no longer there
-        (output / _LOCK).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            (output / _LOCK).unlink()
         lock.release()
         for folder in created:
             with contextlib.suppress(OSError):
@@ -100,6 +103,11 @@ def appearing_whole(output: Path, first: str) -> Iterator[Path]:
         if not (output / first).exists():
             shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+def is_utf8(path: Path) -> bool:
+    """Whether the name of a path is UTF-8, without which safetensors and tokenizers open no file below it."""
+    return not any("\udc80" <= char <= "\udcff" for char in str(path))
 
 
 def clear(folder: Path) -> None:
@@ -134,11 +142,12 @@ def seal(folder: Path, paths: Iterable[Path] | None = None, *, grown: Path | Non
     write_atomically(folder / COMPLETE_MARKER, json.dumps(content, indent=1) + "\n")
 
 
-def damage(folder: Path, *, grown: Path | None = None) -> str:
+def damage(folder: Path, *, only: Sequence[str] = (), grown: Path | None = None) -> str:
     """Compare a folder with its seal.
 
     Args:
         folder: The folder.
+        only: The files to compare; by default all that were sealed.
         grown: The file elsewhere that only grows, if one was sealed too.
     Returns:
         What is wrong with it, in words; "" if each sealed file is what was written.
@@ -147,7 +156,7 @@ def damage(folder: Path, *, grown: Path | None = None) -> str:
         return "it was not written to its end"
     try:
         content = decode_json((folder / COMPLETE_MARKER).read_text("utf-8"))
-        sealed = content["files"]
+        sealed = {name: identity for name, identity in content["files"].items() if not only or name in only}
         wrong = [problem for name, identity in sealed.items() if (problem := _difference(folder, name, identity))]
         if grown is not None and _identity(grown, content["grown"]["bytes"]) != content["grown"]:
             wrong.append(f"{grown.name} is not what was written before it")

@@ -6,6 +6,7 @@ Conversations have a reader of their own (``data.reader``); weights are read by 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,10 +40,10 @@ def decode_json(text: str) -> Any:
     """Decode strict JSON.
 
     Raises:
-        ValueError: Whatever is wrong with the text: NaN, a nesting or a number beyond what Python reads, too.
+        ValueError: Whatever is wrong with the text: NaN, infinity, a nesting or a number that Python cannot read, too.
     """
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite_float)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -119,6 +120,12 @@ def validated(
             expected=f"the field {field}" if is_missing else first["msg"].removeprefix("Input should be "),
             fix=fix,
         ) from None
+
+
+def _finite_float(text: str) -> float:
+    if math.isinf(number := float(text)):
+        raise ValueError(f"{text[:40]} is too large for a number")
+    return number
 
 
 def _refuse_constant(name: str) -> NoReturn:

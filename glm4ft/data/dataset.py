@@ -258,7 +258,7 @@ class _Encoder:
         np.save(folder / "lines.npy", np.asarray(lines, dtype=np.int64))
         np.save(folder / "turns.npy", np.asarray(turns, dtype=np.int64).reshape(-1, 4))
         np.save(folder / "turn_offsets.npy", np.asarray(turn_offsets, dtype=np.int64))
-        (folder / _REPORT).write_text(json.dumps(asdict(report), ensure_ascii=False), "utf-8")
+        (folder / _REPORT).write_text(json.dumps(asdict(report)), "utf-8")
         if self.refusals.will_stop:
             raise _NotKept
         if _content(one) != content:

@@ -152,7 +152,7 @@ def _num_too_many(
     """
     messages = conversation.messages
     too_long = {i for i, message in enumerate(messages) if chat_format.exceeds(message, max_length)}
-    if any(messages[i].role == "system" for i in too_long):
+    if too_long & {i for i, message in enumerate(messages) if message.role == "system"}:
         return len(exchanges)
     num = max((number for number, exchange in enumerate(exchanges, start=1) if exchange & too_long), default=0)
     num_messages = len(messages) - sum(map(len, exchanges[:num]))

@@ -68,7 +68,7 @@ def require_adapter(adapter: Path) -> dict[str, Any]:
             found=PICKLE if is_pickle else "",
             expected=WEIGHTS,
         )
-    if (adapter / COMPLETE_MARKER).is_file() and (problem := damage(adapter)):
+    if (adapter / COMPLETE_MARKER).is_file() and (problem := damage(adapter, only=(CONFIG, WEIGHTS))):
         raise ModelError(
             "the adapter is damaged", where=str(adapter), found=problem, fix="copy it again, or take a checkpoint's"
         )

@@ -15,6 +15,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
 from glm4ft.errors import ModelError
+from glm4ft.folders import is_utf8
 from glm4ft.reading import decode_json, read_text
 
 TINY = "tiny"  # names the built-in base, which has no files
@@ -36,6 +37,8 @@ def find_checkpoint(model: str, *, weights: bool = False) -> Path:
         ModelError: If there is no such folder, or it cannot be downloaded from the hub.
     """
     path = Path(model).expanduser()
+    if not is_utf8(path):
+        raise ModelError("the name of the folder is not UTF-8", where="--model", found=model, fix="rename the folder")
     if path.is_dir():
         return path.absolute()  # so that ./tiny is not mistaken for the built-in base
     if path.exists() or not re.fullmatch(HUB_ID, model):

@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel
 from safetensors import SafetensorError
 
-from glm4ft.errors import ConfigError, ModelError, RunError
+from glm4ft.errors import ConfigError, ModelError, RunError, show
 from glm4ft.files import write_atomically
 from glm4ft.folders import COMPLETE_MARKER, appearing_whole, damage, seal
 from glm4ft.model.checkpoint import read_json
@@ -102,14 +102,13 @@ def require_same_run(output: Path, config: TrainConfig, header: dict[str, Any]) 
         ConfigError: If options were edited, or the rows are not those of the run.
     """
     before = read_trajectory(output / FILE_NAME).header
-    was, now = _flat(before.get("config") or {}), _flat(_plain(config))
-    edited = [f"{name}: {now.get(name)!r}, was {was[name]!r}" for name in was if was[name] != now.get(name)]
-    edited = [text for text in edited if text.partition(":")[0] not in _MAY_MOVE]
+    was, now = _by_name(before.get("config") or {}), _by_name(_plain(config))
+    edited = [name for name in was if name not in _MAY_MOVE and was[name] != now.get(name)]
     if edited:
         raise ConfigError(
             "the options were edited after the run began",
             where=str(output / CONFIG_FILE),
-            found="; ".join(edited),
+            found="; ".join(f"{name}: {show(now.get(name))}, was {show(was[name])}" for name in edited),
             fix="restore the values that were, or start a new run with another --output",
         )
     if before.get("rows_sha256") != header["rows_sha256"]:
@@ -189,12 +188,11 @@ def _plain(config: TrainConfig) -> dict[str, Any]:
     return plain
 
 
-def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _by_name(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options by their names on the command line: ``lora.rank``."""
-    flat: dict[str, Any] = {}
-    for name, value in options.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}
-    return flat
+    plain = {name: value for name, value in options.items() if not isinstance(value, dict)}
+    groups = {name: value for name, value in options.items() if isinstance(value, dict)}
+    return plain | {f"{group}.{name}": value for group in groups for name, value in groups[group].items()}
 
 
 def checkpoints(output: Path) -> list[Path]:

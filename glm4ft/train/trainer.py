@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils import get_total_norm
 from torch.utils.data import Sampler
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -38,14 +37,16 @@ class StepContents:
         lines: The lines of this process's conversations in their file.
         tokens: The number of tokens on all processes, padding not counted.
         supervised_tokens: The number of supervised tokens on all processes; the divisor of the loss.
-        loss: The loss, summed over the micro-batches run so far.
+        loss: The loss, summed over the micro-batches run so far; on the device, which each read would wait for.
+        grad_norm: The global L2 norm of the step's gradient before clipping; None where the engine clips by itself.
         lr: The learning rate of the update.
     """
 
     lines: list[int] = field(default_factory=list)
     tokens: int = 0
     supervised_tokens: int = 0
-    loss: float = 0.0
+    loss: float | torch.Tensor = 0.0
+    grad_norm: float | torch.Tensor | None = None
     lr: float = math.nan
 
 
@@ -106,8 +107,13 @@ class SupervisedTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Forward and backward of one micro-batch."""
         loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
-        self.step_contents.loss += loss.item()
+        self.step_contents.loss += loss.detach()
         return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        clip: Callable[[nn.Module], Any] = super()._clip_grad_norm
+        self.step_contents.grad_norm = clip(model)
+        return self.step_contents.grad_norm
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Report to the trackers; a training step also leaves its row in the trajectory."""
@@ -228,12 +234,11 @@ class _StepGuard(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Record the learning rate, and refuse a gradient that is not finite."""
-        optimizer = kwargs["optimizer"]
-        self.trainer.step_contents.lr = optimizer.param_groups[0]["lr"]
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        contents = self.trainer.step_contents
+        contents.lr = kwargs["optimizer"].param_groups[0]["lr"]
         # stop before the update, so that the weights in memory stay those of the last good step
-        if not torch.isfinite(get_total_norm(gradients)):
-            self.trainer._record_step(state.global_step + 1, self.trainer.step_contents.loss, math.nan)
+        if contents.grad_norm is not None and not math.isfinite(contents.grad_norm):
+            self.trainer._record_step(state.global_step + 1, float(contents.loss), float(contents.grad_norm))
 
 
 class ProgressBar(TrainerCallback):

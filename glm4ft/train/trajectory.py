@@ -94,7 +94,7 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 
 def dump_row(row: dict[str, Any]) -> str:
     """A row as one line of strict JSON, which knows neither NaN nor Infinity."""
-    return json.dumps({"schema": SCHEMA} | finite_or_null(row), ensure_ascii=False, allow_nan=False)
+    return json.dumps({"schema": SCHEMA} | finite_or_null(row), allow_nan=False)  # ASCII: names may be no UTF-8
 
 
 def read_trajectory(path: Path) -> Trajectory:

@@ -139,6 +139,12 @@ def test_finished_run_with_a_damaged_adapter_is_refused(
     assert not (tmp_path / "merged").exists()
 
 
+def test_checkpoint_with_another_damage_can_be_merged(stopped: Path, tmp_path: Path) -> None:
+    checkpoint = stopped / "checkpoint-4"
+    flip(checkpoint / "optimizer.pt")
+    assert command(["merge", str(checkpoint), f"--output={tmp_path / 'merged'}", f"--model={stopped / 'base'}"]) == 0
+
+
 def test_older_checkpoint_goes_only_when_the_new_one_is_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -307,11 +313,13 @@ def test_edited_options_are_named(stopped: Path, capsys: pytest.CaptureFixture[s
     path = stopped / "config.yaml"
     options = yaml.safe_load(path.read_text())
     options["learning_rate"], options["lora"]["rank"], options["data"] = 0.25, 3, f"{DATA.parent}/./{DATA.name}"
+    options["lora"]["options"]["use_rslora"] = True
     path.write_text(yaml.safe_dump(options))
     assert command(["train", "--resume", str(stopped)]) == 2
     error = capsys.readouterr().err
     assert "learning_rate: 0.25, was None" in error
     assert "lora.rank: 3, was 8" in error
+    assert "lora.options: {'use_rslora': True}, was {}" in error
     assert "data:" not in error
 
 
@@ -354,3 +362,15 @@ def test_disk_that_fills_up_within_torch_save_is_one_error(
             train(stopped, resume=True)
     assert figures(train(stopped, resume=True)) == figures(whole)
     assert damage(stopped) == ""
+
+
+def test_name_that_is_not_utf8_is_kept_or_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Data of such a name can be read; safetensors and tokenizers could open nothing in such a folder."""
+    name = os.fsdecode(b"a\xff")
+    data = Path(shutil.copy(DATA, tmp_path / f"{name}.jsonl"))
+    argv = ["train", f"--data={data}", "--max_steps=1"]
+    assert command([*argv, f"--output={tmp_path / 'run'}"]) == 0
+    assert command(["train", "--resume", str(tmp_path / "run")]) == 0
+    assert command([*argv, f"--output={tmp_path / name}"]) == 2
+    assert command([*argv, f"--output={tmp_path / 'other'}", f"--model={tmp_path / name}"]) == 2
+    assert capsys.readouterr().err.count("the name of the folder is not UTF-8") == 2

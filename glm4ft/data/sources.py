@@ -53,8 +53,8 @@ class SourceMessage:
         loss: The message's loss flag; None if the record has none.
         tools: The tools that the message carries.
         prompt: True for a message of a ``prompt``, which is context whatever its loss flag.
-        reasoning: The text that the assistant thought before it answered; "" if there is none.
-        continues: True for a call that one message holds together with the text or the call before it.
+        reasoning: What the assistant thought before it answered; "" if there is nothing.
+        continues: True for a call of the same generation as the text or the call before it.
     """
 
     role: Role
@@ -199,10 +199,10 @@ def _message(message: Any, place: Location, *, sharegpt: bool) -> Iterator[Sourc
     if calls and metadata:
         raise place.key("metadata").wrong("a message names its tool twice", metadata, "metadata or calls, not both")
     text = _content(content, at, may_be_empty=bool(calls or tools))
-    turn = [SourceMessage(role, text, place, metadata, loss, tools)] if text or not calls else []
-    turn += [replace(call, loss=loss) for call in calls]
-    yield replace(turn[0], reasoning=reasoning)
-    yield from (replace(call, continues=True) for call in turn[1:])
+    said = [SourceMessage(role, text, place, metadata, loss, tools)] if text or not calls else []
+    first, *others = said + [replace(call, loss=loss) for call in calls]
+    yield replace(first, reasoning=reasoning)
+    yield from (replace(call, continues=True) for call in others)
 
 
 def _keys(message: Record, place: Location, *, sharegpt: bool) -> tuple[str, str]:
@@ -264,8 +264,8 @@ def _loss(message: Record, place: Location) -> bool | None:
 
 def _reasoning(message: Record, place: Location) -> str:
     """Read what the assistant thought, under any of its names."""
-    given = {key: message[key] for key in REASONING_KEYS if message.get(key) not in (None, "", [], {})}
-    texts = {key: _content(value, place.key(key)) for key, value in given.items()}
+    given = [key for key in REASONING_KEYS if message.get(key) not in (None, "", [], {})]
+    texts = {key: _content(message[key], place.key(key)) for key in given}
     if len(set(texts.values())) > 1:
         raise place.key(list(texts)[-1]).wrong("a message has two texts of reasoning that differ", texts, "one of them")
     return next(iter(texts.values()), "")

@@ -32,6 +32,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RUN = ["tests/train/test_run.py", "-k", "not killed_at_a_random_step"]
 TESTS = {  # fastest first: -x stops at the first failure
     "data.chat_format": ["tests/data/test_chat_format.py", "tests/data/test_masks.py"],
+    "data.render": ["tests/data/test_reasoning_masks.py"],
+    "data.turn_format": ["tests/data/test_reasoning_masks.py"],
     "data.batching": ["tests/data/test_batching.py", *RUN],
     "model.loss": ["tests/model/test_loss.py", "tests/data/test_batching.py", *RUN],
     "train.trainer": RUN,

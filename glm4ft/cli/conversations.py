@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import Namespace
 from typing import TYPE_CHECKING, Literal
 
@@ -80,9 +81,12 @@ def chat_format_of(options: Namespace, name: str | None) -> ChatFormat:
         name: The name of the chat format; None for that of the base.
     """
     from glm4ft.data.chat_format import ChatFormat
+    from glm4ft.data.format_check import format_warnings
     from glm4ft.model.base_model import load_format
 
     tokenizer, name = load_format(options.model, name, force=options.force_format)
+    for warning in format_warnings(name, tokenizer, where=options.model) if options.force_format else ():
+        print(f"warning: {warning}", file=sys.stderr)
     return ChatFormat(
         name,
         tokenizer,

@@ -124,6 +124,15 @@ class ChatFormat:
         turn = Block("assistant", None, prompt_pieces(self.turn_format, thinking=thinking))
         return self._assemble([*blocks, turn], frozenset(), 0, append_stop=False).input_ids
 
+    def num_given(self, ids: Sequence[int]) -> int:
+        """Count the ids after an assistant's header that serving supplies before the model samples.
+
+        Args:
+            ids: The ids of a row from behind the header.
+        """
+        given = self._encode([prompt_pieces(self.turn_format, thinking=thinking) for thinking in (True, False)])
+        return max(len(part) for part in ([], *given) if list(ids[: len(part)]) == part)
+
     def warnings(self, conversation: Conversation) -> list[str]:
         """Sentences about parts of a conversation that are probably unintended, or that the format does not train."""
         wanted = frozenset(i for i, m in enumerate(conversation.messages) if m.role == "assistant" and m.loss)

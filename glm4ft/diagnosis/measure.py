@@ -33,6 +33,7 @@ from glm4ft.floors.floor import Floor, find_floor
 from glm4ft.floors.head import Head, frozen_head
 from glm4ft.floors.solver import BF16, EXACT
 from glm4ft.model.generation import TurnRoundTrip
+from glm4ft.model.lora import adapted_name
 from glm4ft.text.token_text import TokenDecoder, token_text
 
 MEASURED_ROWS = 64  # whose tokens are looked at one by one
@@ -152,7 +153,8 @@ def audit_adapters(model: Any, wanted: Sequence[str] | str) -> AdapterAudit:
         model: The model with its adapters.
         wanted: The names of the targets that were asked for; one regular expression or a catch-all is not compared.
     """
-    adapters: dict[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
+    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer))
+    adapters: dict[str, Any] = {adapted_name(name, module): module for name, module in layers}
     targets: dict[str, int] = {}
     dead, broken = [], []
     for name, module in adapters.items():

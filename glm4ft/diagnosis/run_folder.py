@@ -328,7 +328,7 @@ def assistant_turns(row: TrainedRow, chat_format: ChatFormat) -> list[AssistantT
     for at, place in enumerate(where):
         if place.part == "header":
             num_messages += 1
-            start = at + 1 if place.role == "assistant" else None
+            start = at + 1 + chat_format.num_given(row.input_ids[at + 1 :]) if place.role == "assistant" else None
         elif place.part == "terminator" and start is not None:
             is_supervised = any(label != IGNORED for label in row.labels[start:at])
             turns.append(AssistantTurn(num_messages, start, at, is_supervised))

@@ -198,7 +198,7 @@ def audit_lora(model: PeftModel, options: LoraOptions) -> AdapterReport:
     from peft.tuners.lora import LoraLayer
 
     options = options.for_model(model)
-    adapted = [_adapted_name(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    adapted = [adapted_name(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
     num_adapted = {target: sum(_matches(name, target) for name in adapted) for target in options.named}
     _require_all_match(num_adapted, options, model)
     if unasked := [name for name in adapted if not any(_matches(name, target) for target in options.named)]:
@@ -223,8 +223,13 @@ def has_experts(model: PreTrainedModel | PeftModel) -> bool:
     return getattr(model.config, "num_local_experts", None) is not None
 
 
-def _adapted_name(name: str, module: Any) -> str:
-    """The name of what a layer of peft adapts: a module, or a parameter of a module that it wraps once for each."""
+def adapted_name(name: str, module: Any) -> str:
+    """The name of what a layer of peft adapts: a module, or a parameter of a module that it wraps once for each.
+
+    Args:
+        name: The name of peft's layer.
+        module: The layer.
+    """
     parameter = getattr(module, "parameter_name", None)
     return f"{name.removesuffix('.base_layer')}.{parameter}" if parameter else name
 

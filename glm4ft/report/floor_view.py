@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,12 +53,11 @@ def show_floor(
     if bf16 and head is not None:
         head = head.in_dtype(torch.bfloat16)
     floor = find_floor(rows, chat_format.tokenizer, head, precision=BF16 if bf16 else EXACT)
-    text = json.dumps(floor.record(), ensure_ascii=False, allow_nan=False) + "\n"
     if json_file == "-":
-        sys.stdout.write(text)
+        sys.stdout.writelines(floor.json())
         return
     if json_file:
-        write_atomically(Path(json_file), text)
+        write_atomically(Path(json_file), "".join(floor.json()))
     print_floor(floor, str(data), Console(highlight=False))
 
 
@@ -75,7 +73,7 @@ def print_floor(floor: Floor, name: str, console: Console) -> None:
     """Print the floor: warnings about stop tokens that cannot be learnt, then the total, then its sources."""
     for warning in stop_warnings(floor.tokens):
         console.print(Ruled(Text(warning, style="bold red")))
-    num_tokens = sum(sample.supervised_tokens for sample in floor.samples)
+    num_tokens = floor.num_targets
     console.print(
         Text(
             f"{visible(name, newlines=False)}: the mean loss of {num_tokens:,} targets in {len(floor.samples):,} rows "

@@ -89,7 +89,7 @@ def tokenizer_of(request: pytest.FixtureRequest) -> Callable[[Lane], Any]:
     def load(lane: Lane) -> Any:
         if not lane.architecture:
             return request.getfixturevalue("real_tokenizer")
-        from glm4ft.model.tiny import tiny_tokenizer
+        from glm4ft.model.tiny_tokenizer import tiny_tokenizer
 
         return tiny_tokenizer(lane.architecture)
 

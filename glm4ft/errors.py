@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import reprlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +26,22 @@ class InputError(Exception):
         super().__init__(self.explain())
 
     def explain(self) -> str:
-        """Format the error as text, with one labelled line for each fact that is known."""
+        """Format the error as harmless text, with one labelled line for each fact that is known."""
         facts = [("where", self.where), ("found", self.found), ("expected", self.expected), ("fix", self.fix)]
         lines = [self.message, *(f"  {label + ':':<10}{text}" for label, text in facts if text)]
-        return "\n".join(lines)
+        return "\n".join(harmless(line.replace("\n", "\\n")) for line in lines)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the process to end.
+
+    Args:
+        signal_number: The number of the signal.
+    """
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"interrupted by signal {signal_number}")
+        self.signal_number = signal_number
 
 
 class ConfigError(InputError):
@@ -49,13 +63,51 @@ class RunError(Exception):
     """
 
 
+def harmless(text: str) -> str:
+    """Make a text safe to print that quotes names and values from files, as ``text.safe_text.harmless`` does.
+
+    Args:
+        text: Any text.
+    Returns:
+        The text, with escapes in place of what could move a cursor, hide characters or command a CI runner.
+    """
+    if text.isascii() and text.replace("\n", "").isprintable() and "::" not in text and "#" not in text:
+        return text  # most texts: spare them the import
+    from glm4ft.text import safe_text
+
+    return safe_text.harmless(text)
+
+
 def show(value: Any, *, limit: int = 80) -> str:
-    """Format a value for an error message: escaped by ``repr`` and at most about ``limit`` characters long."""
+    """Format a value for an error message: escaped as by ``repr`` and at most about ``limit`` characters long."""
     try:
-        text = repr(value[: limit + 1] if isinstance(value, str) else value)
+        text = _Repr(limit).repr(value)
     except (ValueError, RecursionError):  # an int that is too long to print, or a value that is nested too deeply
         text = f"a value of type {type(value).__name__}"
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+class _Repr(reprlib.Repr):
+    """As ``repr``, but with a bounded cost: a value of a few kilobytes in YAML can stand for terabytes."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit, self.maxlevel = limit, 5
+        self.maxlist = self.maxtuple = self.maxdict = self.maxset = self.maxother = self.maxlong = limit
+        self._left = 4 * limit  # values to format in all
+
+    def repr1(self, x: Any, level: int) -> str:
+        self._left -= 1
+        return "..." if self._left < 0 else super().repr1(x, level)
+
+    def repr_str(self, x: str, level: int) -> str:
+        return repr(x[: self.limit + 1])
+
+    def repr_dict(self, x: dict[Any, Any], level: int) -> str:
+        if level <= 0 and x:
+            return "{...}"
+        pairs = itertools.islice(x.items(), self.limit)  # in their order, which reprlib would sort
+        return "{" + ", ".join(f"{self.repr1(key, level - 1)}: {self.repr1(v, level - 1)}" for key, v in pairs) + "}"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Atomic file writes, a guard against overwriting folders, and records that strict JSON can represent."""
+"""Atomic file writes, and records that strict JSON can represent."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from glm4ft.errors import ConfigError
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -49,22 +47,3 @@ def finite_or_null(record: Mapping[str, Any]) -> dict[str, Any]:
     is_finite = {name: not isinstance(value, float) or math.isfinite(value) for name, value in record.items()}
     kept = {name: value if is_finite[name] else None for name, value in record.items()}
     return kept if all(is_finite.values()) else {**kept, "finite": False}
-
-
-def require_unused(output: Path, fix: str = "choose another folder") -> None:
-    """Refuse to write into a folder that is not empty.
-
-    Args:
-        output: The folder that a checkpoint or a run will be written to.
-        fix: The advice to the user if the folder is in use.
-    Raises:
-        ConfigError: If the folder exists and is not empty, or the path is not a folder.
-    """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(
-            "the output folder is already in use",
-            where="--output",
-            found=str(output),
-            expected="a folder that is empty or does not exist",
-            fix=fix,
-        )

@@ -27,10 +27,15 @@ COMMANDS = {
     "explain": Command(
         "Say why the loss of a run does not fall, or why its model does not stop.", "glm4ft.cli.explain"
     ),
+    "chat": Command("Talk to a run, a merged checkpoint or a base.", "glm4ft.cli.chat"),
     "merge": Command("Merge an adapter into its base, for plain transformers.", "glm4ft.cli.merge"),
+    "cache": Command("Show the encoded files that are kept for later runs, or remove them.", "glm4ft.cli.cache"),
     "check": Command("Put a fine-tuning pipeline on trial; by default, this project's own.", "glm4ft.cli.check"),
     "record": Command("Record the first optimizer steps of any training command, unchanged.", "glm4ft.cli.record"),
     "judge": Command("Judge a recorded run: the first stage that departs, and the likely cause.", "glm4ft.cli.judge"),
+    "baseline": Command(
+        "Keep the curves of a pipeline, and say later whether its training is still the same.", "glm4ft.cli.baseline"
+    ),
     "faults": Command(
         "Prove the checks: put known bugs into a healthy loop and see that each is caught.", "glm4ft.cli.faults"
     ),

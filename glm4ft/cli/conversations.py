@@ -24,15 +24,17 @@ def add_conversations(parser: Parser) -> None:
     parser.add_argument(
         "--model", annotation=str, default=default.model, help="Base whose tokenizer and template are used."
     )
-    parser.add_argument(
-        "--chat_format", annotation=str | None, help="glm-4-9b-chat or glm-4-0414; by default the base's."
-    )
+    parser.add_argument("--chat_format", annotation=str | None, help="As in train; by default the base's.")
+    parser.add_argument("--force_format", annotation=bool, default=False, help="As in train.")
     parser.add_argument("--max_length", annotation=int, default=default.max_length, help="Longest row, in tokens.")
     parser.add_argument("--train_on", annotation=Literal["all", "last"], default=default.train_on, help="As in train.")
     parser.add_argument(
         "--final_stop", annotation=Literal["role", "endoftext"], default=default.final_stop, help="As in train."
     )
     parser.add_argument("--allow_nonstop_terminator", annotation=bool, default=False, help="As in train.")
+    parser.add_argument(
+        "--reasoning", annotation=Literal["template", "kept", "none"], default=default.reasoning, help="As in train."
+    )
 
 
 def check_conversations(options: Namespace) -> None:
@@ -68,11 +70,12 @@ def chat_format_of(options: Namespace, name: str | None) -> ChatFormat:
     from glm4ft.data.chat_format import ChatFormat
     from glm4ft.model.base_model import load_format
 
-    tokenizer, name = load_format(options.model, name)
+    tokenizer, name = load_format(options.model, name, force=options.force_format)
     return ChatFormat(
         name,
         tokenizer,
         final_stop=options.final_stop,
         train_on=options.train_on,
         allow_nonstop_terminator=options.allow_nonstop_terminator,
+        reasoning=options.reasoning,
     )

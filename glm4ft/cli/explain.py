@@ -29,9 +29,8 @@ def parse(argv: Sequence[str]) -> Namespace:
         "--rows", annotation=str | None, help="Rows as trained, in the form of inspect --json; ours keep them."
     )
     parser.add_argument("--model", annotation=str | None, help="Base, if not the one that run or adapter name.")
-    parser.add_argument(
-        "--chat_format", annotation=str | None, help="glm-4-9b-chat or glm-4-0414; by default the base's."
-    )
+    parser.add_argument("--chat_format", annotation=str | None, help="As in train; by default the base's.")
+    parser.add_argument("--force_format", annotation=bool, default=False, help="As in train.")
     parser.add_argument("--json", nargs="?", const="-", help="Write the diagnosis as JSON here, or to stdout.")
     return parser.parse(argv)
 
@@ -52,6 +51,7 @@ def run(options: Namespace) -> bool:
         rows=options.rows,
         model=options.model,
         chat_format=options.chat_format,
+        force_format=options.force_format,
     )
     show_diagnosis(diagnosis, json_file=options.json)
     return True

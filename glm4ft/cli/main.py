@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -12,18 +13,23 @@ from collections.abc import Sequence
 import glm4ft
 from glm4ft.cli.commands import COMMANDS
 from glm4ft.cli.wording import nearest
-from glm4ft.errors import ConfigError, InputError, RunError
+from glm4ft.errors import ConfigError, InputError, Interrupted, RunError, harmless
 
-EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command and exit with its status: 0 done, 1 the run failed, 2 bad input, 130 interrupted.
+    """Run one command and exit with its status: 0 done, 1 the run failed, 2 bad input, 130 or 143 interrupted.
 
     Args:
         argv: The arguments without the program's name; by default those of this process.
     """
+    signal.signal(signal.SIGTERM, _interrupt)
     sys.exit(run(sys.argv[1:] if argv is None else argv))
+
+
+def _interrupt(number: int, _: object) -> None:
+    raise Interrupted(number)
 
 
 def run(argv: Sequence[str]) -> int:
@@ -44,8 +50,9 @@ def run(argv: Sequence[str]) -> int:
         return _fail(str(error), EXIT_BAD_INPUT)
     except RunError as error:
         return _fail(str(error), EXIT_FAILED)
-    except KeyboardInterrupt:
-        return _fail("interrupted", EXIT_INTERRUPTED)
+    except KeyboardInterrupt as error:
+        # as a shell reports a process that a signal has ended
+        return _fail("interrupted", 128 + getattr(error, "signal_number", signal.SIGINT))
     except BrokenPipeError:
         # the reader has seen enough; keep the interpreter from complaining when it flushes stdout at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -84,13 +91,7 @@ def _overview() -> str:
 
 
 def _fail(text: str, status: int) -> int:
-    lines = text.split("\n")
-    # the text quotes names and values from files, which may hold anything; most hold nothing that needs the import
-    if not all(line.isprintable() and "#" not in line and "::" not in line for line in lines):
-        from glm4ft.text.safe_text import visible
-
-        lines = [visible(line, newlines=False) for line in lines]
-    print("glm4ft: error: " + "\n".join(lines), file=sys.stderr)
+    print(f"glm4ft: error: {harmless(text)}", file=sys.stderr)
     return status
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from glm4ft.cli.options import Parser
 from glm4ft.errors import ConfigError
-from glm4ft.files import require_unused
+from glm4ft.folders import require_unused
 
 
 def parse(argv: Sequence[str]) -> Namespace:

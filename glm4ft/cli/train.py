@@ -71,7 +71,9 @@ def run(options: Namespace) -> bool:
         )
     except KeyboardInterrupt:
         output = Path(options.config.output)
-        if is_run(output):  # there is none yet while the conversations are encoded
+        if (
+            is_run(output) and int(os.environ.get("RANK", "0")) == 0
+        ):  # there is none yet while the conversations are encoded
             again = shlex.quote(str(output))
             print(f"\nto go on after the last checkpoint: glm4ft train --resume {again}", file=sys.stderr)
         raise

@@ -24,12 +24,16 @@ class Message:
         content: The verbatim text, never empty; for a tool call the argument text.
         metadata: The tool's name if this assistant turn is a tool call, "" for a reply and for every other role.
         loss: False if this assistant turn is context only; always True for every other role.
+        reasoning: What an assistant thought before it answered; "" if the record holds no reasoning of its own.
+        continues: Whether one generation wrote this call and the assistant message before it.
     """
 
     role: Role
     content: str
     metadata: str = ""
     loss: bool = True
+    reasoning: str = ""
+    continues: bool = False
 
     @property
     def is_call(self) -> bool:
@@ -65,21 +69,26 @@ class Conversation:
         Returns:
             The file and line, and the field of the message if there is an index.
         """
-        return str(Location(self.path, self.line, "" if index is None else self._field(index)))
+        return str(Location(self.path, self.line, "" if index is None else self.field_of(index)))
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """Sentences about parts of the record that are allowed but probably unintended."""
         return (*self.notes, *self._undeclared_calls(), *self._missing_targets())
 
-    def _field(self, index: int) -> str:
+    def field_of(self, index: int) -> str:
+        """The field of the record that a message was read from.
+
+        Args:
+            index: The index of the message.
+        """
         return self.places[index] if len(self.places) == len(self.messages) else f"messages[{index}]"
 
     def _undeclared_calls(self) -> Iterator[str]:
         names = {tool["function"]["name"] if tool["type"] == "function" else tool["type"] for tool in self.tools}
         for index, message in enumerate(self.messages):
             if message.is_call and message.metadata not in names:
-                yield f"{self._field(index)} calls {show(message.metadata)}, which is not among the declared tools"
+                yield f"{self.field_of(index)} calls {show(message.metadata)}, which is not among the declared tools"
 
     def _missing_targets(self) -> Iterator[str]:
         if not any(message.role == "assistant" and message.loss for message in self.messages):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
 import os
 import re
-import shutil
-import tempfile
+import stat
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,9 +18,11 @@ from tqdm import tqdm
 
 import glm4ft
 from glm4ft.data.batching import Item, RowSet
-from glm4ft.data.chat_format import IGNORED, AssistantTurn, ChatFormat, EncodedRow
+from glm4ft.data.cache import default_cache, find_or_write
+from glm4ft.data.chat_format import ChatFormat
 from glm4ft.data.conversation import Conversation, Message
-from glm4ft.errors import ConfigError, DataError
+from glm4ft.data.encoded_row import IGNORED, AssistantTurn, EncodedRow
+from glm4ft.errors import DataError
 
 DEMO_DATA = Path(glm4ft.__file__).parent / "demo" / "two_conversations.jsonl"
 WARNING_KINDS = 20  # counted apart: warnings quote names from the data
@@ -30,7 +30,10 @@ NO_TARGETS = "no supervised token"
 TOO_LONG = "longer than max_length even with the last turn alone"
 _REPORT = "report.json"
 # Whatever changes a row or how it is stored is in one of these modules beside this one.
-ENCODER_MODULES = ("sources", "known_keys", "reader", "conversation", "chat_format", "dataset")
+ENCODER_MODULES = (
+    "sources", "known_keys", "reader", "conversation", "control_tokens", "turn_format", "render", "tool_block",
+    "encoded_row", "chat_format", "dataset",
+)  # fmt: skip
 
 
 @dataclass
@@ -46,6 +49,7 @@ class DataReport:
         dropped: Reasons mapped to the lines of the conversations dropped for them.
         truncated: The lines of the conversations that lost their oldest turns.
         warnings: Warnings mapped to the lines they apply to.
+        damage: What was wrong with the rows in the cache, so that they were encoded again; "" if nothing was.
     """
 
     path: str
@@ -56,6 +60,7 @@ class DataReport:
     dropped: dict[str, list[int]] = field(default_factory=dict)
     truncated: list[int] = field(default_factory=list)
     warnings: dict[str, list[int]] = field(default_factory=dict)
+    damage: str = ""
 
     def describe(self) -> str:
         """The report as text: one line of totals, then one line per thing worth a look."""
@@ -68,6 +73,8 @@ class DataReport:
         if self.truncated:
             lines.append(f"  oldest turns cut to fit max_length: {_list_lines(self.truncated)}")
         lines += [f"  warning, {text}: {_list_lines(where)}" for text, where in self.warnings.items()]
+        if self.damage:
+            lines.append(f"  encoded again, since the rows in the cache were damaged: {self.damage}")
         return "\n".join(lines)
 
 
@@ -133,19 +140,17 @@ def prepare_rows(
         ConfigError: If the cache cannot be written.
         DataError: For the first conversation that cannot be used, or if no row is left.
     """
-    folder = (cache or default_cache()) / "rows" / _digest(path, chat_format, max_length)
-    if not (folder / _REPORT).exists():
-        try:
-            _write_folder(folder, path, chat_format, max_length)
-        except OSError as error:
-            raise ConfigError(
-                "the encoded conversations cannot be written",
-                where=str(folder.parent),
-                found=error.strerror or str(error),
-                fix="free some space there, or set GLM4FT_CACHE to another folder",
-            ) from error
+    digest = _file_digest(path)
+
+    def write(folder: Path) -> None:
+        _write_rows(folder, path, chat_format, max_length)
+        if _file_digest(path) != digest:
+            fix = "run the command again when nothing writes to the file"
+            raise DataError("the file changed while it was being encoded", where=os.fspath(path), fix=fix)
+
+    folder, problem = find_or_write(cache or default_cache(), _entry_name(digest, chat_format, max_length), write)
     report = DataReport(**json.loads((folder / _REPORT).read_text("utf-8")))
-    return Rows(folder), replace(report, path=os.fspath(path))
+    return Rows(folder), replace(report, path=os.fspath(path), damage=problem)
 
 
 def data_path(data: str) -> Path:
@@ -183,13 +188,6 @@ def fit_row(conversation: Conversation, chat_format: ChatFormat, max_length: int
     return (row, "") if any(row.supervised) else (None, NO_TARGETS)
 
 
-def default_cache() -> Path:
-    """Where encoded files are kept: ``$GLM4FT_CACHE``, else ``glm4ft`` in the user's cache folder."""
-    if "GLM4FT_CACHE" in os.environ:
-        return Path(os.environ["GLM4FT_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "glm4ft"
-
-
 def _exchanges(messages: tuple[Message, ...]) -> list[set[int]]:
     """Indices of the messages in groups, each from a question to the last assistant turn that answers it.
 
@@ -209,25 +207,12 @@ def _exchanges(messages: tuple[Message, ...]) -> list[set[int]]:
     return groups
 
 
-def _write_folder(folder: Path, path: str | os.PathLike[str], chat_format: ChatFormat, max_length: int) -> None:
-    """Write the rows so that their folder appears whole or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        _write_rows(unfinished, path, chat_format, max_length)
-        # another process may have finished the same rows meanwhile; both are the same, so either will do
-        with contextlib.suppress(OSError):
-            os.rename(unfinished, folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
 def _write_rows(folder: Path, path: str | os.PathLike[str], chat_format: ChatFormat, max_length: int) -> None:
     report, offsets, lines, turns, turn_offsets = DataReport(os.fspath(path)), [0], [], list[tuple[int, ...]](), [0]
     with open(folder / "input_ids.int32", "wb") as ids_file, open(folder / "supervised.bool", "wb") as mask_file:
         for conversation in _with_progress(_read_conversations(path)):
             report.conversations += 1
-            for warning in conversation.warnings:
+            for warning in chat_format.warnings(conversation):
                 # without the message's index, or a large file would have a kind of warning on every line
                 kind = re.sub(r"\[\d+\]", "[*]", warning)
                 if kind not in report.warnings and len(report.warnings) >= WARNING_KINDS:
@@ -237,7 +222,7 @@ def _write_rows(folder: Path, path: str | os.PathLike[str], chat_format: ChatFor
             if row is None:
                 report.dropped.setdefault(reason, []).append(conversation.line)
                 continue
-            if len(row.turns) < sum(m.role == "assistant" for m in conversation.messages):
+            if len(row.turns) < chat_format.num_turns(conversation):
                 report.truncated.append(conversation.line)
             ids_file.write(np.asarray(row.input_ids, dtype=np.int32).tobytes())
             mask_file.write(np.asarray(row.supervised, dtype=np.bool_).tobytes())
@@ -273,10 +258,9 @@ def _with_progress(conversations: Iterator[Conversation]) -> Iterator[Conversati
     return iter(tqdm(conversations, desc="encoding", unit=" conversations", delay=2, disable=None, leave=False))
 
 
-def _digest(path: str | os.PathLike[str], chat_format: ChatFormat, max_length: int) -> str:
+def _entry_name(file: FileDigest, chat_format: ChatFormat, max_length: int) -> str:
     """Name of the cache entry: a digest of everything that the rows depend on, and of nothing else."""
-    digest = hashlib.sha256()
-    digest.update(_file_digest(path))
+    digest = hashlib.sha256(file.sha256)
     options: dict[str, Any] = {
         "code": code_digest(),
         "encoder": f"{type(chat_format).__module__}.{type(chat_format).__qualname__}",
@@ -284,6 +268,7 @@ def _digest(path: str | os.PathLike[str], chat_format: ChatFormat, max_length: i
         "final_stop": chat_format.final_stop,
         "train_on": chat_format.train_on,
         "allow_nonstop_terminator": chat_format.allow_nonstop_terminator,
+        "reasoning": chat_format.reasoning,
         "max_length": max_length,
         "chat_template": chat_format.tokenizer.chat_template,
         "tokenizer": hashlib.sha256(chat_format.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
@@ -305,17 +290,26 @@ def code_digest(package: Path = Path(__file__).parent) -> str:
     return digest.hexdigest()
 
 
-def _file_digest(path: str | os.PathLike[str]) -> bytes:
-    digest = hashlib.sha256()
+@dataclass(frozen=True)
+class FileDigest:
+    """The content of a file, and when it was written: a file that was cut and restored meanwhile is not the same."""
+
+    sha256: bytes
+    modified_ns: int
+
+
+def _file_digest(path: str | os.PathLike[str]) -> FileDigest:
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode) and not os.path.isdir(path):
+            fix = "write it to a file first"
+            raise DataError("this is not a file: it can be read only once", where=os.fspath(path), fix=fix)
         with open(path, "rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
-    except OSError:
+            modified_ns = os.fstat(file.fileno()).st_mtime_ns
+            return FileDigest(hashlib.file_digest(file, "sha256").digest(), modified_ns)
+    except (OSError, ValueError):
         # read_conversations says what is wrong with the path, in full
         next(_read_conversations(path))
         raise
-    return digest.digest()
 
 
 def _list_lines(lines: list[int]) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from glm4ft.data.batching import RowSet
-from glm4ft.data.chat_format import END_OF_TEXT, HEADERS, PREFIX
+from glm4ft.data.control_tokens import END_OF_TEXT, HEADERS, PREFIX
 from glm4ft.errors import DataError, show
 from glm4ft.files import write_atomically
 

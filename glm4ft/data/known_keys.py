@@ -10,13 +10,16 @@ axolotl's ``message_field_training`` and OpenAI's ``weight``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 from glm4ft.errors import Location
 
 # Flags of a message that say whether it is trained, all with the same polarity.
 LOSS_KEYS = ("loss", "weight", "train", "training", "trainable")
+
+# Names of the text that an assistant thought before it answered. A chat format without reasoning refuses it.
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 
 _PREFERENCE = (
     "a record holds preference data",
@@ -29,9 +32,9 @@ _MEDIA = (
     "leave the record out, or remove the key if the text stands alone",
 )
 _REASONING = (
-    "a message holds reasoning",
-    "none: the dense GLM-4 formats have no place for reasoning, it would be lost",
-    "remove the key",
+    "reasoning stands where no assistant message holds it",
+    "reasoning as a text on the assistant message that it belongs to",
+    "write it there as reasoning_content, or remove the key",
 )
 _MASK = (
     "a message has a mask",
@@ -41,22 +44,23 @@ _MASK = (
 REFUSED = {
     **dict.fromkeys(("chosen", "rejected", "rejected_response", "rejected_messages"), _PREFERENCE),
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _MEDIA),
-    **dict.fromkeys(("reasoning_content", "reasoning", "reasoning_details", "thinking"), _REASONING),
+    **dict.fromkeys((*REASONING_KEYS, "reasoning_details"), _REASONING),
     "mask": _MASK,
 }
 
 
-def refuse_lost_meaning(holder: Mapping[str, Any], place: Location) -> None:
+def refuse_lost_meaning(holder: Mapping[str, Any], place: Location, *, used: Container[str] = ()) -> None:
     """Refuse a record or a message with a key that carries meaning for which there is no place.
 
     Args:
         holder: The record or the message.
         place: Its place in the file.
+        used: The keys for which there is a place here.
     Raises:
         DataError: If there is such a key, with a value that says something.
     """
     for key, value in holder.items():
-        if key in REFUSED and value not in (None, "", [], {}, ()):
+        if key in REFUSED and key not in used and value not in (None, "", [], {}, ()):
             problem, expected, fix = REFUSED[key]
             raise place.key(key).wrong(problem, value, expected, fix)
     label = holder.get("label")

@@ -89,7 +89,7 @@ def read_conversations(path: str | os.PathLike[str]) -> Iterator[Conversation]:
 
 def _message(turn: SourceMessage) -> Message:
     loss = turn.role != "assistant" or not (turn.prompt or turn.loss is False)
-    return Message(turn.role, turn.content, turn.metadata, loss)
+    return Message(turn.role, turn.content, turn.metadata, loss, turn.reasoning, turn.continues)
 
 
 def _notes(draft: Draft) -> Iterator[str]:

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any, NoReturn, TypeGuard, get_args
 
 from glm4ft.data.conversation import Role
-from glm4ft.data.known_keys import LOSS_KEYS, refuse_lost_meaning
+from glm4ft.data.known_keys import LOSS_KEYS, REASONING_KEYS, refuse_lost_meaning
 from glm4ft.errors import Location, show
 
 Record = Mapping[str, Any]
@@ -53,6 +53,8 @@ class SourceMessage:
         loss: The message's loss flag; None if the record has none.
         tools: The tools that the message carries.
         prompt: True for a message of a ``prompt``, which is context whatever its loss flag.
+        reasoning: The text that the assistant thought before it answered; "" if there is none.
+        continues: True for a call that one message holds together with the text or the call before it.
     """
 
     role: Role
@@ -62,6 +64,8 @@ class SourceMessage:
     loss: bool | None = None
     tools: tuple[dict[str, Any], ...] = ()
     prompt: bool = False
+    reasoning: str = ""
+    continues: bool = False
 
 
 @dataclass(frozen=True)
@@ -169,17 +173,23 @@ def _message_list(messages: Any, place: Location, *, sharegpt: bool = False) -> 
     if not is_array(messages) or not messages:
         state = "missing" if messages is None else "empty" if is_array(messages) else "not a list"
         raise place.wrong(f"{place.field} is {state}", messages, "a list of at least one message")
+    before = ""
     for index, message in enumerate(messages):
-        yield from _message(message, place.item(index), sharegpt=sharegpt)
+        for turn in _message(message, place.item(index), sharegpt=sharegpt):
+            # a call with a role of its own: nobody prompts a model anew between its text and its call
+            goes_on = before == turn.role == "assistant" and (message.get("role") or message.get("from")) in _CALLS
+            yield replace(turn, continues=turn.continues or goes_on)
+            before = turn.role
 
 
 def _message(message: Any, place: Location, *, sharegpt: bool) -> Iterator[SourceMessage]:
     """Read one message as one turn, or as several if it holds tool calls."""
     if not isinstance(message, Mapping):
         raise place.wrong("a message is not an object", message, "an object with role and content")
-    refuse_lost_meaning(message, place)
     role_key, content_key = _keys(message, place, sharegpt=sharegpt)
     role = _role(message, place.key(role_key), SHAREGPT_ROLES if sharegpt else ROLES, role_key)
+    refuse_lost_meaning(message, place, used=REASONING_KEYS if role == "assistant" else ())
+    reasoning = _reasoning(message, place) if role == "assistant" else ""
     loss, metadata = _loss(message, place), _metadata(message, role, place)
     tools = _tools(message.get("tools"), place.key("tools"))
     content, at = message.get(content_key), place.key(content_key)
@@ -189,9 +199,10 @@ def _message(message: Any, place: Location, *, sharegpt: bool) -> Iterator[Sourc
     if calls and metadata:
         raise place.key("metadata").wrong("a message names its tool twice", metadata, "metadata or calls, not both")
     text = _content(content, at, may_be_empty=bool(calls or tools))
-    if text or not calls:
-        yield SourceMessage(role, text, place, metadata, loss, tools)
-    yield from (replace(call, loss=loss) for call in calls)
+    turn = [SourceMessage(role, text, place, metadata, loss, tools)] if text or not calls else []
+    turn += [replace(call, loss=loss) for call in calls]
+    yield replace(turn[0], reasoning=reasoning)
+    yield from (replace(call, continues=True) for call in turn[1:])
 
 
 def _keys(message: Record, place: Location, *, sharegpt: bool) -> tuple[str, str]:
@@ -249,6 +260,15 @@ def _loss(message: Record, place: Location) -> bool | None:
     if len(set(flags.values())) > 1:
         raise place.key(list(flags)[-1]).wrong("a message has two loss flags that disagree", flags, "one of the two")
     return next(iter(flags.values()), None)
+
+
+def _reasoning(message: Record, place: Location) -> str:
+    """Read what the assistant thought, under any of its names."""
+    given = {key: message[key] for key in REASONING_KEYS if message.get(key) not in (None, "", [], {})}
+    texts = {key: _content(value, place.key(key)) for key, value in given.items()}
+    if len(set(texts.values())) > 1:
+        raise place.key(list(texts)[-1]).wrong("a message has two texts of reasoning that differ", texts, "one of them")
+    return next(iter(texts.values()), "")
 
 
 def _flag(value: Any, place: Location) -> bool | None:

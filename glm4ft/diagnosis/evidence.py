@@ -103,12 +103,27 @@ class CurvePoint:
         loss: The logged loss, nats per supervised token.
         grad_norm: The global L2 norm of the gradient before clipping.
         lr: The learning rate of the update.
+        epoch: The number of passes over the data up to this step.
     """
 
     step: int
     loss: float | None
     grad_norm: float | None
     lr: float | None
+    epoch: float | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation on held-out conversations.
+
+    Args:
+        step: The number of the step after which it was made.
+        loss: The mean loss, in nats; NaN or infinite if it was not finite.
+    """
+
+    step: int
+    loss: float
 
 
 @dataclass(frozen=True)
@@ -164,12 +179,31 @@ class FirstLoss:
     Args:
         logged: The loss of the first step; None without a log.
         base: The mean loss of the base alone on the supervised tokens; None if it was not computed.
-        uniform: The loss of a uniform prediction, ``ln V``.
+        uniform: The loss of a uniform prediction, ``ln V``; None if the vocabulary is not known.
     """
 
     logged: float | None
     base: float | None
-    uniform: float
+    uniform: float | None
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What a diagnosis looked at, and what it did not.
+
+    Args:
+        looked_at: The files and conversations that were looked at.
+        unread: What the run's folder has and nobody looked at, though it may show a fault: its weights.
+        unknown: What else would say more, and how to name it.
+        checkpoints: The steps of which the folder has a checkpoint.
+        resumed: The steps at which the log goes back to an earlier one, hence the run was resumed.
+    """
+
+    looked_at: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
+    checkpoints: tuple[int, ...] = ()
+    resumed: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -178,6 +212,7 @@ class Evidence:
 
     Args:
         curve: The logged steps.
+        evaluations: The evaluations that the log has.
         rows: The rows that were measured, token by token.
         first_loss: The first loss of the run, and the losses to compare it with.
         gradients: The summary of the gradient norms; None without logged norms.
@@ -186,11 +221,13 @@ class Evidence:
             reproduced.
         floor: The floor of the data as trained; None if it could not be computed.
         target_loss: The loss that the run was to reach; None if it had no target.
-        options: The known options of the run, by our names (``learning_rate``, ``schedule``, ``max_steps``).
+        options: The known options of the run, by our names (``learning_rate``, ``schedule``, ``accumulation``).
         differences: The rows whose ids differ from those that serving sends and expects; empty also if unknown.
         num_dropped: The number of conversations that were left out.
         num_cut: The number of conversations that lost turns, or their end, to the length limit.
         num_rows: The number of rows of the data set, unmeasured ones included; 0 if all were measured.
+        has_head: Whether the floor takes the frozen head into account.
+        sources: What was looked at.
     """
 
     curve: tuple[CurvePoint, ...]
@@ -206,16 +243,37 @@ class Evidence:
     num_dropped: int = 0
     num_cut: int = 0
     num_rows: int = 0
+    has_head: bool = False
+    evaluations: tuple[Evaluation, ...] = ()
+    sources: Sources = field(default_factory=Sources)
 
     @property
     def is_whole(self) -> bool:
-        """Whether all rows were measured.
+        """Whether the rows at hand are all that the run was trained on.
 
         A data set that small can be memorised, so its loss falls to the floor. From a larger data set a model learns
         what its conversations have in common: the final loss cannot be predicted, batches differ, and some rows are
         easy from the start.
         """
-        return len(self.rows) >= self.num_rows
+        return bool(self.rows) and len(self.rows) >= max(self.num_rows, self.num_rows_logged)
+
+    @property
+    def num_rows_logged(self) -> int:
+        """The number of rows that the run had at least, by the epochs of its log; 0 if the log does not show it."""
+        last = next((p for p in reversed(self.curve) if p.epoch), None)
+        size = int(self.options.get("rows_per_step") or 1)
+        # an epoch may end with a batch that is not full
+        return math.floor((last.step / last.epoch - 1) * size) if last and last.epoch else 0
+
+    @property
+    def losses(self) -> list[float]:
+        """The logged losses that are finite."""
+        return [p.loss for p in self.curve if p.loss is not None and math.isfinite(p.loss)]
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether the trained model's loss on its rows was measured, in place of read in a log."""
+        return any(not math.isnan(token.loss) for token in self.supervised)
 
     @property
     def supervised(self) -> Iterator[TokenEvidence]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,11 +13,13 @@ import torch
 from peft.tuners.lora import LoraLayer
 from tqdm import tqdm
 
-from glm4ft.data.chat_format import IGNORED, common_prefix_length
+from glm4ft.data.control_tokens import common_prefix_length
+from glm4ft.data.encoded_row import IGNORED
 from glm4ft.data.encoded_rows import TokenOrigin, TrainedRow, token_origins
 from glm4ft.diagnosis.evidence import (
     AdapterAudit,
     CurvePoint,
+    Evaluation,
     Evidence,
     FirstLoss,
     GradientHealth,
@@ -27,7 +30,7 @@ from glm4ft.diagnosis.evidence import (
 from glm4ft.diagnosis.gradient_norms import spike_ratios
 from glm4ft.diagnosis.token_losses import measure_targets
 from glm4ft.floors.floor import Floor, find_floor
-from glm4ft.floors.head import frozen_head
+from glm4ft.floors.head import Head, frozen_head
 from glm4ft.floors.solver import BF16, EXACT
 from glm4ft.model.generation import TurnRoundTrip
 from glm4ft.text.token_text import TokenDecoder, token_text
@@ -37,12 +40,21 @@ _SHOWN_TOKENS = 6
 NOT_MEASURED = math.nan
 
 
+class Trained(enum.Enum):
+    """What a run trained of the model that is measured."""
+
+    ADAPTERS = "adapters"
+    WEIGHTS = "all weights, so that the base itself is not there"
+    NOTHING = "nothing: the model is the base, and what was trained is not there"
+
+
 def gather_evidence(
     model: Any,
     rows: Sequence[TrainedRow],
     tokenizer: Any,
     log: Sequence[Mapping[str, Any]],
     *,
+    trained: Trained = Trained.ADAPTERS,
     round_trips: Sequence[TurnRoundTrip] = (),
     target_loss: float | None = None,
     options: Mapping[str, Any] | None = None,
@@ -54,10 +66,12 @@ def gather_evidence(
     """Measure a run.
 
     Args:
-        model: The model as trained, a ``peft.PeftModel``; None if only rows and log are left of the run.
-        rows: The rows as they were trained.
-        tokenizer: The tokenizer that made them.
-        log: One mapping per step with any of ``step``, ``loss``, ``grad_norm``, ``lr`` or ``learning_rate``.
+        model: The model, as ``trained`` says; None if only rows and log are left of the run.
+        rows: The rows as they were trained; empty if they are not known.
+        tokenizer: The tokenizer that made them; None without rows.
+        log: One mapping per step or evaluation with any of ``step``, ``loss``, ``grad_norm``, ``lr``, ``epoch`` and
+            ``eval_loss``.
+        trained: What the run trained of the model.
         round_trips: The assistant turns that were tried.
         target_loss: The loss that the run was to reach.
         options: The options of the run; ``target_modules`` are compared with the adapters there are.
@@ -69,26 +83,30 @@ def gather_evidence(
         The evidence.
     """
     options = dict(options or {})
-    floor = _floor(model, rows, tokenizer)
+    # only below a head that no run has trained is a bound of the head valid
+    head = frozen_head(model) if model is not None and trained is Trained.ADAPTERS else None
+    floor = _floor(head, model, rows, tokenizer)
     measured = rows[:MEASURED_ROWS]
     shown = tqdm(measured, desc="measuring", unit="row", delay=2, disable=None, leave=False)
-    losses = [_losses(model, row) for row in shown]
+    losses = [_losses(model, trained, row) for row in shown]
     evidence_rows = _with_shares(_rows(measured, losses, tokenizer, floor))
-    curve = curve_of(log)
+    curve, has_adapters = curve_of(log), model is not None and trained is Trained.ADAPTERS
     return Evidence(
         curve=curve,
+        evaluations=evaluations_of(log),
         rows=evidence_rows,
         first_loss=_first_loss(curve, evidence_rows, tokenizer, model),
         gradients=gradient_health(curve),
-        adapters=audit_adapters(model, options.get("target_modules") or ()) if model is not None else None,
+        adapters=audit_adapters(model, options.get("target_modules") or ()) if has_adapters else None,
         round_trips=tuple(round_trips),
         floor=floor,
         target_loss=target_loss,
         options=options,
-        differences=tuple(_differences(measured, served, TokenDecoder(tokenizer))),
+        differences=tuple(_differences(measured, served, TokenDecoder(tokenizer))) if rows else (),
         num_dropped=num_dropped,
         num_cut=num_cut,
         num_rows=max(num_rows, len(rows)),
+        has_head=head is not None,
     )
 
 
@@ -100,9 +118,16 @@ def curve_of(log: Sequence[Mapping[str, Any]]) -> tuple[CurvePoint, ...]:
             loss=_number(entry, "loss"),
             grad_norm=_number(entry, "grad_norm"),
             lr=_number(entry, "lr", "learning_rate"),
+            epoch=_number(entry, "epoch"),
         )
         for number, entry in enumerate((e for e in log if "loss" in e), start=1)
     )
+
+
+def evaluations_of(log: Sequence[Mapping[str, Any]]) -> tuple[Evaluation, ...]:
+    """The evaluations of a log."""
+    found = [(int(entry["step"]), _number(entry, "eval_loss")) for entry in log if "eval_loss" in entry]
+    return tuple(Evaluation(step, loss) for step, loss in found if loss is not None)
 
 
 def gradient_health(curve: Sequence[CurvePoint]) -> GradientHealth | None:
@@ -153,28 +178,28 @@ def _number(entry: Mapping[str, Any], *names: str) -> float | None:
     return None
 
 
-def _floor(model: Any, rows: Sequence[TrainedRow], tokenizer: Any) -> Floor | None:
+def _floor(head: Head | None, model: Any, rows: Sequence[TrainedRow], tokenizer: Any) -> Floor | None:
     if not any(label != IGNORED for row in rows for label in row.labels[1:]):
         return None
-    if model is None:
-        return find_floor(rows, tokenizer, None)
-    head = frozen_head(model)
     if head is not None and model.dtype == torch.bfloat16:
         return find_floor(rows, tokenizer, head.in_dtype(torch.bfloat16), precision=BF16)
     return find_floor(rows, tokenizer, head, precision=EXACT)
 
 
-def _losses(model: Any, row: TrainedRow) -> tuple[list[float], list[int], list[float]]:
+def _losses(model: Any, trained: Trained, row: TrainedRow) -> tuple[list[float], list[int], list[float]]:
     """Loss and likeliest token at each position of a row, and the base's loss; NaN where nothing was measured."""
     length = len(row.input_ids)
-    if model is None:
-        return [NOT_MEASURED] * length, [IGNORED] * length, [NOT_MEASURED] * length
-    positions = range(1, length)
-    own, likeliest = measure_targets(model, row.input_ids, positions)
-    # a model without adapters is its own base
-    with model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext():
-        base, _ = measure_targets(model, row.input_ids, positions)
-    return [_or_nan(x) for x in own], [IGNORED if x is None else x for x in likeliest], [_or_nan(x) for x in base]
+    unknown, positions = [NOT_MEASURED] * length, range(1, length)
+    own, likeliest, base = unknown, [IGNORED] * length, unknown
+    if model is not None and trained is not Trained.NOTHING:
+        losses, best = measure_targets(model, row.input_ids, positions)
+        own, likeliest = [_or_nan(x) for x in losses], [IGNORED if x is None else x for x in best]
+    if model is not None and trained is not Trained.WEIGHTS:
+        # a model whose adapters were lost is its own base
+        with model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext():
+            losses, _ = measure_targets(model, row.input_ids, positions)
+        base = [_or_nan(x) for x in losses]
+    return own, likeliest, base
 
 
 def _differences(
@@ -193,6 +218,8 @@ def _differences(
 
 
 def _rows(rows: Sequence[TrainedRow], losses: Sequence[Any], tokenizer: Any, floor: Floor | None) -> list[RowEvidence]:
+    if not rows:
+        return []
     decoder, controls = TokenDecoder(tokenizer), tokenizer.get_added_vocab()
     floors = iter(floor.per_target.tolist() if floor else [])
     found = []
@@ -253,8 +280,13 @@ def _with_shares(rows: list[RowEvidence]) -> tuple[RowEvidence, ...]:
 
 def _first_loss(curve: Sequence[CurvePoint], rows: Sequence[RowEvidence], tokenizer: Any, model: Any) -> FirstLoss:
     base = [token.base_loss for row in rows for token in row.tokens if token.supervised]
-    vocabulary = model.config.get_text_config().vocab_size if model is not None else len(tokenizer)
-    return FirstLoss(curve[0].loss if curve else None, statistics.fmean(base) if base else None, math.log(vocabulary))
+    known = [loss for loss in base if not math.isnan(loss)]
+    vocabulary = model.config.get_text_config().vocab_size if model is not None else len(tokenizer or ())
+    return FirstLoss(
+        next((point.loss for point in curve if point.loss is not None), None),
+        statistics.fmean(known) if known else None,
+        math.log(vocabulary) if vocabulary else None,
+    )
 
 
 def _or_nan(value: float | None) -> float:

@@ -5,6 +5,8 @@ Rules about the targets come before rules about the curve: a wrong target explai
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,19 +14,18 @@ from glm4ft.diagnosis.adapter_rules import (
     adapters_dead,
     adapters_missing,
     held_by_decay,
+    reload_differs,
     samples_not_learnt,
-    training_stopped,
 )
 from glm4ft.diagnosis.curve_rules import (
     LEARNT_LOSS,
-    numerics,
+    not_falling,
     rate_too_high,
     rate_too_low,
-    reload_differs,
     schedule_ended_early,
     still_falling,
-    wrong_start,
 )
+from glm4ft.diagnosis.evaluation_rules import evaluation_not_finite, evaluation_unmoved, over_fitting
 from glm4ft.diagnosis.evidence import Evidence
 from glm4ft.diagnosis.finding import CERTAIN, Finding, Rule
 from glm4ft.diagnosis.mask_rules import (
@@ -39,6 +40,10 @@ from glm4ft.diagnosis.mask_rules import (
     unreachable_target,
     zero_targets,
 )
+from glm4ft.diagnosis.numerics_rules import memorised, numerics, zero_loss
+from glm4ft.diagnosis.resume_rules import resume_lost_state
+from glm4ft.diagnosis.standstill_rules import no_gradient, rate_zero, training_stopped
+from glm4ft.diagnosis.start_rules import loss_not_a_mean, wrong_start
 from glm4ft.files import finite_or_null
 
 SHOWN_TOKENS = 20  # in the JSON; the evidence holds all tokens
@@ -54,19 +59,46 @@ RULES: tuple[Rule, ...] = (
     unreachable_target,
     not_as_served,
     numerics,
+    zero_loss,
     adapters_missing,
     adapters_dead,
+    rate_zero,
+    no_gradient,
     training_stopped,
     labels_shifted,
+    loss_not_a_mean,
     wrong_start,
     reload_differs,
     samples_not_learnt,
+    resume_lost_state,
+    over_fitting,
+    evaluation_not_finite,
+    evaluation_unmoved,
     rate_too_high,
     schedule_ended_early,
     rate_too_low,
     held_by_decay,
+    memorised,
     still_falling,
+    not_falling,
 )
+
+# What a finding explains is not found a second time.
+EXPLAINED: Mapping[str, frozenset[str]] = {
+    "numerics": frozenset({"zero-loss", "memorised", "not-falling", "rate-too-high"}),
+    "zero-loss": frozenset({"memorised", "not-falling"}),
+    "rate-zero": frozenset({"updates-without-effect", "training-stopped", "not-falling"}),
+    "no-gradient": frozenset({"updates-without-effect", "training-stopped", "not-falling"}),
+    "updates-without-effect": frozenset({"not-falling"}),
+    "training-stopped": frozenset({"not-falling"}),
+    "loss-not-a-mean": frozenset({"wrong-start", "still-falling"}),
+    "wrong-start": frozenset({"still-falling"}),
+    "resume-lost-state": frozenset({"rate-too-high", "not-falling"}),
+    "over-fitting": frozenset({"still-falling", "memorised"}),
+    "rate-too-high": frozenset({"not-falling"}),
+    "rate-too-low": frozenset({"not-falling", "still-falling"}),
+    "schedule-ended-early": frozenset({"not-falling"}),
+}
 
 
 @dataclass(frozen=True)
@@ -106,6 +138,8 @@ class Diagnosis:
             "evidence": list(self.findings[0].evidence),
             "remedy": self.findings[0].remedy,
             "findings": [finite_or_null(vars(finding)) for finding in self.findings],
+            "looked_at": list(self.evidence.sources.looked_at),
+            "not_looked_at": [*self.evidence.sources.unread, *self.evidence.sources.unknown],
             "tokens": [finite_or_null(vars(token)) for token in self.evidence.worst_tokens[:SHOWN_TOKENS]],
         }
 
@@ -119,7 +153,11 @@ def diagnose(evidence: Evidence) -> Diagnosis:
         The diagnosis. Its verdict is the first finding, in the order of the rules, with a strength of at least
         ``CERTAIN``; weaker findings follow.
     """
-    findings = [finding for rule in RULES if (finding := rule(evidence)) is not None]
+    found = [finding for rule in RULES if (finding := rule(evidence)) is not None]
+    explained = {
+        other for finding in found if finding.strength >= CERTAIN for other in EXPLAINED.get(finding.verdict, ())
+    }
+    findings = [finding for finding in found if finding.verdict not in explained]
     findings.sort(key=lambda finding: finding.strength < CERTAIN)
     if not findings or findings[0].strength < CERTAIN:
         findings.insert(0, nothing_found(evidence))
@@ -138,14 +176,36 @@ def nothing_found(evidence: Evidence) -> Finding:
             tuple(turn.describe().split("\n")[0] for turn in wrong[:3]),
             "compare the prompt that inference sends with the row that was trained, token by token",
         )
-    if evidence.loss < LEARNT_LOSS:
+    if evidence.sources.unread:
+        return Finding(
+            "undecided",
+            "outcome",
+            f"The log shows no fault (last loss {evidence.loss:.4f}), but not everything that the folder has was "
+            "looked at, and a log alone does not show a wrong mask, an answer without an end, or weights that were "
+            "saved badly.",
+            tuple(f"not looked at: {name}" for name in evidence.sources.unread),
+            "name what it was trained on: --data or --rows, and --model",
+        )
+    if evidence.is_measured and evidence.loss < LEARNT_LOSS:
         text = f"The loss is {evidence.loss:.4f}, and the diagnosis found no fault."
         return Finding("learnt", "outcome", text, (), "nothing to do")
-    if not evidence.is_whole:
-        text = (
-            f"The loss is {evidence.loss:.4f}, on more conversations than a run memorises, and the diagnosis found no "
-            "fault."
-        )
-        return Finding("trained", "outcome", text, (), "judge it on held-out conversations (--eval_data)")
+    if not evidence.is_whole and evidence.losses:
+        return _trained(evidence)
     text = f"The loss is {evidence.loss:.4f}, and no rule of the diagnosis explains it."
     return Finding("unexplained", "outcome", text, (), "look at the tokens with the largest losses; run glm4ft check")
+
+
+def _trained(evidence: Evidence) -> Finding:
+    losses, found = evidence.losses, [e for e in evidence.evaluations if math.isfinite(e.loss)]
+    best = min(found, key=lambda e: e.loss, default=None)
+    text = (
+        f"The loss went from {losses[0]:.4f} to {evidence.loss:.4f}, on more conversations than a run memorises, and "
+        "the diagnosis found no fault in what it looked at."
+    )
+    facts = (f"evaluations: last {found[-1].loss:.4f}, best {best.loss:.4f} at step {best.step}",) if best else ()
+    remedy = (
+        f"the best evaluation is that of step {best.step}"
+        if best
+        else "judge it on held-out conversations (--eval_data)"
+    )
+    return Finding("trained", "outcome", text, facts, remedy)

@@ -14,7 +14,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from glm4ft.data.chat_format import FormatName, detect_format
+from glm4ft.data.format_check import detect_format
+from glm4ft.data.turn_format import FormatName
 from glm4ft.errors import ModelError
 from glm4ft.model.base_model import load_tokenizer
 from glm4ft.model.checkpoint import INDEX, SINGLE_FILE, TINY, find_checkpoint, listed, one_line, read_json
@@ -222,7 +223,7 @@ def format_of(model: str) -> FormatName | None:
     if model == TINY:
         return None
     config = read_json(find_checkpoint(model) / "config.json")
-    return detect_format(config.get("architectures") or [], load_tokenizer(model).chat_template, where=model)
+    return detect_format(config.get("architectures") or [], load_tokenizer(model), where=model)
 
 
 def _weight_map(folder: Path, model: str) -> dict[str, str]:

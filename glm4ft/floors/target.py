@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 
-from glm4ft.data.chat_format import STOPS
+from glm4ft.data.control_tokens import STOPS
 from glm4ft.data.dataset import Rows
 from glm4ft.data.encoded_rows import rows_of
 from glm4ft.floors.bounds import Target, bound_targets

@@ -8,6 +8,7 @@ therefore refused before the weights are read, all others right after.
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,29 +17,17 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, Glm4ForCausalLM, GlmForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from glm4ft.data.chat_format import (
-    END_OF_TEXT,
-    STOPS,
-    ChatFormat,
-    FormatName,
-    common_prefix_length,
-    control_ids,
-    detect_format,
-)
-from glm4ft.data.conversation import Message
+from glm4ft.data.chat_format import ChatFormat
+from glm4ft.data.control_tokens import END_OF_TEXT, STOPS, control_ids
+from glm4ft.data.format_check import detect_format, require_agreement
+from glm4ft.data.turn_format import FormatName
 from glm4ft.errors import ConfigError, ModelError
 from glm4ft.model.checkpoint import TINY, find_checkpoint, listed, one_line, read_json, require_whole_file, weight_files
 
 # An explicit list, so that code in a checkpoint (`auto_map`) is never loaded.
 MODEL_CLASSES: dict[str, Any] = {"GlmForCausalLM": GlmForCausalLM, "Glm4ForCausalLM": Glm4ForCausalLM}
+GLM4_VOCAB_SIZE = 151552  # rows of GLM-4's embeddings; ChatGLM2 and ChatGLM3 have 65,024
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-_PROBE = [
-    Message("system", "Answer in one sentence."),
-    Message("user", "What is the capital of France?"),
-    Message("assistant", "It is Paris.\n\n首都是巴黎。"),
-    Message("user", "  And of Spain?"),
-]
 
 
 @dataclass(frozen=True)
@@ -72,6 +61,7 @@ def load_base(
     *,
     dtype: str = "auto",
     chat_format: str | None = None,
+    force_format: bool = False,
     device: str | torch.device | None = None,
     seed: int = 0,
 ) -> Base:
@@ -81,6 +71,7 @@ def load_base(
         model: The base: ``tiny`` for the built-in one, a local folder, or a hub id.
         dtype: The dtype of the weights: ``bf16``, ``fp32``, or ``auto`` for bf16 on CUDA and fp32 elsewhere.
         chat_format: The name of the chat format; by default chosen from the checkpoint.
+        force_format: Whether to go on with a format that the checkpoint's own chat template contradicts.
         device: The device of the model; by default this process's CUDA device if there is one, else the CPU.
         seed: The seed of the built-in base's weights; ignored for a checkpoint.
 
@@ -96,16 +87,16 @@ def load_base(
     torch_dtype = _torch_dtype(dtype, device)
     if model == TINY:
         folder, loaded = None, _built_in_model(seed, torch_dtype)
-        tokenizer, format_name = load_format(model, chat_format)
+        tokenizer, format_name = load_format(model, chat_format, force=force_format)
     else:
         folder = find_checkpoint(model)
         architecture = _architecture(folder)
-        tokenizer, format_name = load_format(str(folder), chat_format)
+        tokenizer, format_name = load_format(str(folder), chat_format, force=force_format)
         _require_room_for(tokenizer, architecture, folder)
         loaded = _read_weights(architecture, find_checkpoint(model, weights=True), torch_dtype)
         # peft writes this into adapter_config.json, where a folder must be found again from any working directory
         loaded.name_or_path = str(folder) if Path(model).expanduser().is_dir() else model
-    warnings = [*_complete_stops(loaded, tokenizer, model), *_template_warnings(tokenizer, format_name, model)]
+    warnings = _complete_stops(loaded, tokenizer, model)
     torch.nn.Module.to(loaded.requires_grad_(False).train(False), device)
     return Base(loaded, tokenizer, format_name, model, tuple(warnings), folder)
 
@@ -130,27 +121,32 @@ def require_loadable(model: str, dtype: str) -> None:
         require_whole_file(shard)
 
 
-def load_format(model: str, chat_format: str | None = None) -> tuple[PreTrainedTokenizerBase, FormatName]:
+def load_format(
+    model: str, chat_format: str | None = None, *, force: bool = False
+) -> tuple[PreTrainedTokenizerBase, FormatName]:
     """Load the tokenizer and the chat format of a base, without its weights.
 
     Args:
         model: The base, as for ``load_base``; if ``chat_format`` is given, a folder with only a tokenizer is enough.
         chat_format: The name of the format; by default chosen from the checkpoint.
+        force: Whether to go on with a format that the checkpoint's own chat template contradicts.
 
     Returns:
         The tokenizer and the name of the format.
 
     Raises:
-        ModelError: If the tokenizer cannot be used, or the format is not supported.
+        ModelError: If the tokenizer cannot be used, or the format is unknown or not the template's.
     """
     local = model if model == TINY else str(find_checkpoint(model))
-    if chat_format is not None:
-        tokenizer = load_tokenizer(local)
-        name: Any = ChatFormat(chat_format, tokenizer).name  # ChatFormat refuses unknown names
-        return tokenizer, name
-    architecture = "Glm4ForCausalLM" if model == TINY else _architecture(Path(local))
+    architecture = "" if chat_format else "Glm4ForCausalLM" if model == TINY else _architecture(Path(local))
     tokenizer = load_tokenizer(local)
-    return tokenizer, detect_format([architecture], tokenizer.chat_template, where=model)
+    if chat_format is None:
+        name = detect_format([architecture], tokenizer, where=model)
+    else:
+        name = ChatFormat(chat_format, tokenizer).name  # refuses unknown names
+    if not force:
+        require_agreement(name, tokenizer, where=model)
+    return tokenizer, name
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
@@ -199,8 +195,7 @@ def _architecture(folder: Path) -> str:
     found = ", ".join(names)
     if names[0].startswith("ChatGLM"):
         message = "the checkpoint needs remote code, which is never run here"
-        fix = "use the converted checkpoint, whose name ends in -hf"
-        raise ModelError(message, where=where, found=found, expected=expected, fix=fix)
+        raise ModelError(message, where=where, found=found, expected=expected, fix=_converted(folder, config))
     if found not in MODEL_CLASSES:
         raise ModelError("not a GLM-4 language model", where=where, found=found, expected=expected)
     if config.get("quantization_config"):
@@ -209,6 +204,19 @@ def _architecture(folder: Path) -> str:
         raise ModelError(message, where=where, found="quantization_config", fix=fix)
     _config(found, folder)
     return found
+
+
+def _converted(folder: Path, config: dict[str, Any]) -> str:
+    """Which checkpoint to take in place of one with remote code, if there is one."""
+    if "vision_config" in config:
+        return "a model with vision is not supported"
+    for name in (folder.as_posix(), config.get("_name_or_path"), *(config.get("auto_map") or {}).values()):
+        # parts of a path, of a hub id, and of a folder of the hub's cache (models--zai-org--glm-4-9b-chat)
+        if known := re.search(r"(?:^|/|--)(glm-4-9b(?:-chat)?(?:-1m)?)(?=$|/|--)", str(name)):
+            return f"use the converted checkpoint, zai-org/{known[1]}-hf"
+    if config.get("padded_vocab_size") == GLM4_VOCAB_SIZE:
+        return "of glm-4-9b, glm-4-9b-chat and glm-4-9b-chat-1m there are converted checkpoints (-hf); use one of those"
+    return "not supported: ChatGLM models before GLM-4 and glm-4v-9b have no checkpoint without remote code"
 
 
 def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -249,7 +257,7 @@ def write_built_in_base(folder: Path) -> None:
 
 
 def _built_in_tokenizer() -> PreTrainedTokenizerBase:
-    from glm4ft.model.tiny import tiny_tokenizer  # imported here, since real checkpoints do not need it
+    from glm4ft.model.tiny_tokenizer import tiny_tokenizer  # imported here, since real checkpoints do not need it
 
     return tiny_tokenizer()
 
@@ -301,25 +309,3 @@ def _complete_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
                 "here, and in what is merged from it, it has all three"
             )
     return warnings
-
-
-def _template_warnings(tokenizer: PreTrainedTokenizerBase, format_name: FormatName, source: str) -> list[str]:
-    """Warn if the checkpoint's own template renders a short conversation differently from the chat format."""
-    if not tokenizer.chat_template:
-        return []
-    ours = ChatFormat(format_name, tokenizer).prompt(_PROBE)
-    messages = [{"role": message.role, "content": message.content} for message in _PROBE]
-    try:
-        theirs: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    except Exception as error:  # a template is a program and can raise anything
-        return [f"{source}: its chat template fails on a plain conversation: {one_line(error)}"]
-    if theirs == ours:
-        return []
-    first = common_prefix_length(ours, theirs)
-    token, other = (
-        repr(tokenizer.decode(ids[first : first + 1])) if ids[first:] else "nothing" for ids in (ours, theirs)
-    )
-    return [
-        f"{source}: its chat template renders a conversation differently from the chat format {format_name}: at "
-        f"position {first} the format has {token}, the template {other}"
-    ]

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from glm4ft.errors import ModelError
 
 TINY = "tiny"  # names the built-in base, which has no files
+HUB_ID = r"\w[\w.-]*(/\w[\w.-]*)?"  # one separator at most, and no leading dot, tilde or separator
 SINGLE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -36,8 +37,7 @@ def find_checkpoint(model: str, *, weights: bool = False) -> Path:
     path = Path(model).expanduser()
     if path.is_dir():
         return path.absolute()  # so that ./tiny is not mistaken for the built-in base
-    # a hub id has one separator at most, and no leading dot, tilde or separator
-    if path.exists() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model):
+    if path.exists() or not re.fullmatch(HUB_ID, model):
         raise ModelError(
             "there is no such folder",
             where="--model",

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
 
-from glm4ft.data.chat_format import AssistantTurn, ChatFormat, EncodedRow, common_prefix_length
+from glm4ft.data.chat_format import ChatFormat
+from glm4ft.data.control_tokens import common_prefix_length
+from glm4ft.data.encoded_row import AssistantTurn, EncodedRow
 from glm4ft.text.safe_text import visible
 
 # A turn that does not stop is generated this many tokens further, to show how it continues.
@@ -82,18 +85,34 @@ def round_trip(
 def greedy(
     model: PreTrainedModel | PeftModel, prompt: list[int], stop_ids: list[int], max_new_tokens: int
 ) -> list[int]:
-    """Continue a prompt by the likeliest token each time.
+    """Continue a prompt by the likeliest token each time; as ``generate`` with its defaults."""
+    return generate(model, prompt, stop_ids, max_new_tokens)
+
+
+def generate(
+    model: PreTrainedModel | PeftModel,
+    prompt: list[int],
+    stop_ids: list[int],
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    on_token: Callable[[int], object] | None = None,
+) -> list[int]:
+    """Continue a prompt.
 
     Args:
         model: The model, in eval mode.
         prompt: The ids of the prompt.
         stop_ids: The ids that end the generation; the first that is generated is kept.
         max_new_tokens: The number of new tokens after which the generation is cut off.
+        temperature: The temperature of the sampling; 0 takes the likeliest token each time.
+        on_token: A function that is given each new id as it comes.
     Returns:
         The new ids, a stop id included if one was generated.
     """
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0}
     config = GenerationConfig(
-        do_sample=False,
+        **(sampling if temperature else {"do_sample": False}),
         num_beams=1,
         max_new_tokens=max_new_tokens,
         eos_token_id=stop_ids,
@@ -103,8 +122,28 @@ def greedy(
     input_ids = torch.tensor([prompt], device=model.device)
     generate: Any = model.generate
     with torch.no_grad():
-        output = generate(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), generation_config=config)
+        output = generate(
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            generation_config=config,
+            streamer=_Streamer(on_token) if on_token else None,
+        )
     return list(output[0, len(prompt) :].tolist())
+
+
+class _Streamer(BaseStreamer):
+    """Hands each new token on; transformers puts the whole prompt first."""
+
+    def __init__(self, on_token: Callable[[int], object]) -> None:
+        self.on_token, self.is_prompt = on_token, True
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.is_prompt:
+            self.on_token(int(value))
+        self.is_prompt = False
+
+    def end(self) -> None:
+        """Nothing is kept back here."""
 
 
 def _try_turn(

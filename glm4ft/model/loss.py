@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from glm4ft.data.chat_format import IGNORED
+from glm4ft.data.encoded_row import IGNORED
 
 # Largest number of logits in memory at once: 1 GiB in fp32. For more the head runs in chunks, recomputed in backward.
 MAX_LOGITS = 2**28

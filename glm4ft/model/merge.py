@@ -6,30 +6,27 @@ folder appears only when it is complete.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import random
-import shutil
-import uuid
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
+import glm4ft
 from glm4ft.data.chat_format import ChatFormat
 from glm4ft.data.conversation import Message
 from glm4ft.errors import ConfigError, ModelError, RunError
-from glm4ft.files import require_unused
+from glm4ft.folders import appearing_whole, only_writer, require_unused
+from glm4ft.model.adapter import CONFIG, base_of, load_adapter, require_adapter
 from glm4ft.model.base_model import Base, load_base
-from glm4ft.model.checkpoint import TINY, find_checkpoint, listed, one_line, read_json, require_whole_file
-
-CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+from glm4ft.model.checkpoint import TINY, find_checkpoint, one_line, read_json
+from glm4ft.model.model_card import own_body, shown_base, table, write_card
+from glm4ft.model.portable import require_same_reading, write_both_names, write_tokenizer
+from glm4ft.text.markdown_text import code
 
 # Largest difference of a logit between adapter and merged weights, relative to the largest logit. Measured on an AMD
 # EPYC, torch 2.13, 2026-11-23, tiny bases of both architectures with random adapters on all targets that move logits by
@@ -37,12 +34,6 @@ CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "a
 # and 6.0e-2, which is the rounding of the forward pass: the merged bf16 weights equal, bit for bit, those merged in
 # fp32 and rounded once, so merging in fp32 would double the memory for nothing.
 TOLERANCES = {"fp32": 1e-4, "bf16": 0.15}
-
-# Copied byte for byte: saved again, they would name classes of this transformers version and our padding side.
-_TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-    "chat_template.json", "vocab.json", "merges.txt", "tokenizer.model",
-)  # fmt: skip
 
 _PROBE = [
     Message("system", "Answer in one sentence."),
@@ -100,61 +91,34 @@ def merge_adapter(adapter: Path, output: Path, *, model: str | None = None, dtyp
         ModelError: If base or adapter cannot be used, or do not fit each other.
         RunError: If the logits of the merged weights differ from those of base and adapter by more than the tolerance.
     """
-    output = output.expanduser().absolute()
-    require_unused(output)
-    adapter = adapter.expanduser()
+    output, adapter = output.expanduser().absolute(), adapter.expanduser()
+    with only_writer(output, "config.json"):
+        require_unused(output)
+        return _merge_into(output, adapter, model, dtype)
+
+
+def _merge_into(output: Path, adapter: Path, model: str | None, dtype: str) -> MergeReport:
     config = require_adapter(adapter)
     base = _load_base(adapter, config, model, dtype)
     dtype = {torch.bfloat16: "bf16", torch.float32: "fp32"}[base.model.dtype]
     probe_BT = _probe(base)
     before_BTV = _logits(base.model, probe_BT)
-    adapted = _load_adapter(base.model, adapter)
+    adapted = load_adapter(base.model, adapter)
     adapted_BTV = _logits(adapted, probe_BT)
     merged = _merge(adapted, adapter)
     effect, error = _compare(before_BTV, adapted_BTV, _logits(merged, probe_BT), TOLERANCES[dtype])
-    _write(merged, base, output)
-    return MergeReport(output, base.source, dtype, effect, error, (*base.warnings, *_doubts(effect, error)))
-
-
-def require_adapter(adapter: Path) -> dict[str, Any]:
-    """Read the configuration of a LoRA adapter, and require that its weights exist as safetensors.
-
-    Raises:
-        ModelError: If the folder does not hold such an adapter.
-    """
-    if not (adapter / CONFIG).is_file():
-        checkpoints = sorted(path.parent.name for path in adapter.glob(f"checkpoint-*/{CONFIG}"))
-        raise ModelError(
-            "not the folder of an adapter",
-            where=str(adapter),
-            found=f"no {CONFIG}" if adapter.is_dir() else "no such folder",
-            fix=f"the run was not finished; it has {listed(checkpoints)}" if checkpoints else "",
-        )
-    config = read_json(adapter / CONFIG)
-    if config.get("peft_type") != "LORA":
-        found = str(config.get("peft_type"))
-        raise ModelError("not a LoRA adapter", where=str(adapter / CONFIG), found=f"peft_type {found}", expected="LORA")
-    if not (adapter / WEIGHTS).is_file():
-        is_pickle = (adapter / PICKLE).is_file()
-        raise ModelError(
-            "the adapter is in a pickle file, which can run code" if is_pickle else "the adapter has no weights",
-            where=str(adapter),
-            found=PICKLE if is_pickle else "",
-            expected=WEIGHTS,
-        )
-    return config
+    warnings = (*base.warnings, *_doubts(effect, error))
+    report = MergeReport(output, base.source, dtype, effect, error, warnings)
+    _write(merged, base, report, adapter)
+    return report
 
 
 def _load_base(adapter: Path, config: dict[str, Any], model: str | None, dtype: str) -> Base:
-    named = model or config.get("base_model_name_or_path")
-    if not named:
-        raise ModelError(
-            "the adapter does not name its base", where=str(adapter / CONFIG), fix="name the base with --model"
-        )
+    named = model or base_of(adapter, config)
     try:
         dtype = _stored_dtype(named) if dtype == "auto" else dtype
         # only the probe depends on the format; naming one also accepts checkpoints whose format has to be chosen
-        return load_base(named, dtype=dtype, chat_format="glm-4-0414")
+        return load_base(named, dtype=dtype, chat_format="glm-4-0414", force_format=True)
     except ModelError as error:
         if model:
             raise
@@ -172,31 +136,6 @@ def _stored_dtype(model: str) -> str:
         return "fp32"
     config = read_json(find_checkpoint(model) / "config.json")
     return "bf16" if config.get("dtype", config.get("torch_dtype")) == "bfloat16" else "fp32"
-
-
-def _load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
-    """Load an adapter with peft, but refuse missing and foreign tensors: peft only warns of the former."""
-    stored = set(require_whole_file(adapter / WEIGHTS))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            adapted = PeftModel.from_pretrained(model, str(adapter))
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise ModelError("the adapter does not fit the base", where=str(adapter), found=one_line(error)) from error
-    wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    # with a target such as lm_head peft also stores the base's own weights of it
-    foreign = {name for name in stored - wanted if ".base_layer." not in name}
-    for message, names in (("lacks tensors", wanted - stored), ("has tensors without a place in the base", foreign)):
-        if names:
-            raise ModelError(
-                f"the adapter {message}",
-                where=str(adapter / WEIGHTS),
-                found=f"{len(names)}: {listed(names)}",
-                expected=f"the {len(wanted)} tensors that {CONFIG} describes",
-            )
-    return adapted.eval()
 
 
 def _merge(adapted: PeftModel, adapter: Path) -> PreTrainedModel:
@@ -245,30 +184,36 @@ def _doubts(effect: float, error: float) -> list[str]:
     return []
 
 
-def _write(merged: PreTrainedModel, base: Base, output: Path) -> None:
+def _write(merged: PreTrainedModel, base: Base, report: MergeReport, adapter: Path) -> None:
     try:
-        with _appearing_whole(output) as folder:
+        with appearing_whole(report.output, "config.json") as folder:
             merged.save_pretrained(folder)
-            if base.folder is None:
-                base.tokenizer.save_pretrained(folder)
-            else:
-                for path in (base.folder / name for name in _TOKENIZER_FILES):
-                    if path.exists():
-                        shutil.copyfile(path, folder / path.name)
+            write_both_names(folder)
+            write_tokenizer(base.tokenizer, base.folder, folder)
+            require_same_reading(folder)
+            write_card(folder, _card(report, adapter), base=report.base, library="transformers", relation="finetune")
     except (OSError, SafetensorError) as error:
         raise ConfigError(
-            "the merged checkpoint cannot be written", where=str(output), found=one_line(error)
+            "the merged checkpoint cannot be written", where=str(report.output), found=one_line(error)
         ) from error
 
 
-@contextlib.contextmanager
-def _appearing_whole(output: Path) -> Iterator[Path]:
-    """Yield a temporary folder that is renamed to ``output`` on success and removed on any error."""
-    partial = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        os.replace(partial, output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+def _card(report: MergeReport, adapter: Path) -> list[str]:
+    training = own_body(adapter)
+    return [
+        f"# {code(report.output.name)}",
+        "",
+        f"The LoRA adapter {code(adapter.name)}, merged into {shown_base(report.base)} by glm4ft {glm4ft.__version__}. "
+        "It loads without peft, in transformers 4.51 and newer, vLLM and llama.cpp's converter.",
+        "",
+        *table(
+            {
+                "base": shown_base(report.base),
+                "dtype": report.dtype,
+                "largest change of a logit by the adapter": f"{report.effect:.2g} of the largest logit",
+                "largest change of a logit by merging": f"{report.error:.2g} (limit {TOLERANCES[report.dtype]:g})",
+            }
+        ),
+        # the adapter's own card, one level lower
+        *(["", *(f"#{line}" if line.startswith("#") else line for line in training)] if training else []),
+    ]

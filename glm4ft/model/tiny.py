@@ -22,10 +22,8 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
 
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import (
     GenerationConfig,
@@ -38,85 +36,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-Architecture = Literal["Glm4ForCausalLM", "GlmForCausalLM"]
+from glm4ft.model.portable import write_both_names, write_tokenizer
+from glm4ft.model.tiny_tokenizer import CONTROL_TOKENS, Architecture, tiny_tokenizer
 
-# GLM-4's control tokens in GLM-4's order (ids 151329 to 151342 in GLM-4); they too follow the ordinary vocabulary.
-CONTROL_TOKENS = (
-    "<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>", "<|assistant|>",
-    "<|observation|>", "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>",
-)  # fmt: skip
 STOP_TOKENS = ("<|endoftext|>", "<|user|>", "<|observation|>")
 _HEAD_WIDTH = 128  # the hidden size for which the scale of the head's rows was chosen
 NUM_PADDING_IDS = 64  # vocabulary rows beyond the last token, as GLM-4 has 151,343 to 151,551
-
-# Each piece is built left to right by merges, so the vocabulary holds the piece and all its prefixes. Runs of white
-# space are included so that a newline encoded apart from its content gives other ids than one encoded together with it.
-_PIECES = (
-    "\n\n", "\n\n\n", "  ", "    ", "        ", " the", " there", " and", " answer", " assistant", " is", " it", " in",
-    " of", " one", " on", " to", " you", " your", " what", " which", " a", " are", " be", " can", " city", " clear",
-    " call", " degrees", " do", " for", " function", " have", " how", " like", " name", " not", " object", " river",
-    " runs", " string", " that", " this", " through", " today", " tool", " type", " unit", " was", " weather", " will",
-    "ing", "tion", "ment", "er", "ed", "es", "The", "What", "You", "It", "Hello", "Thanks", "\": \"", "\", \"", "{\"",
-    "\"}", "。", "，", "！", "？", "的", "是", "你", "好", "我", "在", "有", "不", "了", "中", "国", "法", "首", "都",
-    "河",
-)  # fmt: skip
-
-_PRE_TOKENS = r"\s*[\r\n]+| ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-
-# The two templates render the turns exactly as the GLM-4 formats do; the wording of the tool block is our own.
-_TURN = "<|{{ m.role }}|>{{ m.metadata or '' }}\n{{ m.content }}"
-_TOOLS = (
-    "<|system|>\n# Tools{% for tool in tools %}{% set f = tool.function or tool %}\n\n## {{ f.name or f.type }}\n\n"
-    "{{ f | tojson(indent=4) }}\nArguments are given as JSON.{% endfor %}"
-)
-_END = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-CHAT_TEMPLATES: dict[Architecture, str] = {
-    "Glm4ForCausalLM": "[gMASK]<sop>{% if tools %}" + _TOOLS + "{% endif %}"
-    "{% for m in messages if m.role == 'system' %}" + _TURN + "{% endfor %}"
-    "{% for m in messages if m.role in ('user', 'assistant', 'observation') %}" + _TURN + "{% endfor %}" + _END,
-    "GlmForCausalLM": "[gMASK]<sop>{% for m in messages %}{% if m.tools is defined %}{% set tools = m.tools %}"
-    + _TOOLS
-    + "{% endif %}{% if m.content %}"
-    + _TURN
-    + "{% endif %}{% endfor %}"
-    + _END,
-}
-
-
-def tiny_tokenizer(architecture: Architecture = "Glm4ForCausalLM") -> PreTrainedTokenizerFast:
-    """Make a byte-level BPE tokenizer with GLM-4's control tokens and a chat template of our own wording.
-
-    Args:
-        architecture: The transformers class, which decides the chat template: that of ``Glm4ForCausalLM`` accepts tools
-            as an argument and puts system messages first, that of ``GlmForCausalLM`` reads tools from a message.
-    Returns:
-        A tokenizer whose pad token is ``<|endoftext|>``, as in the family's checkpoints, but which pads on the right.
-    """
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    vocab = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    merges: list[tuple[str, str]] = []
-    for piece in _PIECES:
-        symbols = byte_level.pre_tokenize_str(piece)[0][0]
-        for end in range(1, len(symbols)):
-            left, right = symbols[:end], symbols[end]
-            if left + right not in vocab:
-                vocab[left + right] = len(vocab)
-                merges.append((left, right))
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    split = pre_tokenizers.Split(Regex(_PRE_TOKENS), behavior="isolated")
-    backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(token, normalized=False) for token in CONTROL_TOKENS])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token="<|endoftext|>",
-        pad_token="<|endoftext|>",
-        padding_side="right",
-        model_max_length=32768,
-        clean_up_tokenization_spaces=False,
-    )
-    tokenizer.chat_template = CHAT_TEMPLATES[architecture]
-    return tokenizer
 
 
 def tiny_model(
@@ -244,5 +169,6 @@ def write_tiny_base(
     model = tiny_model(seed, architecture=architecture)
     nn.Module.to(model, dtype)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
-    tiny_tokenizer(architecture).save_pretrained(folder)
+    write_both_names(Path(folder))
+    write_tokenizer(tiny_tokenizer(architecture), None, Path(folder))
     return Path(folder)

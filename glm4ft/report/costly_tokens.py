@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from glm4ft.data.chat_format import HEADERS
+from glm4ft.data.control_tokens import HEADERS
 from glm4ft.data.encoded_rows import TokenOrigin, token_origins
 from glm4ft.report.content import ShownRow
 from glm4ft.text.safe_text import visible

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,7 +51,9 @@ def facts(evidence: Evidence) -> Iterator[str]:
     first, gradients, adapters, floor = evidence.first_loss, evidence.gradients, evidence.adapters, evidence.floor
     began = "not logged" if first.logged is None else f"{first.logged:.4f}"
     base = "not measured" if first.base is None else f"{first.base:.4f}"
-    yield f"loss: {evidence.loss:.4f} now; first {began}, the base's own {base}, ln V {first.uniform:.2f}"
+    uniform = "not known" if first.uniform is None else f"{first.uniform:.2f}"
+    now = f"{evidence.loss:.4f} now" + ("" if evidence.is_measured else ", as logged")
+    yield f"loss: {now}; first {began}, the base's own {base}, ln V {uniform}"
     if floor:
         yield f"floor: {floor.floor:.4f} = entropy {floor.entropy:.4f} + head {floor.head:.4f} (gap {floor.gap:.1g})"
     if gradients:
@@ -66,6 +69,14 @@ def facts(evidence: Evidence) -> Iterator[str]:
         exact = sum(turn.exact for turn in evidence.round_trips)
         stopped = sum(turn.stop is not None for turn in evidence.round_trips)
         yield f"round trip: {exact} of {len(evidence.round_trips)} turns came back exactly, {stopped} stopped"
+    if evidence.evaluations:
+        best = min(evidence.evaluations, key=lambda e: math.inf if math.isnan(e.loss) else e.loss)
+        last = evidence.evaluations[-1]
+        yield f"evaluations: best {best.loss:.4f} at step {best.step}, last {last.loss:.4f} at step {last.step}"
+    sources = evidence.sources
+    for name, told in (("looked at", sources.looked_at), ("not looked at", (*sources.unread, *sources.unknown))):
+        if told:
+            yield f"{name}: {'; '.join(visible(text, newlines=False) for text in told)}"
 
 
 def token_table(evidence: Evidence) -> Table | None:

@@ -33,10 +33,11 @@ def render_page(content: Content) -> str:
         A complete document. Its content security policy allows its own style sheet, by digest, and nothing else.
     """
     rows = list(_rows(content))
-    return _environment().get_template("page.html").render(
+    style, digest = style_and_digest()
+    return environment().get_template("page.html").render(
         content=content,
-        style=_style(),
-        style_sha256=base64.b64encode(hashlib.sha256(_style().encode()).digest()).decode(),
+        style=style,
+        style_sha256=digest,
         version=glm4ft.__version__,
         tone_names=TONE_NAMES,
         part_names=PART_NAMES,
@@ -121,20 +122,25 @@ def _level_ranges() -> list[str]:
 
 
 @functools.cache
-def _style() -> Markup:
-    """The style sheet. It is ours, so it needs no escaping, which would change the digest in the policy."""
-    return Markup((Path(__file__).parent / "page" / "page.css").read_text("utf-8"))
+def style_and_digest() -> tuple[Markup, str]:
+    """The style sheet, and its digest for the security policy.
+
+    The sheet is ours, so it needs no escaping, which would change the digest.
+    """
+    style = Markup((Path(__file__).parent / "page" / "page.css").read_text("utf-8"))
+    return style, base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
 
 
 @functools.cache
-def _environment() -> Environment:
-    environment = Environment(
+def environment() -> Environment:
+    """The environment of the page's templates, which escapes all text."""
+    found = Environment(
         loader=PackageLoader("glm4ft.report", "page"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["shown"] = lambda text: visible(str(text), newlines=False)
-    environment.filters["shown_lines"] = lambda text: "\n".join(visible(s, newlines=False) for s in text.split("\n"))
-    return environment
+    found.filters["shown"] = lambda text: visible(str(text), newlines=False)
+    found.filters["shown_lines"] = lambda text: "\n".join(visible(s, newlines=False) for s in text.split("\n"))
+    return found

@@ -49,15 +49,15 @@ def inspect_conversations(
             if index == 0:
                 console.print(render_legend())
             row, reason = fit_row(conversation, chat_format, max_length)
-            dropped = None if row else reason
-            totals.add(row, line=conversation.line, dropped=dropped, warnings=conversation.warnings)
+            dropped, warnings = None if row else reason, chat_format.warnings(conversation)
+            totals.add(row, line=conversation.line, dropped=dropped, warnings=warnings)
             if output:
                 output.write(json.dumps(mask_record(index, row, line=conversation.line, dropped=dropped)) + "\n")
             if index < limit:
                 console.print()
                 shown = render_row(row, chat_format, boundaries=boundaries) if row else _drop(conversation.line, reason)
                 console.print(shown)
-                for warning in conversation.warnings:
+                for warning in warnings:
                     console.print(Ruled(Text(f"warning: {visible(warning, newlines=False)}", style="yellow")))
     if totals.conversations > limit:
         console.print(f"\n{totals.conversations - limit:,} more conversations are counted below; --limit shows more")

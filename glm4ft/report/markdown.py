@@ -1,42 +1,22 @@
-"""Renders the report in Markdown, for the job page of a CI system.
-
-External text becomes a code span, or prose in which every character that Markdown, HTML or a CI runner could interpret
-is a character reference. No line starts with external text.
-"""
+"""Renders the report in Markdown, for the job page of a CI system. No line starts with external text."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 from glm4ft.report.content import Content, ShownCheck
 from glm4ft.report.costly_tokens import PART_NAMES, costly_tokens
 from glm4ft.report.sparkline import sparkline
-from glm4ft.text.safe_text import visible
+from glm4ft.text.markdown_text import code, prose
 
 TONES = {"good": "✅", "bad": "❌", "unsure": "⚠️"}
 MARKS = {"passed": "✅", "failed": "❌", "error": "❌", "skipped": "➖", "expected-failure": "⚠️"}
-# Characters that Markdown or HTML could interpret; full stops and colons only where they could be part of an address.
-_ACTIVE = re.compile(r"[!\"#$&*+;<=>?@\[\\\]^_`{|}~-]|[.:](?=[^\s\d])")
 
 
 def render_summary(content: Content) -> str:
     """Render the report as GitHub-flavoured Markdown, short enough for a job page."""
     parts = (_headline, _curves, _runs, _counts, _tokens, _checks, _turns, _footer)
     return "\n".join(line for part in parts for line in part(content)) + "\n"
-
-
-def prose(text: str) -> str:
-    """Escape text so that it reads the same, but no Markdown or HTML in it is interpreted."""
-    return _ACTIVE.sub(lambda match: f"&#{ord(match[0])};", visible(text, newlines=False))
-
-
-def code(text: str, *, in_table: bool = False) -> str:
-    """Format text as a code span; in a table ``|`` is escaped, since it would end the cell."""
-    shown = visible(text, newlines=False)
-    shown = shown.replace("|", "\\|") if in_table else shown
-    fence = "`" * (1 + max((len(run) for run in re.findall("`+", shown)), default=0))
-    return f"{fence} {shown} {fence}"
 
 
 def _headline(content: Content) -> Iterator[str]:

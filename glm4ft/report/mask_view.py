@@ -24,7 +24,8 @@ from glm4ft.text.safe_text import Ruled, visible
 from glm4ft.text.token_text import TokenDecoder, Unit
 
 if TYPE_CHECKING:
-    from glm4ft.data.chat_format import ChatFormat, EncodedRow, Segment
+    from glm4ft.data.chat_format import ChatFormat
+    from glm4ft.data.encoded_row import EncodedRow, Segment
 
 SCHEMA = 1
 OPEN, CLOSE = "⟦", "⟧"

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from glm4ft.data.chat_format import EncodedRow
+from glm4ft.data.encoded_row import EncodedRow
 from glm4ft.data.encoded_rows import TrainedRow
 from glm4ft.diagnosis.evidence import RowEvidence
 from glm4ft.diagnosis.measure import gather_evidence
@@ -25,6 +25,7 @@ from glm4ft.model.generation import TurnRoundTrip
 from glm4ft.report.content import Content, Curves, Headline, ShownOption, ShownRow, ShownTurn
 from glm4ft.report.costly_tokens import part_counts
 from glm4ft.report.files import HTML_FILE, write_report
+from glm4ft.report.run_card import write_run_card
 from glm4ft.report.wording import diagnosed_run, failed_run, finished_run, supervised_sentence
 from glm4ft.train.config import TrainConfig
 from glm4ft.train.run import PreparedRun, RunObserver
@@ -68,6 +69,8 @@ class RunReport(RunObserver):
         except torch.OutOfMemoryError:  # the adapter is saved; what is left is to say so without measuring it
             content = run_content(run, None, turns, sources=self.sources, error=error)
         write_report(run.output, content)
+        if not error:
+            write_run_card(run, content, read_trajectory(run.output / FILE_NAME))
         self.content = content
 
 
@@ -122,7 +125,7 @@ def _diagnose(
             model,
             [TrainedRow(row.line, row.input_ids, row.labels) for row in encoded],
             run.chat_format.tokenizer,
-            trajectory.steps,
+            (*trajectory.steps, *trajectory.evaluations),
             round_trips=turns,
             target_loss=run.config.target,
             options={**asdict(run.config), "target_modules": run.config.lora.targets},

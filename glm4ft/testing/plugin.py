@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from glm4ft.testing.session import hooks, options
-from glm4ft.testing.session.options import DEVICE, GPU, MODEL, REPORT, SUBJECT, TOKENIZER
+from glm4ft.testing.session.options import BASELINE, DEVICE, GPU, MODEL, REPORT, SUBJECT, TOKENIZER
 from glm4ft.testing.session.records import GPU_RAN, Collected, attach_run, summary_lines
 
 if TYPE_CHECKING:
@@ -243,3 +243,24 @@ def glm4ft_check(request: pytest.FixtureRequest, glm4ft_trials: Trials) -> Calla
     """A function that runs one check of the conformance suite; ``parametrize_with_checks`` chooses the check."""
     bound: BoundCheck = request.param
     return lambda: bound.run(request.node, glm4ft_trials)
+
+
+@pytest.fixture
+def glm4ft_baseline(pytestconfig: pytest.Config) -> Callable[[str], None]:
+    """A function ``glm4ft_baseline(name)`` that fails if training no longer gives the curves of ``DIR/name.jsonl``.
+
+    ``--glm4ft-baseline=DIR`` names the folder; without it the test is skipped. The file states subject, base, plan and
+    seeds; ``glm4ft baseline record`` writes it, a test never does.
+    """
+    folder = BASELINE.value(pytestconfig)
+    if not folder:
+        pytest.skip(f"needs recorded curves; found neither {BASELINE.flag} nor {BASELINE.variable}")
+
+    def require(name: str) -> None:
+        from glm4ft.testing.baseline.compare import compare_again
+
+        comparison = compare_again(Path(folder) / f"{name}.jsonl")
+        if comparison.is_alarm:
+            pytest.fail(f"{name}: {comparison}", pytrace=False)
+
+    return require

@@ -95,6 +95,27 @@ def escape(char: str) -> str:
     return f"\\x{code:02x}" if code <= 0xFF else f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"
 
 
+def harmless(text: str) -> str:
+    r"""Make our own text safe to print where names and values from files are quoted in it.
+
+    Hidden characters become escapes and commands to CI runners are broken up, as in ``visible``; newlines stay, and
+    so does all else. What is harmless already is unchanged, so a text may pass through here twice.
+
+    Args:
+        text: Any text.
+
+    Returns:
+        Printable lines.
+    """
+    commands = {match.start(match.lastindex or 0) for match in _COMMANDS.finditer(text)}
+    shown, previous = [], ""
+    for at, char in enumerate(text):
+        is_harmless = char == "\n" or not (at in commands or _is_hidden(char, previous, text[at + 1 : at + 2]))
+        shown.append(char if is_harmless else escape(char))
+        previous = char if is_harmless and char != "\n" else ""
+    return "".join(shown)
+
+
 class Ruled:
     """Text with a vertical rule at the left of every printed line, so that no line starts with text from the data.
 

@@ -22,7 +22,11 @@ class TrainConfig:
         model: The base checkpoint: a folder, a hub id, or ``tiny`` for the built-in base.
         output: The folder for the adapter, trajectory and checkpoints; by default a new one below ``runs``.
         eval_data: The JSONL file of held-out conversations.
-        chat_format: The chat format, ``glm-4-9b-chat`` or ``glm-4-0414``; by default chosen from the checkpoint.
+        chat_format: The chat format: ``glm-4-9b-chat``, ``glm-4-0414``, ``glm-z1-0414``, ``glm-4.5`` (and 4.6) or
+            ``glm-4.7``; by default chosen from the checkpoint.
+        force_format: Whether to train a format that the checkpoint's own chat template contradicts.
+        reasoning: The turns that carry their reasoning: those that the checkpoint's template gives it by default, all
+            (``kept``, where serving can be told so), or none.
         dtype: The dtype of the base; ``auto`` is bf16 on CUDA and fp32 elsewhere. Adapters are always fp32.
         max_length: The longest row in tokens; longer conversations lose their oldest turns.
         packing: Whether rows are joined into packs of max_length instead of padded; samples stay isolated.
@@ -57,6 +61,8 @@ class TrainConfig:
     output: str | None = None
     eval_data: str | None = None
     chat_format: str | None = None
+    force_format: bool = False
+    reasoning: Literal["template", "kept", "none"] = "template"
     dtype: str = "auto"
     max_length: int = 4096
     packing: bool = False

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,17 @@ from transformers.integrations.integration_utils import get_available_reporting_
 from glm4ft.data.batching import Collator, PackedRows, RowSet
 from glm4ft.data.chat_format import ChatFormat
 from glm4ft.data.dataset import DataReport, Rows, data_path, prepare_rows
+from glm4ft.data.format_check import format_warnings
 from glm4ft.errors import ConfigError, RunError
-from glm4ft.files import require_unused, write_atomically
+from glm4ft.folders import only_writer, require_unused
 from glm4ft.model.base_model import Base, load_base, load_format, require_loadable, write_built_in_base
 from glm4ft.model.lora import AdapterReport, attach_lora, audit_lora
 from glm4ft.model.loss import install_supervised_loss
+from glm4ft.model.portable import write_beside_adapter
 from glm4ft.train import run_folder
 from glm4ft.train.config import TrainConfig
-from glm4ft.train.run_folder import BASE_FOLDER, COMPLETE_MARKER, is_complete, last_checkpoint
+from glm4ft.train.run_folder import BASE_FOLDER, CONFIG_FILE, is_complete, last_checkpoint
+from glm4ft.train.stop import StopAfterStep, StopRequest, stopping_after_a_step
 from glm4ft.train.trainer import SupervisedTrainer
 from glm4ft.train.trajectory import FILE_NAME, Trajectory, append_row, read_trajectory
 
@@ -137,9 +141,23 @@ def run_training(
         RunError: If the run had to stop.
     """
     say, output = say if is_main_process() else _silent, Path(str(config.output))
-    if resume and is_complete(output) and all(observer.is_done(output) for observer in observers):
-        say(f"the run in {output} is complete")
-        return RunResult(output, read_trajectory(output / FILE_NAME), config.target)
+    with only_writer(output, CONFIG_FILE) if is_main_process() else contextlib.nullcontext():
+        return _run(config, output, observers, say, resume=resume)
+
+
+def _run(
+    config: TrainConfig,
+    output: Path,
+    observers: Sequence[RunObserver],
+    say: Callable[[str], object],
+    *,
+    resume: bool,
+) -> RunResult:
+    if resume and is_complete(output):
+        run_folder.require_intact(output)
+        if all(observer.is_done(output) for observer in observers):
+            say(f"the run in {output} is complete")
+            return RunResult(output, read_trajectory(output / FILE_NAME), config.target)
     run = _prepare(config, output, say, resume=resume)
     for observer in observers:
         observer.on_prepared(run)
@@ -148,14 +166,14 @@ def run_training(
     header = _header(run.rows, run.model)
     _require_room(run)
     if resume:
-        run_folder.require_same_rows(output, header)
+        run_folder.require_same_run(output, run.config, header)
         if not is_complete(output) and run.is_main_process:
-            run_folder.rewind_run(output)
+            run_folder.rewind_run(output, say)
     elif run.is_main_process:
-        run_folder.begin(output, run.config, header, lambda: _write_beginning(run, observers))
+        run_folder.begin(output, run.config, header, lambda folder: _write_beginning(run, observers, folder))
     try:
-        with run_folder.explaining_failed_writes(output):
-            _train(run)
+        with run_folder.explaining_failed_writes(output), stopping_after_a_step() as stop:
+            _train(run, stop)
     except RunError as error:
         for observer in observers:
             observer.on_failure(run, error)
@@ -167,13 +185,14 @@ def run_training(
 
 def chat_format_of(config: TrainConfig) -> ChatFormat:
     """The chat format of a run, from its checkpoint and options."""
-    tokenizer, name = load_format(config.model, config.chat_format)
+    tokenizer, name = load_format(config.model, config.chat_format, force=config.force_format)
     return ChatFormat(
         name,
         tokenizer,
         final_stop=config.final_stop,
         train_on=config.train_on,
         allow_nonstop_terminator=config.allow_nonstop_terminator,
+        reasoning=config.reasoning,
     )
 
 
@@ -185,12 +204,15 @@ def make_trainer(
     return SupervisedTrainer(
         record=(lambda row: append_row(trajectory, row)) if is_main_process() else _silent,
         target_loss=config.target,
+        keep_checkpoints=config.keep_checkpoints,
         model=model,
         args=trainer_arguments(config, output, has_eval=eval_rows is not None, bf16=base.model.dtype == torch.bfloat16),
         train_dataset=PackedRows(rows, config.max_length) if config.packing else rows,
         eval_dataset=eval_rows,
         data_collator=Collator(base.tokenizer.pad_token_id),
-        processing_class=base.tokenizer,
+        write_beside=lambda folder: write_beside_adapter(
+            base.tokenizer, base.folder, base.model.generation_config, folder
+        ),
     )
 
 
@@ -224,7 +246,6 @@ def trainer_arguments(config: TrainConfig, output: Path, *, has_eval: bool, bf16
         eval_steps=config.eval_every,
         save_strategy="steps" if config.save_every else "no",
         save_steps=config.save_every or 500,
-        save_total_limit=config.keep_checkpoints,
         logging_steps=1,
         logging_nan_inf_filter=False,
         disable_tqdm=True,
@@ -256,7 +277,7 @@ def _prepare(config: TrainConfig, output: Path, say: Callable[[str], object], *,
     if config.eval_data:
         eval_rows, eval_data = prepare_rows(data_path(config.eval_data), chat_format, max_length=config.max_length)
         say(eval_data.describe())
-    base = load_base(config.model, dtype=config.dtype, chat_format=config.chat_format)
+    base = load_base(config.model, dtype=config.dtype, chat_format=chat_format.name, force_format=config.force_format)
     if base.is_built_in:
         # peft writes this into adapter_config.json: where whoever loads the adapter finds its base
         base.model.name_or_path = str((output / BASE_FOLDER).resolve())
@@ -264,7 +285,8 @@ def _prepare(config: TrainConfig, output: Path, say: Callable[[str], object], *,
     model = attach_lora(base.model, config.lora, seed=config.seed)
     adapters = audit_lora(model, config.lora)
     say(adapters.describe())
-    for warning in (*base.warnings, *adapters.warnings):
+    about_format = format_warnings(chat_format.name, base.tokenizer, where=config.model)
+    for warning in (*about_format, *base.warnings, *adapters.warnings):
         say(f"warning: {warning}")
     return PreparedRun(
         config,
@@ -281,14 +303,14 @@ def _prepare(config: TrainConfig, output: Path, say: Callable[[str], object], *,
     )
 
 
-def _write_beginning(run: PreparedRun, observers: Sequence[RunObserver]) -> None:
+def _write_beginning(run: PreparedRun, observers: Sequence[RunObserver], folder: Path) -> None:
     if run.base.is_built_in:
-        write_built_in_base(run.output / BASE_FOLDER)  # anew: the one in memory has adapters in it
+        write_built_in_base(folder / BASE_FOLDER)  # anew: the one in memory has adapters in it
     for observer in observers:
-        observer.on_begin(run)
+        observer.on_begin(replace(run, output=folder))  # from which all moves into the run's own folder at once
 
 
-def _train(run: PreparedRun) -> None:
+def _train(run: PreparedRun, stop: StopRequest) -> None:
     """Train from where the folder stands to the end, and save the adapter; a finished run is only loaded."""
     output, model = run.output, run.model
     if is_complete(output):
@@ -301,10 +323,13 @@ def _train(run: PreparedRun) -> None:
     if checkpoint and run_folder.is_last(checkpoint, run.config):
         model.load_adapter(str(checkpoint), "default", is_trainable=True)
     else:
+        trainer.add_callback(StopAfterStep(stop, trainer))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if stop.is_answered:
+            return
     trainer.save_model(str(output))
     if run.is_main_process:
-        write_atomically(output / COMPLETE_MARKER, "")
+        run_folder.complete(output)
 
 
 def _header(rows: Rows, model: PeftModel) -> dict[str, Any]:

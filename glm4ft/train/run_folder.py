@@ -1,29 +1,35 @@
-"""The folder of a run: how it is begun, which of its checkpoints is complete, and how it is brought back to one."""
+"""The folder of a run: how it is begun, which of its checkpoints are intact, and how it is brought back to one."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
 import json
+import os
 import re
 import shlex
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel
 from safetensors import SafetensorError
 
-from glm4ft.errors import ConfigError, RunError
+from glm4ft.errors import ConfigError, ModelError, RunError
 from glm4ft.files import write_atomically
+from glm4ft.folders import COMPLETE_MARKER, appearing_whole, damage, seal
+from glm4ft.model.checkpoint import read_json
+from glm4ft.reading import validated
 from glm4ft.train.config import TrainConfig
-from glm4ft.train.trajectory import FILE_NAME, append_row, read_trajectory, rewind
+from glm4ft.train.trajectory import FILE_NAME, append_row, reach_disk, read_trajectory, rewind
 
 CONFIG_FILE = "config.yaml"
 BASE_FOLDER = "base"  # where a run on the built-in base writes that base, so that others can load the adapter
-COMPLETE_MARKER = "complete"  # written into a run or a checkpoint when everything else is there
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_MAY_MOVE = ("data", "output")  # options that may be edited: the data are recognised by their digest
 
 
 def is_run(output: Path) -> bool:
@@ -36,6 +42,28 @@ def is_complete(output: Path) -> bool:
     return (output / COMPLETE_MARKER).exists()
 
 
+def require_intact(output: Path) -> None:
+    """Refuse a finished run whose adapter is not what was written.
+
+    Raises:
+        ModelError: If a file of the adapter is damaged.
+    """
+    if problem := damage(output):
+        again = last_checkpoint(output)
+        raise ModelError(
+            "the adapter of the finished run is damaged",
+            where=str(output),
+            found=problem,
+            fix=f"restore it from a copy; or remove {output / COMPLETE_MARKER}, and --resume trains again from "
+            f"{again or 'the beginning'}",
+        )
+
+
+def complete(output: Path) -> None:
+    """Mark a run as trained to its end, with the digests of its adapter."""
+    seal(output, [output / name for name in ADAPTER_FILES])
+
+
 def new_output() -> str:
     """A folder below ``runs`` that does not exist yet, named by the time."""
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -43,64 +71,136 @@ def new_output() -> str:
     return next(name for name in names if not Path(name).exists())
 
 
-def begin(output: Path, config: TrainConfig, header: dict[str, Any], write_rest: Callable[[], None]) -> None:
-    """Write what a run has before its first step; leave nothing behind if that fails.
+def begin(output: Path, config: TrainConfig, header: dict[str, Any], write_rest: Callable[[Path], None]) -> None:
+    """Write what a run has before its first step; it appears whole or not at all, also if this process is killed.
 
     Args:
-        output: The folder of the run: empty, or not there yet.
+        output: The folder of the run, without content.
         config: The options, written as ``config.yaml``.
         header: The first row of the trajectory.
-        write_rest: A function that writes everything else into the folder.
+        write_rest: A function that writes everything else into the folder that it is given.
     Raises:
         ConfigError: If something cannot be written.
     """
-    existed = output.exists()
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        write_rest()
-        write_atomically(output / CONFIG_FILE, yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
-        append_row(output / FILE_NAME, header)
+        with appearing_whole(output, CONFIG_FILE) as folder:
+            write_rest(folder)
+            write_atomically(folder / CONFIG_FILE, yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
+            append_row(folder / FILE_NAME, header | {"config": _plain(config)})
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(output, ignore_errors=True)
-        if existed:
-            output.mkdir()
         raise ConfigError("the run cannot be written", where=str(output), found=str(error)) from error
 
 
-def require_same_rows(output: Path, header: dict[str, Any]) -> None:
-    """Refuse to resume a run on other data.
+def require_same_run(output: Path, config: TrainConfig, header: dict[str, Any]) -> None:
+    """Refuse to resume a run with other options, or on other data.
 
     Args:
         output: The folder of the run.
+        config: The options that ``config.yaml`` holds now.
         header: The header that the trajectory of a new run on the data would have.
     Raises:
-        ConfigError: If the rows are not those of the run.
+        ConfigError: If options were edited, or the rows are not those of the run.
     """
     before = read_trajectory(output / FILE_NAME).header
-    if before["rows_sha256"] != header["rows_sha256"]:
+    was, now = _flat(before.get("config") or {}), _flat(_plain(config))
+    edited = [f"{name}: {now.get(name)!r}, was {was[name]!r}" for name in was if was[name] != now.get(name)]
+    edited = [text for text in edited if text.partition(":")[0] not in _MAY_MOVE]
+    if edited:
+        raise ConfigError(
+            "the options were edited after the run began",
+            where=str(output / CONFIG_FILE),
+            found="; ".join(edited),
+            fix="restore the values that were, or start a new run with another --output",
+        )
+    if before.get("rows_sha256") != header["rows_sha256"]:
         raise ConfigError(
             "the data are not those of the run to resume",
             where=str(output),
             found=header["rows_sha256"],
-            expected=before["rows_sha256"],
+            expected=str(before.get("rows_sha256")),
             fix="restore the data file, or start a new run with another --output",
         )
 
 
-def rewind_run(output: Path) -> None:
-    """Bring an unfinished run back to its last complete checkpoint, or to its beginning."""
+def rewind_run(output: Path, say: Callable[[str], object]) -> None:
+    """Bring an unfinished run back to its last intact checkpoint, or to its beginning.
+
+    Args:
+        output: The folder of the run.
+        say: A function that is given a line for each damaged checkpoint that is passed over.
+    """
     checkpoint = last_checkpoint(output)
     step = checkpoint_step(checkpoint) if checkpoint else 0
+    num_steps = len(read_trajectory(output / FILE_NAME).steps)
     for other in checkpoints(output):
-        if checkpoint_step(other) > step:
-            shutil.rmtree(other)
+        if checkpoint_step(other) <= step:
+            continue
+        if is_complete(other):
+            aside = _free_name(output / f"damaged-{other.name}")
+            say(
+                f"warning: {other.name} is damaged: {_problem(other, num_steps)}; going on from "
+                f"{checkpoint.name if checkpoint else 'the beginning'}; it is kept as {aside.name}"
+            )
+            os.replace(other, aside)
+        else:
+            shutil.rmtree(other)  # a killed run could not finish it
     rewind(output / FILE_NAME, step)
 
 
+def complete_checkpoint(output: Path, step: int) -> None:
+    """Mark a checkpoint as complete, with the digests of its files.
+
+    Args:
+        output: The folder of the run.
+        step: The step after which the checkpoint was written.
+    """
+    if (output / FILE_NAME).exists():
+        reach_disk(output / FILE_NAME)
+    seal(output / f"checkpoint-{step}")
+
+
+def drop_old_checkpoints(output: Path, keep: int) -> None:
+    """Remove all but the latest complete checkpoints.
+
+    Args:
+        output: The folder of the run.
+        keep: The number of checkpoints that stay.
+    """
+    for folder in sorted(filter(is_complete, checkpoints(output)), key=checkpoint_step)[:-keep]:
+        shutil.rmtree(folder)
+
+
 def last_checkpoint(output: Path) -> Path | None:
-    """The latest checkpoint of a run that was written to its end, or None."""
-    complete = [folder for folder in checkpoints(output) if (folder / COMPLETE_MARKER).exists()]
-    return max(complete, key=checkpoint_step, default=None)
+    """The latest checkpoint of a run that still is what was written, or None."""
+    latest_first = sorted(checkpoints(output), key=checkpoint_step, reverse=True)
+    num_steps = len(read_trajectory(output / FILE_NAME).steps) if latest_first else 0
+    return next((folder for folder in latest_first if not _problem(folder, num_steps)), None)
+
+
+def _problem(checkpoint: Path, num_steps: int) -> str:
+    """What is wrong with a checkpoint of a run whose trajectory has that many steps; "" if nothing is."""
+    if num_steps < checkpoint_step(checkpoint):
+        return f"the trajectory ends before it, at step {num_steps}"
+    return damage(checkpoint)
+
+
+def _free_name(path: Path) -> Path:
+    names = [path, *(path.with_name(f"{path.name}-{i}") for i in range(2, 1000))]
+    return next(name for name in names if not name.exists())
+
+
+def _plain(config: TrainConfig) -> dict[str, Any]:
+    """The options as strict JSON can represent them."""
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str), parse_constant=str)
+    return plain
+
+
+def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Options by their names on the command line: ``lora.rank``."""
+    flat: dict[str, Any] = {}
+    for name, value in options.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}
+    return flat
 
 
 def checkpoints(output: Path) -> list[Path]:
@@ -115,10 +215,19 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 def is_last(checkpoint: Path, config: TrainConfig) -> bool:
     """Whether a run has nothing to train after a checkpoint; transformers would take one step more."""
-    state = json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
+    path = checkpoint / "trainer_state.json"
+    state = validated(TrainerState, read_json(path), where=str(path), error=ModelError)
     steps = read_trajectory(checkpoint.parent / FILE_NAME).steps
-    has_target = config.target is not None and bool(steps) and steps[-1]["loss"] < config.target
-    return bool(state["global_step"] >= state["max_steps"]) or has_target
+    last_loss = steps[-1]["loss"] if steps else None
+    has_target = config.target is not None and last_loss is not None and last_loss < config.target
+    return state.global_step >= state.max_steps or has_target
+
+
+class TrainerState(BaseModel):
+    """What is read of the ``trainer_state.json`` that transformers writes."""
+
+    global_step: int
+    max_steps: int
 
 
 @contextlib.contextmanager
@@ -127,8 +236,8 @@ def explaining_failed_writes(output: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        # torch.save reports a failed write as a RuntimeError of its archive writer
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+        # torch.save reports a failed write as a RuntimeError of its archive writer, or of the check at its end
+        if isinstance(error, RuntimeError) and not re.search("PytorchStreamWriter|inline_container", str(error)):
             raise
         left = last_checkpoint(output)
         raise RunError(

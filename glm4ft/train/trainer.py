@@ -25,10 +25,9 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from glm4ft.data.batching import PackedRows, ShuffledByLength
 from glm4ft.errors import RunError
-from glm4ft.files import write_atomically
-from glm4ft.train.run_folder import COMPLETE_MARKER, last_checkpoint
+from glm4ft.train.run_folder import complete_checkpoint, drop_old_checkpoints, last_checkpoint
 
-_TRAINING_ARGS_PICKLE = "training_args.bin"
+_TRAINING_ARGS_PICKLE, _BLANK_CARD = "training_args.bin", "README.md"
 
 
 @dataclass
@@ -56,14 +55,23 @@ class SupervisedTrainer(Trainer):
     Args:
         record: A function that is given each trajectory row: ``type`` ``step`` or ``eval`` and its figures.
         target_loss: The loss below which training stops.
+        keep_checkpoints: The number of latest checkpoints that stay on disk.
+        write_beside: A function that writes into the folder of each saved adapter what belongs beside it.
         **kwargs: The arguments of ``transformers.Trainer``; data sets need ``lengths``, the collator yields ``lines``.
     """
 
     def __init__(
-        self, *, record: Callable[[dict[str, Any]], None], target_loss: float | None = None, **kwargs: Any
+        self,
+        *,
+        record: Callable[[dict[str, Any]], None],
+        target_loss: float | None = None,
+        keep_checkpoints: int = 2,
+        write_beside: Callable[[Path], None] = lambda folder: None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.record, self.target_loss = record, target_loss
+        self.keep_checkpoints, self.write_beside = keep_checkpoints, write_beside
         self.folder = Path(str(self.args.output_dir))
         self.step_contents = StepContents()
         self._step_began_s = time.perf_counter()
@@ -176,15 +184,21 @@ class SupervisedTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         self._require_finite_weights()
         super()._save(output_dir, state_dict)
-        # a pickle; config.yaml says the same in the open
-        Path(output_dir or self.folder, _TRAINING_ARGS_PICKLE).unlink(missing_ok=True)
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.folder)
+        # a pickle, of which config.yaml says the same in the open; and a form for a model card, with no answers
+        for name in (_TRAINING_ARGS_PICKLE, _BLANK_CARD):
+            (folder / name).unlink(missing_ok=True)
+        self.write_beside(folder)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         super()._save_checkpoint(*args, **kwargs)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            folder = self.folder / f"checkpoint-{self.state.global_step}"
-            write_atomically(folder / COMPLETE_MARKER, f"{self.state.global_step}\n")
+            complete_checkpoint(self.folder, self.state.global_step)
+            # only now: transformers would do it before the new one can be relied upon
+            drop_old_checkpoints(self.folder, self.keep_checkpoints)
         self._step_began_s = time.perf_counter()
 
     def _require_finite_weights(self) -> None:

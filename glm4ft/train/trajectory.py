@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field
 
 from glm4ft.errors import DataError, show
 from glm4ft.files import finite_or_null, write_atomically
+from glm4ft.reading import json_lines, validated
 
 FILE_NAME = "trajectory.jsonl"
 SCHEMA = 1
@@ -20,7 +23,7 @@ class Trajectory:
     """A trajectory as read from disk.
 
     Args:
-        header: The identity of the run: data digest, versions, device.
+        header: The identity of the run: options, data digest, versions, device.
         steps: Rows with ``step`` from 1 upwards, ``loss`` in nats per supervised token before the update,
             ``grad_norm`` (global L2 norm before clipping), ``clipped``, ``lr`` of the update, ``supervised_tokens``,
             ``tokens``, ``step_s`` and ``peak_memory_bytes``. A number that was not finite is None.
@@ -30,6 +33,52 @@ class Trajectory:
     header: dict[str, Any]
     steps: tuple[dict[str, Any], ...]
     evaluations: tuple[dict[str, Any], ...] = ()
+
+
+Number = Annotated[float, Field(allow_inf_nan=False)] | None
+Count = Annotated[int, Field(ge=0)] | None
+
+
+class HeaderRow(BaseModel, extra="allow"):
+    """The first row. Other fields are allowed in every row: another version may write more."""
+
+    type: Literal["header"]
+    rows: Count = None
+    rows_sha256: str | None = None
+    config: dict[str, Any] | None = None
+
+
+class StepRow(BaseModel, extra="allow"):
+    """The row of an optimizer step; a number that was not finite is null."""
+
+    type: Literal["step"]
+    step: Annotated[int, Field(ge=1)]
+    loss: Number
+    grad_norm: Number = None
+    lr: Number = None
+    clipped: bool | None = None
+    supervised_tokens: Count = None
+    tokens: Count = None
+    step_s: Number = None
+    peak_memory_bytes: Count = None
+
+
+class EvalRow(BaseModel, extra="allow"):
+    """The row of an evaluation, after that of its step."""
+
+    type: Literal["eval"]
+    step: Annotated[int, Field(ge=0)]
+    eval_loss: Number
+
+
+class OtherRow(BaseModel, extra="allow"):
+    """A row of a type that another version writes."""
+
+    type: str
+    step: Count = None
+
+
+ROWS: dict[str, type[BaseModel]] = {"step": StepRow, "eval": EvalRow}
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
@@ -52,12 +101,10 @@ def read_trajectory(path: Path) -> Trajectory:
     """Read a trajectory; an unfinished last line, left by a killed run, is passed over.
 
     Raises:
-        DataError: If the file is missing, has no header, or holds a line that is no row.
+        DataError: If the file is missing, has no header, holds a row with a value of a wrong type, or lacks a step.
     """
     rows = _read_rows(path)
-    if not rows or rows[0].get("type") != "header":
-        raise DataError("the trajectory has no header", where=f"{path}, line 1", expected='{"type": "header", ...}')
-    by_type = {kind: tuple(row for row in rows if row.get("type") == kind) for kind in ("step", "eval")}
+    by_type = {kind: tuple(row for row in rows if row.get("type") == kind) for kind in ROWS}
     return Trajectory(rows[0], by_type["step"], by_type["eval"])
 
 
@@ -68,26 +115,36 @@ def rewind(path: Path, step: int) -> None:
         path: The trajectory file; replaced atomically.
         step: The last step to keep; 0 keeps the header alone.
     """
-    kept = [row for row in _read_rows(path) if row.get("step", 0) <= step]
+    kept = [row for row in _read_rows(path) if (row.get("step") or 0) <= step]
     write_atomically(path, "".join(dump_row(row) + "\n" for row in kept))
 
 
+def reach_disk(path: Path) -> None:
+    """Wait until all rows are on the disk, so that no checkpoint outlives the rows of the steps before it."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
 def _read_rows(path: Path) -> list[dict[str, Any]]:
-    try:
-        lines = path.read_text("utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        found = getattr(error, "strerror", None) or str(error)
-        raise DataError("cannot read the trajectory", where=str(path), found=found) from error
-    return list(_parse(path, lines))
+    """The rows, each with values of the right types; steps count from 1 without a gap."""
+    rows: list[dict[str, Any]] = []
+    fix = "restore the file from a copy, or start a new run"
+    step = 0
+    for where, row in json_lines(path, DataError, "cannot read the trajectory"):
+        if not rows and row.get("type") != "header":
+            raise _no_header(where, show(row))
+        model = ROWS.get(str(row.get("type")), OtherRow) if rows else HeaderRow
+        validated(model, row, where=where, error=DataError, fix=fix)
+        if row.get("type") == "step":
+            if row["step"] != step + 1:
+                found, expected = f"step {row['step']}", f"step {step + 1}"
+                raise DataError("the trajectory has a gap", where=where, found=found, expected=expected, fix=fix)
+            step += 1
+        rows.append(row)
+    if not rows:
+        raise _no_header(f"{path}, line 1", "")
+    return rows
 
 
-def _parse(path: Path, lines: list[str]) -> Iterable[dict[str, Any]]:
-    # what follows the last newline is empty, or a line that a killed run could not finish
-    for number, line in enumerate(lines[:-1], start=1):
-        try:
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError("a row is an object")
-            yield row
-        except ValueError as error:
-            raise DataError("not a trajectory row", where=f"{path}, line {number}", found=show(line)) from error
+def _no_header(where: str, found: str) -> DataError:
+    return DataError("the trajectory has no header", where=where, found=found, expected='{"type": "header", ...}')

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from glm4ft.data.chat_format import ChatFormat
 from glm4ft.data.conversation import Conversation
 from glm4ft.data.reader import from_messages
-from glm4ft.model.tiny import tiny_tokenizer
+from glm4ft.model.tiny_tokenizer import tiny_tokenizer
 
 TEXT = "The Seine runs through Paris, 塞纳河穿过巴黎。 It is 777 kilometres long and rises near Dijon.\n"
 

@@ -22,7 +22,7 @@ from glm4ft.data.encoded_rows import TrainedRow
 from glm4ft.floors.floor import Floor, find_floor
 from glm4ft.floors.head import HEAD, NORM, read_head
 from glm4ft.model.checkpoint import INDEX
-from glm4ft.model.tiny import tiny_tokenizer
+from glm4ft.model.tiny_tokenizer import tiny_tokenizer
 
 ROWS, HIDDEN = 151_552, 4096
 NEVER_SAMPLED = [*range(151_330, 151_336), 151_337, *range(151_343, ROWS)]

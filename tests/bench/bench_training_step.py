@@ -18,10 +18,10 @@ import torch
 from transformers import DataCollatorForSeq2Seq, Glm4Config, Glm4ForCausalLM, Trainer, TrainingArguments
 
 from glm4ft.data.batching import Collator
-from glm4ft.data.chat_format import IGNORED
+from glm4ft.data.encoded_row import IGNORED
 from glm4ft.model.lora import LoraOptions, attach_lora
 from glm4ft.model.loss import install_supervised_loss
-from glm4ft.model.tiny import tiny_tokenizer
+from glm4ft.model.tiny_tokenizer import tiny_tokenizer
 from glm4ft.train.trainer import SupervisedTrainer
 
 VOCABULARY, HIDDEN, LAYERS = 151_552, 256, 4

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glm4ft.data.batching import Collator, PackedRows, RowSet, ShuffledByLength, join, pack
-from glm4ft.data.chat_format import IGNORED
+from glm4ft.data.encoded_row import IGNORED
 from glm4ft.model.loss import install_supervised_loss
 from glm4ft.model.tiny import tiny_model
 

@@ -17,8 +17,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from glm4ft.data.chat_format import IGNORED, ChatFormat, EncodedRow
+from glm4ft.data.chat_format import ChatFormat
 from glm4ft.data.conversation import Conversation, Message
+from glm4ft.data.encoded_row import IGNORED, EncodedRow
 from glm4ft.errors import DataError
 from glm4ft.testing.strategies import MARKERS, conversations, marker_free_contents
 

@@ -124,6 +124,27 @@ def test_each_accepted_shape_becomes_the_canonical_turns(case: Read) -> None:
     assert "ignored" not in " ".join(conversation.warnings)
 
 
+def test_reasoning_is_read_under_any_of_its_names() -> None:
+    for key in ("reasoning_content", "reasoning", "thinking"):
+        conversation = parse_conversation({"messages": [USER, ASSISTANT | {key: "r", "reasoning_details": None}]})
+        assert [message.reasoning for message in conversation.messages] == ["", "r"]
+    parts = parse_conversation({"messages": [USER, ASSISTANT | {"reasoning": [{"type": "text", "text": "r"}]}]})
+    assert parts.messages[1].reasoning == "r"
+
+
+def test_text_and_calls_of_one_message_are_one_turn() -> None:
+    """Reasoning belongs to its first part; calls with a role of their own go on with the answer before them."""
+    text = ASSISTANT | {"tool_calls": OPENAI_CALLS, "reasoning_content": "r"}
+    for message, expected in ((text, ["", "r", "", ""]), (text | {"content": None}, ["", "r", ""])):
+        conversation = parse_conversation({"messages": [USER, message], "tools": [TOOL]})
+        assert [m.reasoning for m in conversation.messages] == expected
+        assert [m.continues for m in conversation.messages] == [False, False, *[True] * (len(expected) - 2)]
+    call = {"role": "tool_call", "content": '{"name": "f", "arguments": {}}'}
+    result = {"role": "tool_response", "content": "1"}
+    swift = parse_conversation({"messages": [USER, ASSISTANT, call, call, result, call, ASSISTANT], "tools": [TOOL]})
+    assert [m.continues for m in swift.messages] == [False, False, True, True, False, False, False]
+
+
 LOSS_ON = [True, 1, 1.0, "true", "YES", " on ", "y", "T", "1", None]
 LOSS_OFF = [False, 0, 0.0, "false", "No", "off\n", "n", "F", "0", ""]
 
@@ -230,15 +251,25 @@ REFUSED: dict[str, tuple[Any, str, str]] = {  # id: record, where in it, words o
     "only-tools": ({"messages": [{"role": "system", "tools": [TOOL]}]}, ": messages[0]", "no assistant turn"),
     "observation-first": ({"messages": [{"role": "tool", "content": "1"}, ASSISTANT]}, ": messages[0]", "follows"),
     "observation-late": (answered(USER, {"role": "tool", "content": "1"}), ": messages[3]", "follows nothing"),
-    "reasoning": (answered(ASSISTANT | {"reasoning_content": "r"}), ": messages[2].reasoning_content", "lost"),
-    "reasoning-of-record": (answered(reasoning_content="r"), ": reasoning_content", "lost"),
+    "reasoning-of-user": (
+        answered(USER | {"reasoning_content": "r"}),
+        ": messages[2].reasoning_content",
+        "no assistant message",
+    ),
+    "reasoning-twice": (
+        answered(ASSISTANT | {"reasoning_content": "r", "thinking": "s"}),
+        ": messages[2].thinking",
+        "that differ",
+    ),
+    "reasoning-details": (answered(ASSISTANT | {"reasoning_details": [{}]}), ": messages[2].reasoning_details", "reas"),
+    "reasoning-of-record": (answered(reasoning_content="r"), ": reasoning_content", "reasoning stands where no"),
     "preference": (answered(rejected="r"), ": rejected", "holds preference data"),
     "preference-of-swift": (answered(rejected_response="r"), ": rejected_response", "not preference training"),
     "preference-of-trl": ({"prompt": "a", "chosen": "b", "rejected": "c"}, ": chosen", "a preference trainer"),
     "preference-of-kto": (answered(label=False), ": label", "holds preference data"),
     "images": (answered(images=["a.png"]), ": images", "holds media"),
     "audio-of-message": (answered(USER | {"audio": "a.wav"}), ": messages[2].audio", "no eyes or ears"),
-    "thinking": (answered(ASSISTANT | {"thinking": "r"}), ": messages[2].thinking", "lost"),
+    "thinking-as-switch": (answered(ASSISTANT | {"thinking": True}), ": messages[2].thinking", "not a string"),
     "mask": (answered(ASSISTANT | {"mask": 1}), ": messages[2].mask", "rename it to loss"),
     "two-systems-beside-messages": (
         {"system": "s", "messages": [{"role": "system", "content": "t"}, USER, ASSISTANT]},
@@ -410,6 +441,13 @@ def test_writing_and_reading_a_conversation_is_the_identity(shape: str, conversa
     record = {key: [WRITERS[shape](message) for message in conversation.messages], "tools": list(conversation.tools)}
     if shape == "conversations":
         record["tools"] = json.dumps(record["tools"])
+        before = (None, *conversation.messages)  # a call with a role of its own goes on with the answer before it
+        goes_on = [
+            m.is_call and b is not None and b.role == "assistant"
+            for b, m in zip(before, conversation.messages, strict=False)
+        ]
+        messages = [replace(m, continues=g) for m, g in zip(conversation.messages, goes_on, strict=True)]
+        conversation = replace(conversation, messages=tuple(messages))
     read = parse_conversation(json.loads(json.dumps(record)))
     assert read == conversation
     undeclared_or_lost = [text for text in read.warnings if "calls" in text or "ignored" in text]

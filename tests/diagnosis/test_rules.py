@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from glm4ft.data.chat_format import IGNORED
+from glm4ft.data.encoded_row import IGNORED
 from glm4ft.diagnosis.evidence import (
     AdapterAudit,
     CurvePoint,

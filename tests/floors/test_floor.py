@@ -37,7 +37,8 @@ from glm4ft.floors.solver import BF16
 from glm4ft.floors.target import stop_warnings
 from glm4ft.model.base_model import load_base
 from glm4ft.model.lora import LoraOptions, attach_lora
-from glm4ft.model.tiny import tiny_tokenizer, write_tiny_base
+from glm4ft.model.tiny import write_tiny_base
+from glm4ft.model.tiny_tokenizer import tiny_tokenizer
 from glm4ft.report.floor_view import encoded_rows, print_floor
 from glm4ft.testing.subjects.founding_bug import FoundingBugFormat
 

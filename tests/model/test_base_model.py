@@ -18,13 +18,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Glm4ForCausalLM, GlmForCausalLM, PreTrainedTokenizerFast
 
-from glm4ft.data.chat_format import STOPS, ChatFormat
+from glm4ft.data.chat_format import ChatFormat
+from glm4ft.data.control_tokens import STOPS
 from glm4ft.data.conversation import Message
 from glm4ft.errors import ConfigError, ModelError
 from glm4ft.model import base_model, checkpoint
 from glm4ft.model.base_model import load_base, load_format, load_tokenizer
 from glm4ft.model.checkpoint import INDEX
-from glm4ft.model.tiny import CHAT_TEMPLATES, tiny_model, tiny_tokenizer, write_tiny_base
+from glm4ft.model.tiny import tiny_model, write_tiny_base
+from glm4ft.model.tiny_tokenizer import tiny_tokenizer
 
 FORMATS = {"Glm4ForCausalLM": "glm-4-0414", "GlmForCausalLM": "glm-4-9b-chat"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -425,47 +427,16 @@ def test_unknown_format_is_refused() -> None:
         load_format("tiny", "chatml")
 
 
-def test_reasoning_checkpoint_is_refused_unless_its_format_is_named(folder: Path) -> None:
+def test_format_that_the_template_contradicts_has_to_be_forced(folder: Path) -> None:
+    """GLM-Z1's template asks for reasoning: rows without it would be trained for prompts that no server sends."""
     with (folder / "chat_template.jinja").open("a") as template:
         template.write("{% if add_generation_prompt %}\n<think>{% endif %}")
-    with pytest.raises(ModelError, match="glm-z1"):
-        load_base(str(folder))
-    [warning] = load_base(str(folder), chat_format="glm-4-0414").warnings
-    assert "the format has nothing, the template '<'" in warning
-
-
-TEMPLATE = CHAT_TEMPLATES["Glm4ForCausalLM"]
-
-
-@dataclass(frozen=True)
-class Template:
-    id: str
-    text: str
-    told: str  # contained in the warning; "" if there is none
-
-
-@pytest.mark.parametrize(
-    "template",
-    [
-        Template("own", TEMPLATE, ""),
-        Template(
-            "space-after-header", TEMPLATE.replace("}}\n{{", "}} \n{{"), "position 3 the format has '\\n', the templ"
-        ),
-        Template(
-            "no-prefix", TEMPLATE.replace("[gMASK]<sop>", ""), "0 the format has '[gMASK]', the template '<|system|>'"
-        ),
-        Template(
-            "no-generation-prompt", TEMPLATE.partition("{% if add_gen")[0], "'<|assistant|>', the template nothing"
-        ),
-        Template("failing", "{{ raise_exception('no system message') }}", "fails on a plain conversation: no system"),
-    ],
-    ids=lambda template: template.id,
-)
-def test_template_that_departs_from_the_format_is_warned_of(template: Template, folder: Path) -> None:
-    (folder / "chat_template.jinja").write_text(template.text)
-    warnings = load_base(str(folder)).warnings
-    assert len(warnings) == bool(template.told)
-    assert template.told in "".join(warnings)
+    for asked in (None, "glm-4-0414", "glm-4-9b-chat", "glm-z1-0414"):
+        with pytest.raises(ModelError, match="contradicts the chat format"):
+            load_format(str(folder), asked)
+        with pytest.raises(ModelError, match="contradicts the chat format"):
+            load_base(str(folder), chat_format=asked)
+    assert load_base(str(folder), chat_format="glm-4-0414", force_format=True).format_name == "glm-4-0414"
 
 
 def test_tokenizer_without_a_template_is_taken_as_it_is(folder: Path) -> None:

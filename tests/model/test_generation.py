@@ -14,7 +14,8 @@ import torch
 from glm4ft.data.chat_format import ChatFormat
 from glm4ft.data.reader import from_messages
 from glm4ft.model.generation import OVERRUN, TurnRoundTrip, round_trip
-from glm4ft.model.tiny import tiny_model, tiny_tokenizer
+from glm4ft.model.tiny import tiny_model
+from glm4ft.model.tiny_tokenizer import tiny_tokenizer
 
 CHAT_FORMAT = ChatFormat("glm-4-0414", tiny_tokenizer())
 CONVERSATION = from_messages(

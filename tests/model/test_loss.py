@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import glm4ft.model.loss
-from glm4ft.data.chat_format import IGNORED
+from glm4ft.data.encoded_row import IGNORED
 from glm4ft.model.loss import install_supervised_loss, supervised_nll
 from glm4ft.model.tiny import tiny_model
 

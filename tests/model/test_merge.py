@@ -22,13 +22,15 @@ from peft.tuners.lora import Linear
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from glm4ft.data.chat_format import STOPS, ChatFormat
+from glm4ft.data.chat_format import ChatFormat
+from glm4ft.data.control_tokens import STOPS
 from glm4ft.data.reader import parse_conversation
 from glm4ft.errors import ConfigError, InputError, ModelError, RunError
 from glm4ft.model import base_model
+from glm4ft.model.adapter import WEIGHTS
 from glm4ft.model.base_model import load_base
 from glm4ft.model.lora import LoraOptions, attach_lora
-from glm4ft.model.merge import TOLERANCES, WEIGHTS, MergeReport, merge_adapter
+from glm4ft.model.merge import TOLERANCES, MergeReport, merge_adapter
 from glm4ft.model.tiny import write_tiny_base
 
 # plain peft 0.21 on transformers 5.23 warns of its own call
@@ -459,7 +461,7 @@ def test_disk_that_refuses_the_weights_leaves_nothing_behind(random_adapter: Pat
     with pytest.raises(ConfigError, match="cannot be written") as caught:
         merge_adapter(random_adapter, tmp_path / "new" / "merged")
     assert str(tmp_path / "new" / "merged") in str(caught.value)
-    assert not list((tmp_path / "new").iterdir())
+    assert not (tmp_path / "new").exists()
 
 
 @dataclass(frozen=True)

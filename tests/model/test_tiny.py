@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from glm4ft.data.chat_format import ChatFormat, detect_format
+from glm4ft.data.chat_format import ChatFormat
 from glm4ft.data.dataset import DEMO_DATA
+from glm4ft.data.format_check import detect_format
 from glm4ft.data.reader import read_conversations
 from glm4ft.model.tiny import CONTROL_TOKENS, STOP_TOKENS, shared_row_ids, tiny_model, tiny_tokenizer, write_tiny_base
 from glm4ft.testing.strategies import text_contents
@@ -91,7 +92,7 @@ def test_first_loss_is_that_of_a_base_that_knows_nothing(model: Any, seed: int) 
     tokenizer = tiny_tokenizer(architecture)
     base = tiny_model(seed, architecture=architecture)
     assert math.log(base.config.vocab_size) == pytest.approx(6.3, abs=0.05)
-    chat_format = ChatFormat(detect_format([architecture], tokenizer.chat_template), tokenizer)
+    chat_format = ChatFormat(detect_format([architecture], tokenizer), tokenizer)
     rows = [chat_format.encode(conversation) for conversation in read_conversations(DEMO_DATA)]
     losses = []
     with torch.no_grad():

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from report_samples import HOSTILE, HOSTILE_LINES, founding_bug, hostile
 
-from glm4ft.report.markdown import code, prose, render_summary
+from glm4ft.report.markdown import render_summary
+from glm4ft.text.markdown_text import code, prose
 from glm4ft.text.safe_text import visible
 
 GITHUB = MarkdownIt("gfm-like", {"linkify": False})

@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from rich.console import Console, RenderableType
 
 import glm4ft
-from glm4ft.data.chat_format import ChatFormat, EncodedRow
+from glm4ft.data.chat_format import ChatFormat
 from glm4ft.data.conversation import Conversation, Message
+from glm4ft.data.encoded_row import EncodedRow
 from glm4ft.data.reader import read_conversations
-from glm4ft.model.tiny import tiny_tokenizer
+from glm4ft.model.tiny_tokenizer import tiny_tokenizer
 from glm4ft.report.mask_view import Totals, mask_record, mask_text, render_legend, render_row, render_totals
 from glm4ft.text.safe_text import escape, visible
 

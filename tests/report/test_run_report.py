@@ -19,7 +19,8 @@ from glm4ft.diagnosis.evidence import Evidence, FirstLoss
 from glm4ft.diagnosis.finding import Finding
 from glm4ft.diagnosis.rules import Diagnosis
 from glm4ft.diagnosis.token_losses import measure_targets
-from glm4ft.model.tiny import tiny_model, tiny_tokenizer
+from glm4ft.model.tiny import tiny_model
+from glm4ft.model.tiny_tokenizer import tiny_tokenizer
 from glm4ft.report.content import Headline, Tone
 from glm4ft.report.costly_tokens import token_parts
 from glm4ft.report.wording import diagnosed_run

@@ -26,7 +26,7 @@ def test_conformance(glm4ft_check): glm4ft_check()
 # a subject that trains every token but the first, and raises an error where it should build a model
 SUBJECT = """
 from types import SimpleNamespace
-from glm4ft.model.tiny import tiny_tokenizer
+from glm4ft.model.tiny_tokenizer import tiny_tokenizer
 tokenizer = tiny_tokenizer()
 
 def encode(messages, tools=None):

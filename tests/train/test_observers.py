@@ -93,6 +93,8 @@ def test_trainer_loads_little_of_this_package() -> None:
     num_modules, num_lines, *names = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()
-    assert int(num_modules) <= 20
-    assert int(num_lines) <= 3400
-    assert {name.split(".")[1] for name in names if "." in name} == {"data", "errors", "files", "model", "train"}
+    assert int(num_modules) <= 24
+    assert int(num_lines) <= 3900
+    assert {name.split(".")[1] for name in names if "." in name} == {
+        "data", "errors", "files", "folders", "model", "reading", "train"
+    }  # fmt: skip

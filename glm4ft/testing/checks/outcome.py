@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from glm4ft.data.chat_format import common_prefix_length
+from glm4ft.data.control_tokens import common_prefix_length
 from glm4ft.data.encoded_rows import TrainedRow
 from glm4ft.floors.floor import find_floor
 from glm4ft.floors.head import frozen_head

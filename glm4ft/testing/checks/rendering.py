@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from glm4ft.data.chat_format import common_prefix_length
+from glm4ft.data.control_tokens import common_prefix_length
 from glm4ft.testing.checks.encoding import (
     bank_of,
     controls_of,

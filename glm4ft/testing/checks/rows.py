@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from glm4ft.data.chat_format import common_prefix_length
+from glm4ft.data.control_tokens import common_prefix_length
 from glm4ft.testing.checks.encoding import (
     BankRow,
     answer_starts,

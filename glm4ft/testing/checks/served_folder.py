@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
-from glm4ft.data.chat_format import common_prefix_length
+from glm4ft.data.control_tokens import common_prefix_length
 from glm4ft.testing.checks.encoding import answer_starts, bank_of, controls_of, name_of, row_of
 from glm4ft.testing.specification.mask_oracle import show_token
 from glm4ft.testing.trial.bank import MARKERS_TALK, Talk

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from glm4ft.data.chat_format import IGNORED
 from glm4ft.data.conversation import Message
+from glm4ft.data.encoded_row import IGNORED
 from glm4ft.testing.faults.variations import variation
 from glm4ft.testing.recording.recorder import backbone_of
 from glm4ft.testing.subjects.plain_loop import Conversations, LoopState, Subject, trained, world_size

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from glm4ft.data.chat_format import IGNORED
+from glm4ft.data.encoded_row import IGNORED
 from glm4ft.testing.faults.variations import variation
 from glm4ft.testing.subjects.plain_loop import LoopState, Subject, trained
 from glm4ft.testing.subjects.plain_loop_data import Batch, Features

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from glm4ft.data.chat_format import IGNORED
+from glm4ft.data.encoded_row import IGNORED
 from glm4ft.testing.faults.clipping import norm_of
 from glm4ft.testing.faults.registry import MADE_UP, faults_at
 from glm4ft.testing.subjects.plain_loop import Conversations, LoopState, Subject, trained

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from glm4ft.data.chat_format import IGNORED, PREFIX
+from glm4ft.data.control_tokens import PREFIX
+from glm4ft.data.encoded_row import IGNORED
 from glm4ft.testing.faults.registry import faults_at
 from glm4ft.testing.subjects.plain_loop import LoopState, Subject
 from glm4ft.testing.subjects.plain_loop_data import Batch, Features

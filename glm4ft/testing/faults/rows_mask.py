@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from glm4ft.data.chat_format import IGNORED
 from glm4ft.data.conversation import Conversation, Message
+from glm4ft.data.encoded_row import IGNORED
 from glm4ft.testing.faults.registry import MADE_UP, ServedRight, faults_at
 from glm4ft.testing.subjects.plain_loop import Subject
 from glm4ft.testing.subjects.plain_loop_data import Batch, Features, TextSegment

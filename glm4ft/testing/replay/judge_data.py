@@ -6,7 +6,8 @@ import re
 
 import torch
 
-from glm4ft.data.chat_format import IGNORED, common_prefix_length
+from glm4ft.data.control_tokens import common_prefix_length
+from glm4ft.data.encoded_row import IGNORED
 from glm4ft.testing.recording.trace import Forward
 from glm4ft.testing.replay.matching import RowSpan, is_part_of
 from glm4ft.testing.replay.step import Departure, Departures, ReplayedStep, SeenRow

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from glm4ft.data.chat_format import IGNORED
+from glm4ft.data.encoded_row import IGNORED
 from glm4ft.testing.recording.trace import Tensors
 from glm4ft.testing.replay.step import (
     EXPLAINED,

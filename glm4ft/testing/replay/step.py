@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from glm4ft.data.chat_format import IGNORED
+from glm4ft.data.encoded_row import IGNORED
 from glm4ft.testing.recording.trace import Step, Tensors
 from glm4ft.testing.replay.matching import KnownRows, RowMatches, RowSpan
 from glm4ft.testing.specification.reference import AdamW, LabelledIds, Reference, Targets, recover_targets

@@ -85,7 +85,8 @@ GPU = Option(
     "tests marked gpu: auto skips them without a GPU, require fails without a GPU or if none ran, never skips them",
 )
 REPORT = Option("report", "DIR", "", "folder into which report.html and summary.md of the session are written")
-OPTIONS = (MODEL, TOKENIZER, SUBJECT, DEVICE, GPU, REPORT)
+BASELINE = Option("baseline", "DIR", "", "folder of recorded curves, with which glm4ft_baseline compares today's")
+OPTIONS = (MODEL, TOKENIZER, SUBJECT, DEVICE, GPU, REPORT, BASELINE)
 
 
 def describe(config: pytest.Config) -> list[str]:
@@ -127,7 +128,7 @@ def require_legal(config: pytest.Config) -> None:
 def _require_equals_signs(config: pytest.Config) -> None:
     """Refuse a path given after a space: pytest looks for the ini file before it knows our options, and misses it."""
     arguments = config.invocation_params.args
-    for option in (MODEL, TOKENIZER, REPORT):
+    for option in (MODEL, TOKENIZER, REPORT, BASELINE):
         value = str(config.getoption(option.flag) or "")
         if config.inipath is None and value in arguments and Path(value).exists():
             problem = "pytest took this for the path of a test, and so found no ini file"

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from glm4ft.data.chat_format import IGNORED
+from glm4ft.data.encoded_row import IGNORED
 from glm4ft.testing.recording.recorder import backbone_of
 from glm4ft.testing.recording.trace import Forward, Tensors
 from glm4ft.testing.specification.lora_spec import LoraSpec, adapted_modules, base_name

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from glm4ft.data.chat_format import ChatFormat, EncodedRow
+from glm4ft.data.chat_format import ChatFormat
 from glm4ft.data.conversation import Conversation
+from glm4ft.data.encoded_row import EncodedRow
 from glm4ft.testing.subjects import own
 
 

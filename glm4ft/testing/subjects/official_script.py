@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from glm4ft.data.chat_format import IGNORED
+from glm4ft.data.encoded_row import IGNORED
 from glm4ft.testing.subjects import transformers_trainer
 from glm4ft.testing.subjects.known_failures import OFFICIAL_SCRIPT, OFFICIAL_SCRIPT_COMBINED, reasons
 

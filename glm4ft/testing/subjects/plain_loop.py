@@ -20,7 +20,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 
-from glm4ft.data.chat_format import IGNORED
+from glm4ft.data.encoded_row import IGNORED
 from glm4ft.testing.subjects.plain_loop_data import Batch, Features
 from glm4ft.testing.subjects.plain_loop_evaluation import Evaluation
 from glm4ft.testing.subjects.plain_loop_model import Model

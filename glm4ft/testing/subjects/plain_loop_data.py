@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from glm4ft.data.chat_format import IGNORED, PREFIX, STOPS, plain_text_tokenizer
+from glm4ft.data.control_tokens import PREFIX, STOPS, plain_text_tokenizer
 from glm4ft.data.conversation import Conversation, Message
+from glm4ft.data.encoded_row import IGNORED
 from glm4ft.data.reader import from_messages
 
 Features = dict[str, list[int]]  # input_ids and labels

@@ -14,7 +14,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from glm4ft.data.chat_format import IGNORED, ChatFormat
+from glm4ft.data.chat_format import ChatFormat
+from glm4ft.data.encoded_row import IGNORED
 from glm4ft.model.lora import GLM4_TARGETS
 from glm4ft.testing.subject import make_plan
 from glm4ft.testing.subjects.building_blocks import EncodedHere, Generates, PeftSubject, training_arguments

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from glm4ft.data.chat_format import IGNORED
+from glm4ft.data.encoded_row import IGNORED
 from glm4ft.errors import InputError
 from glm4ft.testing.recording.attach import NOTE
 from glm4ft.testing.recording.ranks import first_difference, merge_ranks

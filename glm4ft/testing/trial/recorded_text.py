@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
-from glm4ft.data.chat_format import IGNORED
+from glm4ft.data.encoded_row import IGNORED
 from glm4ft.testing.replay.replay import JUDGES
 from glm4ft.testing.trial.recorded import JudgedRecording
 from glm4ft.testing.trial.wording import LOOK_AT

@@ -16,7 +16,8 @@ from safetensors import safe_open
 
 from glm4ft.errors import ConfigError
 from glm4ft.model.base_model import MODEL_CLASSES, load_base
-from glm4ft.model.tiny import never_sampled_ids, tiny_tokenizer
+from glm4ft.model.tiny import never_sampled_ids
+from glm4ft.model.tiny_tokenizer import tiny_tokenizer
 from glm4ft.testing.bases.geometry import GEOMETRIES, geometry, num_parameters, size_of
 from glm4ft.testing.bases.random_base import NUM_PADDING_IDS, random_config, write_random_base
 from glm4ft.testing.session.gpu_lane import Bases

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import Trainer
 
-from glm4ft.data.chat_format import IGNORED
+from glm4ft.data.encoded_row import IGNORED
 from glm4ft.model.tiny import write_tiny_base
 from glm4ft.testing.recording.trace_file import read_trace, write_trace
 from glm4ft.testing.replay.step import WEIGHT_LIMITS, History, ReplayedStep

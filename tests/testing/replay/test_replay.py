@@ -16,7 +16,7 @@ import torch
 from transformers import Trainer
 
 from glm4ft.data.batching import Collator
-from glm4ft.data.chat_format import IGNORED
+from glm4ft.data.encoded_row import IGNORED
 from glm4ft.model.tiny import tiny_model, write_tiny_base
 from glm4ft.testing.recording.recorder import record
 from glm4ft.testing.specification.reference import recover_targets

@@ -179,7 +179,7 @@ def test_the_command_line_goes_before_the_environment_and_that_before_the_ini_fi
             "glm4ft: model=zai-org/model (from GLM4FT_MODEL)",
             f"glm4ft: tokenizer={folder} (from --glm4ft-tokenizer)",
             "glm4ft: gpu=never (from glm4ft_gpu in tox.ini)",
-            "glm4ft: subject=glm4ft.testing.subjects.own:Subject, device=auto, report=none (default)",
+            "glm4ft: subject=glm4ft.testing.subjects.own:Subject, device=auto, report=none, baseline=none (default)",
             f"*found {folder}*",
         ]
     )

@@ -1,0 +1,126 @@
+"""``glm4ft baseline``: curves that are kept, and compared with those of today's code."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from glm4ft.cli.libraries import quiet_libraries
+from glm4ft.cli.options import Parser
+from glm4ft.cli.wording import nearest
+from glm4ft.errors import ConfigError
+
+ACTIONS = {
+    "record": "Train with several seeds and keep the curves of loss, gradient norm and learning rate.",
+    "compare": "Train again with the same seeds and say whether the curves are still the same.",
+    "history": "Draw the curves of several recorded files over their commits.",
+}
+
+
+def parse(argv: Sequence[str]) -> Namespace:
+    """Read the arguments.
+
+    Args:
+        argv: The arguments after the command's name; the first is one of ``ACTIONS``.
+    Raises:
+        ConfigError: If it is none.
+    """
+    action = argv[0] if argv else ""
+    if action in ("-h", "--help"):
+        lines = [f"  glm4ft baseline {name:<8} {told}" for name, told in ACTIONS.items()]
+        print("\n".join([f"usage: glm4ft baseline {{{','.join(ACTIONS)}}} ...\n", *lines]))
+        sys.exit(0)
+    if action not in ACTIONS:
+        expected = nearest(action, ACTIONS) or " or ".join(ACTIONS)
+        raise ConfigError("no such action of glm4ft baseline", found=action or "none", expected=expected)
+    parser = Parser("baseline")
+    parser.prog, parser.description = f"glm4ft baseline {action}", ACTIONS[action]
+    _OPTIONS[action](parser)
+    options = parser.parse(argv[1:])
+    options.action = action
+    return options
+
+
+def _record_options(parser: Parser) -> None:
+    own = "glm4ft.testing.subjects.own:Subject"
+    parser.add_argument("--output", annotation=str, required=True, help="File to write, ending in .jsonl.")
+    parser.add_argument("--subject", annotation=str, default=own, help="MODULE:ATTR of the pipeline.")
+    parser.add_argument("--model", annotation=str, default="tiny", help="Base: tiny, random:NAME, a folder or hub id.")
+    parser.add_argument("--seeds", annotation=int, default=8, help="Number of seeds, 5 to 14.")
+    parser.add_argument("--steps", annotation=int, default=20, help="Optimizer steps of each run.")
+    parser.add_argument("--packing", annotation=bool, default=False, help="Whether rows are packed.")
+
+
+def _compare_options(parser: Parser) -> None:
+    parser.add_argument("files", annotation=str, nargs="+", help="Files that glm4ft baseline record wrote.")
+    parser.add_argument("--keep", annotation=str | None, help="Folder for the curves of today, for the history.")
+    parser.add_argument("--json", nargs="?", const="-", help="Write the results as JSON here, or to stdout.")
+
+
+def _history_options(parser: Parser) -> None:
+    parser.add_argument("files", annotation=str, nargs="+", help="Files of one baseline, recorded at several commits.")
+    parser.add_argument("--report", annotation=str | None, help="Folder for history.html.")
+
+
+_OPTIONS = {"record": _record_options, "compare": _compare_options, "history": _history_options}
+
+
+def run(options: Namespace) -> bool:
+    """Record, compare or draw.
+
+    Args:
+        options: The arguments.
+    Returns:
+        False if a comparison is an alarm.
+    """
+    if options.action != "history":
+        quiet_libraries()
+    return {"record": _record, "compare": _compare, "history": _history}[options.action](options)
+
+
+def _record(options: Namespace) -> bool:
+    from glm4ft.testing.baseline.measure import PLAN, record_baseline
+
+    output = Path(options.output)
+    plan = {**PLAN, "steps": options.steps, "packing": options.packing}
+    found = record_baseline(output, options.subject, options.model, plan, options.seeds, _progress)
+    ends = [curve.steps[-1].loss for curve in found.curves]
+    print(f"{len(found.curves)} seeds of {options.steps} steps, loss at the end {min(ends):.4g} to {max(ends):.4g}")
+    print(f"baseline: {output}")
+    return True
+
+
+def _compare(options: Namespace) -> bool:
+    from glm4ft.files import write_atomically
+    from glm4ft.testing.baseline.compare import compare_again
+
+    records, is_quiet = list[dict[str, Any]](), options.json == "-"
+    for file in map(Path, options.files):
+        keep = Path(options.keep) / file.name if options.keep else None
+        comparison = compare_again(file, keep, _progress)
+        records.append({"file": str(file), **comparison.record()})
+        if not is_quiet:
+            print(f"{file}: {comparison}")
+    text = json.dumps({"schema": 1, "comparisons": records}, ensure_ascii=False, indent=1) + "\n"
+    if is_quiet:
+        sys.stdout.write(text)
+    elif options.json:
+        write_atomically(Path(options.json), text)
+    return not any(record["is_alarm"] for record in records)
+
+
+def _history(options: Namespace) -> bool:
+    from glm4ft.testing.baseline.history import show_history
+
+    show_history([Path(file) for file in options.files], Path(options.report) if options.report else None)
+    return True
+
+
+def _progress(seeds: Sequence[int]) -> Iterator[int]:
+    from tqdm import tqdm
+
+    yield from tqdm(seeds, unit="seed", leave=False, disable=None)

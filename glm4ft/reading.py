@@ -1,0 +1,102 @@
+"""Reads files that somebody else may have written, cut or damaged: whatever is in them, the error is one for users.
+
+Conversations have a reader of their own (``data.reader``); weights are read by safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from glm4ft.errors import InputError, show
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def read_text(path: Path, error: type[InputError], message: str) -> str:
+    """Read a whole file in UTF-8.
+
+    Args:
+        path: The file. A pipe is read to its end; one that nobody writes to is empty.
+        error: The class of the error.
+        message: What cannot be done if the file cannot be read, for the error.
+    Returns:
+        The text.
+    """
+    try:
+        # without O_NONBLOCK, to open a pipe would wait for somebody to write to it
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        with open(descriptor, "rb") as file:
+            os.set_blocking(descriptor, True)
+            return file.read().decode("utf-8")
+    except (OSError, ValueError) as problem:  # ValueError: no UTF-8, or a name that no file can have
+        found = getattr(problem, "strerror", None) or str(problem)
+        raise error(message, where=str(path), found=found) from problem
+
+
+def decode_json(text: str) -> Any:
+    """Decode strict JSON.
+
+    Raises:
+        ValueError: Whatever is wrong with the text: NaN, a nesting or a number beyond what Python reads, too.
+    """
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def json_lines(path: Path, error: type[InputError], message: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Read a file with one JSON object on each line; what a killed writer left of a last line is passed over.
+
+    Args:
+        path: The file.
+        error: The class of the error.
+        message: What cannot be done if the file cannot be read, for the error.
+    Yields:
+        The place of each line, for messages, and the object on it.
+    """
+    # what follows the last newline is empty, or a line that was not written to its end
+    for number, line in enumerate(read_text(path, error, message).split("\n")[:-1], start=1):
+        where = f"{path}, line {number}"
+        try:
+            record = decode_json(line)
+        except ValueError as problem:
+            raise error(f"a line is not JSON: {problem}", where=where, found=show(line)) from problem
+        if not isinstance(record, dict):
+            raise error("a line is no JSON object", where=where, found=show(line))
+        yield where, record
+
+
+def validated(model: type[Model], record: Any, *, where: str, error: type[InputError], fix: str = "") -> Model:
+    """Check the types of a record.
+
+    Args:
+        model: The type.
+        record: The decoded record.
+        where: The place of the record.
+        error: The class of the error, whose message names the first field that is wrong.
+        fix: What to do about it.
+    """
+    try:
+        return model.model_validate(record, strict=True)
+    except ValidationError as problem:
+        first = problem.errors(include_url=False, include_context=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        is_missing = first["type"] == "missing"
+        raise error(
+            "a field is missing" if is_missing else "a field has a value that it cannot have",
+            where=f"{where}: {field}" if field else where,
+            found=show(record if is_missing else first["input"]),
+            expected=f"the field {field}" if is_missing else first["msg"].removeprefix("Input should be "),
+            fix=fix,
+        ) from None
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")

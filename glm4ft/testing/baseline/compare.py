@@ -1,0 +1,166 @@
+"""Compares curves with a baseline: identity first, then whole numbers, then one test for all losses and norms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from glm4ft.testing.baseline.baseline_file import Baseline, read_baseline, write_baseline
+from glm4ft.testing.baseline.curves import Curve, first_unequal
+from glm4ft.testing.baseline.environment import Tier, uncommitted
+from glm4ft.testing.baseline.identity import difference
+from glm4ft.testing.baseline.measure import Measured, Progress, measure
+from glm4ft.testing.baseline.sign_flips import flip_test
+from glm4ft.testing.subject import PLAN
+
+Outcome = Literal["identical", "no difference", "differs", "not comparable"]
+FIGURES = ("loss", "grad_norm")
+WORDS = {"loss": "the loss", "grad_norm": "the gradient norm"}
+# The smallest mean difference of a figure's logarithm that matters, so 1e-3 is a tenth of a per cent. Measured with
+# tests/sweeps/baselines.py; see docs/baselines.md for the figures.
+SMALLEST_EFFECT = {Tier.SAME_LIBRARIES: 1e-4, Tier.OTHER: 1e-3}
+RATE_LIMIT = 1e-6  # relative; a rate is a product of a few numbers in float64
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The result of a comparison.
+
+    Args:
+        outcome: ``identical`` in every bit; ``no difference`` larger than the rules allow; ``differs``; or ``not
+            comparable``, since something else was trained.
+        tier: How equal the two environments are.
+        text: What was found, in words.
+        p: The share of flips with at least such a statistic; None if the curves were not tested.
+        level: The rate of false alarms of the test; None if the curves were not tested.
+    """
+
+    outcome: Outcome
+    tier: Tier
+    text: str
+    p: float | None = None
+    level: float | None = None
+
+    @property
+    def is_alarm(self) -> bool:
+        """Whether somebody has to look: the curves differ, or cannot be compared."""
+        return self.outcome in ("differs", "not comparable")
+
+    def __str__(self) -> str:
+        return f"{self.outcome} ({self.tier.value}): {self.text}"
+
+    def record(self) -> dict[str, Any]:
+        """The comparison in the form that ``glm4ft baseline compare --json`` writes."""
+        told = {name: getattr(self, name) for name in ("outcome", "is_alarm", "text", "p", "level")}
+        return {**told, "tier": self.tier.value}
+
+
+def compare_again(file: Path, keep: Path | None = None, progress: Progress = iter) -> Comparison:
+    """Run the subject of a baseline again, with its plan and seeds, and compare the curves.
+
+    Args:
+        file: The baseline.
+        keep: The file for today's curves, which the history draws; None to keep nothing. Curves of other data, and
+            curves that are not finite, are not kept.
+        progress: A function that passes the seeds on and shows how far it is.
+    Raises:
+        DataError: If the file cannot be read.
+    """
+    baseline = read_baseline(file)
+    plan = {name: value for name, value in baseline.identity.plan.items() if name in PLAN}
+    seeds = tuple(curve.seed for curve in baseline.curves)
+    measured = measure(baseline.subject, baseline.model, plan=plan, seeds=seeds, progress=progress)
+    found = compare(baseline, measured)
+    if keep and found.outcome != "not comparable" and all(curve.is_finite for curve in measured.baseline.curves):
+        write_baseline(keep, measured.baseline)
+    return found
+
+
+def compare(baseline: Baseline, measured: Measured) -> Comparison:
+    """Compare curves that were measured just now with a baseline.
+
+    Args:
+        baseline: The baseline.
+        measured: The current curves, of the same seeds.
+    """
+    now, tier = measured.baseline, tier_of(baseline, measured.baseline)
+    other = difference(baseline.identity, now.identity, measured.rows, measured.tokenizer)
+    if other:
+        return Comparison("not comparable", tier, f"the runs are not those of the baseline: {other}")
+    return compare_curves(baseline.curves, now.curves, tier)
+
+
+def tier_of(before: Baseline, now: Baseline) -> Tier:
+    """How equal the environments of two sets of curves are."""
+    if before.environment != now.environment:
+        return Tier.OTHER
+    is_same = before.commit and before.commit == now.commit and not uncommitted(Path.cwd())
+    return Tier.SAME_COMMIT if is_same else Tier.SAME_LIBRARIES
+
+
+def compare_curves(before: tuple[Curve, ...], now: tuple[Curve, ...], tier: Tier) -> Comparison:
+    """Compare curves that are known to be of the same plan, base and data.
+
+    Args:
+        before: The curves of the baseline.
+        now: The current curves, of the same seeds.
+        tier: How equal the two environments are.
+    """
+    pairs = list(zip(before, now, strict=True))
+    found = next((f"seed {a.seed}, {words}" for a, b in pairs if (words := first_unequal(a.steps, b.steps))), "")
+    if not found:
+        return Comparison("identical", tier, f"all figures of {len(pairs)} seeds are equal in every bit")
+    if tier is Tier.SAME_COMMIT:
+        text = f"the same commit in the same environment gives other figures ({found}): the run does not repeat"
+        return Comparison("differs", tier, text)
+    exact = next(_exact_differences(pairs), "")
+    if exact:
+        return Comparison("differs", tier, exact)
+    return _tested(pairs, tier)
+
+
+def _exact_differences(pairs: list[tuple[Curve, Curve]]) -> Iterator[str]:
+    """Differences that no rounding explains: numbers of steps and tokens, learning rates, figures not finite."""
+    for old, new in pairs:
+        if len(old.steps) != len(new.steps):
+            yield f"seed {new.seed} takes {len(new.steps)} optimizer steps, in the baseline {len(old.steps)}"
+        for a, b in zip(old.steps, new.steps, strict=False):
+            where = f"seed {new.seed}, step {b.step}"
+            for name in FIGURES:
+                if not (math.isfinite(getattr(b, name)) and getattr(b, name) >= 0):
+                    yield f"{where}: {WORDS[name]} is {getattr(b, name)}, in the baseline {getattr(a, name):.6g}"
+            for name in ("tokens", "supervised_tokens"):
+                if getattr(a, name) != getattr(b, name):
+                    words = name.replace("_", " ")
+                    yield f"{where}: {getattr(b, name)} {words}, in the baseline {getattr(a, name)}"
+            if not abs(a.learning_rate - b.learning_rate) <= RATE_LIMIT * abs(a.learning_rate):
+                yield f"{where}: the learning rate is {b.learning_rate:.8g}, in the baseline {a.learning_rate:.8g}"
+
+
+def _tested(pairs: list[tuple[Curve, Curve]], tier: Tier) -> Comparison:
+    logs_2SFT = np.log(np.maximum([
+        [[[getattr(step, name) for step in curve.steps] for name in FIGURES] for curve in curves]
+        for curves in zip(*pairs, strict=True)
+    ], np.finfo(float).tiny))  # fmt: skip
+    num_steps, smallest = logs_2SFT.shape[-1], SMALLEST_EFFECT[tier]
+    test = flip_test((logs_2SFT[1] - logs_2SFT[0]).reshape(len(pairs), -1), smallest)
+    matters = test.significant_P & (np.abs(test.mean_P) >= smallest)
+    largest = float(np.abs(test.mean_P).max())
+    rule = f"p = {test.p:.3g}, {len(pairs)} seeds, rate of false alarms {test.level:.3g}"
+    if not matters.any():
+        text = f"the largest mean difference is {largest:.2g} of the figure, and none is an alarm ({rule})"
+        return Comparison("no difference", tier, text, test.p, test.level)
+    first, most = int(np.flatnonzero(matters)[0]), int(np.argmax(np.where(matters, np.abs(test.mean_P), 0)))
+    told = [_told(point, num_steps, float(test.mean_P[point])) for point in dict.fromkeys((first, most))]
+    return Comparison("differs", tier, f"{'; '.join(told)} ({rule})", test.p, test.level)
+
+
+def _told(point: int, num_steps: int, mean: float) -> str:
+    figure, step = divmod(point, num_steps)
+    change = math.expm1(mean)
+    return f"at step {step + 1}, {WORDS[FIGURES[figure]]} is {abs(change):.2%} {'higher' if change > 0 else 'lower'}"

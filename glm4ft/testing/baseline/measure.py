@@ -1,0 +1,168 @@
+"""Runs a subject with several seeds and records its curves, and refuses what cannot be a baseline."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from glm4ft.errors import ConfigError, RunError
+from glm4ft.model.checkpoint import find_checkpoint
+from glm4ft.testing.baseline.baseline_file import Baseline, write_baseline
+from glm4ft.testing.baseline.curves import Curve, curve_of, first_unequal
+from glm4ft.testing.baseline.environment import commit, environment, uncommitted
+from glm4ft.testing.baseline.identity import identity_of
+from glm4ft.testing.baseline.sign_flips import MAX_SEEDS, MIN_SEEDS
+from glm4ft.testing.session.gpu_lane import TINY, Bases
+from glm4ft.testing.subject import load_subject, make_plan
+from glm4ft.testing.trial.trial import Trial
+
+# What a baseline's runs do: accumulation, warm-up, decay of rate and weights, and clipping all take part.
+PLAN: Mapping[str, Any] = {
+    "steps": 20, "accumulation": 2, "schedule": "linear", "warmup_steps": 3, "weight_decay": 0.01,
+}  # fmt: skip
+SEEDS = 8
+Progress = Callable[[Sequence[int]], Iterable[int]]  # passes the seeds on, and shows how far it is
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Curves that were measured just now.
+
+    Args:
+        baseline: The curves, with identity and origin.
+        rows: The rows of the runs, to show one that changed.
+        tokenizer: The tokenizer that shows it.
+    """
+
+    baseline: Baseline
+    rows: list[tuple[tuple[int, ...], tuple[int, ...]]]
+    tokenizer: Any
+
+
+def measure(
+    subject: str,
+    model: str = TINY,
+    *,
+    plan: Mapping[str, Any] = PLAN,
+    seeds: Sequence[int] = tuple(range(SEEDS)),
+    progress: Progress = iter,
+) -> Measured:
+    """Run a subject once for each seed and collect its curves.
+
+    Args:
+        subject: The subject as ``MODULE:ATTR``.
+        model: The base, as for ``--glm4ft-model``.
+        plan: The changes of the standard plan.
+        seeds: The seeds.
+        progress: A function that passes the seeds on and shows how far it is.
+    """
+    with _trial(subject, model) as trial:
+        curves = tuple(measure_curve(trial, seed, plan) for seed in progress(seeds))
+        rows = trial.rows(trial.conversations)
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        identity = identity_of(trial, make_plan(**plan), rows)
+        found = Baseline(subject, model, identity, environment(), commit(Path.cwd()), now, curves)
+        return Measured(found, rows, trial.subject.tokenizer)
+
+
+@contextlib.contextmanager
+def _trial(subject: str, model: str) -> Iterator[Trial]:
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as for `glm4ft check`: the base's matrices are too small for several threads
+    try:
+        with tempfile.TemporaryDirectory(prefix="glm4ft-baseline-") as name:
+            base_dir = find_checkpoint(Bases(model, Path(name)).get(), weights=True)
+            yield Trial(load_subject(subject, base_dir), base_dir, Path(name), subject)
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def measure_curve(trial: Trial, seed: int, plan: Mapping[str, Any]) -> Curve:
+    """Run the subject of a trial with one seed.
+
+    Args:
+        trial: The subject on its base.
+        seed: The seed of adapters and order of the data.
+        plan: The changes of the standard plan.
+    """
+    began_s = time.perf_counter()
+    run = trial.run_anew(**plan, seed=seed)
+    seconds = time.perf_counter() - began_s
+    steps = curve_of(run, trial)
+    return Curve(seed, steps, seconds / max(1, len(steps)), _peak_memory_bytes())
+
+
+def _peak_memory_bytes() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def record_baseline(
+    output: Path, subject: str, model: str, plan: Mapping[str, Any], num_seeds: int, progress: Progress = iter
+) -> Baseline:
+    """Measure a subject and write its curves, for later comparisons.
+
+    Args:
+        output: The file to write or replace.
+        subject: The subject as ``MODULE:ATTR``.
+        model: The base, as for ``--glm4ft-model``.
+        plan: The changes of the standard plan.
+        num_seeds: The number of seeds.
+        progress: A function that passes the seeds on and shows how far it is.
+    Returns:
+        What was written.
+    Raises:
+        ConfigError: If the number of seeds is out of range, or files of the repository are not committed, so that the
+            commit does not say what was measured.
+        RunError: If a run is not finite, not whole, or does not repeat bit for bit.
+    """
+    if not MIN_SEEDS <= num_seeds <= MAX_SEEDS:
+        raise ConfigError("a number of seeds that the test does not take", where="--seeds", found=str(num_seeds),
+                          expected=f"{MIN_SEEDS} to {MAX_SEEDS}")  # fmt: skip
+    changed = [name for name in uncommitted(Path.cwd()) if not _is_below(Path(name), output.parent)]
+    if changed:
+        raise ConfigError("the repository has changes that are not committed, so its commit does not say what is "
+                          "measured", found=", ".join(changed[:3]), fix="commit or stash them first")  # fmt: skip
+    seeds = tuple(range(num_seeds))
+    measured = measure(subject, model, plan=plan, seeds=(*seeds, 0), progress=progress)
+    *curves, again = measured.baseline.curves
+    found = replace(measured.baseline, curves=tuple(curves))
+    require_recordable(found, again)
+    write_baseline(output, found)
+    return found
+
+
+def _is_below(file: Path, folder: Path) -> bool:
+    return file.absolute().is_relative_to(folder.absolute())
+
+
+def require_recordable(found: Baseline, again: Curve) -> None:
+    """Refuse curves that later ones could not be compared with.
+
+    Args:
+        found: The curves.
+        again: A second run of the first seed, in the same process.
+    Raises:
+        RunError: If a figure is not finite, a step is missing, or the second run differs.
+    """
+    wanted = int(found.identity.plan["steps"])
+    for curve in found.curves:
+        if len(curve.steps) != wanted:
+            raise RunError(f"seed {curve.seed} took {len(curve.steps)} optimizer steps of {wanted}: not a baseline")
+        if not curve.is_finite:
+            raise RunError(f"seed {curve.seed} has figures that are not finite: not a baseline")
+    if words := first_unequal(found.curves[0].steps, again.steps):
+        raise RunError(
+            f"two runs of seed {again.seed} in one process differ, {words}: the run does not repeat, so no later one "
+            "could be told from it; seed all random numbers from plan['seed']"
+        )

@@ -67,11 +67,11 @@ def chat_format_of(options: Namespace, name: str | None) -> ChatFormat:
         options: The arguments of ``add_conversations``.
         name: The name of the chat format; None for that of the base.
     """
-    from glm4ft.data.chat_format import ChatFormat
+    from glm4ft.data.formats import make_format
     from glm4ft.model.base_model import load_format
 
     tokenizer, name = load_format(options.model, name, force=options.force_format)
-    return ChatFormat(
+    return make_format(
         name,
         tokenizer,
         final_stop=options.final_stop,

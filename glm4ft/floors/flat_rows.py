@@ -6,7 +6,7 @@ Shapes: T tokens, R rows, N supervised tokens in reading order.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from glm4ft.data.encoded_row import IGNORED
-from glm4ft.data.encoded_rows import TrainedRow, token_origins
+from glm4ft.data.encoded_rows import TrainedRow, TurnMarkers, token_origins
 
 Array = np.ndarray[Any, Any]
 
@@ -46,12 +46,12 @@ class FlatRows:
     parts: tuple[str, ...]
 
     @classmethod
-    def of(cls, rows: Iterable[TrainedRow], control_ids: Mapping[str, int]) -> FlatRows:
+    def of(cls, rows: Iterable[TrainedRow], markers: TurnMarkers) -> FlatRows:
         """Read rows, one after the other.
 
         Args:
             rows: The rows as trained. A label on the first token of a row is ignored: no model predicts it.
-            control_ids: Control tokens mapped to their ids, by which the parts of a row are told.
+            markers: The ids by which the parts of a row are told.
         """
         ids, lengths, lines, num_targets = array("i"), array("q"), array("q"), array("q")
         tokens, positions, part_numbers, parts = array("i"), array("i"), array("B"), dict[str, int]()
@@ -63,7 +63,7 @@ class FlatRows:
             num_targets.append(len(targets))
             positions.extend(targets)
             tokens.extend(row.labels[at] for at in targets)
-            origins = token_origins(row.input_ids, control_ids)
+            origins = token_origins(row.input_ids, markers)
             names = (f"{origins[at].role} {origins[at].part}".strip() for at in targets)
             part_numbers.extend(parts.setdefault(name, len(parts)) for name in names)
         length_R = _array(lengths)

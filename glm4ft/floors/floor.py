@@ -16,7 +16,7 @@ from typing import overload
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from glm4ft.data.encoded_rows import TrainedRow
+from glm4ft.data.encoded_rows import TrainedRow, turn_markers
 from glm4ft.errors import DataError
 from glm4ft.floors.bounds import Bound, Target, bound_targets
 from glm4ft.floors.flat_rows import Array, FlatRows
@@ -197,7 +197,7 @@ def find_floor(
     Raises:
         DataError: If no token is supervised.
     """
-    flat = FlatRows.of(rows, tokenizer.get_added_vocab())
+    flat = FlatRows.of(rows, turn_markers(tokenizer))
     if not len(flat.token_N):
         raise DataError("no token is supervised, so there is no loss", fix="look at the mask with glm4ft inspect")
     _require_rows(flat, head)

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from glm4ft.data.format_check import detect_format
-from glm4ft.data.turn_format import FormatName
+from glm4ft.data.turn_format import TEMPLATE, FormatName
 from glm4ft.errors import ModelError
-from glm4ft.model.base_model import load_tokenizer
+from glm4ft.model.base_model import LLAMA_LIKE_CLASSES, load_tokenizer
 from glm4ft.model.checkpoint import INDEX, SINGLE_FILE, TINY, find_checkpoint, listed, one_line, read_json
 from glm4ft.model.tiny import tiny_model
 
@@ -191,7 +191,7 @@ def _ties_embeddings(config: Mapping[str, Any]) -> bool:
     """Whether the head is the matrix of the embeddings; what config.json leaves out is the architecture's default."""
     if "tie_word_embeddings" in config:
         return bool(config["tie_word_embeddings"])
-    name = config.get("model_type")
+    name = str(config.get("model_type"))
     return name in CONFIG_MAPPING and bool(getattr(CONFIG_MAPPING[name](), "tie_word_embeddings", False))
 
 
@@ -222,8 +222,10 @@ def format_of(model: str) -> FormatName | None:
     """
     if model == TINY:
         return None
-    config = read_json(find_checkpoint(model) / "config.json")
-    return detect_format(config.get("architectures") or [], load_tokenizer(model), where=model)
+    architectures = read_json(find_checkpoint(model) / "config.json").get("architectures") or []
+    if set(architectures) & set(LLAMA_LIKE_CLASSES):
+        return TEMPLATE
+    return detect_format(architectures, load_tokenizer(model), where=model)
 
 
 def _weight_map(folder: Path, model: str) -> dict[str, str]:

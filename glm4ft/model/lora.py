@@ -10,7 +10,7 @@ import difflib
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from glm4ft.errors import ConfigError
@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # the command line reads LoraOptions to print its help, and s
 
 # All linear layers of a decoder layer; gate and up projection are one fused module in Glm and Glm4.
 GLM4_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj")
+LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 # peft's names for fields that have an option of their own here, and the reasons why other fields may not be set
 _OWN_NAMES = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "targets"}
@@ -37,7 +38,8 @@ class LoraOptions:
         alpha: The numerator of the scale alpha / rank of the adapter's branch; twice the rank is the common choice, and
             the one that the default learning rates assume.
         dropout: The dropout probability on the input of the adapter's branch during training.
-        targets: The names of the modules to adapt; each has to match at least one module.
+        targets: The names of the modules to adapt; each has to match at least one module. By default all linear layers
+            of a decoder layer.
         options: Further fields of ``peft.LoraConfig``, by peft's names (``use_rslora``, ``modules_to_save``, ...).
     """
 
@@ -57,6 +59,15 @@ class LoraOptions:
             _require_peft_fields(self.options)
             _require_unchanged_base(self.options.get("init_lora_weights", True))
             self.peft_config()
+
+    def fitting(self, model: PreTrainedModel) -> LoraOptions:
+        """Return the options with the default targets of the model's architecture, unless others were named.
+
+        Args:
+            model: The base.
+        """
+        is_fused = any(name.endswith(".gate_up_proj") for name, _ in model.named_modules())
+        return self if is_fused or self.targets != list(GLM4_TARGETS) else replace(self, targets=list(LLAMA_TARGETS))
 
     def peft_config(self) -> LoraConfig:
         """Convert the options to peft's configuration.

@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 import glm4ft
-from glm4ft.data.chat_format import ChatFormat
 from glm4ft.data.conversation import Message
+from glm4ft.data.formats import make_format
 from glm4ft.errors import ConfigError, ModelError, RunError
 from glm4ft.folders import appearing_whole, only_writer, require_unused
 from glm4ft.model.adapter import CONFIG, base_of, load_adapter, require_adapter
@@ -152,7 +152,7 @@ def _merge(adapted: PeftModel, adapter: Path) -> PreTrainedModel:
 
 def _probe(base: Base) -> torch.Tensor:
     """Make two rows of token ids to compare logits on: a chat prompt, and random ordinary tokens."""
-    prompt = ChatFormat(base.format_name, base.tokenizer).prompt(_PROBE)
+    prompt = make_format(base.format_name, base.tokenizer).prompt(_PROBE)
     ordinary = set(base.tokenizer.get_vocab().values()) - set(base.tokenizer.get_added_vocab().values())
     return torch.tensor([prompt, random.Random(0).choices(sorted(ordinary), k=len(prompt))])
 

@@ -21,6 +21,7 @@ from glm4ft.data.batching import Collator, PackedRows, RowSet
 from glm4ft.data.chat_format import ChatFormat
 from glm4ft.data.dataset import DataReport, Rows, data_path, prepare_rows
 from glm4ft.data.format_check import format_warnings
+from glm4ft.data.formats import make_format
 from glm4ft.errors import ConfigError, RunError
 from glm4ft.folders import only_writer, require_unused
 from glm4ft.model.base_model import Base, load_base, load_format, require_loadable, write_built_in_base
@@ -186,7 +187,7 @@ def _run(
 def chat_format_of(config: TrainConfig) -> ChatFormat:
     """The chat format of a run, from its checkpoint and options."""
     tokenizer, name = load_format(config.model, config.chat_format, force=config.force_format)
-    return ChatFormat(
+    return make_format(
         name,
         tokenizer,
         final_stop=config.final_stop,
@@ -281,6 +282,7 @@ def _prepare(config: TrainConfig, output: Path, say: Callable[[str], object], *,
     if base.is_built_in:
         # peft writes this into adapter_config.json: where whoever loads the adapter finds its base
         base.model.name_or_path = str((output / BASE_FOLDER).resolve())
+    config = replace(config, lora=config.lora.fitting(base.model))
     install_supervised_loss(base.model)
     model = attach_lora(base.model, config.lora, seed=config.seed)
     adapters = audit_lora(model, config.lora)

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from glm4ft.cli.main import run
 from glm4ft.data.chat_format import ChatFormat
 from glm4ft.data.dataset import DEMO_DATA
-from glm4ft.data.encoded_rows import TrainedRow
+from glm4ft.data.encoded_rows import TrainedRow, TurnMarkers
 from glm4ft.errors import ModelError
 from glm4ft.floors import bounds as head_bounds
 from glm4ft.floors.bounds import Target, bound_targets
@@ -148,7 +148,7 @@ def test_targets_share_a_distribution_exactly_if_they_share_their_prefix(rows: l
         for at in range(1, len(row.labels)):
             if row.labels[at] != -100:
                 following.setdefault(tuple(row.input_ids[:at]), []).append(row.labels[at])
-    flat = FlatRows.of(trained, {})
+    flat = FlatRows.of(trained, TurnMarkers({}))
     groups = group_targets(flat)
     rows = np.repeat(np.arange(len(trained)), flat.num_targets_R)
     assert len(groups.pair_N) == sum(map(len, following.values()))

@@ -283,7 +283,7 @@ DAMAGES = [
     Damage("config-not-an-object", write("config.json", b"[]"), ("no JSON object", "list")),
     Damage("config-not-text", write("config.json", b"\xff\xfe"), ("not JSON", "config.json")),
     Damage("config-invalid-value", config(hidden_size="wide"), ("configuration cannot be used", "hidden_size")),
-    Damage("llama", config(architectures=["LlamaForCausalLM"]), ("not a GLM-4", "LlamaForCausalLM")),
+    Damage("gemma", config(architectures=["GemmaForCausalLM"]), ("not a GLM-4", "GemmaForCausalLM")),
     Damage("moe", config(architectures=["Glm4MoeForCausalLM"]), ("not a GLM-4", "Glm4ForCausalLM")),
     Damage("no-architecture", config(architectures=None), ("not a GLM-4", "no architectures")),
     Damage("remote-code", config(architectures=["ChatGLMModel"]), ("remote code", "ends in -hf")),
@@ -444,3 +444,18 @@ def test_tokenizer_without_a_template_is_taken_as_it_is(folder: Path) -> None:
     base = load_base(str(folder))
     assert base.warnings == ()
     assert isinstance(base.tokenizer, PreTrainedTokenizerFast)
+
+
+def test_chatml_base_is_trained_in_the_format_that_its_own_template_writes(tmp_path: Path) -> None:
+    """LoRA adapts all linear layers of its decoder layers, whose gate and up projection are two modules."""
+    from glm4ft.model.lora import LLAMA_TARGETS, LoraOptions, attach_lora
+    from glm4ft.testing.bases.chatml_base import END, write_chatml_base
+
+    base = load_base(str(write_chatml_base(tmp_path / "base")))
+    assert base.format_name == "template"
+    assert base.model.generation_config.eos_token_id in (base.tokenizer.eos_token_id, [base.tokenizer.eos_token_id])
+    assert base.tokenizer.eos_token == END
+    options = LoraOptions().fitting(base.model)
+    assert options.targets == list(LLAMA_TARGETS)
+    assert attach_lora(base.model, options, seed=0)
+    assert LoraOptions(targets=["q_proj"]).fitting(base.model).targets == ["q_proj"]

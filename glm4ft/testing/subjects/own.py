@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 
 from glm4ft.data.batching import Collator, Item, RowSet
-from glm4ft.data.chat_format import ChatFormat
+from glm4ft.data.formats import make_format
 from glm4ft.model.base_model import Base, load_base, load_format
 from glm4ft.model.checkpoint import read_json
 from glm4ft.model.generation import greedy
@@ -51,7 +51,7 @@ class Subject(EncodedHere):
 
     def __init__(self, base_dir: str) -> None:
         self.tokenizer, self.chat_format = load_format(base_dir)
-        self.format = ChatFormat(self.chat_format, self.tokenizer)
+        self.format = make_format(self.chat_format, self.tokenizer)
         self.stop_ids = self.format.stop_ids
         self.autocast = "bf16" if _stored_dtype(base_dir) == "bf16" else None
 
@@ -65,7 +65,7 @@ class Subject(EncodedHere):
         """Load the base with LoRA adapters on the six linear layers of a GLM-4 block."""
         base = load_base(base_dir, dtype=_stored_dtype(base_dir))
         install_supervised_loss(base.model)
-        return attach_lora(base.model, self.options, seed=seed)
+        return attach_lora(base.model, self.options.fitting(base.model), seed=seed)
 
     @property
     def lora(self) -> dict[str, Any]:

@@ -32,7 +32,7 @@ _REPORT = "report.json"
 # Whatever changes a row or how it is stored is in one of these modules beside this one.
 ENCODER_MODULES = (
     "sources", "known_keys", "reader", "conversation", "control_tokens", "turn_format", "render", "tool_block",
-    "encoded_row", "chat_format", "dataset",
+    "encoded_row", "chat_format", "dataset", "template_format", "formats",
 )  # fmt: skip
 
 

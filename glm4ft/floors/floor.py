@@ -206,6 +206,7 @@ def find_floor(
     floor_P, gap_P, entropy_P = _of_pairs(targets, bounds)
     count_P = np.bincount(targets.pair_N, minlength=len(floor_P))
     share_P = count_P / len(targets.pair_N)
+    floor_N = floor_P[targets.pair_N]
     entropy = float(share_P @ entropy_P)
     above = float(share_P @ floor_P) - entropy
     part = above if above > _ROUNDING else 0.0
@@ -215,8 +216,8 @@ def find_floor(
         head=part,
         gap=float(share_P @ gap_P),
         tokens=_token_floors(targets, floor_P, count_P, bounds, tokenizer),
-        samples=_sample_floors(flat, floor_P[targets.pair_N]),
-        parts=_part_floors(flat, floor_P[targets.pair_N]),
+        samples=_sample_floors(flat, floor_N),
+        parts=_part_floors(flat, floor_N),
         label=_label(head, precision),
         floor_P=floor_P,
         pair_N=targets.pair_N,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
@@ -57,8 +57,8 @@ def show_floor(
         sys.stdout.writelines(floor.json())
         return
     if json_file:
-        write_atomically(Path(json_file), "".join(floor.json()))
-    print_floor(floor, str(data), Console(highlight=False))
+        write_atomically(Path(json_file), floor.json())
+    print_floor(floor, str(data), Console(highlight=False), chat_format.stop_ids)
 
 
 def encoded_rows(data: Path, chat_format: ChatFormat, max_length: int) -> Iterator[TrainedRow]:
@@ -69,9 +69,16 @@ def encoded_rows(data: Path, chat_format: ChatFormat, max_length: int) -> Iterat
             yield TrainedRow(row.line, row.input_ids, row.labels)
 
 
-def print_floor(floor: Floor, name: str, console: Console) -> None:
-    """Print the floor: warnings about stop tokens that cannot be learnt, then the total, then its sources."""
-    for warning in stop_warnings(floor.tokens):
+def print_floor(floor: Floor, name: str, console: Console, stop_ids: Collection[int]) -> None:
+    """Print the floor: warnings about stop tokens that cannot be learnt, then the total, then its sources.
+
+    Args:
+        floor: The floor.
+        name: The name of the data.
+        console: The console to print to.
+        stop_ids: The ids that end a turn.
+    """
+    for warning in stop_warnings(floor.tokens, stop_ids):
         console.print(Ruled(Text(warning, style="bold red")))
     num_tokens = floor.num_targets
     console.print(

@@ -240,7 +240,7 @@ def test_target_whose_search_ends_early_is_undecided_and_never_shown_as_reachabl
     assert (token.id, token.head) == (3, 0.0)
     assert token.head_reaches > 1
     console = Console(width=200, file=io.StringIO(), highlight=False)
-    print_floor(floor, "data", console)
+    print_floor(floor, "data", console, [])
     told = console.file.getvalue()  # type: ignore[attr-defined]
     assert "UNDECIDED: Of one token (1 targets) it is not known whether the head can express them" in told
 
@@ -350,10 +350,10 @@ def test_stop_token_that_the_head_cannot_say_is_warned_of_by_name(tokenizer: Any
     weight[user] = weight[tokenizer.get_added_vocab()["<|system|>"]] + 1e-3
     rows = list(encoded_rows(DEMO_DATA, ChatFormat("glm-4-0414", tokenizer), 4096))
     floor = find_floor(rows, tokenizer, Head(weight, head.norm_D, head.num_rows))
-    (warning,) = stop_warnings(floor.tokens)
+    (warning,) = stop_warnings(floor.tokens, [user])
     assert warning.startswith("WARNING: <|user|> ends turns here, but the frozen head cannot say it")
     assert "--final_stop endoftext" in warning
-    assert not list(stop_warnings(find_floor(rows, tokenizer, head).tokens))
+    assert not list(stop_warnings(find_floor(rows, tokenizer, head).tokens, [user]))
 
 
 def test_bf16_floor_lies_below_the_exact_one(tokenizer: Any, head: Head, founding: Floor) -> None:

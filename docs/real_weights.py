@@ -45,8 +45,9 @@ ChatML), two conversations, LoRA on the last two layers, AdamW at a constant 5e-
 * **The founding shape leaves no plateau here.** `<|im_start|>` was trained in pretraining, so its head row is
   expressible, and a model that is taught to write headers learns that too. Only the mask and the round trip show it:
   `glm4ft inspect DATA --model BASE` prints every target, and `glm4ft train --round_trip true` generates every turn.
-* **A stop token that was never trained is seen before training.** `glm4ft floor DATA --model BASE` certifies its floor;
-  training ends within 1 % of it. Its head row is one of 17 with cosines above 0.999, and no hidden state singles it out.
+* **A stop token that was never trained is seen before training.** `glm4ft floor DATA --model BASE` certifies its floor,
+  and training ends within 1 % of it: 17 rows of the head have a cosine above 0.999 to its own, and no hidden state singles
+  one of them out.
 * **A missing terminator is seen by no loss.** The mask shows it, and the round trip: the model does not stop.
 
 Which of its control tokens a head can say is a question to `glm4ft floor`, and the answer is a certificate or
@@ -97,10 +98,8 @@ def measure(shape: str, base: Path, folder: Path) -> Measured:
 
 def table(found: dict[str, Measured]) -> str:
     """The table of the page."""
-    lines = [
-        "| rows | labels that differ | certified floor | loss | turns said back | `glm4ft explain` |",
-        "|---|---|---|---|---|---|",
-    ]
+    head = "| rows | labels that differ | certified floor | loss | turns said back | `glm4ft explain` |"
+    lines = [head, "|---|---|---|---|---|---|"]
     for shape, m in found.items():
         loss = f"{m.losses[-1]:.4f} after {len(m.losses)} steps"
         lines.append(f"| {WORDS[shape]} | {m.differing} | {m.floor:.4f} | {loss} | {m.exact} | {m.verdict} |")
@@ -143,9 +142,7 @@ def main() -> None:
         os.environ["GLM4FT_CACHE"] = str(Path(name) / "cache")
         for shape in SHAPES:
             found[shape] = measure(shape, base, Path(name))
-            print(
-                shape, found[shape].floor, found[shape].losses[-1], found[shape].exact, found[shape].verdict, flush=True
-            )
+            print(table(found).splitlines()[-1], flush=True)
     draw(found)
     page = TEXT.format(table=table(found), tokens=control_tokens(base))
     (HERE / "real-weights.md").write_text(page, "utf-8")

@@ -9,6 +9,7 @@ for the model.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -47,7 +48,9 @@ def smollm2(cache: Path | None = None) -> Path:
         unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:
             _convert(_gguf_file(), unfinished)
-            os.replace(unfinished, folder)
+            # another process may have finished meanwhile; both folders are the same
+            with contextlib.suppress(OSError):
+                os.rename(unfinished, folder)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     return folder

@@ -76,7 +76,11 @@ def describe_unreachable(floor: Floor, target_loss: float, blocking: list[TokenF
     """Explain why a mean loss cannot be reached, with the tokens that keep it up."""
     named = ", ".join(f"{token.text} ({token.count:,} times, {token.floor:.2f} each)" for token in blocking[:_NAMED])
     more = f" and {len(blocking) - _NAMED:,} more" if len(blocking) > _NAMED else ""
-    cause = "equal prompts go on differently" if floor.entropy > floor.head else "the frozen head cannot express them"
+    if floor.entropy > floor.head:
+        cause = "equal prompts go on differently"
+    else:
+        worst = max(blocking, key=lambda token: token.head)
+        cause = f"the frozen head cannot express them (certified: {worst.text} never below {worst.head:.2f} nats)"
     return (
         f"a mean loss of {target_loss:g} cannot be reached: the certified floor of these targets is {floor.floor:.4f}, "
         f"kept up by {named}{more}: {cause}"

@@ -13,6 +13,7 @@ from peft import PeftModel
 
 from glm4ft.data.batching import Collator, Item, RowSet
 from glm4ft.data.formats import make_format
+from glm4ft.data.turn_format import TEMPLATE
 from glm4ft.model.base_model import Base, load_base, load_format
 from glm4ft.model.checkpoint import read_json
 from glm4ft.model.generation import greedy
@@ -50,10 +51,18 @@ class Subject(EncodedHere):
     options = LoraOptions()
 
     def __init__(self, base_dir: str) -> None:
-        self.tokenizer, self.chat_format = load_format(base_dir)
-        self.format = make_format(self.chat_format, self.tokenizer)
+        self.tokenizer, self.format_name = load_format(base_dir)
+        # of a template nothing is known beforehand: the rules that hold for every template apply
+        self.chat_format = None if self.format_name == TEMPLATE else self.format_name
+        self.format = make_format(self.format_name, self.tokenizer)
         self.stop_ids = self.format.stop_ids
         self.autocast = "bf16" if _stored_dtype(base_dir) == "bf16" else None
+
+    def encode(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> dict[str, list[int]]:
+        """Encode one conversation as ``input_ids`` and ``labels``."""
+        if self.chat_format is None and (tools or any(m["role"] in ("observation", "tool") for m in messages)):
+            raise NotImplementedError(f"chat format {TEMPLATE} has no tools")
+        return super().encode(messages, tools)
 
     def collate(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, torch.Tensor]:
         """A padded batch, without the line numbers that the project's collator adds."""
@@ -113,7 +122,7 @@ class Subject(EncodedHere):
 
     def _base(self, model: PeftModel) -> Base:
         base: Any = model.get_base_model()
-        return Base(base, self.tokenizer, self.chat_format, source="", warnings=())
+        return Base(base, self.tokenizer, self.format_name, source="", warnings=())
 
     def generate(
         self, model: PeftModel, messages: Sequence[Mapping[str, Any]], tools: Any, max_new_tokens: int

@@ -25,7 +25,7 @@ from glm4ft.testing.subjects.template_shapes import SHAPES, train_shape, write_c
 from glm4ft.train.config import TrainConfig
 
 HERE = Path(__file__).parent
-STEPS = {"right": 60, "header-in": 60, "no-terminator": 60, "dead-stop": 200}
+STEPS = {"right": 30, "header-in": 40, "no-terminator": 30, "dead-stop": 120}
 WORDS = {
     "right": "right mask",
     "header-in": "the founding shape: header in, stop out",

@@ -318,7 +318,8 @@ def assistant_turns(row: TrainedRow, chat_format: ChatFormat) -> list[AssistantT
     Returns:
         Turns, ``message`` counting the headers before them; a turn is supervised if one of its tokens is.
     """
-    where = token_origins(row.input_ids, turn_markers(chat_format.tokenizer))
+    markers = turn_markers(chat_format.tokenizer)
+    where = token_origins(row.input_ids, markers)
     turns, num_messages, start = [], -1, None
     for at, place in enumerate(where):
         if place.part == "header":
@@ -327,7 +328,7 @@ def assistant_turns(row: TrainedRow, chat_format: ChatFormat) -> list[AssistantT
         elif place.part == "terminator" and start is not None:
             is_supervised = any(label != IGNORED for label in row.labels[start:at])
             turns.append(AssistantTurn(num_messages, start, at, is_supervised))
-            is_header = row.input_ids[at] in chat_format.header_ids.values()
+            is_header = (row.input_ids[at],) in markers.headers
             num_messages, start = num_messages + is_header, None
     return turns
 

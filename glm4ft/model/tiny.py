@@ -13,11 +13,12 @@ Here ordinary head rows are large and independent, and the rows of the tokens th
 pretraining (headers, prefix tokens, padding ids) share one small vector. No hidden state can then single one of them
 out, so a trained header keeps a loss near the logarithm of their number, while every legitimate target is reachable.
 
-Real heads have both kinds of control tokens. Those that were never trained look like this: Land and Bartolo (EMNLP 2024,
-arXiv 2405.05417) find undertrained tokens by exactly this likeness of rows, and 11 of the 17 control tokens of SmolLM2
-have certified floors of 2.7 to 2.8 nats. A header that was trained is expressible: with SmolLM2's ``<|im_start|>`` the
-founding bug leaves no plateau at all, and only mask check and round trip show it (docs/real-weights.md). Which kind
-GLM-4's own headers are is open; ``glm4ft floor DATA --model BASE`` tells it of any checkpoint, with a certificate.
+Real heads have both kinds of control tokens. Those that were never trained look like this: Land and Bartolo (EMNLP
+2024, arXiv 2405.05417) find undertrained tokens by exactly this likeness of rows, and 11 of the 17 control tokens of
+SmolLM2 have certified floors of 2.7 to 2.8 nats. A header that was trained is expressible: with SmolLM2's
+``<|im_start|>`` the founding bug leaves no plateau at all, and only mask check and round trip show it
+(docs/real-weights.md). Which kind GLM-4's own headers are is open; ``glm4ft floor DATA --model BASE`` tells it of any
+checkpoint, with a certificate.
 """
 
 from __future__ import annotations

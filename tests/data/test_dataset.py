@@ -194,7 +194,8 @@ def test_every_module_that_encoding_loads_is_known_to_matter_or_not() -> None:
         "glm4ft.data.cache", "glm4ft.files", "glm4ft.folders",  # keep what was encoded, under digests
         "glm4ft.reading",  # reads the seals of folders, and no conversations
     }  # fmt: skip
-    code = "import sys, glm4ft.data.dataset, glm4ft.data.reader; print(*(n for n in sys.modules if 'glm4ft' in n))"
+    encoding = "glm4ft.data.dataset, glm4ft.data.formats, glm4ft.data.reader"
+    code = f"import sys, {encoding}; print(*(n for n in sys.modules if 'glm4ft' in n))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert set(loaded) == no_encoders | {f"glm4ft.data.{name}" for name in ENCODER_MODULES}
 

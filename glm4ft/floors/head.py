@@ -17,7 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from glm4ft.data.format_check import detect_format
 from glm4ft.data.turn_format import TEMPLATE, FormatName
 from glm4ft.errors import ModelError
-from glm4ft.model.base_model import LLAMA_LIKE_CLASSES, load_tokenizer
+from glm4ft.model.base_model import is_llama_like, load_tokenizer
 from glm4ft.model.checkpoint import INDEX, SINGLE_FILE, TINY, find_checkpoint, listed, one_line, read_json
 from glm4ft.model.tiny import tiny_model
 
@@ -222,9 +222,9 @@ def format_of(model: str) -> FormatName | None:
     """
     if model == TINY:
         return None
-    architectures = read_json(find_checkpoint(model) / "config.json").get("architectures") or []
-    if set(architectures) & set(LLAMA_LIKE_CLASSES):
+    if is_llama_like(model):
         return TEMPLATE
+    architectures = read_json(find_checkpoint(model) / "config.json").get("architectures") or []
     return detect_format(architectures, load_tokenizer(model), where=model)
 
 

@@ -171,6 +171,18 @@ def load_format(
     return tokenizer, name
 
 
+def is_llama_like(model: str) -> bool:
+    """Whether a checkpoint is a dense decoder outside the GLM-4 family, whose format is its template's.
+
+    Args:
+        model: The base, as for ``load_base``.
+    """
+    if model == TINY:
+        return False
+    architectures = read_json(find_checkpoint(model) / "config.json").get("architectures") or []
+    return bool(set(architectures) & set(LLAMA_LIKE_CLASSES))
+
+
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """Load a tokenizer.
 

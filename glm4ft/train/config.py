@@ -22,8 +22,9 @@ class TrainConfig:
         model: The base checkpoint: a folder, a hub id, or ``tiny`` for the built-in base.
         output: The folder for the adapter, trajectory and checkpoints; by default a new one below ``runs``.
         eval_data: The JSONL file of held-out conversations.
-        chat_format: The chat format: ``glm-4-9b-chat``, ``glm-4-0414``, ``glm-z1-0414``, ``glm-4.5`` (and 4.6) or
-            ``glm-4.7``; by default chosen from the checkpoint.
+        chat_format: The chat format: ``glm-4-9b-chat``, ``glm-4-0414``, ``glm-z1-0414``, ``glm-4.5`` (and 4.6),
+            ``glm-4.7``, or ``template``, what the checkpoint's own chat template writes, for dense Llama-like bases
+            (ChatML: Qwen, SmolLM2); by default chosen from the checkpoint.
         force_format: Whether to train a format that the checkpoint's own chat template contradicts.
         reasoning: The turns that carry their reasoning: those that the checkpoint's template gives it by default, all
             (``kept``, where serving can be told so), or none.

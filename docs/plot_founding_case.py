@@ -29,7 +29,7 @@ RUN = TrainConfig(data="demo", learning_rate=5e-3, schedule="constant", max_step
 def train(chat_format: type[ChatFormat], folder: Path) -> ObservedRun:
     """Train 150 steps on the demo conversations, encoded by the given format."""
     environment = mock.patch.dict(os.environ, GLM4FT_CACHE=str(folder / "cache"))
-    with environment, mock.patch("glm4ft.train.run.ChatFormat", chat_format):
+    with environment, mock.patch("glm4ft.train.run.make_format", chat_format):
         return train_observed(TrainConfig(**{**vars(RUN), "output": str(folder / "run")}), say=lambda _: None)
 
 

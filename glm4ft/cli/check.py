@@ -23,6 +23,9 @@ def parse(argv: Sequence[str]) -> Namespace:
         default="glm4ft.testing.subjects.own:Subject",
         help="MODULE:ATTR of the pipeline.",
     )
+    parser.add_argument(
+        "--model", annotation=str, default="tiny", help="Base: tiny, tiny-glm4-ids (with GLM-4's ids), or a folder."
+    )
     parser.add_argument("--stages", annotation=str | None, help="Stages to judge, as rows,outcome; by default all.")
     parser.add_argument("--json", nargs="?", const="-", help="Write the results as JSON here, or to stdout.")
     parser.add_argument("--report", annotation=str | None, help="Folder for report.html and summary.md.")
@@ -44,4 +47,6 @@ def run(options: Namespace) -> bool:
 
     stages = options.stages.split(",") if options.stages is not None else STAGES
     report = Path(options.report) if options.report else None
-    return not show_checks(options.subject, all_checks(), stages=stages, json_file=options.json, report=report)
+    return not show_checks(
+        options.subject, all_checks(), base=options.model, stages=stages, json_file=options.json, report=report
+    )

@@ -80,14 +80,14 @@ def chat_format_of(options: Namespace, name: str | None) -> ChatFormat:
         options: The arguments of ``add_conversations``.
         name: The name of the chat format; None for that of the base.
     """
-    from glm4ft.data.chat_format import ChatFormat
     from glm4ft.data.format_check import format_warnings
+    from glm4ft.data.formats import make_format
     from glm4ft.model.base_model import load_format
 
     tokenizer, name = load_format(options.model, name, force=options.force_format)
     for warning in format_warnings(name, tokenizer, where=options.model) if options.force_format else ():
         print(f"warning: {warning}", file=sys.stderr)
-    return ChatFormat(
+    return make_format(
         name,
         tokenizer,
         final_stop=options.final_stop,

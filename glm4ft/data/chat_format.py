@@ -27,7 +27,7 @@ from glm4ft.data.conversation import Conversation, Message
 from glm4ft.data.encoded_row import AssistantTurn, EncodedRow, Part, Segment
 from glm4ft.data.render import Block, Place, ReasoningTurns, Renderer, prompt_pieces
 from glm4ft.data.tool_block import tool_block
-from glm4ft.data.turn_format import FORMATS, FormatName, Piece, merged
+from glm4ft.data.turn_format import FORMATS, TEMPLATE, FormatName, Piece, merged
 from glm4ft.errors import DataError, ModelError
 
 
@@ -251,7 +251,9 @@ def _known(name: str) -> FormatName:
     for known in FORMATS:
         if known == name:
             return known
-    raise ModelError("unknown chat format", where="--chat_format", found=name, expected=" or ".join(FORMATS))
+    raise ModelError(
+        "unknown chat format", where="--chat_format", found=name, expected=" or ".join([*FORMATS, TEMPLATE])
+    )
 
 
 def _possible(name: FormatName, reasoning: ReasoningTurns) -> ReasoningTurns:

@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
+from transformers import PreTrainedTokenizerBase
 
 from glm4ft.data.batching import RowSet
 from glm4ft.data.control_tokens import END_OF_TEXT, HEADERS, PREFIX
-from glm4ft.errors import DataError
+from glm4ft.data.template_format import TemplateFormat
+from glm4ft.data.turn_format import TEMPLATE
+from glm4ft.errors import DataError, ModelError
 from glm4ft.files import write_atomically
 from glm4ft.reading import json_lines, validated
 
@@ -64,30 +67,70 @@ class TokenOrigin:
     turn: int | None
 
 
-def token_origins(input_ids: Sequence[int], control_ids: Mapping[str, int]) -> list[TokenOrigin]:
+@dataclass(frozen=True)
+class TurnMarkers:
+    """The ids by which a row is split into turns.
+
+    Args:
+        headers: The ids that begin a message, mapped to its role; one id in the GLM-4 family, several in ChatML.
+        prefix: The ids that belong to no message.
+        ends: The ids that end an assistant turn.
+    """
+
+    headers: Mapping[tuple[int, ...], str]
+    prefix: frozenset[int] = frozenset()
+    ends: frozenset[int] = frozenset()
+
+    def header_at(self, input_ids: Sequence[int], at: int) -> tuple[int, ...]:
+        """The header that begins at a position; empty if none does."""
+        found = (header for header in self.headers if tuple(input_ids[at : at + len(header)]) == header)
+        return max(found, key=len, default=())
+
+
+def turn_markers(tokenizer: PreTrainedTokenizerBase) -> TurnMarkers:
+    """The ids that a tokenizer's rows are split by: GLM-4's control tokens, or what its chat template writes.
+
+    Args:
+        tokenizer: A tokenizer; without either, every token belongs to no turn.
+    """
+    ids = tokenizer.get_added_vocab()
+    if HEADERS["assistant"] in ids:
+        headers: dict[tuple[int, ...], str] = {(ids[token],): role for role, token in HEADERS.items() if token in ids}
+        ends = [ids[token] for token in (*HEADERS.values(), END_OF_TEXT) if token in ids]
+        return TurnMarkers(headers, frozenset(ids[t] for t in PREFIX if t in ids), frozenset(ends))
+    try:
+        written = TemplateFormat(TEMPLATE, tokenizer)
+    except ModelError:
+        return TurnMarkers({})
+    return TurnMarkers({header: role for role, header in written.headers.items()}, ends=frozenset(written.stop_ids))
+
+
+def token_origins(input_ids: Sequence[int], markers: TurnMarkers) -> list[TokenOrigin]:
     """Find the turn and part of each token of a row.
 
     Args:
         input_ids: The token ids of the row.
-        control_ids: Control tokens mapped to their ids.
+        markers: The ids that begin and end turns.
     Returns:
         One origin per token.
     """
-    headers = {control_ids[token]: role for role, token in HEADERS.items() if token in control_ids}
-    outside = {control_ids[token] for token in PREFIX if token in control_ids}
-    end_of_text = control_ids.get(END_OF_TEXT)
-    found, role, turn, num_turns = [], "", -1, 0
-    for token in input_ids:
-        is_boundary = token in headers or token == end_of_text
-        if is_boundary and role == "assistant":
+    firsts = {header[0] for header in markers.headers}
+    found, role, turn, num_turns = list[TokenOrigin](), "", -1, 0
+    while len(found) < len(input_ids):
+        token = input_ids[len(found)]
+        header = markers.header_at(input_ids, len(found)) if token in firsts else ()
+        if role == "assistant" and token in markers.ends:
             found.append(TokenOrigin("assistant", "terminator", turn))
-            role, num_turns = headers.get(token, ""), num_turns + (headers.get(token) == "assistant")
+            # in the GLM-4 family the token that ends a turn is the next one's header
+            role = markers.headers[header] if len(header) == 1 else ""
+            num_turns += role == "assistant"
             turn = num_turns - 1
-        elif token in headers:
-            role, num_turns = headers[token], num_turns + (headers[token] == "assistant")
+        elif header:
+            role = markers.headers[header]
+            num_turns += role == "assistant"
             turn = num_turns - 1
-            found.append(TokenOrigin(role, "header", turn if role == "assistant" else None))
-        elif token in outside or not role:
+            found += [TokenOrigin(role, "header", turn if role == "assistant" else None)] * len(header)
+        elif token in markers.prefix or not role:
             found.append(TokenOrigin("", "prefix", None))
         else:
             found.append(TokenOrigin(role, "body", turn if role == "assistant" else None))

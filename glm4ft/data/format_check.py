@@ -18,7 +18,7 @@ from glm4ft.data.chat_format import ChatFormat
 from glm4ft.data.control_tokens import HEADERS, common_prefix_length
 from glm4ft.data.conversation import Conversation, Message
 from glm4ft.data.time_limit import TEMPLATE_LIMIT_S, within
-from glm4ft.data.turn_format import FORMATS, OPENED, FormatName
+from glm4ft.data.turn_format import FORMATS, OPENED, TEMPLATE, FormatName
 from glm4ft.errors import ModelError, show
 
 _TURNS = (
@@ -132,6 +132,8 @@ def format_warnings(name: FormatName, tokenizer: PreTrainedTokenizerBase, *, whe
         tokenizer: The checkpoint's tokenizer.
         where: The checkpoint.
     """
+    if name == TEMPLATE:  # it is the template
+        return []
     if not tokenizer.chat_template:
         return [
             f"{where}: it has no chat template, so what is trained or merged from it has none either, and no server "

@@ -31,7 +31,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-FormatName = Literal["glm-4-9b-chat", "glm-4-0414", "glm-z1-0414", "glm-4.5", "glm-4.7"]
+FormatName = Literal["glm-4-9b-chat", "glm-4-0414", "glm-z1-0414", "glm-4.5", "glm-4.7", "template"]
+TEMPLATE: FormatName = "template"  # whatever the checkpoint's own chat template writes; see template_format
 OPENED, CLOSED = "<think>", "</think>"
 _WORDING = re.compile(r"(<[^<>{}\s]+>|/nothink)|\{(\w+)\}")
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from glm4ft.data.control_tokens import common_prefix_length
 from glm4ft.data.encoded_row import IGNORED
-from glm4ft.data.encoded_rows import TokenOrigin, TrainedRow, token_origins
+from glm4ft.data.encoded_rows import TokenOrigin, TrainedRow, token_origins, turn_markers
 from glm4ft.diagnosis.evidence import (
     AdapterAudit,
     CurvePoint,
@@ -222,11 +222,11 @@ def _differences(
 def _rows(rows: Sequence[TrainedRow], losses: Sequence[Any], tokenizer: Any, floor: Floor | None) -> list[RowEvidence]:
     if not rows:
         return []
-    decoder, controls = TokenDecoder(tokenizer), tokenizer.get_added_vocab()
+    decoder, markers = TokenDecoder(tokenizer), turn_markers(tokenizer)
     floors = iter(floor.per_target.tolist() if floor else [])
     found = []
     for row, (own, likeliest, base) in zip(rows, losses, strict=True):
-        where = token_origins(row.input_ids, controls)
+        where = token_origins(row.input_ids, markers)
         tokens = []
         for at in range(1, len(row.input_ids)):
             is_target = row.labels[at] != IGNORED

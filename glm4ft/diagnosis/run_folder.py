@@ -12,8 +12,18 @@ import torch
 
 from glm4ft.data.chat_format import ChatFormat
 from glm4ft.data.encoded_row import IGNORED, AssistantTurn, EncodedRow
-from glm4ft.data.encoded_rows import KEPT_TOKENS, ROWS_FILE, TrainedRow, read_rows, rows_of, token_origins, write_rows
+from glm4ft.data.encoded_rows import (
+    KEPT_TOKENS,
+    ROWS_FILE,
+    TrainedRow,
+    read_rows,
+    rows_of,
+    token_origins,
+    turn_markers,
+    write_rows,
+)
 from glm4ft.data.encoding import encoded_conversations
+from glm4ft.data.formats import make_format
 from glm4ft.data.inputs import data_inputs
 from glm4ft.data.read_options import ReadOptions, columns_of
 from glm4ft.diagnosis.evidence import Evidence, FirstLoss, Sources
@@ -126,14 +136,14 @@ def _measured(
     served = Served()
     if _has_data(files, data):
         wanted = {row.line for row in trained[:MEASURED_ROWS]}
-        served = _served(files, data, ChatFormat(format_name, tokenizer, **_encoding(files)), wanted)
+        served = _served(files, data, make_format(format_name, tokenizer, **_encoding(files)), wanted)
     looked_at = trained or served.rows
     loaded, what = _load(files, base_name, format_name)
     if loaded is not None:
         _require_known_ids(looked_at, loaded.config.vocab_size)
     # asked as serving asks, if the conversations are there to be rendered
     is_tried = what is not Trained.NOTHING
-    trips = _say_back(loaded, ChatFormat(format_name, tokenizer), served.rows or trained) if is_tried else []
+    trips = _say_back(loaded, make_format(format_name, tokenizer), served.rows or trained) if is_tried else []
     evidence = gather_evidence(
         loaded,
         looked_at,
@@ -323,16 +333,17 @@ def assistant_turns(row: TrainedRow, chat_format: ChatFormat) -> list[AssistantT
     Returns:
         Turns, ``message`` counting the headers before them; a turn is supervised if one of its tokens is.
     """
-    where = token_origins(row.input_ids, chat_format.control_ids)
+    markers = turn_markers(chat_format.tokenizer)
+    where = token_origins(row.input_ids, markers)
     turns, num_messages, start = [], -1, None
     for at, place in enumerate(where):
         if place.part == "header":
-            num_messages += 1
+            num_messages += at == 0 or where[at - 1] != place  # a header may have several tokens
             start = at + 1 + chat_format.num_given(row.input_ids[at + 1 :]) if place.role == "assistant" else None
         elif place.part == "terminator" and start is not None:
             is_supervised = any(label != IGNORED for label in row.labels[start:at])
             turns.append(AssistantTurn(num_messages, start, at, is_supervised))
-            is_header = row.input_ids[at] in chat_format.header_ids.values()
+            is_header = (row.input_ids[at],) in markers.headers
             num_messages, start = num_messages + is_header, None
     return turns
 

@@ -4,20 +4,21 @@
 whole head. Each distribution has a subset of its own, so its bound does not depend on which others are asked for. The
 subset begins with the rows that are likely where the target's own row points to and with those nearest to it by angle:
 the twins of a token that was never trained. A pass over the whole head finds the loss actually reached and the rows
-that matter there, which join the subset; the rows outside are represented by their mean (see
-``glm4ft.floors.solver.HeadRows``).
+that matter there, which join the subset. The rows outside are represented by the means of groups (see
+``glm4ft.floors.solver.HeadRows``): at first one, then groups of about equal logits at the last state found, which costs
+the bound little however many rows there are.
 
 Shapes: K target distributions, M rows of the subset, V of the head, D hidden.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from tqdm import tqdm
 
 from glm4ft.floors.head import Head
 from glm4ft.floors.solver import EXACT, TOLERANCE, HeadRows, Precision, Solution, solve
@@ -27,8 +28,10 @@ _BATCH = 64  # distributions solved side by side
 _SCANNED = 256  # distributions in one pass over the head
 _CANDIDATES = 512  # rows that a pass over the head proposes for each distribution
 _MAX_SUBSET = 8192  # rows: 256 MiB in float64 at D = 4,096, and as much again while solving
+_GROUPS, _GROUP_WIDTH = 96, 0.25  # of logits, nats: the rows outside the subset, down to e^-24 of the probability
+_GROUPED = 32  # targets whose groups are summed in one pass: 3 MiB each at D = 4,096
 _MAX_ROUNDS = 16
-_PROGRESS, _PATIENCE = 0.9, 3  # a target is given up after this many rounds that leave more than this share of its gap
+_PROGRESS, _PATIENCE = 0.9, 2  # a target is given up after this many rounds that leave more than this share of its gap
 UNDECIDED = 0.02  # nats between the bounds of a distribution above which the lower one says nothing if it is as small
 _RELATIVE_TOLERANCE = 0.02  # of a bound under a large head: 4.87 instead of 4.91 makes no difference to a user
 _LARGE_HEAD_STEPS = 300  # descent steps per round; the subset grows between rounds, and the bound holds at any step
@@ -45,6 +48,11 @@ class Target:
 
     ids: tuple[int, ...]
     weights: tuple[float, ...]
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether the distribution has one token only."""
+        return len(self.ids) == 1
 
     @property
     def entropy(self) -> float:
@@ -86,11 +94,18 @@ def bound_targets(head: Head, targets: Sequence[Target], *, precision: Precision
     """
     if head.num_rows <= SMALL_HEAD:
         rows = HeadRows.of(head.rows(list(range(head.num_rows))))
-        batches = (targets[i : i + _BATCH] for i in range(0, len(targets), _BATCH))
+        batches = _batches(targets, _BATCH)
         return [bound for batch in batches for bound in _solve_whole(head, rows, batch, precision)]
     search = _Search(head, precision)
-    batches = (targets[i : i + _SCANNED] for i in range(0, len(targets), _SCANNED))
-    return [bound for batch in batches for bound in search.bounds(batch)]
+    return [bound for batch in _batches(targets, _SCANNED) for bound in search.bounds(batch)]
+
+
+def _batches(targets: Sequence[Target], size: int) -> Iterator[Sequence[Target]]:
+    with tqdm(total=len(targets), desc="bounding", unit=" targets", delay=2, disable=None, leave=False) as shown:
+        for start in range(0, len(targets), size):
+            batch = targets[start : start + size]
+            yield batch
+            shown.update(len(batch))
 
 
 def _solve_whole(head: Head, rows: HeadRows, targets: Sequence[Target], precision: Precision) -> Iterator[Bound]:
@@ -103,73 +118,101 @@ def _solve_whole(head: Head, rows: HeadRows, targets: Sequence[Target], precisio
         yield Bound(float(solution.lower_B[k]), float(solution.upper_B[k]), token_losses)
 
 
-@dataclass(frozen=True)
-class _Scan:
-    """The result of a pass over the whole head at K hidden states.
-
-    Args:
-        total_K: The logsumexp of the logits.
-        likeliest_KM: The ids of the likeliest rows.
-        nearest_KM: The ids of the rows with the largest cosine to the hidden state.
-    """
-
-    total_K: torch.Tensor
-    likeliest_KM: torch.Tensor
-    nearest_KM: torch.Tensor
-
-
 class _Search:
     """Bounds targets under a head that is too large to solve whole."""
 
     def __init__(self, head: Head, precision: Precision) -> None:
         self.head, self.precision = head, precision
 
-    @functools.cached_property
-    def _sums(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sum of all rows and of their norms, by a pass over the head that is made only if some target needs it."""
-        sum_D, norm_sum = torch.zeros(self.head.width, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-        for _, rows_CD in self.head.chunks("mean row"):
-            # float64: the bound holds only if the mean is exact; products of bf16 are exact in fp32
-            sum_D += rows_CD.double().sum(dim=0)
-            norm_sum += rows_CD.norm(dim=1).double().sum()
-        return sum_D, norm_sum
-
     def bounds(self, targets: Sequence[Target]) -> list[Bound]:
         """Bound the targets that the head reaches easily, then solve each of the others on its own growing subset."""
         # the state in the direction of the target rows reaches almost every token, at the cost of one pass
         hidden_KD = torch.stack([self._mean_row(target) for target in targets])
         hidden_KD = self.head.radius * hidden_KD / hidden_KD.norm(dim=1, keepdim=True).clamp_min(1e-300)
-        scan = self._scan(hidden_KD, "first look at the head")
+        look = self._first_look(hidden_KD)
         bounds = [
-            self._bound(target, target.entropy, hidden_KD[k], float(scan.total_K[k]))
+            self._bound(target, target.entropy, hidden_KD[k], float(look.total_K[k]))
             for k, target in enumerate(targets)
         ]
         # the twins of a token that was never trained are near its row, and not always likely where it is likely
         subsets = {
-            k: {*target.ids, *scan.likeliest_KM[k].tolist(), *scan.nearest_KM[k].tolist()}
+            k: {*target.ids, *look.likeliest_KM[k].tolist(), *look.nearest_KM[k].tolist()}
             for k, target in enumerate(targets) if not _is_tight(bounds[k])
         }  # fmt: skip
         patience = dict.fromkeys(subsets, _PATIENCE)
+        groups_V = dict.fromkeys(subsets, torch.zeros(self.head.num_rows, dtype=torch.uint8))
         for _ in range(_MAX_ROUNDS):
             if not subsets:
                 break
-            solved = {k: self._solve(targets[k], sorted(subset)) for k, subset in subsets.items()}
-            scan = self._scan(torch.cat([solution.hidden_BD for solution in solved.values()]), "whole head")
+            solved = self._solve_all(targets, subsets, groups_V)
+            scan = self._scan(torch.cat([solution.hidden_BD for solution in solved.values()]))
             for i, (k, solution) in enumerate(solved.items()):
-                found = self._bound(
-                    targets[k], float(solution.lower_B[0]), solution.hidden_BD[0], float(scan.total_K[i])
-                )
+                total = torch.logsumexp(scan[i].double(), dim=0)
+                found = self._bound(targets[k], float(solution.lower_B[0]), solution.hidden_BD[0], float(total))
                 before, bounds[k] = bounds[k], _better(bounds[k], found)
                 patience[k] = _PATIENCE if _gap(bounds[k]) <= _PROGRESS * _gap(before) else patience[k] - 1
-                new = [id for id in scan.likeliest_KM[i].tolist() if id not in subsets[k]]
-                subsets[k] |= set(new[: max(0, _MAX_SUBSET - len(subsets[k]))])
-                if _is_tight(bounds[k]) or not new or not patience[k]:
+                if _is_tight(bounds[k]) or not patience[k]:
                     del subsets[k]
+                    continue
+                groups_V[k] = ((total - scan[i]) / _GROUP_WIDTH).clamp(0, _GROUPS - 1).to(torch.uint8)
+                new = [id for id in scan[i].topk(_candidates(self.head)).indices.tolist() if id not in subsets[k]]
+                subsets[k] |= set(new[: max(0, _MAX_SUBSET - len(subsets[k]))])
         return bounds
 
-    def _solve(self, target: Target, ids: list[int]) -> Solution:
-        """Solve a target on a subset of the rows, with the mean row of all others beside it."""
-        rows = self._rows(ids)
+    def _first_look(self, hidden_KD: torch.Tensor) -> _Look:
+        """Make a pass over the whole head that compares its rows with each hidden state."""
+        scaled_KD = (hidden_KD * self.head.norm_D).float()
+        total_K = torch.full((len(hidden_KD),), -math.inf, dtype=torch.float64)
+        likeliest, nearest = _Top(len(hidden_KD)), _Top(len(hidden_KD))
+        for start, rows_CD in self.head.chunks("first look at the head"):
+            logits_KC = scaled_KD @ rows_CD.T
+            total_K = torch.logaddexp(total_K, torch.logsumexp(logits_KC.double(), dim=1))
+            likeliest.add(logits_KC, start)
+            nearest.add(logits_KC / self.head.lengths(rows_CD).clamp_min(1e-30), start)
+        return _Look(total_K, likeliest.ids_KM, nearest.ids_KM)
+
+    def _scan(self, hidden_KD: torch.Tensor) -> torch.Tensor:
+        """Return the logits of the whole head at the hidden states, K x V in fp32."""
+        scaled_KD = (hidden_KD * self.head.norm_D).float()
+        return torch.cat([scaled_KD @ rows_CD.T for _, rows_CD in self.head.chunks("whole head")], dim=1)
+
+    def _solve_all(
+        self, targets: Sequence[Target], subsets: dict[int, set[int]], groups_V: dict[int, torch.Tensor]
+    ) -> dict[int, Solution]:
+        """Solve each target on its subset, the other rows of its head represented by the means of their groups."""
+        solved: dict[int, Solution] = {}
+        open_targets = list(subsets)
+        for at in range(0, len(open_targets), _GROUPED):
+            block = open_targets[at : at + _GROUPED]
+            tails = self._tails({k: groups_V[k] for k in block})
+            solved |= {k: self._solve(targets[k], sorted(subsets[k]), groups_V[k], tails[k]) for k in block}
+        return solved
+
+    def _tails(self, groups_V: dict[int, torch.Tensor]) -> dict[int, _Tail]:
+        """Sum the rows of each group of each target, in one pass over the head."""
+        # targets that nothing was learnt of yet have the same groups
+        distinct = {id(group_V): group_V for group_V in groups_V.values()}
+        width, counts = self.head.width, {at: int(group_V.max()) + 1 for at, group_V in distinct.items()}
+        # float64: the bound holds only if the means are exact
+        sums = {at: torch.zeros(n, width + 1, dtype=torch.float64) for at, n in counts.items()}
+        buffer = torch.empty(self.head.chunk_rows, width + 1, dtype=torch.float64)
+        for start, rows_CD in self.head.chunks("groups of rows"):
+            summands = buffer[: len(rows_CD)]
+            summands[:, :-1], summands[:, -1] = rows_CD, self.head.lengths(rows_CD)
+            for at, group_V in distinct.items():
+                sums[at].index_add_(0, group_V[start : start + len(rows_CD)].int(), summands)
+        tails = {
+            at: _Tail(
+                sum_GD[:, :-1] * self.head.norm_D, sum_GD[:, -1], torch.bincount(distinct[at], minlength=counts[at])
+            )
+            for at, sum_GD in sums.items()
+        }
+        return {k: tails[id(group_V)] for k, group_V in groups_V.items()}
+
+    def _solve(self, target: Target, ids: list[int], group_V: torch.Tensor, tail: _Tail) -> Solution:
+        """Solve a target on a subset of the rows, with the mean rows of all others beside it."""
+        own = HeadRows.of(self.head.rows(ids))
+        rows = _joined(own, tail.without(own, group_V[ids]))
         target_KM = _dense([target], {token: m for m, token in enumerate(ids)}, len(rows.log_counts_M))
         return solve(
             rows, target_KM, self.head.radius, precision=self.precision, tolerance=TOLERANCE / 2,
@@ -185,31 +228,45 @@ class _Search:
     def _mean_row(self, target: Target) -> torch.Tensor:
         return torch.tensor(target.weights, dtype=torch.float64) @ self.head.rows(list(target.ids))
 
-    def _rows(self, ids: list[int]) -> HeadRows:
-        """Return the rows of the subset, followed by the mean of all others."""
-        own = HeadRows.of(self.head.rows(ids))
-        count = self.head.num_rows - len(ids)
-        if not count:
-            return own
-        sum_D, norm_sum = self._sums
-        mean_1D = (sum_D - own.vectors_MD.sum(dim=0))[None] / count
-        return HeadRows(
-            torch.cat([own.vectors_MD, mean_1D]),
-            torch.cat([own.log_counts_M, torch.tensor([math.log(count)], dtype=torch.float64)]),
-            torch.cat([own.norms_M, (norm_sum - own.norms_M.sum())[None] / count]),
-        )
 
-    def _scan(self, hidden_KD: torch.Tensor, task: str) -> _Scan:
-        """Make one pass over the whole head at the given hidden states."""
-        hidden_KD = hidden_KD.float()
-        total_K = torch.full((len(hidden_KD),), -math.inf, dtype=torch.float64)
-        likeliest, nearest = _Top(len(hidden_KD)), _Top(len(hidden_KD))
-        for start, rows_CD in self.head.chunks(task):
-            logits_KC = hidden_KD @ rows_CD.T
-            total_K = torch.logaddexp(total_K, torch.logsumexp(logits_KC.double(), dim=1))
-            likeliest.add(logits_KC, start)
-            nearest.add(logits_KC / rows_CD.norm(dim=1).clamp_min(1e-30), start)
-        return _Scan(total_K, likeliest.ids_KM, nearest.ids_KM)
+@dataclass(frozen=True)
+class _Look:
+    """The result of the first pass over the whole head at K hidden states.
+
+    Args:
+        total_K: The logsumexp of the logits.
+        likeliest_KM: The ids of the likeliest rows.
+        nearest_KM: The ids of the rows with the largest cosine to the hidden state.
+    """
+
+    total_K: torch.Tensor
+    likeliest_KM: torch.Tensor
+    nearest_KM: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Tail:
+    """All rows of the head in G groups of rows that had about the same logit at the last hidden state.
+
+    Args:
+        sum_GD: The sum of the rows of each group, norm weight applied.
+        norm_sum_G: The sum of their Euclidean norms.
+        count_G: The number of rows of each group.
+    """
+
+    sum_GD: torch.Tensor
+    norm_sum_G: torch.Tensor
+    count_G: torch.Tensor
+
+    def without(self, own: HeadRows, group_M: torch.Tensor) -> HeadRows:
+        """Return the mean row of each group that has other rows than the M given ones, whose groups are given."""
+        group_M = group_M.long()
+        count_G = self.count_G - torch.bincount(group_M, minlength=len(self.count_G))
+        left = count_G > 0
+        count_G1 = count_G[left, None].double()
+        sum_GD = self.sum_GD.index_add(0, group_M, -own.vectors_MD)[left]
+        norm_sum_G = self.norm_sum_G.index_add(0, group_M, -own.norms_M)[left]
+        return HeadRows(sum_GD / count_G1, count_G1[:, 0].log(), norm_sum_G / count_G1[:, 0])
 
 
 class _Top:
@@ -228,6 +285,18 @@ class _Top:
         all_KM, ids_KM = torch.cat([self.best_KM, scores_KC], dim=1), torch.cat([self.ids_KM, ids_KC], dim=1)
         self.best_KM, at_KM = all_KM.topk(min(_CANDIDATES, all_KM.shape[1]), dim=1)
         self.ids_KM = ids_KM.gather(1, at_KM)
+
+
+def _candidates(head: Head) -> int:
+    return min(_CANDIDATES, head.num_rows)
+
+
+def _joined(own: HeadRows, others: HeadRows) -> HeadRows:
+    return HeadRows(
+        torch.cat([own.vectors_MD, others.vectors_MD]),
+        torch.cat([own.log_counts_M, others.log_counts_M]),
+        torch.cat([own.norms_M, others.norms_M]),
+    )
 
 
 def _dense(targets: Sequence[Target], place: dict[int, int], width: int) -> torch.Tensor:

@@ -8,18 +8,20 @@ known before training.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import overload
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from glm4ft.data.encoded_rows import TrainedRow, token_origins
+from glm4ft.data.encoded_rows import TrainedRow, turn_markers
 from glm4ft.errors import DataError
 from glm4ft.floors.bounds import Bound, Target, bound_targets
+from glm4ft.floors.flat_rows import Array, FlatRows
 from glm4ft.floors.head import Head
-from glm4ft.floors.prefix_targets import Array, PrefixTargets, group_targets
+from glm4ft.floors.prefix_targets import PrefixTargets, group_targets
 from glm4ft.floors.solver import EXACT, Precision
 from glm4ft.text.token_text import TokenDecoder, token_text
 
@@ -67,6 +69,33 @@ class SampleFloor:
     supervised_tokens: int
 
 
+@dataclass(frozen=True, eq=False)
+class SampleFloors(Sequence[SampleFloor]):
+    """The floors of all rows with a supervised token, made one by one from arrays when they are asked for.
+
+    Args:
+        lines: The line of each row's conversation.
+        floors: The floor of each row.
+        num_targets: The number of supervised tokens of each row.
+    """
+
+    lines: Array
+    floors: Array
+    num_targets: Array
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    @overload
+    def __getitem__(self, at: int) -> SampleFloor: ...
+    @overload
+    def __getitem__(self, at: slice) -> SampleFloors: ...
+    def __getitem__(self, at: int | slice) -> SampleFloor | SampleFloors:
+        if isinstance(at, slice):
+            return SampleFloors(self.lines[at], self.floors[at], self.num_targets[at])
+        return SampleFloor(int(self.lines[at]), float(self.floors[at]), int(self.num_targets[at]))
+
+
 @dataclass(frozen=True)
 class Floor:
     """Lower bound of the mean loss of a data set, in nats per supervised token: ``floor = entropy + head``.
@@ -80,8 +109,9 @@ class Floor:
         tokens: The floor of every distinct target, the largest share of the total first.
         samples: The floor of every row with a supervised token, the highest first.
         parts: The mean floor of each kind of supervised token (``assistant body``, ``assistant terminator``, ...).
-        label: The arithmetic that the bound holds for, in words.
-        per_target: The floor of each supervised token, row by row.
+        label: The arithmetic and the head that the bound holds for, in words.
+        floor_P: The floor of each pair of a distribution and one of its tokens.
+        pair_N: The index of the pair of each supervised token, row by row.
     """
 
     floor: float
@@ -89,10 +119,22 @@ class Floor:
     head: float
     gap: float
     tokens: tuple[TokenFloor, ...]
-    samples: tuple[SampleFloor, ...]
+    samples: SampleFloors
     parts: Mapping[str, float]
     label: str
-    per_target: Array = field(repr=False, compare=False)
+    floor_P: Array = field(repr=False, compare=False)
+    pair_N: Array = field(repr=False, compare=False)
+
+    @property
+    def per_target(self) -> Array:
+        """The floor of each supervised token, row by row."""
+        floors: Array = self.floor_P[self.pair_N]
+        return floors
+
+    @property
+    def num_targets(self) -> int:
+        """The number of supervised tokens."""
+        return len(self.pair_N)
 
     def blocking(self, target_loss: float) -> list[TokenFloor]:
         """Return the tokens that keep the mean loss above a target, the worst first.
@@ -118,9 +160,9 @@ class Floor:
         """The tokens of which it is not known whether the head can reach them, the most frequent first."""
         return sorted((token for token in self.tokens if not token.is_decided), key=lambda token: -token.count)
 
-    def record(self) -> dict[str, Any]:
-        """Return the object that ``glm4ft floor --json`` writes."""
-        return {
+    def json(self) -> Iterator[str]:
+        """Write the object of ``glm4ft floor --json``, in pieces: a million rows are a long list."""
+        record = {
             "schema": 1,
             "floor": self.floor,
             "entropy": self.entropy,
@@ -129,8 +171,11 @@ class Floor:
             "label": self.label,
             "parts": dict(self.parts),
             "tokens": [vars(token) for token in self.tokens],
-            "samples": [vars(sample) for sample in self.samples],
         }
+        yield json.dumps(record, ensure_ascii=False, allow_nan=False).removesuffix("}") + ', "samples": ['
+        for number, sample in enumerate(self.samples):
+            yield (", " if number else "") + json.dumps(vars(sample), allow_nan=False)
+        yield "]}\n"
 
 
 def find_floor(
@@ -152,69 +197,77 @@ def find_floor(
     Raises:
         DataError: If no token is supervised.
     """
-    rows = list(rows)
-    targets = group_targets(rows)
-    if not len(targets.token_N):
+    flat = FlatRows.of(rows, turn_markers(tokenizer))
+    if not len(flat.token_N):
         raise DataError("no token is supervised, so there is no loss", fix="look at the mask with glm4ft inspect")
-    distinct = [Target((token,), (1.0,)) for token in np.unique(targets.token_N).tolist()]
-    bounds = _bounds(list(dict.fromkeys([*distinct, *targets.distributions])), head, precision)
+    _require_rows(flat, head)
+    targets = group_targets(flat)
+    bounds = _bounds(targets.distributions, head, precision)
     floor_P, gap_P, entropy_P = _of_pairs(targets, bounds)
-    per_target = floor_P[targets.pair_N]
-    entropy = float(entropy_P[targets.pair_N].mean())
-    above = float(per_target.mean()) - entropy
+    count_P = np.bincount(targets.pair_N, minlength=len(floor_P))
+    share_P = count_P / len(targets.pair_N)
+    floor_N = floor_P[targets.pair_N]
+    entropy = float(share_P @ entropy_P)
+    above = float(share_P @ floor_P) - entropy
     part = above if above > _ROUNDING else 0.0
     return Floor(
         floor=entropy + part,
         entropy=entropy,
         head=part,
-        gap=float(gap_P[targets.pair_N].mean()),
-        tokens=_token_floors(targets, per_target, tokenizer, {t.ids[0]: bounds[t] for t in distinct}),
-        samples=_sample_floors(targets, per_target, rows),
-        parts=_part_floors(targets, per_target, rows, tokenizer.get_added_vocab()),
+        gap=float(share_P @ gap_P),
+        tokens=_token_floors(targets, floor_P, count_P, bounds, tokenizer),
+        samples=_sample_floors(flat, floor_N),
+        parts=_part_floors(flat, floor_N),
         label=_label(head, precision),
-        per_target=per_target,
+        floor_P=floor_P,
+        pair_N=targets.pair_N,
     )
 
 
-def _bounds(targets: Sequence[Target], head: Head | None, precision: Precision) -> dict[Target, Bound]:
-    if head is None:
-        losses = [tuple(0 - float(np.log(w)) for w in target.weights) for target in targets]
-        found = [Bound(t.entropy, t.entropy, loss) for t, loss in zip(targets, losses, strict=True)]
-    else:
-        highest = max(target.ids[-1] for target in targets)
-        if highest >= head.num_rows:
-            raise DataError("a target has no row in the head", found=str(highest), expected=f"below {head.num_rows}")
-        found = bound_targets(head, targets, precision=precision)
-    return dict(zip(targets, found, strict=True))
+def _require_rows(rows: FlatRows, head: Head | None) -> None:
+    lowest, highest = int(rows.token_N.min()), int(rows.token_N.max())
+    if lowest < 0 or (head is not None and highest >= head.num_rows):
+        expected = "a token id" if head is None else f"from 0 to {head.num_rows - 1}"
+        raise DataError(
+            "a target has no row in the head", found=str(lowest if lowest < 0 else highest), expected=expected
+        )
 
 
-def _of_pairs(targets: PrefixTargets, bounds: Mapping[Target, Bound]) -> tuple[Array, Array, Array]:
-    """Return the floor, gap and entropy of each pair of prefix and token.
+def _bounds(targets: Sequence[Target], head: Head | None, precision: Precision) -> list[Bound]:
+    if head is not None:
+        return bound_targets(head, targets, precision=precision)
+    losses = [tuple(0 - float(np.log(w)) for w in target.weights) for target in targets]
+    return [Bound(t.entropy, t.entropy, loss) for t, loss in zip(targets, losses, strict=True)]
+
+
+def _of_pairs(targets: PrefixTargets, bounds: Sequence[Bound]) -> tuple[Array, Array, Array]:
+    """Return the floor, gap and entropy of each pair of a distribution and one of its tokens.
 
     The bound of a distribution is divided among its tokens in proportion to their losses at the smallest loss found, so
     that the mean over their occurrences is the bound.
     """
-    floors: list[list[float]] = []
-    for target in targets.distributions:
-        bound = bounds[target]
-        scale = bound.lower / bound.upper if bound.upper > 0 else 0.0
-        floors.append([scale * loss for loss in bound.token_losses])
-    distribution_P = targets.pair_distribution_P.tolist()
-    floor_P = np.array([floors[u][m] for u, m in zip(distribution_P, targets.pair_member_P.tolist(), strict=True)])
-    gap_U = np.array([bounds[t].upper - bounds[t].lower for t in targets.distributions])
+    scales = [bound.lower / bound.upper if bound.upper > 0 else 0.0 for bound in bounds]
+    floors = [scale * loss for scale, bound in zip(scales, bounds, strict=True) for loss in bound.token_losses]
+    gap_U = np.array([bound.upper - bound.lower for bound in bounds])
     entropy_U = np.array([target.entropy for target in targets.distributions])
-    return floor_P, gap_U[distribution_P], entropy_U[distribution_P]
+    return np.array(floors), gap_U[targets.pair_distribution_P], entropy_U[targets.pair_distribution_P]
 
 
 def _token_floors(
-    targets: PrefixTargets, per_target: Array, tokenizer: PreTrainedTokenizerBase, of_head: Mapping[int, Bound]
+    targets: PrefixTargets,
+    floor_P: Array,
+    count_P: Array,
+    bounds: Sequence[Bound],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[TokenFloor, ...]:
     decoder = TokenDecoder(tokenizer)
-    ids, inverse, counts = np.unique(targets.token_N, return_inverse=True, return_counts=True)
-    sums = np.bincount(inverse, weights=per_target)
+    token_P = np.array([token for target in targets.distributions for token in target.ids])
+    of_head = {target.ids[0]: b for target, b in zip(targets.distributions, bounds, strict=True) if target.is_certain}
+    counts = np.bincount(token_P, weights=count_P)
+    sums = np.bincount(token_P, weights=count_P * floor_P)
     floors = [
-        token_floor(token, token_text(decoder, token), count, of_head[token], total / count)
-        for token, count, total in zip(ids.tolist(), counts.tolist(), sums.tolist(), strict=True)
+        token_floor(i, token_text(decoder, i), int(counts[i]), of_head[i], float(sums[i] / counts[i]))
+        for i in np.flatnonzero(counts).tolist()
     ]
     return tuple(sorted(floors, key=lambda token: (-token.floor * token.count, token.id)))
 
@@ -232,31 +285,24 @@ def token_floor(id: int, text: str, count: int, of_head: Bound, floor: float) ->
     return TokenFloor(id, text, count, floor, of_head.lower, of_head.upper, of_head.is_decided)
 
 
-def _sample_floors(targets: PrefixTargets, per_target: Array, rows: Sequence[TrainedRow]) -> tuple[SampleFloor, ...]:
-    counts = np.bincount(targets.row_N, minlength=len(rows)).tolist()
-    sums = np.bincount(targets.row_N, weights=per_target, minlength=len(rows)).tolist()
-    floors = [SampleFloor(r.line, s / n, n) for r, s, n in zip(rows, sums, counts, strict=True) if n]
-    return tuple(sorted(floors, key=lambda sample: -sample.floor))
+def _sample_floors(rows: FlatRows, floor_N: Array) -> SampleFloors:
+    kept = np.flatnonzero(rows.num_targets_R)
+    num_targets = rows.num_targets_R[kept]
+    # reduceat needs no index of the row of each target; rows without targets would confuse it
+    floors = np.add.reduceat(floor_N, np.cumsum(num_targets) - num_targets) / num_targets
+    order = np.argsort(-floors, kind="stable")
+    return SampleFloors(rows.lines_R[kept][order], floors[order], num_targets[order])
 
 
-def _part_floors(
-    targets: PrefixTargets, per_target: Array, rows: Sequence[TrainedRow], control_ids: Mapping[str, int]
-) -> dict[str, float]:
-    sums: dict[str, list[float]] = {}
-    row_places: dict[int, Any] = {}
-    for row, position, floor in zip(
-        targets.row_N.tolist(), targets.position_N.tolist(), per_target.tolist(), strict=True
-    ):
-        if row not in row_places:
-            row_places = {row: token_origins(rows[row].input_ids, control_ids)}
-        place = row_places[row][position]
-        sums.setdefault(f"{place.role} {place.part}".strip(), []).append(floor)
-    return {name: sum(floors) / len(floors) for name, floors in sums.items()}
+def _part_floors(rows: FlatRows, floor_N: Array) -> dict[str, float]:
+    means = np.bincount(rows.part_N, weights=floor_N) / np.bincount(rows.part_N)
+    return dict(zip(rows.parts, means.tolist(), strict=True))
 
 
 def _label(head: Head | None, precision: Precision) -> str:
     if head is None:
         return "entropy alone: head or final norm are trained"
+    tied = "; the head is tied to the embeddings, which must stay frozen too" if head.is_tied else ""
     if precision is EXACT:
-        return "exact arithmetic; fp32 agrees to its rounding, bf16 may lie about 1 % below"
-    return f"forward passes in {precision.name}"
+        return f"exact arithmetic; fp32 agrees to its rounding, bf16 may lie about 1 % below{tied}"
+    return f"forward passes in {precision.name}{tied}"

@@ -3,123 +3,115 @@
 Two positions with equal prefixes have the same hidden state, whatever the model, so their targets form one
 distribution. In a pack rows do not see each other, so a prefix consists of the row's own ids; ids removed by truncation
 are not part of it.
+
+All rows are read side by side, position by position. Rows whose prefixes agree so far form a group; a row that is alone
+in its group shares no later prefix either, and is not looked at again.
+
+Shapes: R rows, A rows that share their prefix with another one, N supervised tokens in reading order, P pairs of a
+distribution and one of its tokens, U distinct distributions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from glm4ft.data.encoded_row import IGNORED
-from glm4ft.data.encoded_rows import TrainedRow
 from glm4ft.floors.bounds import Target
-
-Array = np.ndarray[Any, Any]
+from glm4ft.floors.flat_rows import Array, FlatRows
 
 
 @dataclass(frozen=True)
 class PrefixTargets:
-    """The supervised tokens of a data set, grouped by prefix.
-
-    Shapes: N supervised tokens in reading order, P distinct pairs of prefix and token, U distinct distributions.
+    """The distribution at each supervised token's prefix.
 
     Args:
-        row_N: The index of each token's row.
-        position_N: The position of each token in its row.
-        token_N: The id of each token.
-        pair_N: The index of each token's pair.
-        pair_token_P: The token of each pair.
-        pair_count_P: The number of occurrences of each pair.
-        pair_distribution_P: The index of the distribution at each pair's prefix.
+        pair_N: The index of each supervised token's pair, int32.
+        pair_distribution_P: The index of each pair's distribution.
         pair_member_P: The index of each pair's token in ``Target.ids`` of that distribution.
-        distributions: The U distinct distributions.
+        distributions: The U distinct distributions; those of one token only come first, ascending.
     """
 
-    row_N: Array
-    position_N: Array
-    token_N: Array
     pair_N: Array
-    pair_token_P: Array
-    pair_count_P: Array
     pair_distribution_P: Array
     pair_member_P: Array
     distributions: tuple[Target, ...]
 
 
-def group_targets(rows: Sequence[TrainedRow]) -> PrefixTargets:
+def group_targets(rows: FlatRows) -> PrefixTargets:
     """Group the supervised tokens of rows by their prefix.
 
     Args:
-        rows: The rows as trained. A label on the first token of a row is ignored: no model predicts it.
+        rows: The rows as trained.
     Returns:
-        The tokens, pairs and distributions.
+        The pairs and distributions.
     """
-    ids = [np.asarray(row.input_ids, dtype=np.int64) for row in rows]
-    positions = [np.flatnonzero(np.asarray(row.labels)[1:] != IGNORED) + 1 for row in rows]
-    prefixes = _prefix_numbers(ids, positions)
-    tokens = [np.asarray(row.labels, dtype=np.int64)[p] for row, p in zip(rows, positions, strict=True)]
-    token_N, prefix_N = _joined(tokens), _joined(prefixes)
-    width = int(token_N.max(initial=0)) + 1
-    key_P, pair_N, count_P = np.unique(prefix_N * width + token_N, return_inverse=True, return_counts=True)
-    distribution_P, member_P, distributions = _distributions(key_P // width, key_P % width, count_P)
-    row_N = np.repeat(np.arange(len(rows)), [len(p) for p in positions])
+    # most prefixes are followed by one token only; that is the pair of a token until a group of rows disagrees
+    distinct = np.flatnonzero(np.bincount(rows.token_N, minlength=1))
+    number_of = np.zeros(int(distinct.max(initial=0)) + 1, dtype=np.int32)
+    number_of[distinct] = np.arange(len(distinct))
+    pair_N = number_of[rows.token_N]
+    numbers = {Target((token,), (1.0,)): u for u, token in enumerate(distinct.tolist())}
+    first_pair = list(range(len(numbers)))
+    num_pairs = len(numbers)
+    for targets, group, token in _shared(rows):
+        for chosen_A, target, member_A in _mixed(group, token):
+            if target not in numbers:
+                numbers[target] = len(first_pair)
+                first_pair.append(num_pairs)
+                num_pairs += len(target.ids)
+            pair_N[targets[chosen_A]] = first_pair[numbers[target]] + member_A
+    sizes = np.diff(np.append(first_pair, num_pairs)).astype(np.int64)
     return PrefixTargets(
-        row_N=row_N,
-        position_N=_joined(positions),
-        token_N=token_N,
         pair_N=pair_N,
-        pair_token_P=key_P % width,
-        pair_count_P=count_P,
-        pair_distribution_P=distribution_P,
-        pair_member_P=member_P,
-        distributions=distributions,
+        pair_distribution_P=np.repeat(np.arange(len(sizes)), sizes),
+        pair_member_P=np.arange(num_pairs) - np.repeat(np.asarray(first_pair, dtype=np.int64), sizes),
+        distributions=tuple(numbers),
     )
 
 
-def _prefix_numbers(ids: list[Array], positions: list[Array]) -> list[Array]:
-    """Number the prefixes at the given positions, so that equal prefixes have equal numbers.
+def _shared(rows: FlatRows) -> Iterator[tuple[Array, Array, Array]]:
+    """Go through the positions at which several rows have the same prefix and some of them a target.
 
-    In lexical order rows that share a prefix are neighbours, so a row reuses the numbers of the row before it as far as
-    the two agree, and gets new ones from there on.
+    Yields:
+        The indices of the targets at the position, the number of the group of each, and its token.
     """
-    # big-endian bytes compare like the ids themselves
-    order = sorted(range(len(ids)), key=lambda i: ids[i].astype(">u4").tobytes())
-    numbers: list[Array] = [np.empty(0, dtype=np.int64)] * len(ids)
-    before, before_numbers, used = np.empty(0, dtype=np.int64), np.zeros(1, dtype=np.int64), 1
-    for i in order:
-        shared = _agreement(before, ids[i])
-        fresh = len(ids[i]) - shared
-        # entry t is the number of the first t ids
-        own = np.concatenate([before_numbers[: shared + 1], np.arange(used, used + fresh)])
-        used += fresh
-        numbers[i] = own[positions[i]]
-        before, before_numbers = ids[i], own
-    return numbers
+    width = int(rows.ids_T.max(initial=0)) + 1
+    ends_R = np.cumsum(rows.num_targets_R)
+    next_R = ends_R - rows.num_targets_R  # the first target of each row that has not been passed
+    last = max(len(rows.token_N) - 1, 0)
+    row_A, group_A, position = np.flatnonzero(rows.num_targets_R), np.zeros(1, dtype=np.int64), 0
+    group_A = np.zeros(len(row_A), dtype=np.int64)
+    while len(row_A):
+        position += 1
+        is_longer_A = rows.lengths_R[row_A] > position
+        row_A, group_A = row_A[is_longer_A], group_A[is_longer_A]
+        key_A = group_A * width + rows.ids_T[rows.starts_R[row_A] + position - 1]
+        _, group_A, size = np.unique(key_A, return_inverse=True, return_counts=True)
+        has_company_A = size[group_A] > 1
+        row_A, group_A = row_A[has_company_A], group_A[has_company_A]
+        target_A = next_R[row_A]
+        is_target_A = (target_A < ends_R[row_A]) & (rows.position_N[np.minimum(target_A, last)] == position)
+        if is_target_A.any():
+            next_R[row_A[is_target_A]] += 1
+            targets = target_A[is_target_A]
+            yield targets, group_A[is_target_A], rows.token_N[targets]
 
 
-def _agreement(a: Array, b: Array) -> int:
-    """Count the ids that two rows share from the start."""
-    length = min(len(a), len(b))
-    different = np.flatnonzero(a[:length] != b[:length])
-    return int(different[0]) if len(different) else length
+def _mixed(group_A: Array, token_A: Array) -> Iterator[tuple[Array, Target, Array]]:
+    """Find the groups whose targets differ.
 
-
-def _distributions(prefix_P: Array, token_P: Array, count_P: Array) -> tuple[Array, Array, tuple[Target, ...]]:
-    """Return the index of the distribution at each pair's prefix, each token's index in it, and the distributions."""
-    starts = np.flatnonzero(np.diff(prefix_P, prepend=-1))
-    ends = np.append(starts, len(prefix_P))[1:]
-    numbers: dict[Target, int] = {}
-    distribution_P = np.empty(len(prefix_P), dtype=np.int64)
-    for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
-        counts = count_P[start:end]
-        target = Target(tuple(token_P[start:end].tolist()), tuple((counts / counts.sum()).tolist()))
-        distribution_P[start:end] = numbers.setdefault(target, len(numbers))
-    member_P = np.arange(len(prefix_P)) - np.repeat(starts, ends - starts)
-    return distribution_P, member_P, tuple(numbers)
-
-
-def _joined(parts: list[Array]) -> Array:
-    return np.concatenate([np.empty(0, dtype=np.int64), *parts])
+    Yields:
+        The places of the group's targets, their distribution, and the index of each target's token in it.
+    """
+    order = np.lexsort((token_A, group_A))
+    group_A, token_A = group_A[order], token_A[order]
+    starts = np.flatnonzero(np.diff(group_A, prepend=-1))
+    ends = np.append(starts, len(group_A))[1:]
+    # sorted: a group's tokens differ exactly if its first and its last do
+    differs = token_A[starts] != token_A[ends - 1]
+    for start, end in zip(starts[differs].tolist(), ends[differs].tolist(), strict=True):
+        ids, member, count = np.unique(token_A[start:end], return_inverse=True, return_counts=True)
+        target = Target(tuple(ids.tolist()), tuple((count / count.sum()).tolist()))
+        yield order[start:end], target, member

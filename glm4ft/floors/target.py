@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 from peft import PeftModel
 
+from glm4ft.data.chat_format import ChatFormat
 from glm4ft.data.control_tokens import STOPS
 from glm4ft.data.dataset import JoinedRows, Rows
 from glm4ft.data.encoded_rows import rows_of
@@ -21,9 +21,9 @@ from glm4ft.train.config import TrainConfig
 from glm4ft.train.run import PreparedRun, RunObserver
 
 _NAMED = 5
-STOP_REMEDIES = (
+_REMEDIES = (
     "train the head row of {0} (--lora.options '{{modules_to_save: [lm_head]}}'), end turns with a stop token that the "
-    "head can express (--final_stop endoftext), or start from a chat checkpoint, which has learnt to say it"
+    "head can express{1}, or start from a chat checkpoint, which has learnt to say it"
 )
 
 
@@ -32,11 +32,15 @@ class FloorObserver(RunObserver):
 
     def on_prepared(self, run: PreparedRun) -> None:
         """Compare the target with the certified floor of the run's rows."""
-        run.config = set_target(run.config, run.rows, run.model, run.base.tokenizer, run.say)
+        run.config = set_target(run.config, run.rows, run.model, run.chat_format, run.say)
 
 
 def set_target(
-    config: TrainConfig, rows: Rows | JoinedRows, model: PeftModel, tokenizer: Any, say: Callable[[str], object]
+    config: TrainConfig,
+    rows: Rows | JoinedRows,
+    model: PeftModel,
+    chat_format: ChatFormat,
+    say: Callable[[str], object],
 ) -> TrainConfig:
     """Warn of what cannot be reached, and make ``floor+0.01`` a number.
 
@@ -44,7 +48,7 @@ def set_target(
         config: The options of the run.
         rows: The rows to train on.
         model: The model with its adapters; whether it trains its head decides what the floor is.
-        tokenizer: The tokenizer of the base.
+        chat_format: The chat format of the rows, which knows what ends a turn.
         say: A function that is given each warning.
     Returns:
         The options, their target loss a number or None.
@@ -55,12 +59,12 @@ def set_target(
         head = head.in_dtype(torch.bfloat16)
     if config.target_loss is None:
         # the whole floor takes a pass over the head for every few hundred tokens; the stops are always worth one
-        ends = [] if head is None else _stop_floors(rows, head, tokenizer, precision)
-        for warning in stop_warnings(ends):
+        ends = [] if head is None else _stop_floors(rows, head, chat_format, precision)
+        for warning in stop_warnings(ends, chat_format.stop_ids):
             say(warning)
         return config
-    floor = find_floor(rows_of(rows), tokenizer, head, precision=precision)
-    for warning in stop_warnings(floor.tokens):
+    floor = find_floor(rows_of(rows), chat_format.tokenizer, head, precision=precision)
+    for warning in stop_warnings(floor.tokens, chat_format.stop_ids):
         say(warning)
     above = config.target_above_floor
     target = float(config.target_loss) if above is None else floor.floor + above
@@ -75,32 +79,44 @@ def describe_unreachable(floor: Floor, target_loss: float, blocking: list[TokenF
     """Explain why a mean loss cannot be reached, with the tokens that keep it up."""
     named = ", ".join(f"{token.text} ({token.count:,} times, {token.floor:.2f} each)" for token in blocking[:_NAMED])
     more = f" and {len(blocking) - _NAMED:,} more" if len(blocking) > _NAMED else ""
-    cause = "equal prompts go on differently" if floor.entropy > floor.head else "the frozen head cannot express them"
+    if floor.entropy > floor.head:
+        cause = "equal prompts go on differently"
+    else:
+        worst = max(blocking, key=lambda token: token.head)
+        cause = f"the frozen head cannot express them (certified: {worst.text} never below {worst.head:.2f} nats)"
     return (
         f"a mean loss of {target_loss:g} cannot be reached: the certified floor of these targets is {floor.floor:.4f}, "
         f"kept up by {named}{more}: {cause}"
     )
 
 
-def _stop_floors(rows: Rows | JoinedRows, head: Head, tokenizer: Any, precision: Precision) -> list[TokenFloor]:
+def _stop_floors(
+    rows: Rows | JoinedRows, head: Head, chat_format: ChatFormat, precision: Precision
+) -> list[TokenFloor]:
     """The floors of the stop tokens among the targets."""
-    names = {token_id: name for name, token_id in tokenizer.get_added_vocab().items() if name in STOPS}
+    names = {i: str(chat_format.tokenizer.convert_ids_to_tokens(i)) for i in chat_format.stop_ids}
     found = [(token_id, count) for token_id, count in sorted(rows.target_counts().items()) if token_id in names]
     bounds = bound_targets(head, [Target((i,), (1.0,)) for i, _ in found], precision=precision) if found else []
     return [token_floor(i, names[i], n, b, b.lower) for (i, n), b in zip(found, bounds, strict=True)]
 
 
-def stop_warnings(tokens: Iterable[TokenFloor]) -> Iterator[str]:
-    """The loudest warnings: a model that cannot express its stop token never stops."""
+def stop_warnings(tokens: Iterable[TokenFloor], stop_ids: Collection[int]) -> Iterator[str]:
+    """The loudest warnings: a model that cannot express its stop token never stops.
+
+    Args:
+        tokens: The floors of tokens.
+        stop_ids: The ids that end a turn.
+    """
     for token in tokens:
-        if token.text in STOPS and not token.is_decided and not token.head > HARD_TO_REACH:
+        if token.id in stop_ids and not token.is_decided and not token.head > HARD_TO_REACH:
             yield (
                 f"WARNING: {token.text} ends turns here, and it is undecided whether the frozen head can say it: its "
                 f"smallest loss lies between {token.head:.2f} and {token.head_reaches:.2f} nats"
             )
-        if token.text in STOPS and token.head > HARD_TO_REACH:
+        if token.id in stop_ids and token.head > HARD_TO_REACH:
+            remedies = _REMEDIES.format(token.text, " (--final_stop endoftext)" if token.text in STOPS else "")
             yield (
                 f"WARNING: {token.text} ends turns here, but the frozen head cannot say it: its loss stays above "
                 f"{token.head:.2f} nats (a probability of {math.exp(-token.head):.1%} at most), so the model will "
-                f"not stop. Remedies: {STOP_REMEDIES.format(token.text)}"
+                f"not stop. Remedies: {remedies}"
             )

@@ -21,24 +21,36 @@ from transformers import (
     Glm4MoeForCausalLM,
     Glm4MoeLiteForCausalLM,
     GlmForCausalLM,
+    LlamaForCausalLM,
+    MistralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
 )
 
-from glm4ft.data.chat_format import ChatFormat
-from glm4ft.data.control_tokens import END_OF_TEXT, STOPS, control_ids
+from glm4ft.data.control_tokens import END_OF_TEXT, control_ids
 from glm4ft.data.format_check import detect_format, require_agreement
-from glm4ft.data.turn_format import FormatName
+from glm4ft.data.formats import make_format
+from glm4ft.data.turn_format import TEMPLATE, FormatName
 from glm4ft.errors import ConfigError, ModelError, show
 from glm4ft.model.checkpoint import TINY, find_checkpoint, listed, one_line, read_json, require_whole_file, weight_files
 
 # An explicit list, so that code in a checkpoint (`auto_map`) is never loaded.
-MODEL_CLASSES: dict[str, Any] = {
+GLM4_CLASSES: dict[str, Any] = {
     "GlmForCausalLM": GlmForCausalLM,
     "Glm4ForCausalLM": Glm4ForCausalLM,
     "Glm4MoeForCausalLM": Glm4MoeForCausalLM,
     "Glm4MoeLiteForCausalLM": Glm4MoeLiteForCausalLM,
 }
+# Dense decoders of the same build: a backbone ``model`` with ``norm``, and a head ``lm_head`` without further scaling.
+LLAMA_LIKE_CLASSES: dict[str, Any] = {
+    "LlamaForCausalLM": LlamaForCausalLM,
+    "MistralForCausalLM": MistralForCausalLM,
+    "Qwen2ForCausalLM": Qwen2ForCausalLM,
+    "Qwen3ForCausalLM": Qwen3ForCausalLM,
+}
+MODEL_CLASSES = GLM4_CLASSES | LLAMA_LIKE_CLASSES
 # Others of the family, and why a language model's rows do not fit them.
 _VISION = "it sees images and video, so its rows need image tokens, which are not rendered here"
 REFUSED = {
@@ -121,7 +133,7 @@ def load_base(
         loaded = _read_weights(architecture, find_checkpoint(model, weights=True), torch_dtype)
         # peft writes this into adapter_config.json, where a folder must be found again from any working directory
         loaded.name_or_path = str(folder) if Path(model).expanduser().is_dir() else model
-    warnings = _complete_stops(loaded, tokenizer, model)
+    warnings = _complete_stops(loaded, make_format(format_name, tokenizer).stop_ids, tokenizer, model)
     torch.nn.Module.to(loaded.requires_grad_(False).train(False), device)
     return Base(loaded, tokenizer, format_name, model, tuple(warnings), folder)
 
@@ -165,31 +177,46 @@ def load_format(
     local = model if model == TINY else str(find_checkpoint(model))
     architecture = "" if chat_format else "Glm4ForCausalLM" if model == TINY else _architecture(Path(local))
     tokenizer = load_tokenizer(local)
+    if architecture in LLAMA_LIKE_CLASSES:
+        chat_format = TEMPLATE
+    elif chat_format != TEMPLATE:
+        control_ids(tokenizer)  # before anything else is said of the format
     if chat_format is None:
         name = detect_format([architecture], tokenizer, where=model)
     else:
-        name = ChatFormat(chat_format, tokenizer).name  # refuses unknown names
-    if not force:
+        name = make_format(chat_format, tokenizer).name  # refuses unknown names, and what a template cannot tell apart
+    if name != TEMPLATE and not force:
         require_agreement(name, tokenizer, where=model)
     return tokenizer, name
 
 
+def is_llama_like(model: str) -> bool:
+    """Whether a checkpoint is a dense decoder outside the GLM-4 family, whose format is its template's.
+
+    Args:
+        model: The base, as for ``load_base``.
+    """
+    if model == TINY:
+        return False
+    architectures = read_json(find_checkpoint(model) / "config.json").get("architectures") or []
+    return bool(set(architectures) & set(LLAMA_LIKE_CLASSES))
+
+
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """Load a tokenizer that has GLM-4's control tokens.
+    """Load a tokenizer.
 
     Args:
         model: The base, as for ``load_base``.
 
     Returns:
-        The checkpoint's tokenizer; ``<|endoftext|>`` becomes its pad token if it has none.
+        The checkpoint's tokenizer; ``<|endoftext|>``, or its own end of text, becomes its pad token if it has none.
 
     Raises:
-        ModelError: If there is no tokenizer, it cannot be read, or it lacks a control token.
+        ModelError: If there is no tokenizer, or it cannot be read.
     """
     tokenizer = _built_in_tokenizer() if model == TINY else _read_tokenizer(find_checkpoint(model))
-    control_ids(tokenizer)
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = END_OF_TEXT
+        tokenizer.pad_token = END_OF_TEXT if END_OF_TEXT in tokenizer.get_added_vocab() else tokenizer.eos_token
     return tokenizer
 
 
@@ -223,7 +250,7 @@ def _architecture(folder: Path) -> str:
         raise ModelError(message, where=where, found=found, expected=expected, fix=_converted(folder, config))
     if found not in MODEL_CLASSES:
         reason = REFUSED.get(names[0], "it sees images or video" if "vision_config" in config else "")
-        message = "not a GLM-4 language model" + f": {reason}" * bool(reason)
+        message = "not a GLM-4 or dense Llama-like language model" + f": {reason}" * bool(reason)
         raise ModelError(message, where=where, found=found, expected=expected)
     if config.get("quantization_config"):
         message = "quantised bases are not supported: merging and the checks read plain weights"
@@ -337,20 +364,22 @@ def _read_weights(architecture: str, folder: Path, dtype: torch.dtype) -> PreTra
     return model
 
 
-def _complete_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> list[str]:
+def _complete_stops(
+    model: PreTrainedModel, stop_ids: list[int], tokenizer: PreTrainedTokenizerBase, source: str
+) -> list[str]:
     """Add missing stop tokens to both configs, since engines differ in which one they read; return the warnings."""
-    ids, warnings = control_ids(tokenizer), []
+    warnings = []
     configs: list[tuple[str, Any]] = [("generation_config", model.generation_config), ("config", model.config)]
     for name, config in configs:
         stated = config.eos_token_id
         known = stated if isinstance(stated, list) else [] if stated is None else [stated]
-        lacking = [token for token in STOPS if ids[token] not in known]
+        lacking = [str(tokenizer.convert_ids_to_tokens(i)) for i in stop_ids if i not in known]
         if lacking:
             others = [i for i in known if i < model.config.vocab_size]  # a default of the config class can exceed it
-            config.eos_token_id = list(dict.fromkeys([*(ids[token] for token in STOPS), *others]))
+            config.eos_token_id = list(dict.fromkeys([*stop_ids, *others]))
             warnings.append(
                 f"{source}: eos_token_id of {name} lacks {' and '.join(lacking)}, so a server would not stop there; "
-                "here, and in what is merged from it, it has all three"
+                "here, and in what is merged from it, it has all of them"
             )
     _drop_unused_sampling(model.generation_config)
     return warnings

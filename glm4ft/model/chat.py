@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from glm4ft.data.chat_format import ChatFormat
 from glm4ft.data.control_tokens import HEADERS
 from glm4ft.data.conversation import Message
+from glm4ft.data.formats import make_format
 from glm4ft.model.adapter import CONFIG, base_of, load_adapter, require_adapter
 from glm4ft.model.base_model import load_base
 from glm4ft.model.checkpoint import TINY
@@ -122,6 +123,6 @@ def load_chat(
     if source != TINY and ((folder / CONFIG).is_file() or is_unfinished_run):
         named = model or base_of(folder, require_adapter(folder))
         base = load_base(named, dtype=dtype, chat_format=chat_format)
-        return load_adapter(base.model, folder), ChatFormat(base.format_name, base.tokenizer), base.warnings
+        return load_adapter(base.model, folder), make_format(base.format_name, base.tokenizer), base.warnings
     base = load_base(source, dtype=dtype, chat_format=chat_format)
-    return base.model, ChatFormat(base.format_name, base.tokenizer), base.warnings
+    return base.model, make_format(base.format_name, base.tokenizer), base.warnings

@@ -19,6 +19,7 @@ from glm4ft.folders import is_utf8
 from glm4ft.reading import decode_json, read_text
 
 TINY = "tiny"  # names the built-in base, which has no files
+TINY_GLM4_IDS = "tiny-glm4-ids"  # names the same base with the ids of GLM-4's own vocabulary, for trials
 HUB_ID = r"\w[\w.-]*(/\w[\w.-]*)?"  # one separator at most, and no leading dot, tilde or separator
 SINGLE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # the command line reads LoraOptions to print its help, and s
 
 # All linear layers of a dense decoder layer; gate and up projection are one fused module in Glm and Glm4.
 GLM4_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj")
+LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # The linear layers of attention, and those of MLA (GLM-4.7-Flash), of which a model has some
 ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 # The weights of all routed experts of a layer, fused to one parameter of three dimensions each
@@ -69,7 +70,7 @@ class LoraOptions:
 
     @property
     def named(self) -> list[str]:
-        """The names of the targets; a dense model's, if none are given."""
+        """The names of the targets; a dense GLM-4 model's, if none are given."""
         return list(GLM4_TARGETS if self.targets is None else self.targets)
 
     def for_model(self, model: PreTrainedModel | PeftModel) -> LoraOptions:
@@ -78,10 +79,14 @@ class LoraOptions:
         Args:
             model: The base, with or without adapters.
         """
-        if self.targets is not None or not has_experts(model):
-            return replace(self, targets=self.named)
+        if self.targets is not None:
+            return self
         leaves = {name.removesuffix(".base_layer").rpartition(".")[2] for name, _ in model.named_modules()}
-        return replace(self, targets=[*(name for name in ATTENTION_TARGETS if name in leaves), *EXPERT_TARGETS])
+        if has_experts(model):
+            targets = [*(name for name in ATTENTION_TARGETS if name in leaves), *EXPERT_TARGETS]
+        else:
+            targets = list(GLM4_TARGETS if "gate_up_proj" in leaves else LLAMA_TARGETS)
+        return replace(self, targets=targets)
 
     def peft_config(self) -> LoraConfig:
         """Convert the options to peft's configuration.

@@ -17,12 +17,13 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 import glm4ft
-from glm4ft.data.chat_format import ChatFormat
 from glm4ft.data.conversation import Message
+from glm4ft.data.formats import make_format
+from glm4ft.data.turn_format import TEMPLATE
 from glm4ft.errors import ConfigError, ModelError, RunError
 from glm4ft.folders import appearing_whole, only_writer, require_unused
 from glm4ft.model.adapter import CONFIG, base_of, load_adapter, require_adapter
-from glm4ft.model.base_model import Base, load_base
+from glm4ft.model.base_model import Base, is_llama_like, load_base
 from glm4ft.model.checkpoint import TINY, find_checkpoint, one_line, read_json
 from glm4ft.model.model_card import own_body, shown_base, table, write_card
 from glm4ft.model.portable import require_same_reading, write_both_names, write_tokenizer
@@ -119,7 +120,8 @@ def _load_base(adapter: Path, config: dict[str, Any], model: str | None, dtype: 
     try:
         dtype = _stored_dtype(named) if dtype == "auto" else dtype
         # only the probe depends on the format; naming one also accepts checkpoints whose format has to be chosen
-        return load_base(named, dtype=dtype, chat_format="glm-4-0414", force_format=True)
+        chat_format = TEMPLATE if is_llama_like(named) else "glm-4-0414"
+        return load_base(named, dtype=dtype, chat_format=chat_format, force_format=True)
     except ModelError as error:
         if model:
             raise
@@ -153,7 +155,7 @@ def _merge(adapted: PeftModel, adapter: Path) -> PreTrainedModel:
 
 def _probe(base: Base) -> torch.Tensor:
     """Make two rows of token ids to compare logits on: a chat prompt, and random ordinary tokens."""
-    prompt = ChatFormat(base.format_name, base.tokenizer).prompt(_PROBE)
+    prompt = make_format(base.format_name, base.tokenizer).prompt(_PROBE)
     ordinary = set(base.tokenizer.get_vocab().values()) - set(base.tokenizer.get_added_vocab().values())
     return torch.tensor([prompt, random.Random(0).choices(sorted(ordinary), k=len(prompt))])
 

@@ -30,9 +30,9 @@ _TOKENIZER_FILES = (
     "tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "chat_template.json", "vocab.json", "merges.txt", "tokenizer.model",
 )  # fmt: skip
-# What GlmConfig and Glm4Config of transformers 4 take for a name that is missing.
+# What GlmConfig and Glm4Config of transformers 4 take for a name that is missing; the theta is that of Llama's too.
 # Source: transformers 4.51 to 4.57, models/glm/configuration_glm.py and models/glm4/configuration_glm4.py.
-_DEFAULT_THETA, _DEFAULT_ROTARY_SHARE = 10000.0, 0.5
+_DEFAULT_THETA, _GLM_ROTARY_SHARE = 10000.0, 0.5
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,9 @@ def write_both_names(folder: Path) -> None:
     config = read_json(folder / CONFIG)
     rope = dict(config["rope_parameters"])
     config["rope_theta"] = rope.pop("rope_theta")
-    config["partial_rotary_factor"] = rope.pop("partial_rotary_factor", _DEFAULT_ROTARY_SHARE)
+    share = rope.pop("partial_rotary_factor", _rotary_share(config))
+    if share != 1:  # the other architectures rotate all dimensions, and know no such name
+        config["partial_rotary_factor"] = share
     if rope.get("rope_type", "default") != "default":
         config["rope_scaling"] = rope
     if rope.get("rope_type") == "yarn":
@@ -140,7 +142,7 @@ def read_as_transformers_4(folder: Path) -> Reading:
         scaling = {**scaling, "factor": factor, "original_max_position_embeddings": original}
     return Reading(
         rope_theta=config.get("rope_theta", _DEFAULT_THETA),
-        rotary_share=config.get("partial_rotary_factor", _DEFAULT_ROTARY_SHARE),
+        rotary_share=config.get("partial_rotary_factor", _rotary_share(config)),
         rope_scaling=scaling,
         dtype=str(config.get("torch_dtype", "float32")),
         stops=_sorted_ids(read_json(folder / GENERATION_CONFIG).get("eos_token_id")),
@@ -160,13 +162,18 @@ def read_as_transformers_5(folder: Path) -> Reading:
     special = tokenizer.get("extra_special_tokens") or tokenizer.get("additional_special_tokens") or ()
     return Reading(
         rope_theta=rope.pop("rope_theta"),
-        rotary_share=rope.pop("partial_rotary_factor", _DEFAULT_ROTARY_SHARE),
+        rotary_share=rope.pop("partial_rotary_factor", _rotary_share(read_json(folder / CONFIG))),
         rope_scaling=rope,
         dtype=str(config.dtype).removeprefix("torch."),
         stops=_sorted_ids(GenerationConfig.from_pretrained(folder).eos_token_id),
         tokenizer_class=_known(tokenizer.get("tokenizer_class"), is_known=lambda name: hasattr(transformers, name)),
         special_tokens=tuple(map(str, special)),
     )
+
+
+def _rotary_share(config: dict[str, Any]) -> float:
+    """The share of rotated dimensions that an architecture takes for a name that is missing."""
+    return _GLM_ROTARY_SHARE if str(config.get("model_type")).startswith("glm") else 1.0
 
 
 def _portable_tokenizer(config: dict[str, Any]) -> dict[str, Any]:

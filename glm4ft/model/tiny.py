@@ -12,8 +12,13 @@ decides whether a wrong loss mask is visible: which tokens its frozen head can e
 Here ordinary head rows are large and independent, and the rows of the tokens that are never a positive target in
 pretraining (headers, prefix tokens, padding ids) share one small vector. No hidden state can then single one of them
 out, so a trained header keeps a loss near the logarithm of their number, while every legitimate target is reachable.
-That real GLM-4 heads look like this is a hypothesis in the spirit of Land and Bartolo (EMNLP 2024, arXiv 2405.05417),
-who find undertrained tokens by exactly this likeness of rows.
+
+Real heads have both kinds of control tokens. Those that were never trained look like this: Land and Bartolo (EMNLP
+2024, arXiv 2405.05417) find undertrained tokens by exactly this likeness of rows, and 11 of the 17 control tokens of
+SmolLM2 have certified floors of 2.7 to 2.8 nats. A header that was trained is expressible: with SmolLM2's
+``<|im_start|>`` the founding bug leaves no plateau at all, and only mask check and round trip show it
+(docs/real-weights.md). Which kind GLM-4's own headers are is open; ``glm4ft floor DATA --model BASE`` tells it of any
+checkpoint, with a certificate.
 """
 
 from __future__ import annotations
@@ -42,7 +47,14 @@ from transformers import (
 )
 
 from glm4ft.model.portable import write_both_names, write_tokenizer
-from glm4ft.model.tiny_tokenizer import CONTROL_TOKENS, MARKER_TOKENS, SAMPLED_MARKERS, Architecture, tiny_tokenizer
+from glm4ft.model.tiny_tokenizer import (
+    CONTROL_TOKENS,
+    GLM4_ROWS,
+    MARKER_TOKENS,
+    SAMPLED_MARKERS,
+    Architecture,
+    tiny_tokenizer,
+)
 
 STOP_TOKENS = ("<|endoftext|>", "<|user|>", "<|observation|>")
 _HEAD_WIDTH = 128  # the hidden size for which the scale of the head's rows was chosen
@@ -69,7 +81,12 @@ _CLASSES: dict[Architecture, tuple[Any, Any, dict[str, Any]]] = {
 
 
 def tiny_model(
-    seed: int = 0, *, architecture: Architecture = "Glm4ForCausalLM", num_layers: int = 2, hidden: int = 128
+    seed: int = 0,
+    *,
+    architecture: Architecture = "Glm4ForCausalLM",
+    num_layers: int = 2,
+    hidden: int = 128,
+    glm4_ids: bool = False,
 ) -> PreTrainedModel:
     """Build the tiny base model, in fp32 on the CPU.
 
@@ -78,14 +95,15 @@ def tiny_model(
         architecture: The transformers class.
         num_layers: The number of decoder layers.
         hidden: The hidden size; attention heads have 32 dimensions.
+        glm4_ids: Whether control tokens have the ids of GLM-4's own vocabulary of 151,552 rows (155 MB of weights).
     Returns:
         The model in eval mode, with a complete config and generation config.
     """
-    tokenizer = tiny_tokenizer(architecture)
+    tokenizer = tiny_tokenizer(architecture, glm4_ids=glm4_ids)
     stop_ids = [tokenizer.get_added_vocab()[token] for token in STOP_TOKENS]
     config_class, model_class, special = _CLASSES[architecture]
     config = config_class(
-        vocab_size=len(tokenizer) + NUM_PADDING_IDS,
+        vocab_size=GLM4_ROWS if glm4_ids else len(tokenizer) + NUM_PADDING_IDS,
         hidden_size=hidden,
         intermediate_size=2 * hidden,
         num_hidden_layers=num_layers,
@@ -175,6 +193,7 @@ def write_tiny_base(
     architecture: Architecture = "Glm4ForCausalLM",
     dtype: torch.dtype = torch.float32,
     max_shard_size: str = "5GB",
+    glm4_ids: bool = False,
 ) -> Path:
     """Write the tiny base in the file layout of a real checkpoint.
 
@@ -184,12 +203,13 @@ def write_tiny_base(
         architecture: The transformers class.
         dtype: The dtype of the stored weights.
         max_shard_size: The size above which the weights are split into shards with an index.
+        glm4_ids: Whether control tokens have the ids of GLM-4's own vocabulary, as for ``tiny_model``.
     Returns:
         The folder.
     """
-    model = tiny_model(seed, architecture=architecture)
+    model = tiny_model(seed, architecture=architecture, glm4_ids=glm4_ids)
     nn.Module.to(model, dtype)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     write_both_names(Path(folder))
-    write_tokenizer(tiny_tokenizer(architecture), None, Path(folder))
+    write_tokenizer(tiny_tokenizer(architecture, glm4_ids=glm4_ids), None, Path(folder))
     return Path(folder)

@@ -17,6 +17,7 @@ CONTROL_TOKENS = (
     "<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>", "<|assistant|>",
     "<|observation|>", "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>",
 )  # fmt: skip
+GLM4_ORDINARY, GLM4_ROWS = 151_329, 151_552  # GLM-4's ordinary tokens, and the rows of its embeddings
 # Those that GLM-4.5 has after them (ids 151343 to 151364).
 MARKER_TOKENS = (
     "<|begin_of_audio|>", "<|end_of_audio|>", "<|begin_of_transcription|>", "<|end_of_transcription|>",
@@ -126,7 +127,10 @@ FORMAT_OF: dict[Architecture, FormatName] = {
 
 
 def tiny_tokenizer(
-    architecture: Architecture = "Glm4ForCausalLM", *, chat_format: FormatName | None = None
+    architecture: Architecture = "Glm4ForCausalLM",
+    *,
+    chat_format: FormatName | None = None,
+    glm4_ids: bool = False,
 ) -> PreTrainedTokenizerFast:
     """Make a byte-level BPE tokenizer with GLM-4's control tokens and a chat template of our own wording.
 
@@ -135,6 +139,8 @@ def tiny_tokenizer(
             as an argument and puts system messages first, that of ``GlmForCausalLM`` reads tools from a message.
         chat_format: The chat format of the template, if not the architecture's first. GLM-4.5 and 4.7 have their
             markers as tokens, as in the checkpoints; in the others they are text.
+        glm4_ids: Whether the control tokens have the ids of GLM-4's own vocabulary, for pipelines with ids written into
+            their code; the ids between are of no text.
     Returns:
         A tokenizer whose pad token is ``<|endoftext|>``, as in the family's checkpoints, but which pads on the right.
     """
@@ -148,6 +154,8 @@ def tiny_tokenizer(
             if left + right not in vocab:
                 vocab[left + right] = len(vocab)
                 merges.append((left, right))
+    if glm4_ids:  # no merge leads to these
+        vocab |= {f"[unused {i}]": i for i in range(len(vocab), GLM4_ORDINARY)}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     split = pre_tokenizers.Split(Regex(_PRE_TOKENS), behavior="isolated")
     backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])

@@ -7,8 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from glm4ft.data.control_tokens import HEADERS
-from glm4ft.data.encoded_rows import TokenOrigin, token_origins
+from glm4ft.data.encoded_rows import TokenOrigin, token_origins, turn_markers
 from glm4ft.report.content import ShownRow
 from glm4ft.text.safe_text import visible
 from glm4ft.text.token_text import TokenDecoder
@@ -49,16 +48,16 @@ def token_parts(input_ids: Sequence[int], tokenizer: Any) -> list[str]:
     """Label each token with its part of the conversation.
 
     Args:
-        input_ids: The token ids of one row, in a format where headers and ``<|endoftext|>`` delimit the turns.
-        tokenizer: The tokenizer, whose added tokens are the control tokens.
+        input_ids: The token ids of one row.
+        tokenizer: The tokenizer, by whose control tokens or template the turns are told.
     Returns:
         One label per token: ``prefix``, ``assistant header``, ``header``, ``terminator``, or the role of the body. All
-        labels are ``token`` if the tokenizer has no ``<|assistant|>``.
+        labels are ``token`` if the tokenizer has neither.
     """
-    control_ids = tokenizer.get_added_vocab()
-    if HEADERS["assistant"] not in control_ids:
+    markers = turn_markers(tokenizer)
+    if not markers.headers:
         return ["token"] * len(input_ids)
-    return [_part_name(place) for place in token_origins(input_ids, control_ids)]
+    return [_part_name(place) for place in token_origins(input_ids, markers)]
 
 
 def _part_name(place: TokenOrigin) -> str:

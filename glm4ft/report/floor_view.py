@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -58,13 +57,12 @@ def show_floor(
     if bf16 and head is not None:
         head = head.in_dtype(torch.bfloat16)
     floor = find_floor(rows, chat_format.tokenizer, head, precision=BF16 if bf16 else EXACT)
-    text = json.dumps(floor.record(), ensure_ascii=False, allow_nan=False) + "\n"
     if json_file == "-":
-        sys.stdout.write(text)
+        sys.stdout.writelines(floor.json())
         return
     if json_file:
-        write_atomically(Path(json_file), text)
-    print_floor(floor, ", ".join(one.name for one in inputs), Console(highlight=False))
+        write_atomically(Path(json_file), floor.json())
+    print_floor(floor, ", ".join(one.name for one in inputs), Console(highlight=False), chat_format.stop_ids)
 
 
 def encoded_rows(
@@ -77,11 +75,18 @@ def encoded_rows(
             yield from itertools.repeat(row, outcome.repeats)
 
 
-def print_floor(floor: Floor, name: str, console: Console) -> None:
-    """Print the floor: warnings about stop tokens that cannot be learnt, then the total, then its sources."""
-    for warning in stop_warnings(floor.tokens):
+def print_floor(floor: Floor, name: str, console: Console, stop_ids: Collection[int]) -> None:
+    """Print the floor: warnings about stop tokens that cannot be learnt, then the total, then its sources.
+
+    Args:
+        floor: The floor.
+        name: The name of the data.
+        console: The console to print to.
+        stop_ids: The ids that end a turn.
+    """
+    for warning in stop_warnings(floor.tokens, stop_ids):
         console.print(Ruled(Text(warning, style="bold red")))
-    num_tokens = sum(sample.supervised_tokens for sample in floor.samples)
+    num_tokens = floor.num_targets
     console.print(
         Text(
             f"{visible(name, newlines=False)}: the mean loss of {num_tokens:,} targets in {len(floor.samples):,} rows "

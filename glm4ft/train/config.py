@@ -30,8 +30,9 @@ class TrainConfig:
         calls_in_content: Whether a call of a declared tool that is written into an answer's text is read as a call;
             else it is refused.
         on_error: What conversations that cannot be used do: stop the run before it begins, or be skipped and counted.
-        chat_format: The chat format: ``glm-4-9b-chat``, ``glm-4-0414``, ``glm-z1-0414``, ``glm-4.5`` (and 4.6) or
-            ``glm-4.7``; by default chosen from the checkpoint.
+        chat_format: The chat format: ``glm-4-9b-chat``, ``glm-4-0414``, ``glm-z1-0414``, ``glm-4.5`` (and 4.6),
+            ``glm-4.7``, or ``template``, what the checkpoint's own chat template writes, for dense Llama-like bases
+            (ChatML: Qwen, SmolLM2); by default chosen from the checkpoint.
         force_format: Whether to train a format that the checkpoint's own chat template contradicts.
         reasoning: The turns that carry their reasoning: those that the checkpoint's template gives it by default, all
             (``kept``, where serving can be told so), or none.

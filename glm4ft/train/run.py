@@ -22,6 +22,7 @@ from glm4ft.data.chat_format import ChatFormat
 from glm4ft.data.data_report import DataReport
 from glm4ft.data.dataset import JoinedRows, Rows, prepare_rows
 from glm4ft.data.format_check import format_warnings
+from glm4ft.data.formats import make_format
 from glm4ft.errors import ConfigError, RunError
 from glm4ft.folders import only_writer, require_unused
 from glm4ft.model.base_model import Base, load_base, load_format, require_loadable, write_built_in_base
@@ -194,7 +195,7 @@ def _run(
 def chat_format_of(config: TrainConfig) -> ChatFormat:
     """The chat format of a run, from its checkpoint and options."""
     tokenizer, name = load_format(config.model, config.chat_format, force=config.force_format)
-    return ChatFormat(
+    return make_format(
         name,
         tokenizer,
         final_stop=config.final_stop,

@@ -237,7 +237,7 @@ def test_a_tool_unknown_to_the_real_template_is_refused(real_format: ChatFormat)
 def test_an_unknown_format_is_refused_with_those_there_are(name: str) -> None:
     with pytest.raises(ModelError, match="unknown chat format") as caught:
         ChatFormat(name, tiny_tokenizer())
-    assert caught.value.expected == "glm-4-9b-chat or glm-4-0414 or glm-z1-0414 or glm-4.5 or glm-4.7"
+    assert caught.value.expected == "glm-4-9b-chat or glm-4-0414 or glm-z1-0414 or glm-4.5 or glm-4.7 or template"
 
 
 @pytest.mark.parametrize("missing", ["[gMASK]", "<sop>", "<|observation|>", "<|endoftext|>"])

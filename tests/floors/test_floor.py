@@ -8,9 +8,12 @@ from __future__ import annotations
 import io
 import json
 import math
+import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -21,11 +24,12 @@ from safetensors.torch import load_file, save_file
 
 from glm4ft.cli.main import run
 from glm4ft.data.chat_format import ChatFormat
-from glm4ft.data.encoded_rows import TrainedRow
+from glm4ft.data.encoded_rows import TrainedRow, TurnMarkers
 from glm4ft.data.inputs import DEMO_DATA, data_inputs
 from glm4ft.errors import ModelError
 from glm4ft.floors import bounds as head_bounds
 from glm4ft.floors.bounds import Target, bound_targets
+from glm4ft.floors.flat_rows import FlatRows
 from glm4ft.floors.floor import Floor, find_floor
 from glm4ft.floors.head import HEAD, NORM, Head, frozen_head, read_head
 from glm4ft.floors.prefix_targets import group_targets
@@ -146,15 +150,29 @@ def test_targets_share_a_distribution_exactly_if_they_share_their_prefix(rows: l
         for at in range(1, len(row.labels)):
             if row.labels[at] != -100:
                 following.setdefault(tuple(row.input_ids[:at]), []).append(row.labels[at])
-    groups = group_targets(trained)
-    assert len(groups.token_N) == sum(map(len, following.values()))
-    for row, at, token, pair in zip(groups.row_N, groups.position_N, groups.token_N, groups.pair_N, strict=True):
+    flat = FlatRows.of(trained, TurnMarkers({}))
+    groups = group_targets(flat)
+    rows = np.repeat(np.arange(len(trained)), flat.num_targets_R)
+    assert len(groups.pair_N) == sum(map(len, following.values()))
+    for row, at, token, pair in zip(rows, flat.position_N, flat.token_N, groups.pair_N, strict=True):
         tokens = following[tuple(trained[row].input_ids[:at])]
         target = groups.distributions[groups.pair_distribution_P[pair]]
         assert target.ids == tuple(sorted(set(tokens)))
         assert target.weights == pytest.approx([tokens.count(i) / len(tokens) for i in target.ids])
-        assert target.ids[groups.pair_member_P[pair]] == token == groups.pair_token_P[pair]
-        assert groups.pair_count_P[pair] == tokens.count(token)
+        assert target.ids[groups.pair_member_P[pair]] == token
+
+
+def test_memory_of_a_data_set_is_that_of_its_tokens() -> None:
+    """5,000 rows of 30 tokens, 15 of them targets, take 1.5 MB; as lists of Python's integers they took 4.4 KB each."""
+    ids = ([7, *range(i % 100, i % 100 + 29)] for i in range(5000))
+    rows = (TrainedRow(line, row, [-100] * 15 + row[15:]) for line, row in enumerate(ids))
+    tracemalloc.start()
+    floor = find_floor(rows, tiny_tokenizer(), None)
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert floor.num_targets == 5000 * 15
+    assert peak < 5000 * 2000  # lists of the rows alone: 5000 * 2500
+    assert kept < 5000 * 200
 
 
 @pytest.fixture
@@ -224,7 +242,7 @@ def test_target_whose_search_ends_early_is_undecided_and_never_shown_as_reachabl
     assert (token.id, token.head) == (3, 0.0)
     assert token.head_reaches > 1
     console = Console(width=200, file=io.StringIO(), highlight=False)
-    print_floor(floor, "data", console)
+    print_floor(floor, "data", console, [])
     told = console.file.getvalue()  # type: ignore[attr-defined]
     assert "UNDECIDED: Of one token (1 targets) it is not known whether the head can express them" in told
 
@@ -244,8 +262,8 @@ def test_head_is_read_from_bf16_shards(tmp_path: Path, head: Head) -> None:
     assert (read.num_rows, read.width) == (head.num_rows, 128)
     expected_VD = 2 * head.weight.bfloat16().double()
     assert torch.equal(read.rows(list(range(head.num_rows))), expected_VD)
-    pieces = list(read.chunks("test"))
-    assert torch.equal(torch.cat([rows for _, rows in pieces]), expected_VD.float())
+    pieces = [rows * read.norm_D.float() for _, rows in read.chunks("test")]
+    assert torch.equal(torch.cat(pieces), expected_VD.float())
 
 
 def test_base_in_four_bits_has_a_floor_as_long_as_its_head_is_in_bf16(tmp_path: Path) -> None:
@@ -265,6 +283,60 @@ def test_quantised_head_is_refused(tmp_path: Path) -> None:
         read_head(str(folder))
 
 
+def test_head_packed_in_other_tensors_is_said_to_be_quantised(tmp_path: Path) -> None:
+    """GPTQ, AWQ and compressed-tensors keep no ``lm_head.weight`` at all."""
+    folder = write_tiny_base(tmp_path / "base")
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.qweight"] = weights.pop(HEAD).to(torch.int32)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="quantised") as caught:
+        read_head(str(folder))
+    assert caught.value.found == "lm_head.qweight"
+
+
+@pytest.mark.parametrize("said", [True, None], ids=["by-config", "by-default"])
+def test_tied_head_is_the_embeddings_and_is_said_to_be(said: bool | None, tmp_path: Path, tokenizer: Any) -> None:
+    folder = write_tiny_base(tmp_path / "base")
+    weights = load_file(folder / "model.safetensors")
+    del weights[HEAD]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = {"model_type": "gemma"} if said is None else {"tie_word_embeddings": said}
+    (folder / "config.json").write_text(json.dumps(config))
+    head = read_head(str(folder))
+    assert torch.equal(head.weight, weights["model.embed_tokens.weight"])
+    label = find_floor([TrainedRow(1, [7, 3], [-100, 3])], tokenizer, head).label
+    assert "tied to the embeddings" in label
+
+
+@pytest.mark.usefixtures("search_everywhere")
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_row_that_is_not_finite_is_named_with_tensor_and_file(value: float, tmp_path: Path) -> None:
+    head = read_head("tiny").weight.clone()
+    head[[5, 300], 7] = value
+    folder = bf16_shards(tmp_path / "base", **{HEAD: head.bfloat16()})
+    shard = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][HEAD]
+    for target in (5, 20):  # a target's own row is read first, the others in the pass over the head
+        with pytest.raises(ModelError, match="NaN or infinite") as caught:
+            bound_targets(read_head(str(folder)), [Target((target,), (1.0,))])
+        assert caught.value.where == f"{folder / shard}: {HEAD}"
+        assert caught.value.found == f"2 of {len(head)} rows: 5, 300"
+
+
+def test_row_that_is_not_finite_is_named_for_a_head_solved_whole(head: Head) -> None:
+    weight = head.weight.clone()
+    weight[9] = float("nan")
+    with pytest.raises(ModelError, match="NaN or infinite"):
+        bound_targets(replace(head, weight=weight), [Target((20,), (1.0,))])
+
+
+def test_norm_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    folder = bf16_shards(tmp_path / "base", **{NORM: torch.full((128,), float("nan"), dtype=torch.bfloat16)})
+    with pytest.raises(ModelError, match="final norm") as caught:
+        read_head(str(folder))
+    assert caught.value.where.endswith(f": {NORM}")
+    assert caught.value.found.startswith("128 of 128 entries")
+
+
 def test_truncated_shard_is_refused(tmp_path: Path) -> None:
     folder = bf16_shards(tmp_path / "base")
     path = folder / json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][HEAD]
@@ -280,10 +352,10 @@ def test_stop_token_that_the_head_cannot_say_is_warned_of_by_name(tokenizer: Any
     weight[user] = weight[tokenizer.get_added_vocab()["<|system|>"]] + 1e-3
     rows = list(encoded_rows(data_inputs(DEMO_DATA), ChatFormat("glm-4-0414", tokenizer), 4096))
     floor = find_floor(rows, tokenizer, Head(weight, head.norm_D, head.num_rows))
-    (warning,) = stop_warnings(floor.tokens)
+    (warning,) = stop_warnings(floor.tokens, [user])
     assert warning.startswith("WARNING: <|user|> ends turns here, but the frozen head cannot say it")
     assert "--final_stop endoftext" in warning
-    assert not list(stop_warnings(find_floor(rows, tokenizer, head).tokens))
+    assert not list(stop_warnings(find_floor(rows, tokenizer, head).tokens, [user]))
 
 
 def test_bf16_floor_lies_below_the_exact_one(tokenizer: Any, head: Head, founding: Floor) -> None:

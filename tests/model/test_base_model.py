@@ -288,7 +288,7 @@ DAMAGES = [
         "kernel-by-revision", config(_attn_implementation_internal="a/b@main:f"), ("code from elsewhere", "a/b@main")
     ),
     Damage("experts-kernel", config(experts_implementation={"": "a/b"}), ("code from elsewhere", "experts_")),
-    Damage("llama", config(architectures=["LlamaForCausalLM"]), ("not a GLM-4", "LlamaForCausalLM")),
+    Damage("gemma", config(architectures=["GemmaForCausalLM"]), ("not a GLM-4", "GemmaForCausalLM")),
     Damage("glm-4.1v", config(architectures=["Glm4vForConditionalGeneration"]), ("GLM-4.1V: it sees images",)),
     Damage("glm-4.5v", config(architectures=["Glm4vMoeForConditionalGeneration"]), ("GLM-4.5V: it sees images",)),
     Damage(
@@ -491,3 +491,17 @@ def test_base_without_a_template_is_taken_with_a_warning(folder: Path) -> None:
     assert "no chat template" in warning
     assert "chat_template.jinja" in warning
     assert isinstance(base.tokenizer, PreTrainedTokenizerFast)
+
+
+def test_chatml_base_is_trained_in_the_format_that_its_own_template_writes(tmp_path: Path) -> None:
+    """LoRA adapts all linear layers of its decoder layers, whose gate and up projection are two modules."""
+    from glm4ft.model.lora import LLAMA_TARGETS, LoraOptions, attach_lora
+    from glm4ft.testing.bases.chatml_base import END, write_chatml_base
+
+    base = load_base(str(write_chatml_base(tmp_path / "base")))
+    assert base.format_name == "template"
+    assert base.model.generation_config.eos_token_id in (base.tokenizer.eos_token_id, [base.tokenizer.eos_token_id])
+    assert base.tokenizer.eos_token == END
+    assert LoraOptions().for_model(base.model).targets == list(LLAMA_TARGETS)
+    assert attach_lora(base.model, LoraOptions(), seed=0)
+    assert LoraOptions(targets=["q_proj"]).for_model(base.model).targets == ["q_proj"]

@@ -174,3 +174,13 @@ def test_control_tokens_are_those_of_glm4_in_its_order() -> None:
     assert sorted(added, key=added.__getitem__) == list(CONTROL_TOKENS)
     assert [added[token] for token in CONTROL_TOKENS] == [*range(len(tokenizer) - len(CONTROL_TOKENS), len(tokenizer))]
     assert tokenizer("a")["input_ids"] == tokenizer("a", add_special_tokens=False)["input_ids"], "no post-processor"
+
+
+def test_ids_of_the_larger_base_are_those_of_glm4() -> None:
+    """Sources: the tokenizer of glm-4-9b-chat; pipelines with these ids in their code are judged on this base."""
+    tokenizer = tiny_tokenizer(glm4_ids=True)
+    ids = tokenizer.get_added_vocab()
+    named = {"<|endoftext|>": 151329, "[gMASK]": 151331, "<sop>": 151333, "<|user|>": 151336, "<|observation|>": 151338}
+    assert {token: ids[token] for token in named} == named
+    plain = "The river runs through the city.\n\n首都"
+    assert tokenizer(plain)["input_ids"] == tiny_tokenizer()(plain)["input_ids"]

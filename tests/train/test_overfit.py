@@ -98,7 +98,7 @@ def buggy_run(tmp_path_factory: pytest.TempPathFactory) -> ObservedRun:
     """A run with the bug where it occurred: in the code that encodes the training data."""
     folder = tmp_path_factory.mktemp("founding_bug")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("glm4ft.train.run.ChatFormat", FoundingBugFormat)
+        patch.setattr("glm4ft.train.run.make_format", FoundingBugFormat)
         return train_observed(replace(OVERFIT, packing=True, max_steps=90, output=str(folder / "run")))
 
 
@@ -192,7 +192,7 @@ def test_target_below_the_floor_is_warned_of_before_training(tmp_path: Path) -> 
     said: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GLM4FT_CACHE", str(tmp_path / "cache"))
-        patch.setattr("glm4ft.train.run.ChatFormat", FoundingBugFormat)
+        patch.setattr("glm4ft.train.run.make_format", FoundingBugFormat)
         train_observed(replace(OVERFIT, output=str(tmp_path / "run"), max_steps=1, round_trip=False), say=said.append)
         above = replace(OVERFIT, target_loss="floor + 8", output=str(tmp_path / "above"), round_trip=False)
         result = train_observed(above, say=said.append)

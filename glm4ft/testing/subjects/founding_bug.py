@@ -35,4 +35,4 @@ class Subject(own.Subject):
 
     def __init__(self, base_dir: str) -> None:
         super().__init__(base_dir)
-        self.format = FoundingBugFormat(self.chat_format, self.tokenizer)
+        self.format = FoundingBugFormat(self.format_name, self.tokenizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from glm4ft.data.batching import Collator, Item, RowSet
-from glm4ft.data.chat_format import ChatFormat
+from glm4ft.data.formats import make_format
+from glm4ft.data.turn_format import TEMPLATE
 from glm4ft.model.base_model import Base, load_base, load_format
 from glm4ft.model.checkpoint import read_json
 from glm4ft.model.generation import greedy
@@ -50,10 +53,19 @@ class Subject(EncodedHere):
     options = LoraOptions()
 
     def __init__(self, base_dir: str) -> None:
-        self.tokenizer, self.chat_format = load_format(base_dir)
-        self.format = ChatFormat(self.chat_format, self.tokenizer)
+        self.base_dir = base_dir
+        self.tokenizer, self.format_name = load_format(base_dir)
+        # of a template nothing is known beforehand: the rules that hold for every template apply
+        self.chat_format = None if self.format_name == TEMPLATE else self.format_name
+        self.format = make_format(self.format_name, self.tokenizer)
         self.stop_ids = self.format.stop_ids
         self.autocast = "bf16" if _stored_dtype(base_dir) == "bf16" else None
+
+    def encode(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> dict[str, list[int]]:
+        """Encode one conversation as ``input_ids`` and ``labels``."""
+        if self.chat_format is None and (tools or any(m["role"] in ("observation", "tool") for m in messages)):
+            raise NotImplementedError(f"chat format {TEMPLATE} has no tools")
+        return super().encode(messages, tools)
 
     def collate(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, torch.Tensor]:
         """A padded batch, without the line numbers that the project's collator adds."""
@@ -67,10 +79,17 @@ class Subject(EncodedHere):
         install_supervised_loss(base.model)
         return attach_lora(base.model, self.options, seed=seed)
 
+    @functools.cached_property
+    def _structure(self) -> PreTrainedModel:
+        """The base's modules without their weights, which decide the default targets."""
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.base_dir))
+        return model
+
     @property
     def lora(self) -> dict[str, Any]:
         """The options of the LoRA adapter that ``build_model`` must attach, by peft's names."""
-        options = self.options
+        options = self.options.for_model(self._structure)
         asked = {"r": options.rank, "lora_alpha": options.alpha, "target_modules": options.named}
         return {**asked, **options.options}
 
@@ -113,7 +132,7 @@ class Subject(EncodedHere):
 
     def _base(self, model: PeftModel) -> Base:
         base: Any = model.get_base_model()
-        return Base(base, self.tokenizer, self.chat_format, source="", warnings=())
+        return Base(base, self.tokenizer, self.format_name, source="", warnings=())
 
     def generate(
         self, model: PeftModel, messages: Sequence[Mapping[str, Any]], tools: Any, max_new_tokens: int

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from glm4ft.errors import ConfigError
 from glm4ft.files import write_atomically
+from glm4ft.model.checkpoint import TINY
 from glm4ft.report.files import write_report
 from glm4ft.testing.trial.registry import Check
 from glm4ft.testing.trial.report import explain_trial, trial_content
@@ -34,6 +35,7 @@ def show_checks(
     spec: str,
     checks: Sequence[Check],
     *,
+    base: str = TINY,
     stages: Sequence[str] = STAGES,
     json_file: str | None = None,
     report: Path | None = None,
@@ -43,6 +45,7 @@ def show_checks(
     Args:
         spec: The subject as ``MODULE:ATTR``.
         checks: The checks of the suite.
+        base: The base, as for ``trial_of``.
         stages: The stages to judge.
         json_file: The file for the results as JSON; ``-`` is stdout, to which nothing else is written then.
         report: The folder for ``report.html`` and ``summary.md``; None for no report.
@@ -57,7 +60,7 @@ def show_checks(
         raise ConfigError("there is no such stage", where="--stages", found=found, expected=", ".join(STAGES))
     began_s, console = time.perf_counter(), Console(highlight=False, quiet=json_file == "-")
     total = sum(check.stage in stages for check in checks)
-    with trial_of(spec) as trial:
+    with trial_of(spec, base) as trial:
         bar = tqdm(run_checks(trial, checks, stages=stages), total=total, unit="check", leave=False, disable=None)
         with contextlib.redirect_stdout(sys.stderr):  # a trainer's output must not mix with the JSON
             results = list(bar)

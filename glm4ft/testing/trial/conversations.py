@@ -10,13 +10,18 @@ from glm4ft.data.inputs import DEMO_DATA
 Conversations = list[dict[str, Any]]
 
 
-def all_conversations() -> dict[str, Conversations]:
-    """Every set of conversations by its name, in the form that ``train`` accepts."""
+def all_conversations(*, with_tools: bool = True) -> dict[str, Conversations]:
+    """Every set of conversations by its name, in the form that ``train`` accepts.
+
+    Args:
+        with_tools: Whether some of them have tool calls; if not, the two to memorise are in plain text.
+    """
     short = _short()
+    demo = [json.loads(line) for line in DEMO_DATA.read_text("utf-8").splitlines()]
     return {
         "short": short,
-        "demo": [json.loads(line) for line in DEMO_DATA.read_text("utf-8").splitlines()],
-        "mixed": [*_tool_calls(), *_several_turns()],
+        "demo": demo if with_tools else [talk for talk in demo if not talk.get("tools")] + [_several_turns()[1]],
+        "mixed": [*_tool_calls(), *_several_turns()] if with_tools else _several_turns(),
         "silent": [_silent(talk) for talk in short],
         "half-silent": [_silent(talk) if i % 2 else talk for i, talk in enumerate(short)],
     }
@@ -38,6 +43,11 @@ def _short() -> Conversations:
         }
         for i in range(8)
     ]
+
+
+def tool_call() -> dict[str, Any]:
+    """A conversation with a tool call, by which a subject shows whether it encodes them."""
+    return _tool_calls()[0]
 
 
 def _silent(conversation: dict[str, Any]) -> dict[str, Any]:

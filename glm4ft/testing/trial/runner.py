@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from glm4ft.errors import ConfigError, InputError, RunError
+from glm4ft.model.checkpoint import TINY, TINY_GLM4_IDS, find_checkpoint
 from glm4ft.model.tiny import write_tiny_base
 from glm4ft.testing.subject import load_subject, parts
 from glm4ft.testing.trial.registry import Check
@@ -125,18 +126,31 @@ def check_subject(
 
 
 @contextlib.contextmanager
-def trial_of(spec: str) -> Iterator[Trial]:
-    """Open a trial of a subject on the built-in base; its files are deleted when the context ends."""
+def trial_of(spec: str, base: str = TINY) -> Iterator[Trial]:
+    """Open a trial of a subject; its files are deleted when the context ends.
+
+    Args:
+        spec: The subject as ``MODULE:ATTR``.
+        base: The base: ``tiny``, ``tiny-glm4-ids`` (the same with GLM-4's own ids), or a checkpoint's folder.
+    """
     num_threads = torch.get_num_threads()
     # the base's matrices are too small for several threads: two were measured 12 times slower on a busy machine
     torch.set_num_threads(1)
     try:
         with tempfile.TemporaryDirectory(prefix="glm4ft-check-") as name:
             folder = Path(name)
-            base_dir = write_tiny_base(folder / "base")
+            base_dir = _base_dir(base, folder / "base")
             yield Trial(load_subject(spec, base_dir), base_dir, folder, spec)
     finally:
         torch.set_num_threads(num_threads)
+
+
+def _base_dir(base: str, folder: Path) -> Path:
+    if base == TINY:
+        return write_tiny_base(folder)
+    if base == TINY_GLM4_IDS:
+        return write_tiny_base(folder, glm4_ids=True)
+    return find_checkpoint(base)
 
 
 def known_failures(subject: Any) -> Mapping[str, str]:

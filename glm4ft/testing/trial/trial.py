@@ -19,7 +19,7 @@ from glm4ft.testing.replay.step import Departure
 from glm4ft.testing.specification.lora_spec import LoraSpec
 from glm4ft.testing.specification.reference import LabelledIds, Reference
 from glm4ft.testing.subject import load_subject, make_plan
-from glm4ft.testing.trial.conversations import Conversations, all_conversations
+from glm4ft.testing.trial.conversations import Conversations, all_conversations, tool_call
 from glm4ft.testing.trial.interventions import dropping, without_dropout
 from glm4ft.testing.trial.plans import PLANS, UNCLIPPED, Plan, plans_of
 from glm4ft.testing.trial.runs import RecordedRun
@@ -60,7 +60,14 @@ class Trial:
 
     @functools.cached_property
     def data(self) -> dict[str, Conversations]:
-        """The sets of conversations, by name."""
+        """The sets of conversations, by name; a subject that encodes no tool calls is given none."""
+        call = tool_call()
+        try:
+            self.subject.encode(call["messages"], call["tools"])
+        except NotImplementedError:
+            return all_conversations(with_tools=False)
+        except Exception:  # what is wrong with it is for the checks to say
+            return all_conversations()
         return all_conversations()
 
     @property

@@ -23,6 +23,9 @@ def parse(argv: Sequence[str]) -> Namespace:
     parser.add_argument(
         "--model", annotation=str, default="", help="Folder of the base; by default the one that the run loaded."
     )
+    parser.add_argument(
+        "--data", annotation=str, default="", help="The conversations that the run trained on, to judge its rows by."
+    )
     parser.add_argument("--json", nargs="?", const="-", help="Write the verdict as JSON here, or to stdout.")
     return parser.parse(argv)
 
@@ -36,11 +39,12 @@ def run(options: Namespace) -> bool:
         True if no stage departs.
     """
     quiet_libraries()
+    from glm4ft.data.dataset import data_path
     from glm4ft.files import write_atomically
     from glm4ft.testing.trial.recorded import judge_recording
     from glm4ft.testing.trial.recorded_text import lines, record
 
-    judged = judge_recording(Path(options.recording), options.model)
+    judged = judge_recording(Path(options.recording), options.model, data_path(options.data) if options.data else None)
     text = json.dumps(record(judged), ensure_ascii=False, indent=1) + "\n"
     if options.json == "-":
         sys.stdout.write(text)

@@ -1,10 +1,10 @@
 """Faults and benign variations of the catalogue in a training script that is recorded as any command is, and judged.
 
-Run: python tests/sweeps/record_faults.py [ID ...] [--bf16] [--command] [--workers 2] [--json FILE]
+Run: python tests/sweeps/record_faults.py [ID ...] [--bf16] [--command] [--processes 1] [--workers 2] [--json FILE]
 The script has transformers' TrainingArguments and a loop of its own. Each fault is tried under a few configurations
-until the verdict departs; a variation must be silent under all of them. With --command each run is a process of its own,
-started by glm4ft record; otherwise the recorder is opened in this process, which is thirty times quicker. Exits with 1
-if fewer than 95 % of the faults are named at their stage, or a variation raises an alarm.
+until the verdict departs; a variation must be silent under two of them. With --command each run is a process of its
+own, started by glm4ft record, or several, by torchrun below it; otherwise the recorder is opened in this process,
+which is thirty times quicker. Exits with 1 if fewer than 95 % of the faults are named at their stage, or a variation raises an alarm.
 
 Faults that the first steps of a run cannot show are left out, with the reason; see UNSEEN.
 """
@@ -50,6 +50,7 @@ _SEED = "one run does not show what another seed would have given"
 _EVALUATION = "evaluation is not recorded"
 UNSEEN: Mapping[str, str] = {
     "stale-token-cache": "one run does not show what another tokenizer would have given",
+    "pad-id-zero-is-falsy": "the padding id of this base is not 0",
     "row-over-the-limit-is-cut": "no conversation of this sweep has 8,192 tokens",
     "rank-alpha-pattern-ignored": _ASKED,
     "layer-index-regex-greedy": _ASKED,
@@ -88,18 +89,22 @@ class Outcome:
         return self.found == self.stage
 
 
-# A flag in each spelling that means one thing; tags of reasoning; two messages of one role.
+# A flag in each spelling that means one thing; tags of reasoning, and two messages of one role; a long answer.
 FLAGS = [user("hi"), answer("a", loss=0), user("b"), answer("c", loss=1), user("d"), answer("e", loss="false"),
          user("f"), answer("g", loss=None)]  # fmt: skip
 REASONING = [user("and"), user("why?"), answer("<think>so</think>it is"), user("and?"), answer("no</think>yes")]
+LONG = [user("go on"), answer("a long way " * 76)]
 
 
 def write_data(path: Path) -> None:
-    """Write thirteen conversations: of the bank of the checks of rows, with two tools, short ones of many lengths."""
-    sets, taken = all_conversations(), ("several turns", "system", "ends with a tool call", "marker text")
+    """Write thirteen conversations: of the bank of the checks of rows, with two tools, and of many lengths."""
+    sets, taken = (
+        all_conversations(),
+        ("several turns", "system", "ends with a tool call", "marker text", "white space"),
+    )
     talks = [{"messages": list(t.messages), "tools": list(t.tools) if t.tools else None} for t in BANK if t.id in taken]
-    more = [{"messages": messages, "tools": None} for messages in (list(FLAGGED.messages), FLAGS, REASONING)]
-    rows = [*talks, *more, *sets["mixed"][:2], *sets["short"][1:8:2]]
+    more = [{"messages": m, "tools": None} for m in (list(FLAGGED.messages), FLAGS, REASONING, LONG)]
+    rows = [*talks, *more, *sets["mixed"][:2], *sets["short"][1:5:2]]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
 
 
@@ -146,9 +151,9 @@ def _stopping(kind: Any, under_autocast: bool) -> Any:
     return UnderAutocast
 
 
-def try_one(task: tuple[str, bool, bool]) -> Outcome:
+def try_one(task: tuple[str, bool, int]) -> Outcome:
     """Record and judge one fault or variation under the configurations in turn, until a verdict departs."""
-    id, bf16, by_command = task
+    id, bf16, processes = task
     fault = all_faults().get(id)
     stage = fault.stage if fault else ""
     with tempfile.TemporaryDirectory(prefix="glm4ft-recorded-") as name:
@@ -158,7 +163,7 @@ def try_one(task: tuple[str, bool, bool]) -> Outcome:
             recording = folder / configuration
             arguments = [id, configuration, base, str(folder / "data.jsonl"), str(folder / "output")]
             try:
-                _record(recording, arguments, bf16, by_command)
+                _record(recording, arguments, bf16, processes)
                 found, text = _verdict(recording, folder / "data.jsonl")
             except Exception as error:
                 found, text = "error", f"{type(error).__name__}: {error}"
@@ -177,13 +182,22 @@ def _tried(id: str) -> list[str]:
     return names if id in all_faults() else names[:2]
 
 
-def _record(recording: Path, arguments: Sequence[str], bf16: bool, by_command: bool) -> None:
+def _record(recording: Path, arguments: Sequence[str], bf16: bool, processes: int) -> None:
+    """Record a run; in this process if ``processes`` is 0, otherwise as a command."""
     import torch
 
     from glm4ft.testing.recording.attach import record_run
 
-    if by_command:
-        own = [sys.executable, __file__, "--train", *arguments, *(["--bf16"] if bf16 else [])]
+    if processes:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        own = [
+            sys.executable,
+            *(torchrun if processes > 1 else []),
+            __file__,
+            "--train",
+            *arguments,
+            *(["--bf16"] if bf16 else []),
+        ]
         record = [sys.executable, "-m", "glm4ft", "record", "--steps", str(STEPS), "--output", str(recording), "--"]
         done = subprocess.run([*record, *own], capture_output=True, text=True, check=False)
         if done.returncode and not list(recording.glob("rank-0/*")):
@@ -206,15 +220,15 @@ def _verdict(recording: Path, data: Path) -> tuple[str, str]:
     return (first.stage, str(first)) if first else ("", "")
 
 
-def seen_faults() -> list[str]:
-    """The faults that a recording can show: those of the stages of a step, in one process."""
-    faults = all_faults().values()
-    return [f.id for f in faults if f.stage in STAGES and not f.subject.distributed and f.id not in UNSEEN]
+def seen_faults(distributed: bool = False) -> list[str]:
+    """The faults that a recording can show: those of the stages of a step, in one process or in several."""
+    faults = [fault for fault in all_faults().values() if fault.stage in STAGES and fault.id not in UNSEEN]
+    return [fault.id for fault in faults if fault.subject.distributed == distributed]
 
 
-def outcomes(ids: Sequence[str], *, bf16: bool, by_command: bool, workers: int) -> Iterator[Outcome]:
+def outcomes(ids: Sequence[str], *, bf16: bool, processes: int, workers: int) -> Iterator[Outcome]:
     """Try faults and variations, several at a time."""
-    yield from in_parallel(try_one, [(id, bf16, by_command) for id in ids], workers)
+    yield from in_parallel(try_one, [(id, bf16, processes) for id in ids], workers)
 
 
 def main() -> int:
@@ -223,6 +237,7 @@ def main() -> int:
     parser.add_argument("ids", nargs="*")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--command", action="store_true")
+    parser.add_argument("--processes", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--train", action="store_true", help="be the recorded script; for --command")
@@ -230,9 +245,11 @@ def main() -> int:
     if options.train:
         train(*options.ids, bf16=options.bf16)
         return 0
-    ids = options.ids or [*seen_faults(), *all_variations()]
+    ids = options.ids or [*seen_faults(options.processes > 1), *all_variations()]
     found = []
-    for outcome in outcomes(ids, bf16=options.bf16, by_command=options.command, workers=options.workers):
+    for outcome in outcomes(
+        ids, bf16=options.bf16, processes=options.processes or int(options.command), workers=options.workers
+    ):
         found.append(outcome)
         mark = "" if outcome.is_right else f"   WRONG, should be {outcome.stage or 'silent'}"
         print(
@@ -243,9 +260,8 @@ def main() -> int:
     alarms = [outcome for outcome in found if not outcome.stage and outcome.found]
     right = sum(outcome.is_right for outcome in faults)
     told = sum(bool(outcome.found) for outcome in faults)
-    print(
-        f"{len(faults)} faults: {told} told, {right} at their stage; {len(found) - len(faults)} variations, {len(alarms)} alarms"
-    )
+    alike = f"{len(faults)} faults: {told} told, {right} at their stage"
+    print(f"{alike}; {len(found) - len(faults)} variations, {len(alarms)} alarms")
     if options.json:
         options.json.write_text(json.dumps([asdict(outcome) for outcome in found], indent=1), "utf-8")
     return int(bool(alarms) or right < 0.95 * len(faults))

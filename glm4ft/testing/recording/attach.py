@@ -193,6 +193,5 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def is_sharded(parameter: nn.Parameter) -> bool:
     """Whether each process holds a part of the parameter only: by FSDP2, FSDP or DeepSpeed's third stage."""
-    return (
-        hasattr(parameter, "full_tensor") or type(parameter).__name__ == "FlatParameter" or hasattr(parameter, "ds_id")
-    )
+    is_flat = type(parameter).__name__ == "FlatParameter"
+    return is_flat or hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_id")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
@@ -91,11 +90,11 @@ def _last_norm(body: nn.Module) -> nn.Module | None:
 
 def _bare(module: nn.Module) -> nn.Module:
     """The module without an adapter, or a trained copy, around it."""
-    inner: Any = getattr(module, "base_layer", None) or module
+    inner: nn.Module = getattr(module, "base_layer", None) or module
     copies = getattr(inner, "modules_to_save", None)
     if isinstance(copies, nn.ModuleDict) and copies:
         return next(iter(copies.values()))
-    return inner  # type: ignore[no-any-return]
+    return inner
 
 
 def _named(model: nn.Module, name: str) -> nn.Module:

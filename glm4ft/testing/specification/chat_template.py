@@ -148,14 +148,13 @@ def find_mistakes(tokenizer: Any, ids: Sequence[int], labels: Sequence[int], mar
     for position, token in enumerate(ids):
         if token in marks.prefix and position >= len(marks.prefix):
             yield Mistake("prefix", position, trained[position])
-        answer = owner.get(position)
-        if answer is None:
+        if position not in owner:
             behind = position - 1 in owner and position == owner[position - 1].stop
             if trained[position] and not (behind and not tokenizer.decode([token]).strip()):
                 yield Mistake("header" if position in headers else "after" if behind else "prompt", position, True)
-        elif is_active[answer] and not trained[position] and position not in opening:
-            yield Mistake("terminator" if position == answer.stop - 1 else "answer", position, False)
-    for answer in is_active:
+        elif is_active[owner[position]] and not trained[position] and position not in opening:
+            yield Mistake("terminator" if position == owner[position].stop - 1 else "answer", position, False)
+    for answer in answers(ids, marks):
         if is_active[answer] and answer.stop > len(ids):
             yield Mistake("terminator", len(ids), False)
 

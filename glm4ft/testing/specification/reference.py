@@ -30,6 +30,7 @@ LabelledIds = tuple[tuple[int, ...], tuple[int, ...]]  # input ids and unshifted
 CPU = torch.device("cpu")
 # A gradient that is smaller than the largest of its sequence by this factor is rounding: bf16 keeps 8 bits of mantissa.
 ZERO_GRADIENT = 1e-6
+CHUNK = 64  # tokens whose logits are held at a time
 
 
 @dataclass(frozen=True)
@@ -165,10 +166,8 @@ class Reference:
             a, b = (trained[pair[matrix]].float().to(self.device) for matrix in "AB")
             is_decomposed = "magnitude_vector" in pair
             weights = [self._delta(pair, trained, name)] if is_decomposed else [a, self.lora_spec.scale_of(name) * b]
-            own = [factor for layer, factor in factors.items() if layer.startswith(f"{name}.lora_dropout")]
-            hooks.append(
-                self.modules[name].register_forward_hook(_product(*weights, dropout_TD=own[0] if own else None))
-            )
+            own = next((f for layer, f in factors.items() if layer.startswith(f"{name}.lora_dropout")), None)
+            hooks.append(self.modules[name].register_forward_hook(_product(*weights, dropout_TD=own)))
         try:
             yield
         finally:
@@ -250,15 +249,19 @@ def recover_targets(hidden_TD: torch.Tensor, gradient_TD: torch.Tensor, weight_V
     size = gradient.norm(dim=1)
     active = (size > ZERO_GRADIENT * size.max()).nonzero()[:, 0] if size.max() > 0 else torch.zeros(0, dtype=torch.long)
     fit = torch.ones(len(hidden) + 1, dtype=torch.float64)
-    for t in active.tolist():
-        expected_D = (hidden[t] @ weight_VD.T).softmax(0) @ weight_VD
-        directions_VD = expected_D - weight_VD
-        lengths_V = directions_VD.norm(dim=1).clamp_min(1e-300)
-        cosine_V = directions_VD @ gradient[t] / (lengths_V * size[t])
-        best = int(cosine_V.argmax())
-        fit[t + 1] = cosine_V[best]
-        labels[t + 1] = best
-        weights[t + 1] = size[t] / lengths_V[best]
+    lengths_V = (weight_VD * weight_VD).sum(1)
+    for chunk in active.split(CHUNK):
+        expected_TD = (hidden[chunk] @ weight_VD.T).softmax(1) @ weight_VD
+        # |W^T p - W_y|^2 and its product with the gradient, without the V directions themselves
+        squares_TV = (expected_TD * expected_TD).sum(1)[:, None] - 2 * expected_TD @ weight_VD.T + lengths_V
+        products_TV = (expected_TD * gradient[chunk]).sum(1)[:, None] - gradient[chunk] @ weight_VD.T
+        # the squares are differences of large numbers: below this they are rounding
+        best_T = (products_TV / squares_TV.clamp_min(1e-14 * lengths_V.max()).sqrt()).argmax(1)
+        directions_TD = expected_TD - weight_VD[best_T]
+        lengths_T = directions_TD.norm(dim=1).clamp_min(1e-300)
+        fit[chunk + 1] = ((directions_TD * gradient[chunk]).sum(1) / (lengths_T * size[chunk])).cpu()
+        labels[chunk + 1] = best_T.cpu()
+        weights[chunk + 1] = (size[chunk] / lengths_T).cpu()
     return Targets(labels, weights, fit)
 
 

@@ -99,10 +99,10 @@ def judge_recording(folder: Path, base_dir: str = "", data: Path | None = None) 
         not_judged["rows"] = why or "no row has the assistant header of the base's chat template"
     labelled = known or [(row.ids, row.labels) for row in rows]
     verdict = replay(trace, reference, labelled, plan_of(trace, about["configuration"], len(traces)), skip=not_judged)
-    by_template = (
-        template_departures(rows, reference, marks) if marks and not known and has_answers(rows, marks) else ()
-    )
-    verdict = _with(verdict, [*by_template, *settings_departures(trace, about, reference), *_ranks_differ(traces)])
+    more = [*settings_departures(trace, about, reference), *_ranks_differ(traces)]
+    if marks and not known:
+        more += template_departures(rows, reference, marks)
+    verdict = _with(verdict, more)
     return JudgedRecording(
         verdict, about, rows, not_judged, len(trace.steps), len(traces), reference, marks,
         time.perf_counter() - began_s,

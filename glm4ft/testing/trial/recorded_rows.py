@@ -136,6 +136,8 @@ def template_departures(rows: Sequence[TrainedRow], reference: Reference, marks:
     found: dict[tuple[str, bool], tuple[TrainedRow, Mistake]] = {}
     counts: Counter[tuple[str, bool]] = Counter()
     for row in rows:
+        if not answers(row.ids, marks):
+            continue  # no conversation
         for mistake in find_mistakes(tokenizer, row.ids, row.labels, marks):
             counts[mistake.kind, mistake.is_trained] += 1
             found.setdefault((mistake.kind, mistake.is_trained), (row, mistake))

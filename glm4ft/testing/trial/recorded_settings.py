@@ -34,7 +34,7 @@ def settings_departures(trace: Trace, about: Mapping[str, Any], reference: Refer
 
 
 def _wrong_sizes(trace: Trace, configuration: Mapping[str, Any]) -> Iterator[Departure]:
-    """The sequences of a step, against batch size, accumulation and processes; the last step of an epoch may be short."""
+    """The sequences of a step, against batch size, accumulation and processes; an epoch's last step may be short."""
     names = ("per_device_train_batch_size", "gradient_accumulation_steps")
     if not all(name in configuration for name in names):
         return

@@ -1,19 +1,23 @@
-"""Words the verdict on a recorded run, as lines of text and as JSON."""
+"""Words the verdict on a recorded run, as lines of text, as JSON, and as the content of a report."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
 from glm4ft.data.chat_format import IGNORED
-from glm4ft.testing.replay.step import Departure
+from glm4ft.files import finite_or_null
+from glm4ft.report.content import Content, ShownRow
+from glm4ft.report.costly_tokens import part_counts
+from glm4ft.report.wording import parts_sentence
 from glm4ft.testing.trial.recorded import JUDGED_STAGES, JudgedRecording
 from glm4ft.testing.trial.recorded_rows import untrained_answers
-from glm4ft.testing.trial.wording import LOOK_AT
+from glm4ft.testing.trial.wording import LOOK_AT, headline, shown_check
 from glm4ft.text.safe_text import visible
 
-SHOWN_ROWS = 2
+SHOWN_ROWS, REPORTED_ROWS = 2, 8
 # The claim of each stage, in the form of the names of checks.
 CLAIMS = {
     "rows": "exactly_what_the_model_must_sample_is_trained",
@@ -60,10 +64,11 @@ def _judges_loss_alone(judged: JudgedRecording, stage: str) -> bool:
 
 def shown_rows(judged: JudgedRecording) -> Iterator[str]:
     """The first rows as text, with each run of trained tokens in brackets."""
-    for row in judged.rows[:SHOWN_ROWS] if judged.reference else ():
+    tokenizer: Any = judged.reference and judged.reference.tokenizer
+    for row in judged.rows[:SHOWN_ROWS]:
         parts = []
         for is_trained, run in groupby(zip(row.ids, row.labels, strict=True), key=lambda pair: pair[1] != IGNORED):
-            text = visible(judged.reference.tokenizer.decode([id for id, _ in run]), newlines=False)
+            text = visible(tokenizer.decode([id for id, _ in run]), newlines=False)
             parts.append(f"[{text}]" if is_trained else text)
         yield "".join(parts)
 
@@ -73,10 +78,45 @@ def cost_line(judged: JudgedRecording) -> str:
     overhead = judged.about.get("overhead") or {}
     if not overhead.get("step_s"):
         return ""
-    share = sum(overhead["hooks_s"]) / sum(overhead["step_s"])
-    return (
-        f"recording took {share:.0%} of the recorded steps' time; the trace has {overhead['trace_bytes'] / 1e6:.1f} MB"
-    )
+    share, size = sum(overhead["hooks_s"]) / sum(overhead["step_s"]), overhead["trace_bytes"] / 1e6
+    return f"recording took {share:.0%} of the recorded steps' time; the trace has {size:.1f} MB"
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a recording shows of one stage, in the form of the result of a check.
+
+    Args:
+        check: The claim.
+        stage: The stage.
+        status: ``passed``, ``failed``, or ``skipped`` if it was not judged.
+        message: The departure, or why the stage was not judged.
+        cause: The likely cause; "" if none was found.
+        step: The step of the departure; None without one.
+        size: The largest relative difference; None if the stage is not judged by a number.
+        limit: The largest relative difference that passes.
+    """
+
+    check: str
+    stage: str
+    status: str
+    message: str = ""
+    cause: str = ""
+    step: int | None = None
+    size: float | None = None
+    limit: float | None = None
+
+
+def stage_results(judged: JudgedRecording) -> Iterator[StageResult]:
+    """The result of each stage: one for each departure, or one."""
+    for stage in JUDGED_STAGES:
+        limit, claim = judged.verdict.limits.get(stage), CLAIMS[stage]
+        found = judged.verdict.at(stage)
+        for d in found:
+            yield StageResult(claim, stage, "failed", str(d), d.cause, d.step, d.size, limit)
+        if not found:
+            why, size = judged.reason(stage), judged.verdict.largest.get(stage)
+            yield StageResult(claim, stage, "skipped" if why else "passed", why, size=size, limit=limit)
 
 
 def record(judged: JudgedRecording) -> dict[str, Any]:
@@ -89,30 +129,44 @@ def record(judged: JudgedRecording) -> dict[str, Any]:
         "processes": judged.num_processes,
         "rows": len(judged.rows),
         "first_departure": None if first is None else first.stage,
-        "checks": [check for stage in JUDGED_STAGES for check in _checks(judged, stage)],
+        "checks": [finite_or_null(asdict(result)) for result in stage_results(judged)],
         "seconds": round(judged.seconds, 3),
     }
 
 
-def _checks(judged: JudgedRecording, stage: str) -> Iterator[dict[str, Any]]:
-    found = judged.verdict.at(stage)
-    for departure in found:
-        yield _check(judged, stage, "failed", str(departure), departure)
-    if not found:
-        why = judged.reason(stage)
-        yield _check(judged, stage, "skipped" if why else "passed", why)
+def content_of(judged: JudgedRecording, command: str) -> Content:
+    """The content of the report on a recorded run.
+
+    Args:
+        judged: The verdict.
+        command: The command that judges the recording again.
+    """
+    results = list(stage_results(judged))
+    rows = tuple(
+        ShownRow(f"row first trained in step {row.step}", row.ids, [label != IGNORED for label in row.labels])
+        for row in judged.rows[:REPORTED_ROWS]
+    )
+    tokenizer: Any = judged.reference and judged.reference.tokenizer
+    counts = part_counts(rows, tokenizer) if rows else {}
+    return Content(
+        title=f"glm4ft judge · {judged.about.get('command') or 'a recorded run'}",
+        headline=headline(results, parts_sentence(counts) if counts else ""),
+        tokenizer=tokenizer,
+        counts=counts,
+        rows=rows,
+        num_rows=len(judged.rows),
+        checks=tuple(shown_check(result) for result in results),
+        facts=tuple(_facts(judged)),
+        command=command,
+    )
 
 
-def _check(
-    judged: JudgedRecording, stage: str, status: str, message: str, departure: Departure | None = None
-) -> dict[str, Any]:
-    return {
-        "check": CLAIMS[stage],
-        "stage": stage,
-        "status": status,
-        "message": message,
-        "step": departure.step if departure else None,
-        "size": departure.size if departure else judged.verdict.largest.get(stage),
-        "limit": judged.verdict.limits.get(stage),
-        "cause": departure.cause if departure else "",
-    }
+def _facts(judged: JudgedRecording) -> Iterator[tuple[str, str]]:
+    model, versions = judged.about["model"], judged.about["versions"]
+    processes = f"{judged.num_processes} of {judged.about['world_size']} processes"
+    yield "recorded", f"{judged.num_steps} optimizer steps of {processes}"
+    yield "model", f"{model['class']} on {model['base'] or 'an unnamed base'}"
+    yield "trainer", str(judged.about["configuration"].get("trainer") or "a loop without a known trainer")
+    if cost := cost_line(judged):
+        yield "cost", cost
+    yield "versions", ", ".join(f"{name} {number}" for name, number in versions.items())

@@ -21,7 +21,8 @@ PACKAGE = os.path.abspath(os.path.join(HERE, *[os.pardir] * 3))  # the folder gl
 def _load(name: str, path: str) -> Any:
     """A module from its file, outside of its package, which would import more."""
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

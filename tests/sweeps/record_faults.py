@@ -2,9 +2,10 @@
 
 Run: python tests/sweeps/record_faults.py [ID ...] [--bf16] [--command] [--processes 1] [--workers 2] [--json FILE]
 The script has transformers' TrainingArguments and a loop of its own. Each fault is tried under a few configurations
-until the verdict departs; a variation must be silent under two of them. With --command each run is a process of its
-own, started by glm4ft record, or several, by torchrun below it; otherwise the recorder is opened in this process,
-which is thirty times quicker. Exits with 1 if fewer than 95 % of the faults are named at their stage, or a variation raises an alarm.
+until the verdict departs; a variation must be silent under two of them. The recorder is opened in this process; with
+--command each run is a process of its own, started by glm4ft record, which takes thirty times longer, and with
+--processes it is several, under torchrun. Exits with 1 if fewer than 95 % of the faults are named at their stage, or a
+variation raises an alarm.
 
 Faults that the first steps of a run cannot show are left out, with the reason; see UNSEEN.
 """

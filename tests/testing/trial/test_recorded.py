@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import Trainer
 
 from glm4ft.cli.main import run
-from glm4ft.testing.recording.attach import record_run
+from glm4ft.testing.recording.callback import RecordingCallback
 from glm4ft.testing.subjects import transformers_trainer
 from glm4ft.testing.trial.recorded import JudgedRecording, judge_recording
 from glm4ft.testing.trial.trial import Trial
@@ -27,20 +28,25 @@ LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]}
 
 
 class Trained(transformers_trainer.Subject):
-    """transformers.Trainer, whose plan and adapters can be told apart from what it is given."""
+    """transformers.Trainer, recorded by a callback."""
 
     lora: Mapping[str, Any] = LORA
+    recording: Path | None = None
+
+    def make_trainer(self, model: Any, rows: Any, plan: Mapping[str, Any]) -> Trainer:
+        trainer = super().make_trainer(model, rows, plan)
+        trainer.add_callback(RecordingCallback(self.recording or ""))
+        return trainer
 
 
 def judged(healthy: Trial, folder: Path, lora: Mapping[str, Any] = LORA, **changes: Any) -> JudgedRecording:
     """The verdict on a run of transformers.Trainer, with the data that it was given."""
     subject = Trained(str(healthy.base_dir))
-    subject.lora = lora
+    subject.lora, subject.recording = lora, folder / "recording"
     data = folder / "data.jsonl"
     data.write_text("".join(json.dumps(c) + "\n" for c in healthy.conversations), "utf-8")
     plan = {**healthy.run().plan, "steps": 4, "accumulation": 2, "output_dir": str(folder / "run"), **changes}
-    with record_run(folder / "recording"):
-        subject.train(subject.build_model(str(healthy.base_dir), 0), healthy.conversations, plan)
+    subject.train(subject.build_model(str(healthy.base_dir), 0), healthy.conversations, plan)
     return judge_recording(folder / "recording", data=data)
 
 

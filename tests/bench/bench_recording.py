@@ -1,8 +1,8 @@
 """What recording costs: steps of a run that is recorded against those of the same run without, one after the other.
 
 Run: pytest tests/bench/bench_recording.py -o python_files=bench_*.py
-On the built-in base, and on one of hidden size 1,024 with 8 layers and GLM-4's vocabulary of 151,552. A recorded step is
-at most 1.5 times a plain one on the built-in base; after the recorded steps nothing is left.
+On the built-in base, and on one of hidden size 1,024 with 8 layers and GLM-4's vocabulary of 151,552. A recorded step
+is at most 1.5 times a plain one on the built-in base; after the recorded steps nothing is left.
 """
 
 from __future__ import annotations

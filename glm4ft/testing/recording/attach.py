@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from glm4ft.testing.recording import environment
-from glm4ft.testing.recording.configuration import stated_configuration
+from glm4ft.testing.recording.configuration import local_values, stated_configuration
 from glm4ft.testing.recording.description import describe
 from glm4ft.testing.recording.discovery import NotFound, decoder_of
 from glm4ft.testing.recording.recorder import Recorder
@@ -87,12 +88,8 @@ class Attachment:
     def _forward_begins(self, module: nn.Module, args: Any) -> None:
         if self.recorder or module in self.passed or not (torch.is_grad_enabled() and module.training):
             return
-        model = unwrapped(module)
-        try:
-            decoder_of(model, self.modules)
-        except NotFound as error:
-            self.passed.add(module)  # the decoder may come later
-            self.why_not = self.why_not or f"no decoder was found: {error}"
+        model = self._model_of(module)
+        if model is None:
             return
         if not any(parameter.requires_grad for parameter in model.parameters()):
             self.why_not = "a decoder ran in training mode, but none of its parameters is trained: all are frozen"
@@ -108,6 +105,24 @@ class Attachment:
             self.why_not = ""
         except Exception as error:  # the run goes on unrecorded
             self.give_up(str(error))
+
+    def _model_of(self, module: nn.Module) -> nn.Module | None:
+        """The model with a decoder that a forward pass begins in; None if there is none, which may come later.
+
+        A loop that calls the body and the head itself never calls the whole model, but has it at hand.
+        """
+        for model in (
+            unwrapped(module),
+            *(held for held in held_modules(sys._getframe(2)) if module in held.modules()),
+        ):
+            try:
+                decoder_of(model, self.modules)
+            except NotFound as error:
+                self.why_not = self.why_not or f"no decoder was found: {error}"
+            else:
+                return model
+        self.passed.add(module)
+        return None
 
     def keep(self, trace: Trace) -> None:
         """Write what has been recorded so far."""
@@ -180,6 +195,15 @@ class QuietRecorder(Recorder):
             **{name: [round(x, 6) for x in seconds] for name, seconds in named},
             "trace_bytes": self.trace.num_bytes,
         }
+
+
+def held_modules(frame: FrameType | None) -> Iterator[nn.Module]:
+    """The modules among the local variables of a frame and of its callers, without their wrappers."""
+    seen = set[int]()
+    for value in local_values(frame):
+        if isinstance(value, nn.Module) and id(value) not in seen:
+            seen.add(id(value))
+            yield unwrapped(value)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -11,7 +11,7 @@ from glm4ft.testing.recording import environment
 from glm4ft.testing.recording.attach import Attachment
 
 
-class RecordingCallback(TrainerCallback):  # type: ignore[misc]
+class RecordingCallback(TrainerCallback):
     """Records a training run into a folder, for ``glm4ft judge``.
 
     Args:

@@ -32,7 +32,7 @@ def stated_configuration(frame: FrameType | None) -> dict[str, Any]:
         where they are known. Empty if there is no known trainer.
     """
     alone: Any = None  # options without a trainer, as a loop of one's own holds them
-    for value in _locals(frame):
+    for value in local_values(frame):
         if _is(value, "Trainer", "transformers.trainer"):
             state: Any = getattr(value, "state", None)
             found = _options(value.args, int(getattr(state, "max_steps", 0) or 0))
@@ -44,7 +44,8 @@ def stated_configuration(frame: FrameType | None) -> dict[str, Any]:
     return {} if alone is None else {"trainer": "", **_options(alone, int(alone.max_steps or 0))}
 
 
-def _locals(frame: FrameType | None) -> Iterator[Any]:
+def local_values(frame: FrameType | None) -> Iterator[Any]:
+    """The values of the local variables of a frame and of its callers, the innermost first."""
     while frame is not None:
         yield from list(frame.f_locals.values())
         frame = frame.f_back

@@ -90,11 +90,11 @@ def _last_norm(body: nn.Module) -> nn.Module | None:
 
 def _bare(module: nn.Module) -> nn.Module:
     """The module without an adapter, or a trained copy, around it."""
-    inner: nn.Module = getattr(module, "base_layer", None) or module
+    inner = getattr(module, "base_layer", module)
     copies = getattr(inner, "modules_to_save", None)
     if isinstance(copies, nn.ModuleDict) and copies:
-        return next(iter(copies.values()))
-    return inner
+        inner = next(iter(copies.values()))
+    return inner if isinstance(inner, nn.Module) else module
 
 
 def _named(model: nn.Module, name: str) -> nn.Module:

@@ -115,7 +115,7 @@ def replay(
             break
         history.previous = step
     verdict.hidden = {stage: by for stage, by in verdict.hidden.items() if stage not in judged}
-    _explain_by_scale(verdict)
+    _explain_by_scale(verdict, trace)
     return verdict
 
 
@@ -160,13 +160,19 @@ def _is_packed(step: ReplayedStep) -> bool:
     return len(set(sequences)) < len(sequences)
 
 
-def _explain_by_scale(verdict: Verdict) -> None:
-    """Keep the model's departure in step 2 alone where it explains the gradient's in step 1.
+def _explain_by_scale(verdict: Verdict, trace: Trace) -> None:
+    """Keep the model's departure alone where it explains the gradient's before it.
 
-    While B is zero, an adapter with the wrong scale changes the gradient but not the output; after one step, both.
+    While B is zero, an adapter with the wrong scale changes the gradient but not the output; once B has moved, both. A
+    warm-up whose first rate is zero leaves B where it is.
     """
     gradient, model = verdict.departures.get("gradient"), verdict.departures.get("model")
-    if gradient is None or model is None or (gradient.step, model.step) != (1, 2) or model.size is None:
+    if gradient is None or model is None or model.size is None or gradient.step != 1:
+        return
+    moved = (
+        i for i, step in enumerate(trace.steps, start=1) for n, t in step.before.items() if "lora_B" in n and t.any()
+    )
+    if model.step == 1 or model.step != next(moved, 0):
         return
     if gradient.hides:  # the loss itself departs, which is judged at the recorded hidden states
         return

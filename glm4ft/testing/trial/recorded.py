@@ -112,6 +112,9 @@ def judge_recording(folder: Path, base_dir: str = "", data: Path | None = None) 
 def _with(verdict: Verdict, more: Sequence[Departure]) -> Verdict:
     """The verdict with further departures, in the order of the steps and stages."""
     for departure in more:
+        later = verdict.departures.get(departure.stage)
+        if later and departure.step < later.step:
+            verdict.departures[departure.stage], departure = departure, later
         verdict.add(departure)
     first = sorted(verdict.departures.values(), key=lambda d: (d.step, STAGES.index(d.stage)))
     verdict.departures = {departure.stage: departure for departure in first}

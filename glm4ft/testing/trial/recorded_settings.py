@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from glm4ft.testing.recording.trace import Trace
-from glm4ft.testing.replay.step import Departure
+from glm4ft.testing.replay.step import LIMITS, Departure
 from glm4ft.testing.specification.lora_spec import adapted_modules, base_name
-from glm4ft.testing.specification.reference import Reference
+from glm4ft.testing.specification.reference import Reference, split_rows
 
 # The number of standard deviations by which the share of dropped entries may differ from the probability. Over all
 # layers and steps, chance exceeds it in one of a billion runs.
@@ -36,11 +36,12 @@ def settings_departures(trace: Trace, about: Mapping[str, Any], reference: Refer
 def _wrong_sizes(trace: Trace, configuration: Mapping[str, Any]) -> Iterator[Departure]:
     """The sequences of a step, against batch size, accumulation and processes; an epoch's last step may be short."""
     names = ("per_device_train_batch_size", "gradient_accumulation_steps")
-    if not all(name in configuration for name in names):
-        return
+    is_packed = any(len(split_rows(f)) > len(f.input_ids_BT) for step in trace.steps for f in step.forwards)
+    if is_packed or not all(name in configuration for name in names):
+        return  # of a packed batch, neither rows nor sequences are what was asked for
     sizes = [configuration[name] for name in names]
     asked = math.prod(sizes) * int(configuration.get("world_size") or 1)
-    got = [sum(len(forward.input_ids_BT) for forward in step.forwards) for step in trace.steps]
+    got = [sum(len(forward.input_ids_BT) for forward in step.forwards) for step in trace.steps if step.forwards]
     wrong = next((i for i, count in enumerate(got) if count > asked), 0 if max(got, default=asked) < asked else None)
     if wrong is not None:
         text = f"{got[wrong]} sequences, not {asked}: {' times '.join(map(str, sizes))} of {' and '.join(names)}"
@@ -79,6 +80,13 @@ def _wrong_adapters(trace: Trace, adapter: Mapping[str, Any], reference: Referen
         if ranks and ranks != {spec.rank_of(module)}:
             yield Departure("model", 1, f"the adapter of {module} has rank {min(ranks)}, not {spec.rank_of(module)}")
             return
+        if "magnitude_vector" in pair:
+            norms_O = reference.weights[f"{module}.weight"].norm(dim=1)
+            size = float((before[pair["magnitude_vector"]].float() - norms_O).norm() / norms_O.norm())
+            text = f"the magnitudes of {module} are {size:.1e} off the norms of its weight's rows, where they start"
+            if not size <= LIMITS[torch.bfloat16]:
+                yield Departure("model", 1, text, "they were not initialised", size)
+                return
     coarse = [n for pair in found.values() for n in pair.values() if before[n].dtype in (torch.bfloat16, torch.float16)]
     if coarse:
         text = f"{len(coarse)} adapter matrices are trained in {str(before[coarse[0]].dtype).removeprefix('torch.')}"

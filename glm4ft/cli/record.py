@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from argparse import Namespace
@@ -12,6 +13,7 @@ from pathlib import Path
 from glm4ft.cli.options import Parser
 from glm4ft.errors import ConfigError
 from glm4ft.folders import require_unused
+from glm4ft.testing.recording import environment
 
 
 def parse(argv: Sequence[str]) -> Namespace:
@@ -22,12 +24,20 @@ def parse(argv: Sequence[str]) -> Namespace:
     """
     end = list(argv).index("--") if "--" in argv else len(argv)
     own, command = argv[:end], list(argv[end + 1 :])
-    parser = Parser("record", usage="glm4ft record [--steps N] [--output DIR] -- COMMAND ...")
-    parser.add_argument("--steps", annotation=int, default=4, help="Optimizer steps to record.")
+    parser = Parser("record", usage="glm4ft record [--steps N] [--modules E,N,H] [--output DIR] -- COMMAND ...")
+    parser.add_argument("--steps", annotation=int, default=environment.DEFAULT_STEPS, help="Optimizer steps to record.")
+    parser.add_argument(
+        "--modules",
+        annotation=str,
+        default="",
+        help="Names of embedding, final norm and head, with commas, for a model that is not of transformers.",
+    )
     parser.add_argument("--output", annotation=str, default="recording", help="Folder for the recording.")
     options = parser.parse(own)
     if not command:
         raise ConfigError("there is no command to record", expected="glm4ft record -- python train.py")
+    if options.steps < 1:
+        raise ConfigError("option out of range", where="--steps", found=str(options.steps), expected="at least 1")
     options.command = command
     return options
 
@@ -43,11 +53,12 @@ def run(options: Namespace) -> bool:
     folder.mkdir(parents=True, exist_ok=True)
     inject = Path(__file__).parents[1] / "testing" / "recording" / "inject"
     path = os.pathsep.join([str(inject), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {
-        **os.environ, "PYTHONPATH": path, "GLM4FT_RECORD": str(folder), "GLM4FT_RECORD_STEPS": str(options.steps),
+    variables = {
+        **os.environ, "PYTHONPATH": path, environment.FOLDER: str(folder), environment.STEPS: str(options.steps),
+        environment.MODULES: options.modules, environment.COMMAND: shlex.join(options.command),
     }  # fmt: skip
     try:
-        status = subprocess.call(options.command, env=environment)
+        status = subprocess.call(options.command, env=variables)
     except FileNotFoundError:
         raise ConfigError("no such command", found=options.command[0]) from None
     ranks = sorted(folder.glob("rank-*/trace.json"))

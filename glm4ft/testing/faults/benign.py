@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from glm4ft.data.conversation import Message
 from glm4ft.data.encoded_row import IGNORED
 from glm4ft.testing.faults.variations import variation
-from glm4ft.testing.recording.recorder import backbone_of
+from glm4ft.testing.recording.discovery import decoder_of
 from glm4ft.testing.subjects.plain_loop import Conversations, LoopState, Subject, trained, world_size
 from glm4ft.testing.subjects.plain_loop_data import Batch, Features
 
@@ -145,7 +145,7 @@ class SupervisedRowsOnly(Subject):
         if not model.training or model is not getattr(model, "module", model):
             return super().forward(model, batch)  # an evaluation needs all logits, a wrapper its own forward
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        hidden = backbone_of(model)(**inputs, use_cache=False).last_hidden_state
+        hidden = decoder_of(model).body(**inputs, use_cache=False).last_hidden_state
         keep = F.pad(batch["labels"][:, 1:] != IGNORED, (0, 1))
         logits: torch.Tensor = model.base_model.model.lm_head(hidden[keep])
         return logits

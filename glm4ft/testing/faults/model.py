@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from glm4ft.testing.faults.registry import MADE_UP, faults_at
-from glm4ft.testing.recording.recorder import backbone_of
+from glm4ft.testing.recording.discovery import decoder_of
 from glm4ft.testing.subjects.plain_loop import Subject, trained
 from glm4ft.testing.subjects.plain_loop_data import Batch
 
@@ -193,7 +193,7 @@ class FusedHeadBypassesLora(Subject):
 
     def forward(self, model: Any, batch: Batch) -> torch.Tensor:
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        hidden = backbone_of(model)(**inputs, use_cache=False).last_hidden_state
+        hidden = decoder_of(model).body(**inputs, use_cache=False).last_hidden_state
         logits: torch.Tensor = hidden @ model.base_model.model.lm_head.base_layer.weight.T
         return logits
 

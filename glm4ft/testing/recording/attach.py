@@ -8,40 +8,48 @@ trace, and the hooks are removed.
 from __future__ import annotations
 
 import atexit
-import json
 import os
-from collections.abc import Iterator
+import sys
+import time
+import weakref
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from glm4ft.testing.recording.recorder import Recorder, backbone_of
+from glm4ft.testing.recording import environment
+from glm4ft.testing.recording.configuration import local_values, stated_configuration
+from glm4ft.testing.recording.description import describe
+from glm4ft.testing.recording.discovery import NotFound, decoder_of
+from glm4ft.testing.recording.recorder import Recorder
 from glm4ft.testing.recording.trace import Trace
-from glm4ft.testing.recording.trace_file import replace_trace
-
-FOLDER, STEPS = "GLM4FT_RECORD", "GLM4FT_RECORD_STEPS"
-DEFAULT_STEPS = 4
-NOTE = "not-recorded.txt"
+from glm4ft.testing.recording.trace_file import TRACE, replace_trace
 
 
 def start() -> None:
     """Record this process as the environment asks; called by ``sitecustomize`` after torch was imported."""
-    Attachment(Path(os.environ[FOLDER]), int(os.environ.get(STEPS, DEFAULT_STEPS)))
+    steps = int(os.environ.get(environment.STEPS, environment.DEFAULT_STEPS))
+    names = tuple(filter(None, os.environ.get(environment.MODULES, "").split(",")))
+    Attachment(Path(os.environ[environment.FOLDER]), steps, names)
 
 
 @contextmanager
-def record_run(folder: str | Path, steps: int = DEFAULT_STEPS) -> Iterator[None]:
+def record_run(
+    folder: str | Path, steps: int = environment.DEFAULT_STEPS, modules: Sequence[str] = ()
+) -> Iterator[None]:
     """Record the training that happens in the context, whatever code trains.
 
     Args:
         folder: The folder for the traces; each process writes ``rank-<RANK>`` into it.
         steps: The number of optimizer steps to record.
+        modules: The names of embedding, final norm and head, for a model that is no Hugging Face causal language model.
     """
-    attachment = Attachment(Path(folder), steps)
+    attachment = Attachment(Path(folder), steps, modules)
     try:
         yield
     finally:
@@ -54,52 +62,84 @@ class Attachment:
     Args:
         folder: The folder for the traces.
         steps: The number of optimizer steps to record.
+        modules: The names of embedding, final norm and head; empty to find them by structure.
     """
 
-    def __init__(self, folder: Path, steps: int) -> None:
-        self.folder, self.steps = folder / f"rank-{os.environ.get('RANK', '0')}", steps
-        self.recorder: Recorder | None = None
+    def __init__(self, folder: Path, steps: int, modules: Sequence[str] = ()) -> None:
+        self.folder, self.steps, self.modules = Path(environment.rank_folder(str(folder))), steps, modules
+        self.recorder: QuietRecorder | None = None
         self.about: dict[str, Any] = {}
+        self.passed = weakref.WeakSet[nn.Module]()  # modules that hold no decoder: encoders, losses, blocks
+        self.why_not = ""
         self.waiting = register_module_forward_pre_hook(self._forward_begins)
         atexit.register(self.close)
 
     def close(self) -> None:
-        """Remove all hooks."""
+        """Remove all hooks, and write what only the end of the run shows: that it took no step."""
         self.waiting.remove()
+        atexit.unregister(self.close)
         if self.recorder:
             self.recorder.close()
+            if not self.recorder.trace.steps and not self.why_not:
+                self.keep(self.recorder.trace)
+        elif self.why_not and not (self.folder / TRACE).exists():
+            environment.note(str(self.folder), self.why_not)
 
     def _forward_begins(self, module: nn.Module, args: Any) -> None:
-        if self.recorder or not (torch.is_grad_enabled() and module.training):
+        if self.recorder or module in self.passed or not (torch.is_grad_enabled() and module.training):
             return
-        model = unwrapped(module)
+        model = self._model_of(module)
+        if model is None:
+            return
         if not any(parameter.requires_grad for parameter in model.parameters()):
+            self.why_not = "a decoder ran in training mode, but none of its parameters is trained: all are frozen"
             return
-        try:
-            backbone_of(model)
-        except ValueError:
-            return  # an encoder, a loss, a block: the decoder may come later
         self.waiting.remove()
         try:
-            if (self.folder / "trace.json").exists():
+            if (self.folder / TRACE).exists():
                 raise ValueError("another process of this rank has been recorded")
-            self.about = describe(model)
-            self.recorder = QuietRecorder(model, self.steps, self)
+            if sharded := [name for name, parameter in model.named_parameters() if is_sharded(parameter)]:
+                raise ValueError(f"{len(sharded)} parameters are sharded over processes, e.g. {sharded[0]}")
+            self.about = describe(model, stated_configuration(sys._getframe(1)))
+            self.recorder = QuietRecorder(model, self)
+            self.why_not = ""
         except Exception as error:  # the run goes on unrecorded
             self.give_up(str(error))
+
+    def _model_of(self, module: nn.Module) -> nn.Module | None:
+        """The model with a decoder that a forward pass begins in; None if there is none, which may come later.
+
+        A loop that calls the body and the head itself never calls the whole model, but has it at hand.
+        """
+        for model in (
+            unwrapped(module),
+            *(held for held in held_modules(sys._getframe(2)) if module in held.modules()),
+        ):
+            try:
+                decoder_of(model, self.modules)
+            except NotFound as error:
+                self.why_not = self.why_not or f"no decoder was found: {error}"
+            else:
+                return model
+        self.passed.add(module)
+        return None
 
     def keep(self, trace: Trace) -> None:
         """Write what has been recorded so far."""
         try:
-            replace_trace(trace, self.folder, self.about)
+            assert self.recorder is not None
+            replace_trace(trace, self.folder, {**self.about, "overhead": self.recorder.overhead()})
         except Exception as error:
             self.give_up(f"the trace could not be written: {error}")
 
     def give_up(self, why: str) -> None:
         """Remove all hooks and note the reason."""
-        self.close()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / NOTE).write_text(why + "\n", "utf-8")
+        self.why_not = why
+        environment.note(str(self.folder), why)
+        self.waiting.remove()
+        atexit.unregister(self.close)
+        if self.recorder:
+            self.recorder.close()
 
 
 class QuietRecorder(Recorder):
@@ -107,13 +147,14 @@ class QuietRecorder(Recorder):
 
     Args:
         model: The model that is trained.
-        max_steps: The number of steps to record.
         attachment: The receiver of the trace.
     """
 
-    def __init__(self, model: nn.Module, max_steps: int, attachment: Attachment) -> None:
-        super().__init__(model, max_steps)
+    def __init__(self, model: nn.Module, attachment: Attachment) -> None:
         self.attachment = attachment
+        self.spent_s, self.began_s = 0.0, time.perf_counter()
+        self.seconds: list[tuple[float, float, float]] = []  # of each step, of the hooks in it, and of writing it
+        super().__init__(model, attachment.steps, attachment.modules)
 
     def refuse(self, why: str) -> None:
         """Note why the run cannot be recorded."""
@@ -123,17 +164,46 @@ class QuietRecorder(Recorder):
         """The hook, which gives the recording up instead of raising an error in the run."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
+            began_s = time.perf_counter()
             try:
                 return hook(*args, **kwargs)
             except Exception as error:
                 self.attachment.give_up(f"the run cannot be recorded: {error!r}")
                 return None
+            finally:
+                self.spent_s += time.perf_counter() - began_s
 
         return call
 
     def step_recorded(self) -> None:
         """Write the trace."""
+        now_s = time.perf_counter()
+        self.seconds.append((now_s - self.began_s, self.spent_s, 0.0))
         self.attachment.keep(self.trace)
+        self.began_s = time.perf_counter()
+        self.seconds[-1] = (*self.seconds[-1][:2], self.began_s - now_s)
+        self.spent_s = now_s - self.began_s  # what the hook around this adds again
+
+    def overhead(self) -> dict[str, Any]:
+        """What recording costs: the seconds of each step, in hooks and of writing it, and the memory of the trace.
+
+        A step's time has that of its hooks in it, but not that of writing; the last step's writing is not known yet.
+        """
+        columns = zip(*self.seconds, strict=True) if self.seconds else ((), (), ())
+        named = zip(("step_s", "hooks_s", "write_s"), columns, strict=True)
+        return {
+            **{name: [round(x, 6) for x in seconds] for name, seconds in named},
+            "trace_bytes": self.trace.num_bytes,
+        }
+
+
+def held_modules(frame: FrameType | None) -> Iterator[nn.Module]:
+    """The modules among the local variables of a frame and of its callers, without their wrappers."""
+    seen = set[int]()
+    for value in local_values(frame):
+        if isinstance(value, nn.Module) and id(value) not in seen:
+            seen.add(id(value))
+            yield unwrapped(value)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -145,19 +215,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def describe(model: nn.Module) -> dict[str, Any]:
-    """What the judge has to know of the model beside its trace: base, adapter, dropout and number of processes."""
-    adapters = getattr(model, "peft_config", None) or {}
-    adapter = next(iter(adapters.values()), None)
-    named = getattr(model, "name_or_path", "") or getattr(getattr(model, "config", None), "_name_or_path", "")
-    dropouts = [m.p for m in model.modules() if isinstance(m, nn.Dropout) and m.p > 0]
-    return {
-        "base": str(named or ""),
-        "adapter": None if adapter is None else json.loads(json.dumps(adapter.to_dict(), default=_as_list)),
-        "dropout": max(dropouts, default=0.0),
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
-    }
-
-
-def _as_list(value: Any) -> Any:
-    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
+def is_sharded(parameter: nn.Parameter) -> bool:
+    """Whether each process holds a part of the parameter only: by FSDP2, FSDP or DeepSpeed's third stage."""
+    is_flat = type(parameter).__name__ == "FlatParameter"
+    return is_flat or hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_id")

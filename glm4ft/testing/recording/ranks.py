@@ -133,7 +133,7 @@ def _main(path: str) -> None:
     model = subject.build_model(job.base_dir, job.plan["seed"])
     with record(model, job.plan["steps"]) as trace:
         subject.train(model, list(job.conversations), dict(job.plan))
-    write_trace(trace, Path(job.folder) / f"rank-{os.environ['RANK']}", None)
+    write_trace(trace, Path(job.folder) / f"rank-{os.environ['RANK']}", {})
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -9,7 +9,7 @@ Shapes: B sequences of a forward pass, T positions, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -18,7 +18,11 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from glm4ft.testing.recording.discovery import decoder_of
 from glm4ft.testing.recording.trace import Forward, ParameterGroup, Step, Tensors, Trace
+
+# The largest number of entries of a forward pass of which it is recorded whether dropout kept them; a byte for each.
+MAX_KEPT = 2**26
 
 
 @contextmanager
@@ -38,42 +42,17 @@ def record(model: nn.Module, max_steps: int) -> Iterator[Trace]:
         recorder.close()
 
 
-def backbone_of(model: nn.Module) -> nn.Module:
-    """The decoder below the head: the module that holds the embedding, the layers and the final norm.
-
-    Raises:
-        ValueError: If there is no such module, or more than one.
-    """
-    found = [m for m in model.modules() if hasattr(m, "embed_tokens") and hasattr(m, "layers") and hasattr(m, "norm")]
-    if len(found) != 1:
-        raise ValueError(f"{type(model).__name__} has {len(found)} modules with embed_tokens, layers and norm, not one")
-    return found[0]
-
-
-def output_head_of(model: nn.Module) -> nn.Linear:
-    """The linear layer of the output head, without an adapter around it.
-
-    Raises:
-        ValueError: If there is no ``lm_head``.
-    """
-    for name, module in model.named_modules():
-        if name.split(".")[-1] == "lm_head":
-            head: nn.Linear = getattr(module, "base_layer", module)
-            return head
-    raise ValueError(f"{type(model).__name__} has no lm_head")
-
-
 class Recorder:
     """Records the optimizer steps of a model until it is closed or has recorded enough of them.
 
     Args:
         model: The model with its adapters attached.
         max_steps: The number of steps to record.
+        names: The names of embedding, final norm and head, for a model that does not state them.
     """
 
-    def __init__(self, model: nn.Module, max_steps: int) -> None:
-        backbone: Any = backbone_of(model)
-        self.backbone: nn.Module = backbone
+    def __init__(self, model: nn.Module, max_steps: int, names: Sequence[str] = ()) -> None:
+        self.decoder = decoder_of(model, names)
         self.max_steps, self.pending = max_steps, list[Forward]()
         self.last, self.summed = Tensors(), Tensors()  # gradients since the last step, see _accumulated
         self.num_detached = 0  # since the last step, see Step
@@ -81,19 +60,28 @@ class Recorder:
         self.depth = 0
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.names = {id(p): name for name, p in self.parameters.items()}
-        self.trace = Trace(dtype=output_head_of(model).weight.dtype, trained=tuple(self.parameters))
+        self.trace = Trace(dtype=self.decoder.head.weight.dtype, trained=tuple(self.parameters))  # type: ignore[arg-type]
+        # the modules whose mode matters: dropout layers, and those with trained parameters
+        self.parts = [
+            part for part in self.decoder.body.modules()
+            if isinstance(part, nn.Dropout) or any(p.requires_grad for p in part.parameters(recurse=False))
+        ] or list(self.decoder.body.modules())  # fmt: skip
         self.inputs: dict[str, torch.Tensor | None] = {}
+        self.kept: dict[str, torch.Tensor] | None = {}  # of the forward pass under way, see Forward
         self.stack = ExitStack()
         hooks: list[RemovableHandle] = [
-            backbone.register_forward_pre_hook(self.guarded(self._backbone_called), with_kwargs=True),
-            backbone.embed_tokens.register_forward_pre_hook(self.guarded(self._ids_embedded)),
-            backbone.norm.register_forward_hook(self.guarded(self._hidden_ready)),
+            self.decoder.body.register_forward_pre_hook(self.guarded(self._body_called), with_kwargs=True),
+            self.decoder.embedding.register_forward_pre_hook(self.guarded(self._ids_embedded)),
+            self.decoder.norm.register_forward_hook(self.guarded(self._hidden_ready)),
             register_optimizer_step_pre_hook(self.guarded(self._step_begins)),
             register_optimizer_step_post_hook(self.guarded(self._step_ended)),
         ]
         for name, parameter in self.parameters.items():
             hooks.append(parameter.register_hook(self.guarded(self._add_up(name))))
             hooks.append(parameter.register_post_accumulate_grad_hook(self.guarded(self._keep_last(name))))
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Dropout) and module.p > 0:
+                hooks.append(module.register_forward_hook(self.guarded(self._keep_dropped(name))))
         for hook in hooks:
             self.stack.callback(hook.remove)
 
@@ -112,14 +100,14 @@ class Recorder:
     def step_recorded(self) -> None:
         """Called after each step; for subclasses."""
 
-    def _backbone_called(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        # the ids may be embedded before the backbone is called: a trainer may hand over the embeddings
+    def _body_called(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        # the ids may be embedded before the body is called: a trainer may hand over the embeddings
         self.inputs |= {name: _copy(kwargs.get(name)) for name in ("position_ids", "attention_mask")}
 
     def _ids_embedded(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         if len(self.trace.steps) >= self.max_steps:
             self.close()  # not before: a second optimizer may share the last step
-        self.inputs["input_ids"] = _copy(args[0])
+        self.inputs["input_ids"], self.kept = _copy(args[0]), {}
 
     def _hidden_ready(self, module: nn.Module, args: Any, hidden: torch.Tensor) -> None:
         if len(self.trace.steps) >= self.max_steps:
@@ -139,7 +127,8 @@ class Recorder:
             attention_mask=inputs.get("attention_mask"),
             hidden_BTD=hidden.detach().float().cpu().clone(),
             gradient_BTD=None,
-            training=_mode(self.backbone),
+            training=self._mode(),
+            kept=self.kept,
         )
         if not (torch.is_grad_enabled() and hidden.requires_grad):
             self.trace.evaluations.append((len(self.trace.steps), forward))
@@ -151,6 +140,24 @@ class Recorder:
 
         hidden.register_hook(keep)
         self.pending.append(forward)
+
+    def _keep_dropped(self, name: str) -> Any:
+        def keep(module: nn.Dropout, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            if not (module.training and module.p) or self.kept is None or name in self.kept:
+                return  # checkpointing runs layers again
+            self.trace.dropout[name] = module.p
+            if sum(t.numel() for t in self.kept.values()) + output.numel() > MAX_KEPT:
+                self.kept = None
+                return
+            # an entry that is zero in the input is zero either way
+            self.kept[name] = ((output != 0) | (args[0] == 0)).cpu()
+
+        return keep
+
+    def _mode(self) -> bool | None:
+        """The mode of the modules that it matters to; None if it is mixed."""
+        modes = {part.training for part in self.parts}
+        return modes.pop() if len(modes) == 1 else None
 
     def _add_up(self, name: str) -> Any:
         def add(gradient: torch.Tensor) -> None:
@@ -203,6 +210,7 @@ class Recorder:
         ]
         own = {name for group in groups for name in group.names}
         if not own:
+            self.trace.foreign_steps += 1
             return  # the step of an optimizer that holds no trained parameter of this model
         forwards = [forward for forward in self.pending if forward.gradient_BTD is not None]
         if not forwards and self.trace.steps and own.isdisjoint(self.trace.optimized):
@@ -244,16 +252,6 @@ def _is_multiple(received: Tensors, gradient: Tensors) -> bool:
     product = sum(float((a * b).sum()) for a, b in pairs)
     lengths = [sum(float((t * t).sum()) for t in tensors) for tensors in zip(*pairs, strict=True)] if pairs else [0.0]
     return product > 0 and product**2 >= (1 - 1e-9) * lengths[0] * lengths[-1]
-
-
-def _mode(model: nn.Module) -> bool | None:
-    """The mode of the modules that it matters to: dropout layers and those with trained parameters; None if mixed."""
-    parts = [
-        part for part in model.modules()
-        if isinstance(part, nn.Dropout) or any(p.requires_grad for p in part.parameters(recurse=False))
-    ]  # fmt: skip
-    modes = {part.training for part in parts or model.modules()}
-    return modes.pop() if len(modes) == 1 else None
 
 
 def _moments(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> torch.dtype | None:

@@ -5,6 +5,7 @@ Shapes: B sequences of a forward pass, T positions, D hidden.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,12 +20,14 @@ class Forward:
 
     Args:
         input_ids_BT: The token ids that entered the embedding.
-        positions_BT: The position ids that entered the backbone; None if the model had to count them itself.
-        attention_mask: The mask that entered the backbone; None if there was none.
+        positions_BT: The position ids that entered the decoder; None if the model had to count them itself.
+        attention_mask: The mask that entered the decoder; None if there was none.
         hidden_BTD: The output of the final norm.
         gradient_BTD: The gradient of the loss at that output; None before the backward pass, and if there is none.
         training: True if all dropout layers and modules with trained parameters were in training mode, False if none
             was, None if only some were.
+        kept: Whether dropout kept each entry of its input, by the name of the dropout layer; only of layers that
+            dropped. None if there were too many entries to record.
     """
 
     input_ids_BT: torch.Tensor
@@ -33,6 +36,7 @@ class Forward:
     hidden_BTD: torch.Tensor
     gradient_BTD: torch.Tensor | None
     training: bool | None
+    kept: dict[str, torch.Tensor] | None = field(default_factory=dict)
 
 
 @dataclass
@@ -86,6 +90,8 @@ class Trace:
         dtype: The dtype of the forward pass: that of the head, or of autocast where it is on.
         trained: The names of the parameters that require a gradient when the recording begins.
         optimized: The names of the trained parameters that the optimizer holds.
+        dropout: The probability of each dropout layer that drops, by its name.
+        foreign_steps: The number of steps of optimizers that hold no trained parameter of the model.
         autocast: The dtype that training's forward passes ran in under autocast, by torch's name; None without it.
         evaluations: The forward passes without gradient, each with the number of steps taken before it.
     """
@@ -95,4 +101,19 @@ class Trace:
     trained: tuple[str, ...] = ()
     optimized: tuple[str, ...] = ()
     evaluations: list[tuple[int, Forward]] = field(default_factory=list)
+    dropout: dict[str, float] = field(default_factory=dict)
+    foreign_steps: int = 0
     autocast: str | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of all tensors of the steps, in bytes."""
+        return sum(tensor.nbytes for step in self.steps for tensor in _tensors(step))
+
+
+def _tensors(step: Step) -> Iterator[torch.Tensor]:
+    for named in (step.raw, step.clipped, step.before, step.after):
+        yield from named.values()
+    for forward in step.forwards:
+        yield from (value for value in vars(forward).values() if isinstance(value, torch.Tensor))
+        yield from (forward.kept or {}).values()

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from glm4ft.files import write_atomically
 from glm4ft.testing.recording.trace import Forward, ParameterGroup, Step, Tensors, Trace
 
+Layout = list[Any]
+
+TRACE, TENSORS = "trace.json", "trace.safetensors"
 _TENSORS = ("raw", "clipped", "before", "after")
 _FIELDS = ("input_ids_BT", "positions_BT", "attention_mask", "hidden_BTD", "gradient_BTD")
 
 
-def replace_trace(trace: Trace, folder: Path, about: Any) -> None:
-    """Write a trace in place of the one in a folder; a process that is killed leaves one of the two, whole.
+def replace_trace(trace: Trace, folder: Path, about: Mapping[str, Any]) -> None:
+    """Write a trace in place of the one in a folder; a process that is killed leaves one that can be read.
+
+    The tensors come first: those of more steps than the JSON states are read as the steps that it states.
 
     Args:
-        trace: The trace of a run.
+        trace: The trace of a run, with at least the steps of the one in the folder.
         folder: The folder, which need not exist.
         about: What else is known of the run; anything that JSON can represent.
     """
@@ -30,68 +36,137 @@ def replace_trace(trace: Trace, folder: Path, about: Any) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     write_trace(trace, unfinished, about)
     folder.mkdir(parents=True, exist_ok=True)
-    # tensors first, under a name that the JSON states: JSON and tensors of two traces are never read together
-    tensors = f"tensors-{len(trace.steps)}.safetensors"
-    os.replace(unfinished / "tensors.safetensors", folder / tensors)
-    text = json.loads((unfinished / "trace.json").read_text("utf-8"))
-    write_atomically(folder / "trace.json", json.dumps({**text, "tensors": tensors}))
-    for old in folder.glob("tensors-*.safetensors"):
-        if old.name != tensors:
-            old.unlink()
-    shutil.rmtree(unfinished)
+    for name in (TENSORS, TRACE):
+        os.replace(unfinished / name, folder / name)
+    unfinished.rmdir()
 
 
-def write_trace(trace: Trace, folder: Path, log: Any) -> None:
-    """Write a trace without its evaluations, and the log that ``train`` returned.
+def write_trace(trace: Trace, folder: Path, about: Mapping[str, Any]) -> None:
+    """Write a trace without its evaluations.
 
     Args:
         trace: The trace of a run.
         folder: The folder to create and write to.
-        log: The log; anything that JSON can represent.
+        about: What else is known of the run; anything that JSON can represent.
     """
     folder.mkdir(parents=True)
     tensors: Tensors = {}
     for i, step in enumerate(trace.steps):
         for name in _TENSORS:
-            tensors |= {f"{i}/{name}/{n}": t.contiguous() for n, t in getattr(step, name).items()}
+            tensors |= {f"{i}/{name}/{dtype}": flat for dtype, flat in _flattened(getattr(step, name)).items()}
         for j, forward in enumerate(step.forwards):
             found = {name: getattr(forward, name) for name in _FIELDS}
+            found |= {f"kept/{name}": kept for name, kept in (forward.kept or {}).items()}
             tensors |= {f"{i}/forward-{j}/{name}": t.contiguous() for name, t in found.items() if t is not None}
-    save_file(tensors, folder / "tensors.safetensors")
-    steps = [{"optimizer": s.optimizer, "training": [f.training for f in s.forwards],
-              "groups": [{"names": g.names, "size": g.size, "settings": _plain(g.settings)} for g in s.groups]}
-             for s in trace.steps]  # fmt: skip
-    names = {"trained": trace.trained, "optimized": trace.optimized, "dtype": str(trace.dtype).removeprefix("torch.")}
-    (folder / "trace.json").write_text(json.dumps({**names, "steps": steps, "log": log}), "utf-8")
+    save_file(tensors, folder / TENSORS)
+    layouts: list[Layout] = []
+    steps = [_step_record(step, layouts) for step in trace.steps]
+    record = {
+        "schema": 1,
+        **about,
+        "dtype": _dtype_name(trace.dtype),
+        "autocast": trace.autocast,
+        "trained": trace.trained,
+        "optimized": trace.optimized,
+        "dropout": trace.dropout,
+        "foreign_steps": trace.foreign_steps,
+        "layouts": layouts,
+        "steps": steps,
+    }
+    (folder / TRACE).write_text(json.dumps(record, allow_nan=False) + "\n", "utf-8")
 
 
-def read_trace(folder: Path) -> tuple[Trace, Any]:
+def read_trace(folder: Path) -> tuple[Trace, dict[str, Any]]:
     """Read a trace that ``write_trace`` wrote.
 
     Returns:
-        The trace and the log.
+        The trace, and what else is known of the run.
     """
-    stored = json.loads((folder / "trace.json").read_text("utf-8"))
-    tensors = load_file(folder / stored.get("tensors", "tensors.safetensors"))
-    steps = [_step(i, step, tensors) for i, step in enumerate(stored["steps"])]
-    dtype = getattr(torch, stored["dtype"])
-    return Trace(steps, dtype, tuple(stored["trained"]), tuple(stored["optimized"])), stored["log"]
+    stored = json.loads((folder / TRACE).read_text("utf-8"))
+    tensors = load_file(folder / TENSORS)
+    steps = [_step(i, step, tensors, stored["layouts"]) for i, step in enumerate(stored["steps"])]
+    trace = Trace(
+        steps,
+        getattr(torch, stored["dtype"]),
+        tuple(stored["trained"]),
+        tuple(stored["optimized"]),
+        dropout=stored["dropout"],
+        foreign_steps=stored["foreign_steps"],
+        autocast=stored["autocast"],
+    )
+    return trace, stored
 
 
-def _step(i: int, stored: dict[str, Any], tensors: Tensors) -> Step:
+def _flattened(tensors: Tensors) -> Tensors:
+    """All entries in one tensor for each dtype: files of few tensors are written many times quicker."""
+    by_dtype: dict[str, list[torch.Tensor]] = {}
+    for tensor in tensors.values():
+        by_dtype.setdefault(_dtype_name(tensor.dtype), []).append(tensor.flatten())
+    return {dtype: torch.cat(parts) for dtype, parts in by_dtype.items()}
+
+
+def _layout(tensors: Tensors) -> Layout:
+    """Name, dtype and shape of each tensor, in the order in which their entries are written."""
+    return [[name, _dtype_name(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()]
+
+
+def _unflattened(layout: Layout, flat: Tensors) -> Tensors:
+    """The tensors of a layout, as views of the flat ones."""
+    found, at = Tensors(), dict.fromkeys(flat, 0)
+    for name, dtype, shape in layout:
+        size = math.prod(shape)
+        found[name] = flat[dtype][at[dtype] : at[dtype] + size].view(shape)
+        at[dtype] += size
+    return found
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _step_record(step: Step, layouts: list[Layout]) -> dict[str, Any]:
+    numbers = {}
+    for name in _TENSORS:
+        layout = _layout(getattr(step, name))
+        if layout not in layouts:  # as a rule all are alike
+            layouts.append(layout)
+        numbers[name] = layouts.index(layout)
+    return {
+        "layouts": numbers,
+        "optimizer": step.optimizer,
+        "forwards": [{"training": f.training, "is_kept": f.kept is not None} for f in step.forwards],
+        "groups": [{"names": g.names, "size": g.size, "settings": _plain(g.settings)} for g in step.groups],
+        "state_dtypes": {name: _dtype_name(dtype) for name, dtype in step.state_dtypes.items()},
+        "num_detached": step.num_detached,
+    }
+
+
+def _step(i: int, stored: dict[str, Any], tensors: Tensors, layouts: list[Layout]) -> Step:
     def below(prefix: str) -> Tensors:
         return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
     forwards = []
-    for j, training in enumerate(stored["training"]):
-        fields: dict[str, Any] = {**dict.fromkeys(_FIELDS), **below(f"{i}/forward-{j}/")}
-        forwards.append(Forward(**fields, training=training))
+    for j, forward in enumerate(stored["forwards"]):
+        found = below(f"{i}/forward-{j}/")
+        kept = {n.removeprefix("kept/"): t for n, t in found.items() if n.startswith("kept/")}
+        fields: dict[str, Any] = {name: found.get(name) for name in _FIELDS}
+        forwards.append(Forward(**fields, training=forward["training"], kept=kept if forward["is_kept"] else None))
     groups = [ParameterGroup(tuple(g["names"]), g["settings"], g["size"]) for g in stored["groups"]]
-    parts: dict[str, Any] = {name: below(f"{i}/{name}/") for name in _TENSORS}
-    return Step(forwards, groups=groups, optimizer=stored["optimizer"], **parts)
+    parts: dict[str, Any] = {
+        name: _unflattened(layouts[number], below(f"{i}/{name}/")) for name, number in stored["layouts"].items()
+    }
+    dtypes = {name: getattr(torch, dtype) for name, dtype in stored["state_dtypes"].items()}
+    return Step(
+        forwards, groups=groups, optimizer=stored["optimizer"], state_dtypes=dtypes,
+        num_detached=stored["num_detached"], **parts,
+    )  # fmt: skip
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that JSON can represent, tensors as numbers."""
+    """The settings that JSON can represent, tensors as numbers; what is not finite is left out."""
     plain = {name: value.item() if isinstance(value, torch.Tensor) else value for name, value in settings.items()}
-    return {name: value for name, value in plain.items() if isinstance(value, (int, float, bool, str, tuple, list))}
+    return {
+        name: value
+        for name, value in plain.items()
+        if isinstance(value, (int, bool, str, tuple, list)) or (isinstance(value, float) and math.isfinite(value))
+    }

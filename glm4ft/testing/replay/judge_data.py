@@ -26,6 +26,10 @@ def judge_rows(step: ReplayedStep) -> Departures:
     for matches in step.row_matches:
         for ids in matches.unknown:
             yield _unknown_row(step, ids)
+        for ids in matches.beside:
+            text = f"{len(ids)} tokens stand beside a row, as {step.reference.show(ids[:SHOWN])}"
+            yield step.depart("rows", text, _copied(step, ids), hides=UNKNOWN)
+    yield from _wrong_ends(step)
     if step.step.num_detached and not step.step.forwards:
         text = "the final norm's output has no gradient in training, so nothing below the head is trained"
         cause = "the inputs of checkpointed layers require no gradient, or the adapters run without one"
@@ -52,6 +56,26 @@ def _unknown_row(step: ReplayedStep, ids: tuple[int, ...]) -> Departure:
     return step.depart("rows", text, cause, hides=UNKNOWN)
 
 
+def _copied(step: ReplayedStep, ids: tuple[int, ...]) -> str:
+    """The cause if every row begins with the ids that stand beside one; "" otherwise."""
+    is_prefix = all(row[: len(ids)] == ids for row in step.history.known.labels)
+    return "what a row begins with is there twice" if is_prefix else ""
+
+
+def _wrong_ends(step: ReplayedStep) -> Departures:
+    """Report rows whose last token is another one, which is trained."""
+    for row in step.seen:
+        span, at = row.span, row.span.start + len(row.ids) - 1
+        sequence = step.step.forwards[row.forward].input_ids_BT[span.b]
+        if not span.is_short or at >= len(sequence):
+            continue
+        token = int(sequence[at])
+        if int(row.targets.labels_T[-1]) == token:
+            found, expected = (step.reference.show([id]) for id in (token, row.ids[-1]))
+            text = f"a row ends in {found}, should end in {expected}"
+            yield step.depart("rows", text, "another terminator", hides=UNKNOWN)
+
+
 def _null_words(step: ReplayedStep, ids: tuple[int, ...], expected: tuple[int, ...]) -> str:
     """The cause if two rows differ in members of JSON objects that are null; "" otherwise."""
     found, wanted = (step.reference.tokenizer.decode(list(row)) for row in (ids, expected))
@@ -68,7 +92,7 @@ def _wrong_targets(step: ReplayedStep, row: SeenRow) -> Departures:
     missing = (expected != IGNORED) & ~trained & _unsure(step, row, expected)
     if row.span.is_short and missing[-1]:
         text = f"a row was cut to {len(row.ids) - 1} of its {len(row.ids)} tokens"
-        yield step.depart("rows", text, "truncation", hides=UNKNOWN)
+        yield step.depart("rows", text, "truncation, or no terminator is appended", hides=UNKNOWN)
     extra = trained & (expected == IGNORED) & (got == ids)
     if missing.any() or extra.any():
         words = [

@@ -52,7 +52,7 @@ def judge_gradient(step: ReplayedStep) -> Departures:
         text = f"the accumulated gradient is not finite in {len(lost)} of {len(step.raw)} parameters, e.g. {lost[0]}"
         yield step.depart("gradient", text, hides=AFTER_THE_LOSS[1:])
         return
-    expected = step.reference.gradient(step.rows(), step.step.before)
+    expected = step.gradient()
     size = relative(step.raw, expected)
     cause, factor = ("", None) if size <= step.history.limit else _gradient_cause(step, expected)
     yield step.depart("gradient", f"the gradient is {size:.1e} off the token mean", cause, size, factor=factor)
@@ -189,7 +189,7 @@ def _parts(step: ReplayedStep) -> list[Tensors]:
     for forward in _forwards(step):
         rows = step.rows(forward)
         share = sum(label != IGNORED for _, labels in rows for label in labels) / step.num_targets
-        parts.append({n: share * g for n, g in step.reference.gradient(rows, step.step.before).items()})
+        parts.append({n: share * g for n, g in step.gradient(forward).items()})
     return parts
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -47,11 +47,13 @@ class RowMatches:
     Args:
         rows: The known rows, in order.
         unknown: The ids of each stretch that is neither a known row nor padding.
+        beside: The ids of each such stretch that has a known row beside it.
         padding_BT: True where a position belongs to no known row.
     """
 
     rows: tuple[RowSpan, ...]
     unknown: tuple[tuple[int, ...], ...]
+    beside: tuple[tuple[int, ...], ...]
     padding_BT: torch.Tensor
 
 
@@ -76,7 +78,9 @@ class KnownRows:
             spans += self._in_sequence(b, tuple(ids_T))
         for span in spans:
             padding[span.b, span.positions] = False
-        return RowMatches(tuple(spans), tuple(self._unknown(forward, padding)), padding)
+        stretches = list(self._unknown(forward, padding))
+        unknown = tuple(ids for ids, is_beside in stretches if not is_beside)
+        return RowMatches(tuple(spans), unknown, tuple(ids for ids, is_beside in stretches if is_beside), padding)
 
     def _in_sequence(self, b: int, ids: tuple[int, ...]) -> Iterable[RowSpan]:
         t = 0
@@ -92,15 +96,20 @@ class KnownRows:
         yield from (RowSpan(row, b, t) for row in rows if ids[t : t + len(row)] == row)
         yield from (RowSpan(row, b, t, True) for row in rows if len(row) > 1 and ids[t : t + len(row) - 1] == row[:-1])
 
-    def _unknown(self, forward: Forward, padding: torch.Tensor) -> Iterable[tuple[int, ...]]:
-        """Ids outside of known rows that are not padding of one id, split where mask and positions split rows."""
-        fill = Counter(forward.input_ids_BT[padding].tolist())
-        if len(fill) < 2:
+    def _unknown(self, forward: Forward, padding: torch.Tensor) -> Iterator[tuple[tuple[int, ...], bool]]:
+        """Ids outside of known rows that are not padding, and whether a known row is beside them.
+
+        A mask that leaves anything out leaves padding out; without one, padding is whatever consists of one id.
+        """
+        mask, fill = forward.attention_mask, set(forward.input_ids_BT[padding].tolist())
+        is_masked = mask is not None and mask.dim() == 2 and not bool(mask.bool().all())
+        if len(fill) < 2 and not is_masked:
             return
         for b, positions in split_rows(forward):
-            ids, is_padding = forward.input_ids_BT[b][positions], padding[b][positions]
-            if is_padding.any() and len(set(ids[is_padding].tolist())) > 1:
-                yield tuple(ids[is_padding].tolist())
+            ids, is_unknown = forward.input_ids_BT[b][positions], padding[b][positions]
+            found = tuple(ids[is_unknown].tolist())
+            if found and (is_masked or len(set(found)) > 1):
+                yield found, not bool(is_unknown.all())
 
 
 def is_part_of(piece: tuple[int, ...], row: tuple[int, ...]) -> bool:

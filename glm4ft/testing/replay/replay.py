@@ -42,6 +42,7 @@ class Verdict:
         more: Further departures of those stages, of other causes than the first.
         hidden: Stages that no step judged completely, mapped to the stage of the departure that hides them.
         largest: The largest relative size of a comparison by stage, for the stages judged by a number.
+        limits: The largest relative size that passes, by stage, for the same stages.
         steps: The number of optimizer steps before the first departure.
         packed: Whether any sequence of a batch held more than one row.
         removes_factor: Whether a factor on the loss was taken out of the gradient before the optimizer received it.
@@ -52,6 +53,7 @@ class Verdict:
     more: dict[str, list[Departure]] = field(default_factory=dict)
     hidden: dict[str, str] = field(default_factory=dict)
     largest: dict[str, float] = field(default_factory=dict)
+    limits: dict[str, float] = field(default_factory=dict)
     steps: int = 0
     packed: bool = False
     removes_factor: bool = False
@@ -95,7 +97,7 @@ def replay(
     Returns:
         The verdict.
     """
-    verdict, history = Verdict(), History(reference, KnownRows(rows), plan, trace.dtype)
+    verdict, history = Verdict(), History(reference, KnownRows(rows), plan, trace.dtype, dropout=trace.dropout)
     history.rates = [next((float(g.settings["lr"]) for g in s.groups if g.size), math.nan) for s in trace.steps]
     judged, hidden_from_now_on = set[str](), dict.fromkeys(skip, "")
     if not trace.steps:
@@ -113,7 +115,7 @@ def replay(
             break
         history.previous = step
     verdict.hidden = {stage: by for stage, by in verdict.hidden.items() if stage not in judged}
-    _explain_by_scale(verdict)
+    _explain_by_scale(verdict, trace)
     return verdict
 
 
@@ -143,6 +145,7 @@ def _judge(step: ReplayedStep, verdict: Verdict, hidden_from_now_on: dict[str, s
             size = departure.size
             if size is not None and math.isfinite(size):
                 verdict.largest[stage] = max(verdict.largest.get(stage, 0.0), size)
+                verdict.limits[stage] = step.limit(stage)
             if size is None or not within(f"{stage}: replay", size, step.limit(stage)):
                 verdict.add(departure)
                 hidden |= dict.fromkeys(departure.hides, departure.stage)
@@ -157,13 +160,19 @@ def _is_packed(step: ReplayedStep) -> bool:
     return len(set(sequences)) < len(sequences)
 
 
-def _explain_by_scale(verdict: Verdict) -> None:
-    """Keep the model's departure in step 2 alone where it explains the gradient's in step 1.
+def _explain_by_scale(verdict: Verdict, trace: Trace) -> None:
+    """Keep the model's departure alone where it explains the gradient's before it.
 
-    While B is zero, an adapter with the wrong scale changes the gradient but not the output; after one step, both.
+    While B is zero, an adapter with the wrong scale changes the gradient but not the output; once B has moved, both. A
+    warm-up whose first rate is zero leaves B where it is.
     """
     gradient, model = verdict.departures.get("gradient"), verdict.departures.get("model")
-    if gradient is None or model is None or (gradient.step, model.step) != (1, 2) or model.size is None:
+    if gradient is None or model is None or model.size is None or gradient.step != 1:
+        return
+    moved = (
+        i for i, step in enumerate(trace.steps, start=1) for n, t in step.before.items() if "lora_B" in n and t.any()
+    )
+    if model.step == 1 or model.step != next(moved, 0):
         return
     if gradient.hides:  # the loss itself departs, which is judged at the recorded hidden states
         return

@@ -80,6 +80,7 @@ class History:
         rates: The learning rate of each recorded step, of the first parameter group that holds a parameter.
         seen: The number of times that each row has been seen, by its ids.
         previous: The previous step; None before the first.
+        dropout: The probability of each dropout layer, by its name; those whose choices were recorded are replayed.
     """
 
     reference: Reference
@@ -89,6 +90,7 @@ class History:
     seen: Counter[tuple[int, ...]] = field(default_factory=Counter)
     previous: Step | None = None
     rates: list[float] = field(default_factory=list)
+    dropout: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.dtype == torch.float16:
@@ -202,6 +204,11 @@ class ReplayedStep:
         """The ids and labels of the known rows of the step, or of one of its forward passes."""
         return [(row.ids, self.labels_of(row.ids)) for row in self.seen if forward in (None, row.forward)]
 
+    def gradient(self, forward: int | None = None) -> Tensors:
+        """The gradient of the mean over the supervised tokens of the step's rows, or of one of its forward passes."""
+        kept = [self.kept(row) for row in self.seen if forward in (None, row.forward)]
+        return self.reference.gradient(self.rows(forward), self.step.before, kept)
+
     @cached_property
     def num_targets(self) -> int:
         """The number of supervised tokens in the whole step."""
@@ -210,13 +217,21 @@ class ReplayedStep:
     @cached_property
     def hidden_sizes(self) -> list[tuple[SeenRow, float]]:
         """Each row with the relative departure of its hidden states from those of the row alone."""
-        return [(row, self.hidden_size(row.ids, row.hidden_TD, self.step.before)) for row in self.seen]
+        sizes = []
+        for row in self.seen:
+            with torch.no_grad():
+                alone = self.reference.hidden(row.ids, self.step.before, self.kept(row))[: len(row.hidden_TD)]
+            sizes.append((row, float((row.hidden_TD - alone).norm() / alone.norm())))
+        return sizes
 
-    def hidden_size(self, ids: Sequence[int], hidden_TD: torch.Tensor, trained: Tensors) -> float:
-        """The relative departure of a row's hidden states from the specification."""
-        with torch.no_grad():
-            alone = self.reference.hidden(ids, trained)[: len(hidden_TD)]
-        return float((hidden_TD - alone).norm() / alone.norm())
+    def kept(self, row: SeenRow) -> Tensors:
+        """What dropout multiplied each entry (T, D) of a row by, by the dropout layer."""
+        found = {}
+        for name, kept_BTD in (self.step.forwards[row.forward].kept or {}).items():
+            factor_TD = kept_BTD[row.span.b][row.span.positions].float() / (1 - self.history.dropout[name])
+            missing = len(row.ids) - len(factor_TD)  # of the last token, see RowSpan.is_short
+            found[name] = torch.nn.functional.pad(factor_TD, (0, 0, 0, missing), value=1.0)
+        return found
 
     @cached_property
     def loss_scale(self) -> float:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from glm4ft.data.encoded_row import IGNORED
-from glm4ft.testing.recording.recorder import backbone_of
+from glm4ft.testing.recording.discovery import decoder_of
 from glm4ft.testing.recording.trace import Forward, Tensors
 from glm4ft.testing.specification.lora_spec import LoraSpec, adapted_modules, base_name
 
@@ -30,6 +30,7 @@ LabelledIds = tuple[tuple[int, ...], tuple[int, ...]]  # input ids and unshifted
 CPU = torch.device("cpu")
 # A gradient that is smaller than the largest of its sequence by this factor is rounding: bf16 keeps 8 bits of mantissa.
 ZERO_GRADIENT = 1e-6
+CHUNK = 64  # tokens whose logits are held at a time
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,13 @@ class Reference:
         self.model: Any = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32).eval()
         torch.nn.Module.to(self.model.requires_grad_(False), device)
         self.base_dir, self.lora_spec, self.device = base_dir, lora_spec, device
-        self.backbone = backbone_of(self.model)
         self.weights: Tensors = dict(self.model.named_parameters())
         self.modules = dict(self.model.named_modules())
+        decoder, names = decoder_of(self.model), {id(module): name for name, module in self.modules.items()}
+        self.body, self.prefix, self.head = decoder.body, names[id(decoder.body)] + ".", names[id(decoder.head)]
+        # a tied head has no weight of its own
+        own, tied = f"{self.head}.weight", f"{names[id(decoder.embedding)]}.weight"
+        self.head_name = own if own in self.weights else tied
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -79,33 +84,31 @@ class Reference:
         """Format tokens for a message: their quoted text, then their ids in brackets."""
         return f"{self.tokenizer.decode(list(ids))!r} ({', '.join(map(str, ids))})"
 
-    def hidden(self, input_ids: Sequence[int], trained: Tensors) -> torch.Tensor:
+    def hidden(self, input_ids: Sequence[int], trained: Tensors, kept: Tensors | None = None) -> torch.Tensor:
         """The output of the final norm for one row alone, without padding or neighbours.
 
         Args:
             input_ids: The token ids of the row.
             trained: The trained parameters, by their names in the model under test.
+            kept: What the run's dropout multiplied each entry (T, D) of its input by, by the name of the dropout layer.
         Returns:
             The hidden states (T, D), differentiable with respect to ``trained``.
         Raises:
             ValueError: If a trained parameter is neither a LoRA matrix nor a weight of the base.
         """
-        # the backbone's parameter names are those of the whole model without the prefix "model."
-        changed = {name.removeprefix("model."): weight for name, weight in self._replaced(trained).items()}
-        changed.pop("lm_head.weight", None)
+        replaced = self._replaced(trained)
+        changed = {n.removeprefix(self.prefix): weight for n, weight in replaced.items() if n.startswith(self.prefix)}
         ids = torch.tensor([list(input_ids)], device=self.device)
-        with self._adapters(trained):
-            output = torch.func.functional_call(self.backbone, changed, (ids,), {"use_cache": False})
+        with self._adapters(trained, kept or {}):
+            output = torch.func.functional_call(self.body, changed, (ids,), {"use_cache": False})
         hidden: torch.Tensor = output.last_hidden_state[0].cpu()
         return hidden
 
     def head_weight(self, trained: Tensors) -> torch.Tensor:
         """The weight (V, D) of the output head with its adapter merged, on the base's device."""
-        # a tied head has no weight of its own
-        name = "lm_head.weight" if "lm_head.weight" in self.weights else "model.embed_tokens.weight"
-        weight = self._replaced(trained).get(name, self.weights[name])
-        pair = adapted_modules(list(trained)).get("lm_head")
-        return weight + self._delta(pair, trained, "lm_head") if pair else weight
+        weight = self._replaced(trained).get(self.head_name, self.weights[self.head_name])
+        pair = adapted_modules(list(trained)).get(self.head)
+        return weight + self._delta(pair, trained, self.head) if pair else weight
 
     def deltas(self, trained: Tensors) -> Tensors:
         """What each adapter adds to its weight (out, in), by its module's name in the base."""
@@ -121,25 +124,26 @@ class Reference:
         logits = self.logits(self.hidden(input_ids, trained)[:-1], trained)
         return F.cross_entropy(logits, torch.tensor(list(input_ids))[1:], reduction="none")
 
-    def loss(self, rows: Sequence[LabelledIds], trained: Tensors) -> torch.Tensor:
+    def loss(self, rows: Sequence[LabelledIds], trained: Tensors, kept: Sequence[Tensors] = ()) -> torch.Tensor:
         """The loss of an optimizer step: the mean over all supervised tokens of its rows.
 
         Args:
             rows: The ``(input_ids, labels)`` of each row, labels unshifted.
             trained: The trained parameters, by their names in the model under test.
+            kept: For each row, what dropout multiplied entries by, as in ``hidden``; empty without dropout.
         """
         total, count = torch.zeros(()), 0
-        for input_ids, labels in rows:
+        for (input_ids, labels), own in zip(rows, kept or [{}] * len(rows), strict=True):
             targets = torch.tensor(list(labels))[1:]
-            logits = self.logits(self.hidden(input_ids, trained)[:-1], trained)
+            logits = self.logits(self.hidden(input_ids, trained, own)[:-1], trained)
             total = total + F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
             count += int((targets != IGNORED).sum())
         return total / count
 
-    def gradient(self, rows: Sequence[LabelledIds], trained: Tensors) -> Tensors:
+    def gradient(self, rows: Sequence[LabelledIds], trained: Tensors, kept: Sequence[Tensors] = ()) -> Tensors:
         """The gradient of ``loss`` with respect to each trained parameter."""
         leaves = {name: tensor.detach().float().clone().requires_grad_(True) for name, tensor in trained.items()}
-        gradients = torch.autograd.grad(self.loss(rows, leaves), list(leaves.values()))
+        gradients = torch.autograd.grad(self.loss(rows, leaves, kept), list(leaves.values()))
         return dict(zip(leaves, gradients, strict=True))
 
     def _replaced(self, trained: Tensors) -> Tensors:
@@ -151,16 +155,19 @@ class Reference:
         return {base_name(name): trained[name].float().to(self.device) for name in trained if name not in matrices}
 
     @contextmanager
-    def _adapters(self, trained: Tensors) -> Iterator[None]:
+    def _adapters(self, trained: Tensors, kept: Tensors) -> Iterator[None]:
         """Apply the adapters as hooks while the context is open: merging would need a second copy of the weights."""
-        hooks = []
+        hooks, factors = [], {base_name(name): factor_TD.to(self.device) for name, factor_TD in kept.items()}
+        for name in factors.keys() & self.modules.keys():  # a dropout layer of the base itself, which is in eval mode
+            hooks.append(self.modules[name].register_forward_hook(_times(factors[name])))
         for name, pair in adapted_modules(list(trained)).items():
-            if name == "lm_head":
+            if name == self.head:
                 continue
             a, b = (trained[pair[matrix]].float().to(self.device) for matrix in "AB")
             is_decomposed = "magnitude_vector" in pair
             weights = [self._delta(pair, trained, name)] if is_decomposed else [a, self.lora_spec.scale_of(name) * b]
-            hooks.append(self.modules[name].register_forward_hook(_product(*weights)))
+            own = next((f for layer, f in factors.items() if layer.startswith(f"{name}.lora_dropout")), None)
+            hooks.append(self.modules[name].register_forward_hook(_product(*weights, dropout_TD=own)))
         try:
             yield
         finally:
@@ -184,11 +191,16 @@ class Reference:
         return delta
 
 
-def _product(*weights: torch.Tensor) -> Any:
+def _times(factor_TD: torch.Tensor) -> Any:
+    """A hook that multiplies a module's output."""
+    return lambda module, args, output: output * factor_TD
+
+
+def _product(*weights: torch.Tensor, dropout_TD: torch.Tensor | None = None) -> Any:
     """A hook that adds to a linear layer's output the product of its input with further weights, in turn."""
 
     def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        added = args[0]
+        added = args[0] if dropout_TD is None else args[0] * dropout_TD
         for weight in weights:
             added = added @ weight.T
         return output + added
@@ -237,15 +249,19 @@ def recover_targets(hidden_TD: torch.Tensor, gradient_TD: torch.Tensor, weight_V
     size = gradient.norm(dim=1)
     active = (size > ZERO_GRADIENT * size.max()).nonzero()[:, 0] if size.max() > 0 else torch.zeros(0, dtype=torch.long)
     fit = torch.ones(len(hidden) + 1, dtype=torch.float64)
-    for t in active.tolist():
-        expected_D = (hidden[t] @ weight_VD.T).softmax(0) @ weight_VD
-        directions_VD = expected_D - weight_VD
-        lengths_V = directions_VD.norm(dim=1).clamp_min(1e-300)
-        cosine_V = directions_VD @ gradient[t] / (lengths_V * size[t])
-        best = int(cosine_V.argmax())
-        fit[t + 1] = cosine_V[best]
-        labels[t + 1] = best
-        weights[t + 1] = size[t] / lengths_V[best]
+    lengths_V = (weight_VD * weight_VD).sum(1)
+    for chunk in active.split(CHUNK):
+        expected_TD = (hidden[chunk] @ weight_VD.T).softmax(1) @ weight_VD
+        # |W^T p - W_y|^2 and its product with the gradient, without the V directions themselves
+        squares_TV = (expected_TD * expected_TD).sum(1)[:, None] - 2 * expected_TD @ weight_VD.T + lengths_V
+        products_TV = (expected_TD * gradient[chunk]).sum(1)[:, None] - gradient[chunk] @ weight_VD.T
+        # the squares are differences of large numbers: below this they are rounding
+        best_T = (products_TV / squares_TV.clamp_min(1e-14 * lengths_V.max()).sqrt()).argmax(1)
+        directions_TD = expected_TD - weight_VD[best_T]
+        lengths_T = directions_TD.norm(dim=1).clamp_min(1e-300)
+        fit[chunk + 1] = ((directions_TD * gradient[chunk]).sum(1) / (lengths_T * size[chunk])).cpu()
+        labels[chunk + 1] = best_T.cpu()
+        weights[chunk + 1] = (size[chunk] / lengths_T).cpu()
     return Targets(labels, weights, fit)
 
 

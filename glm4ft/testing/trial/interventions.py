@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from glm4ft.testing.recording.recorder import backbone_of
+from glm4ft.testing.recording.discovery import decoder_of
 
 
 @contextlib.contextmanager
@@ -38,8 +38,8 @@ def spoiling(model: Any, what: str, is_due: Callable[[torch.Tensor], bool]) -> I
             hidden.register_hook(lambda gradient: gradient * torch.inf)
         return None
 
-    backbone: Any = backbone_of(model)
-    hooks = [backbone.embed_tokens.register_forward_pre_hook(see), backbone.norm.register_forward_hook(spoil)]
+    decoder = decoder_of(model)
+    hooks = [decoder.embedding.register_forward_pre_hook(see), decoder.norm.register_forward_hook(spoil)]
     try:
         yield happened
     finally:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from glm4ft.testing.recording.recorder import backbone_of
+from glm4ft.testing.recording.discovery import decoder_of
 from glm4ft.testing.recording.trace import Forward
 from glm4ft.testing.replay.matching import KnownRows, RowSpan
 
@@ -45,12 +45,12 @@ def watch_leaks(model: nn.Module, known: KnownRows) -> Iterator[list[Leak]]:
         A list to which each forward pass appends one leak per known row.
     """
     watcher = _Watcher(known, model)
-    backbone: Any = backbone_of(model)
+    decoder = decoder_of(model)
     with ExitStack() as stack:
         for hook in (
-            backbone.register_forward_pre_hook(watcher.backbone_called, with_kwargs=True),
-            backbone.embed_tokens.register_forward_hook(watcher.embedded),
-            backbone.norm.register_forward_hook(watcher.hidden_ready),
+            decoder.body.register_forward_pre_hook(watcher.backbone_called, with_kwargs=True),
+            decoder.embedding.register_forward_hook(watcher.embedded),
+            decoder.norm.register_forward_hook(watcher.hidden_ready),
         ):
             stack.callback(hook.remove)
         yield watcher.leaks

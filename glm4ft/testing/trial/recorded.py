@@ -1,34 +1,43 @@
 """Judges the recording of any training command: there is no subject and no plan, only what the run itself did.
 
 Rows and labels are read back from the recording: ids from the embedding, labels and weights from the loss's gradient at
-the final norm. What a plan would state (settings of the optimizer, clipping limit) is taken from the run's own objects,
-so a stage is judged for agreement with itself and with the specification, not with a request that nobody made.
+the final norm. What a plan would state is taken from the run's own configuration, and where that states nothing, from
+its optimizer and its gradients: a stage is then judged for agreement with itself and with the specification.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from glm4ft.data.encoded_row import IGNORED
 from glm4ft.errors import InputError
-from glm4ft.testing.recording.attach import NOTE
+from glm4ft.testing.recording.discovery import NotFound
+from glm4ft.testing.recording.environment import NOTE
 from glm4ft.testing.recording.ranks import first_difference, merge_ranks
-from glm4ft.testing.recording.trace import Step, Trace
-from glm4ft.testing.recording.trace_file import read_trace
+from glm4ft.testing.recording.trace import Trace
+from glm4ft.testing.recording.trace_file import TRACE, read_trace
 from glm4ft.testing.replay.replay import JUDGES, Verdict, replay
 from glm4ft.testing.replay.step import Departure
+from glm4ft.testing.specification.chat_template import Marks, marks_of
 from glm4ft.testing.specification.lora_spec import LoraSpec
-from glm4ft.testing.specification.reference import (
-    LabelledIds,
-    Reference,
-    clip_factor,
-    recover_targets,
-    split_rows,
+from glm4ft.testing.specification.mask_oracle import Undecidable
+from glm4ft.testing.specification.reference import LabelledIds, Reference
+from glm4ft.testing.trial.recorded_plan import plan_of, unjudged
+from glm4ft.testing.trial.recorded_rows import (
+    TrainedRow,
+    expected_rows,
+    has_answers,
+    stop_ids,
+    template_departures,
+    trained_rows,
 )
-from glm4ft.testing.subject import make_plan
+from glm4ft.testing.trial.recorded_settings import settings_departures
+from glm4ft.testing.trial.stages import STAGES
+
+JUDGED_STAGES = STAGES[: STAGES.index("side-effects")]  # what the first steps of a run can show
 
 
 @dataclass(frozen=True)
@@ -37,110 +46,128 @@ class JudgedRecording:
 
     Args:
         verdict: The result of the replay.
+        about: What is known of the run beside its tensors.
         rows: The rows that the run trained on, with the labels that it trained.
-        not_judged: The reason for each stage that was not judged, by stage.
+        not_judged: The reason for each stage, or judge of the replay, that was not judged.
         num_steps: The number of recorded optimizer steps.
         num_processes: The number of processes that were recorded.
-        reference: The specification on the run's base.
+        reference: The specification on the run's base; None if nothing could be compared with it.
+        marks: The tokens around an answer in the base's template; None if they are unknown.
+        seconds: The time that judging took.
     """
 
     verdict: Verdict
-    rows: list[LabelledIds]
+    about: Mapping[str, Any]
+    rows: Sequence[TrainedRow] = ()
     not_judged: Mapping[str, str] = field(default_factory=dict)
     num_steps: int = 0
     num_processes: int = 1
     reference: Reference | None = None
+    marks: Marks | None = None
+    seconds: float = 0.0
+
+    def reason(self, stage: str) -> str:
+        """Why a stage was not judged; "" if it was."""
+        if why := self.not_judged.get(stage, ""):
+            return why
+        by = self.verdict.hidden.get(stage)
+        return f"a departure at {by} hides it" if by else ""
 
 
-def judge_recording(folder: Path, base_dir: str = "") -> JudgedRecording:
+def judge_recording(folder: Path, base_dir: str = "", data: str | None = None) -> JudgedRecording:
     """Compare a recorded run with the specification.
 
     Args:
         folder: The folder that ``glm4ft record`` wrote.
         base_dir: The model folder of the base; by default the one that the run loaded.
+        data: The conversations that the run trained on; None to judge rows by the base's chat template alone.
     Raises:
         InputError: If nothing was recorded, or the base is not there.
+        DataError: If the conversations cannot be read.
     """
+    began_s = time.perf_counter()
     traces, about = _read(folder)
+    if not traces[0].steps:
+        return JudgedRecording(_without_a_step(traces[0], folder), about, num_processes=len(traces))
     trace = merge_ranks(traces) if len(traces) > 1 else traces[0]
-    reference = Reference(_base(base_dir or about["base"]), _adapter(about))
-    rows = recorded_rows(trace, reference)
-    not_judged = {"schedule": "the recording does not state the schedule", **_unjudged(trace, about, len(traces))}
-    verdict = replay(trace, reference, list(rows.items()), inferred_plan(trace, len(traces)), skip=not_judged)
+    base = _base(base_dir or about["model"]["base"])
+    reference = _reference(base, about)
+    rows, not_judged = trained_rows(trace, reference), unjudged(trace, about, len(traces))
+    marks, why = _marks(reference, base)
+    known, why = _known_rows(rows, reference, marks, data) if data else ([], why)
+    if not known and not (marks and has_answers(rows, marks)):
+        not_judged["rows"] = why or "no row has the assistant header of the base's chat template"
+    labelled = known or [(row.ids, row.labels) for row in rows]
+    verdict = replay(trace, reference, labelled, plan_of(trace, about["configuration"], len(traces)), skip=not_judged)
+    more = [*settings_departures(trace, about, reference), *_ranks_differ(traces)]
+    if marks and not known:
+        more += template_departures(rows, reference, marks)
+    verdict = _with(verdict, more)
+    return JudgedRecording(
+        verdict, about, rows, not_judged, len(trace.steps), len(traces), reference, marks,
+        time.perf_counter() - began_s,
+    )  # fmt: skip
+
+
+def _with(verdict: Verdict, more: Sequence[Departure]) -> Verdict:
+    """The verdict with further departures, in the order of the steps and stages."""
+    for departure in more:
+        later = verdict.departures.get(departure.stage)
+        if later and departure.step < later.step:
+            verdict.departures[departure.stage], departure = departure, later
+        verdict.add(departure)
+    first = sorted(verdict.departures.values(), key=lambda d: (d.step, STAGES.index(d.stage)))
+    verdict.departures = {departure.stage: departure for departure in first}
+    return verdict
+
+
+def _ranks_differ(traces: Sequence[Trace]) -> Iterator[Departure]:
     number, name = first_difference(traces)
     if number:
         text = f"after step {number} the {len(traces)} processes hold different parameters, e.g. {name}"
-        verdict.add(Departure("gradient", number, text, "their gradients are not averaged"))
-    return JudgedRecording(verdict, list(rows.items()), not_judged, len(trace.steps), len(traces), reference)
+        yield Departure("gradient", number, text, "their gradients are not averaged")
 
 
-def recorded_rows(trace: Trace, reference: Reference) -> dict[tuple[int, ...], tuple[int, ...]]:
-    """The labels of each row that went through the model, by its ids; -100 where no token was trained."""
-    rows: dict[tuple[int, ...], tuple[int, ...]] = {}
-    for step in trace.steps:
-        weight_VD = reference.head_weight(step.before)
-        for forward in step.forwards:
-            if forward.gradient_BTD is None:
-                continue
-            pairs = zip(forward.hidden_BTD, forward.gradient_BTD, strict=True)
-            targets = [recover_targets(hidden_TD, gradient_TD, weight_VD) for hidden_TD, gradient_TD in pairs]
-            for b, positions in split_rows(forward):
-                ids = forward.input_ids_BT[b][positions].tolist()
-                trained = (targets[b].labels_T[positions] != IGNORED).tolist()
-                labels = [id if is_trained else IGNORED for id, is_trained in zip(ids, trained, strict=True)]
-                rows.setdefault(tuple(ids), (IGNORED, *labels[1:]))
-    return rows
+def _known_rows(
+    rows: Sequence[TrainedRow], reference: Reference, marks: Marks | None, data: str
+) -> tuple[list[LabelledIds], str]:
+    """The rows that the data should be encoded as, and if there are none, the reason."""
+    try:
+        return expected_rows(data, reference, marks, rows), ""
+    except Undecidable as error:
+        return [], str(error)
 
 
-def inferred_plan(trace: Trace, num_processes: int) -> dict[str, Any]:
-    """The plan that a run's own optimizer and gradients state, as far as they do."""
-    settings = next(group.settings for group in trace.steps[0].groups if group.size)
-    limits = [clip_factor(step.clipped, 0)[0] for step in trace.steps if _is_clipped(step)]
-    plan = make_plan(
-        steps=len(trace.steps),
-        accumulation=max(1, len(trace.steps[0].forwards) // num_processes),
-        learning_rate=float(settings["lr"]) or 1.0,
-        max_grad_norm=max(limits, default=0.0),
-        packing=any(len(split_rows(f)) > len(f.input_ids_BT) for step in trace.steps for f in step.forwards),
-        **{name: settings[name] for name in ("betas", "eps", "weight_decay") if name in settings},
-    )
-    return {**plan, "processes": num_processes}
+def _marks(reference: Reference, base: Path) -> tuple[Marks | None, str]:
+    try:
+        return marks_of(reference.tokenizer, stop_ids(base)), ""
+    except (Undecidable, OSError) as error:
+        return None, str(error)
 
 
-def _is_clipped(step: Step) -> bool:
-    raw, clipped = (clip_factor(gradients, 0)[0] for gradients in (step.raw, step.clipped))
-    return clipped < (1 - 1e-5) * raw
-
-
-def _unjudged(trace: Trace, about: Mapping[str, Any], num_recorded: int) -> dict[str, str]:
-    """The reason for each judge of the replay that has nothing to compare with, by judge."""
-    found: dict[str, str] = {}
-    if about["dropout"]:
-        why = f"the run drops entries ({about['dropout']:g}), so hidden states and gradients are random"
-        found |= dict.fromkeys(("batches", "model", "gradient"), why)
-    if num_recorded < about["processes"]:
-        why = f"{num_recorded} of {about['processes']} processes were recorded"
-        found |= dict.fromkeys(("loss", "gradient", "clipping"), why)
-    groups = [group for step in trace.steps for group in step.groups if group.size]
-    optimizers = {step.optimizer for step in trace.steps}
-    if optimizers != {"AdamW"}:
-        found["update"] = f"the optimizer is {', '.join(sorted(optimizers))}, not AdamW"
-    elif len({(group.settings["lr"], group.settings["weight_decay"]) for group in trace.steps[0].groups}) > 1:
-        found["update"] = f"{len(groups)} parameter groups have several learning rates or weight decays"
-    return {judge: why for judge, why in found.items() if judge in JUDGES}
+def _without_a_step(trace: Trace, folder: Path) -> Verdict:
+    """The verdict on a run whose forward passes were recorded, but no step of an optimizer that trains the model."""
+    if not trace.foreign_steps:
+        raise _nothing(folder, "forward passes, but the run ended before its first optimizer step")
+    text = f"{trace.foreign_steps} steps of an optimizer that holds none of the {len(trace.trained)} trained parameters"
+    return Verdict(departures={"update": Departure("update", 1, text)}, hidden=dict.fromkeys(JUDGES, "update"))
 
 
 def _read(folder: Path) -> tuple[list[Trace], dict[str, Any]]:
     """The trace of each process, and what the first knew of its model."""
     ranks = sorted(folder.glob("rank-*"), key=lambda path: int(path.name.partition("-")[2]))
     notes = [(rank / NOTE).read_text("utf-8").strip() for rank in ranks if (rank / NOTE).exists()]
-    found = [read_trace(rank) for rank in ranks if (rank / "trace.json").exists()]
-    if not found or not any(trace.steps for trace, _ in found):
-        raise InputError(
-            "nothing was recorded", where=str(folder), found="; ".join(notes) or f"{len(ranks)} recorded processes",
-            expected="a folder of glm4ft record, of a command that took an optimizer step",
-        )  # fmt: skip
-    return [trace for trace, _ in found], found[0][1]
+    found = [read_trace(rank) for rank in ranks if (rank / TRACE).exists()]
+    if not found:
+        raise _nothing(folder, "; ".join(dict.fromkeys(notes)) or "no trace of any process")
+    return [trace for trace, _ in found], {**found[0][1], "not_recorded": notes}
+
+
+def _nothing(folder: Path, found: str) -> InputError:
+    return InputError(
+        "nothing was recorded", where=str(folder), found=found,
+        expected="a folder of glm4ft record, of a command that took an optimizer step",
+    )  # fmt: skip
 
 
 def _base(name: str) -> Path:
@@ -152,9 +179,11 @@ def _base(name: str) -> Path:
     return Path(name)
 
 
-def _adapter(about: Mapping[str, Any]) -> LoraSpec:
+def _reference(base: Path, about: Mapping[str, Any]) -> Reference:
     try:
-        return LoraSpec.of(about["adapter"] or {"r": 1, "lora_alpha": 1})
+        return Reference(base, LoraSpec.of(about["model"]["adapter"] or {"r": 1, "lora_alpha": 1}))
+    except NotFound as error:
+        raise InputError("the base cannot be judged", where=str(base), found=str(error)) from None
     except ValueError as error:
         raise InputError(
             "the run's adapter cannot be judged", found=str(error), expected="LoRA, rsLoRA or DoRA"

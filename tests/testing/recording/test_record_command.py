@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from glm4ft.cli.main import run
 from glm4ft.errors import InputError
 from glm4ft.testing.recording import attach, recorder
-from glm4ft.testing.recording.attach import describe, record_run
+from glm4ft.testing.recording.attach import record_run
+from glm4ft.testing.recording.description import describe
 from glm4ft.testing.trial.recorded import judge_recording
 from glm4ft.testing.trial.recorded_text import lines
 from glm4ft.testing.trial.trial import Trial
@@ -66,22 +67,28 @@ def encoded(tokenizer: Any, question: str, answer: str) -> dict[str, torch.Tenso
     return {"input_ids": torch.tensor([prompt + rest]), "labels": torch.tensor([labels])}
 
 
+def script_of(folder: Path, first: str = "") -> Path:
+    """The training above as a script of its own, which ends with status 3; ``first`` is run before it."""
+    script = folder / "script.py"
+    source = Path(__file__).read_text("utf-8")
+    begin, end = source.index("def train("), source.index("def script_of")
+    script.write_text(
+        "import sys\nfrom typing import Any\nimport torch\nfrom peft import LoraConfig, get_peft_model\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"STEPS, ACCUMULATION = {STEPS}, {ACCUMULATION}\ntorch.set_num_threads({torch.get_num_threads()})\n"
+        f"{first}\n{source[begin:end]}\ntrain(*sys.argv[1:3])\nprint('done')\nsys.exit(3)\n",
+        "utf-8",
+    )
+    return script
+
+
 def test_command_is_recorded_unchanged_and_judged(
     healthy: Trial, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """In a process of its own, as ``glm4ft record`` starts it; the adapter is that of a run without recording."""
     base, plain, recorded = str(healthy.base_dir), str(tmp_path / "plain"), str(tmp_path / "recorded")
     train(base, plain)
-    script = tmp_path / "script.py"
-    source = Path(__file__).read_text("utf-8")
-    begin, end = source.index("def train("), source.index("def test_command")
-    script.write_text(
-        "import sys\nfrom typing import Any\nimport torch\nfrom peft import LoraConfig, get_peft_model\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        f"STEPS, ACCUMULATION = {STEPS}, {ACCUMULATION}\ntorch.set_num_threads({torch.get_num_threads()})\n"
-        f"{source[begin:end]}\ntrain(*sys.argv[1:3])\nprint('done')\nsys.exit(3)\n",
-        "utf-8",
-    )
+    script = script_of(tmp_path)
     command = [sys.executable, str(script), base, recorded]
     with pytest.raises(SystemExit) as ended:
         run(["record", "--steps", "2", "--output", str(tmp_path / "recording"), "--", *command])
@@ -93,7 +100,10 @@ def test_command_is_recorded_unchanged_and_judged(
 
     assert run(["judge", str(tmp_path / "recording"), "--json", str(tmp_path / "verdict.json")]) == 0
     verdict = json.loads((tmp_path / "verdict.json").read_text("utf-8"))
-    assert (verdict["steps"], verdict["departures"], verdict["first_departure"]) == (2, [], None)
+    assert (verdict["steps"], verdict["first_departure"]) == (2, None)
+    statuses = {check["stage"]: check["status"] for check in verdict["checks"]}
+    assert statuses == {**dict.fromkeys(statuses, "passed"), "rows": "skipped", "schedule": "skipped"}
+    assert verdict["subject"].endswith(f"script.py {base} {recorded}")
     told = capfd.readouterr().out
     assert "question 1 0[ answer 0]" in told
     assert "gradient  agrees" in told
@@ -133,6 +143,30 @@ def test_error_of_the_recorder_does_not_reach_the_run(
         judge_recording(tmp_path / "recording")
 
 
+# Kills the process once the tensors of the second step are in place and its JSON is not: nothing can catch that.
+KILL = """
+import os, signal
+replace = os.replace
+
+def replace_and_die(source, target):
+    has_json = os.path.exists(os.path.join(os.path.dirname(target), "trace.json"))
+    replace(source, target)
+    if has_json and str(target).endswith("trace.safetensors"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+os.replace = replace_and_die
+"""
+
+
+def test_killed_run_leaves_a_trace_that_can_be_judged(healthy: Trial, tmp_path: Path) -> None:
+    command = [sys.executable, str(script_of(tmp_path, KILL)), str(healthy.base_dir), str(tmp_path / "adapter")]
+    with pytest.raises(SystemExit) as ended:
+        run(["record", "--steps", "3", "--output", str(tmp_path / "recording"), "--", *command])
+    assert ended.value.code == 128 + 9
+    judged = judge_recording(tmp_path / "recording")
+    assert (judged.num_steps, judged.verdict.departures) == (1, {})
+
+
 def test_run_that_trains_nothing_is_told(tmp_path: Path) -> None:
     with record_run(tmp_path / "recording"):
         torch.nn.Linear(2, 2)(torch.zeros(1, 2))
@@ -143,7 +177,11 @@ def test_run_that_trains_nothing_is_told(tmp_path: Path) -> None:
 def test_base_that_the_run_did_not_name_is_asked_for(
     healthy: Trial, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attach, "describe", lambda model: {**describe(model), "base": ""})
+    def nameless(model: Any, configuration: Any) -> dict[str, Any]:
+        about = describe(model, configuration)
+        return {**about, "model": {**about["model"], "base": ""}}
+
+    monkeypatch.setattr(attach, "describe", nameless)
     with record_run(tmp_path / "recording"):
         train(str(healthy.base_dir), str(tmp_path / "adapter"))
     with pytest.raises(InputError, match="name it with --model"):

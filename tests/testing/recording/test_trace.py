@@ -96,9 +96,9 @@ def test_trace_survives_the_disk(bases: dict[torch.dtype, Path], tmp_path: Path)
     """A trace that is written and read keeps every tensor and every setting that is judged."""
     base_dir = bases[torch.float32]
     run = Trial(plain_loop.Subject(str(base_dir)), base_dir, tmp_path).run(steps=2, packing=True, accumulation=2)
-    write_trace(run.trace, tmp_path / "trace", run.log)
-    trace, log = read_trace(tmp_path / "trace")
-    assert log == run.log
+    write_trace(run.trace, tmp_path / "trace", {"log": run.log})
+    trace, about = read_trace(tmp_path / "trace")
+    assert about["log"] == run.log
     assert (trace.trained, trace.optimized, trace.dtype) == (run.trace.trained, run.trace.optimized, run.trace.dtype)
     for got, expected in zip(trace.steps, run.trace.steps, strict=True):
         for name in ("raw", "clipped", "before", "after"):

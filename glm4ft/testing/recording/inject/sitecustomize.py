@@ -18,6 +18,19 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 PACKAGE = os.path.abspath(os.path.join(HERE, *[os.pardir] * 3))  # the folder glm4ft
 
 
+def _load(name: str, path: str) -> Any:
+    """A module from its file, outside of its package, which would import more."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+environment = _load("_glm4ft_environment", os.path.join(HERE, os.pardir, "environment.py"))
+
+
 class _Watch:
     """A finder that wraps the import of torch, and finds this package where it is not installed."""
 
@@ -40,17 +53,11 @@ class _Watch:
 
                 start()
             except Exception as error:  # an old Python or torch: the command goes on unrecorded
-                _note(f"the recorder cannot run here: {error!r}")
+                folder = environment.rank_folder(os.environ[environment.FOLDER])
+                environment.note(folder, f"the recorder cannot run here: {error!r}")
 
         spec.loader.exec_module = run_and_start  # type: ignore[method-assign]
         return spec
-
-
-def _note(why: str) -> None:
-    folder = os.path.join(os.environ["GLM4FT_RECORD"], f"rank-{os.environ.get('RANK', '0')}")
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, "not-recorded.txt"), "w", encoding="utf-8") as file:
-        file.write(why + "\n")
 
 
 def _run_other() -> None:
@@ -61,6 +68,6 @@ def _run_other() -> None:
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
-if os.environ.get("GLM4FT_RECORD"):
+if os.environ.get(environment.FOLDER):
     sys.meta_path.insert(0, _Watch())
 _run_other()

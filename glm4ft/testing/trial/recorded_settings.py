@@ -1,0 +1,112 @@
+"""Compares what a run's configuration asked for with what the recording shows: sizes, precision, adapters, dropout."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from glm4ft.testing.recording.trace import Trace
+from glm4ft.testing.replay.step import LIMITS, Departure
+from glm4ft.testing.specification.lora_spec import adapted_modules, base_name
+from glm4ft.testing.specification.reference import Reference, split_rows
+
+# The number of standard deviations by which the share of dropped entries may differ from the probability. Over all
+# layers and steps, chance exceeds it in one of a billion runs.
+SIX_SIGMA = 6.0
+
+
+def settings_departures(trace: Trace, about: Mapping[str, Any], reference: Reference) -> Iterator[Departure]:
+    """Report each setting that was asked for and did not happen.
+
+    Args:
+        trace: The recording, merged over processes.
+        about: What is known of the run beside its tensors.
+        reference: The specification on the run's base, with the run's own adapter configuration.
+    """
+    yield from _wrong_sizes(trace, about["configuration"])
+    yield from _wrong_precision(trace, about["configuration"])
+    if about["model"]["adapter"] is not None:
+        yield from _wrong_adapters(trace, about["model"]["adapter"], reference)
+        yield from _wrong_dropout(trace, float(about["model"]["adapter"].get("lora_dropout") or 0.0))
+
+
+def _wrong_sizes(trace: Trace, configuration: Mapping[str, Any]) -> Iterator[Departure]:
+    """The sequences of a step, against batch size, accumulation and processes; an epoch's last step may be short."""
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    is_packed = any(len(split_rows(f)) > len(f.input_ids_BT) for step in trace.steps for f in step.forwards)
+    if is_packed or not all(name in configuration for name in names):
+        return  # of a packed batch, neither rows nor sequences are what was asked for
+    sizes = [configuration[name] for name in names]
+    asked = math.prod(sizes) * int(configuration.get("world_size") or 1)
+    got = [sum(len(forward.input_ids_BT) for forward in step.forwards) for step in trace.steps if step.forwards]
+    wrong = next((i for i, count in enumerate(got) if count > asked), 0 if max(got, default=asked) < asked else None)
+    if wrong is not None:
+        text = f"{got[wrong]} sequences, not {asked}: {' times '.join(map(str, sizes))} of {' and '.join(names)}"
+        yield Departure("batches", wrong + 1, text, "batch size or accumulation do not reach the trainer")
+
+
+def _wrong_precision(trace: Trace, configuration: Mapping[str, Any]) -> Iterator[Departure]:
+    if "bf16" not in configuration:
+        return
+    asked = "bfloat16" if configuration["bf16"] else "float16" if configuration.get("fp16") else None
+    if asked and trace.autocast is None and trace.dtype == torch.float32:
+        yield Departure("model", 1, f"{asked} was asked for, but forward passes ran in float32 without autocast")
+    if asked is None and trace.autocast is not None:
+        yield Departure("model", 1, f"forward passes ran under {trace.autocast} autocast, which was not asked for")
+
+
+def _wrong_adapters(trace: Trace, adapter: Mapping[str, Any], reference: Reference) -> Iterator[Departure]:
+    """The trained adapters, against the run's peft configuration: modules, ranks, dtype, and saved modules."""
+    spec, found = reference.lora_spec, adapted_modules(trace.trained)
+    targets = spec.targets if isinstance(spec.targets, tuple) else ()
+    every = [f".{name}" for name in reference.modules]
+    for words, names in (
+        ("is a target, but no module of the base has that name",
+         {t for t in targets if not any(name.endswith(f".{t}") for name in every)}),
+        ("is to be adapted, but no matrix of it is trained", set(spec.modules_of(reference.model)) - set(found)),
+        ("is adapted and trained, but was not asked for", set(found) - set(spec.modules_of(reference.model))),
+        ("has one trained matrix of two", {name for name, pair in found.items() if not {"A", "B"} <= pair.keys()}),
+        ("is among modules_to_save, but is not trained",
+         {m for m in adapter.get("modules_to_save") or () if not any(_last(n) == m for n in trace.trained)}),
+    ):  # fmt: skip
+        if names:
+            yield Departure("model", 1, f"{min(names)} {words} ({len(names)} like it)")
+    before = trace.steps[0].before
+    for module, pair in found.items():
+        ranks = {before[pair["A"]].shape[0], before[pair["B"]].shape[1]} if {"A", "B"} <= pair.keys() else set()
+        if ranks and ranks != {spec.rank_of(module)}:
+            yield Departure("model", 1, f"the adapter of {module} has rank {min(ranks)}, not {spec.rank_of(module)}")
+            return
+        if "magnitude_vector" in pair:
+            norms_O = reference.weights[f"{module}.weight"].norm(dim=1)
+            size = float((before[pair["magnitude_vector"]].float() - norms_O).norm() / norms_O.norm())
+            text = f"the magnitudes of {module} are {size:.1e} off the norms of its weight's rows, where they start"
+            if not size <= LIMITS[torch.bfloat16]:
+                yield Departure("model", 1, text, "they were not initialised", size)
+                return
+    coarse = [n for pair in found.values() for n in pair.values() if before[n].dtype in (torch.bfloat16, torch.float16)]
+    if coarse:
+        text = f"{len(coarse)} adapter matrices are trained in {str(before[coarse[0]].dtype).removeprefix('torch.')}"
+        yield Departure("model", 1, text, "steps below half an ulp are rounded away: keep adapters in float32")
+
+
+def _last(name: str) -> str:
+    parts = base_name(name).split(".")
+    return parts[-2] if len(parts) > 1 else parts[-1]
+
+
+def _wrong_dropout(trace: Trace, asked: float) -> Iterator[Departure]:
+    """The share of entries that the adapters' dropout kept, against the requested probability."""
+    if not all(forward.kept is not None and forward.training for step in trace.steps for forward in step.forwards):
+        return  # not recorded, or in the wrong mode, which is judged with the model
+    masks = [kept for step in trace.steps for forward in step.forwards for name, kept in (forward.kept or {}).items()
+             if "lora_dropout" in name]  # fmt: skip
+    total = sum(mask.numel() for mask in masks)
+    dropped = 1 - sum(int(mask.sum()) for mask in masks) / total if total else 0.0
+    spread = math.sqrt(asked * (1 - asked) / total) if total else 0.0
+    if not abs(dropped - asked) <= SIX_SIGMA * spread:
+        text = f"the adapters drop {dropped:.3g} of their inputs, lora_dropout {asked:g} was asked for"
+        yield Departure("model", 1, text, "" if total else "the dropout layers do not act")

@@ -1,0 +1,91 @@
+"""A recorded run is judged by its own configuration, its data and its dropout; faults of the catalogue are told.
+
+Run: pytest tests/testing/trial/test_recorded.py
+All of the catalogue: python tests/sweeps/record_faults.py
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import Trainer
+
+from glm4ft.cli.main import run
+from glm4ft.testing.recording.callback import RecordingCallback
+from glm4ft.testing.subjects import transformers_trainer
+from glm4ft.testing.trial.recorded import JudgedRecording, judge_recording
+from glm4ft.testing.trial.trial import Trial
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "sweeps"))
+from record_faults import seen_faults, try_one
+
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]}
+
+
+class Trained(transformers_trainer.Subject):
+    """transformers.Trainer, recorded by a callback."""
+
+    lora: Mapping[str, Any] = LORA
+    recording: Path | None = None
+
+    def make_trainer(self, model: Any, rows: Any, plan: Mapping[str, Any]) -> Trainer:
+        trainer = super().make_trainer(model, rows, plan)
+        trainer.add_callback(RecordingCallback(self.recording or ""))
+        return trainer
+
+
+def judged(healthy: Trial, folder: Path, lora: Mapping[str, Any] = LORA, **changes: Any) -> JudgedRecording:
+    """The verdict on a run of transformers.Trainer, with the data that it was given."""
+    subject = Trained(str(healthy.base_dir))
+    subject.lora, subject.recording = lora, folder / "recording"
+    data = folder / "data.jsonl"
+    data.write_text("".join(json.dumps(c) + "\n" for c in healthy.conversations), "utf-8")
+    plan = {**healthy.run().plan, "steps": 4, "accumulation": 2, "output_dir": str(folder / "run"), **changes}
+    subject.train(subject.build_model(str(healthy.base_dir), 0), healthy.conversations, plan)
+    return judge_recording(folder / "recording", data=data)
+
+
+def test_every_stage_is_judged_where_configuration_and_data_are_known(healthy: Trial, tmp_path: Path) -> None:
+    """Rows by the data, the schedule by TrainingArguments, and with dropout, whose choices are recorded."""
+    lora = {**LORA, "lora_dropout": 0.3}
+    found = judged(healthy, tmp_path, lora, schedule="linear", warmup_steps=2, weight_decay=0.1, max_grad_norm=0.05)
+    assert found.verdict.departures == {}
+    assert found.not_judged == {}
+    assert found.about["configuration"]["trainer"]
+    assert found.verdict.largest["gradient"] > 0
+    assert found.verdict.largest["schedule"] <= 1e-6
+
+
+@pytest.mark.parametrize("id", ["assistant-header-trained", "mean-of-micro-means", "warmup-skipped"])
+def test_fault_in_a_recorded_script_is_told_at_its_stage(id: str) -> None:
+    outcome = try_one((id, False, 0))
+    assert outcome.is_right, outcome
+
+
+def test_sixty_faults_can_be_seen() -> None:
+    assert len(seen_faults()) >= 60
+
+
+def test_verdict_reaches_report_and_job_summary(
+    healthy: Trial, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    judged(healthy, tmp_path)
+    summary = tmp_path / "summary.md"
+    summary.write_text("what another step wrote\n", "utf-8")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    altered = json.loads((tmp_path / "recording/rank-0/trace.json").read_text("utf-8"))
+    altered["configuration"]["learning_rate"] *= 2
+    (tmp_path / "recording/rank-0/trace.json").write_text(json.dumps(altered), "utf-8")
+    command = ["judge", str(tmp_path / "recording"), "--report", str(tmp_path / "report")]
+    assert run(command) == 1
+    assert "schedule  DEPARTS" in capsys.readouterr().out
+    assert run([*command, "--fail-on", "nothing"]) == 0
+    told = summary.read_text("utf-8")
+    assert told.startswith("what another step wrote\n")
+    assert "first at stage schedule" in told
+    assert "first at stage schedule" in (tmp_path / "report" / "report.html").read_text("utf-8")

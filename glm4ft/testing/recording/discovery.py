@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -90,11 +91,13 @@ def _last_norm(body: nn.Module) -> nn.Module | None:
 
 def _bare(module: nn.Module) -> nn.Module:
     """The module without an adapter, or a trained copy, around it."""
-    inner = getattr(module, "base_layer", module)
+    inner: Any = getattr(module, "base_layer", module)
     copies = getattr(inner, "modules_to_save", None)
     if isinstance(copies, nn.ModuleDict) and copies:
         inner = next(iter(copies.values()))
-    return inner if isinstance(inner, nn.Module) else module
+    if isinstance(inner, nn.Module):
+        return inner
+    return module
 
 
 def _named(model: nn.Module, name: str) -> nn.Module:

@@ -115,7 +115,7 @@ def replay(
             break
         history.previous = step
     verdict.hidden = {stage: by for stage, by in verdict.hidden.items() if stage not in judged}
-    _explain_by_scale(verdict, trace)
+    _explain_by_scale(verdict, _first_moved(trace))
     return verdict
 
 
@@ -160,7 +160,13 @@ def _is_packed(step: ReplayedStep) -> bool:
     return len(set(sequences)) < len(sequences)
 
 
-def _explain_by_scale(verdict: Verdict, trace: Trace) -> None:
+def _first_moved(trace: Trace) -> int:
+    """The first step before which a matrix B is not zero; 0 if there is none."""
+    moved = (i for i, step in enumerate(trace.steps, 1) for n, t in step.before.items() if "lora_B" in n and t.any())
+    return next(moved, 0)
+
+
+def _explain_by_scale(verdict: Verdict, first_moved: int) -> None:
     """Keep the model's departure alone where it explains the gradient's before it.
 
     While B is zero, an adapter with the wrong scale changes the gradient but not the output; once B has moved, both. A
@@ -169,10 +175,7 @@ def _explain_by_scale(verdict: Verdict, trace: Trace) -> None:
     gradient, model = verdict.departures.get("gradient"), verdict.departures.get("model")
     if gradient is None or model is None or model.size is None or gradient.step != 1:
         return
-    moved = (
-        i for i, step in enumerate(trace.steps, start=1) for n, t in step.before.items() if "lora_B" in n and t.any()
-    )
-    if model.step == 1 or model.step != next(moved, 0):
+    if model.step == 1 or model.step != first_moved:
         return
     if gradient.hides:  # the loss itself departs, which is judged at the recorded hidden states
         return

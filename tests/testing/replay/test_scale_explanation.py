@@ -16,7 +16,7 @@ def test_a_loss_that_departs_is_not_explained_by_the_scale(hides: tuple[str, ...
     gradient = Departure("gradient", 1, "tokens count 4 times", factor=4.0, hides=hides)
     verdict = Verdict({"gradient": gradient, "model": Departure("model", 2, "the output is off", size=0.3)})
 
-    _explain_by_scale(verdict)
+    _explain_by_scale(verdict, first_moved=2)
 
     assert list(verdict.departures) == left
     assert ("scale" in verdict.departures["model"].cause) == (not hides)

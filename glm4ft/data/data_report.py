@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -106,8 +106,7 @@ class DataReport:
         if self.weight != 1:
             lines[0] += f", weight {self.weight:g}"
         if self.parts:
-            told = "\n".join(part.describe() for part in self.parts)
-            return "\n".join([*lines, *(f"  {line}" for line in told.split("\n"))])
+            return "\n".join([*lines, *(f"  {line}" for line in self._describe_parts())])
         lines += [f"  SKIPPED, {reason}: {self._list(where)}" for reason, where in self.unusable.items()]
         lines += [f"  dropped, {reason}: {self._list(where)}" for reason, where in self.dropped.items()]
         if self.truncated:
@@ -118,6 +117,14 @@ class DataReport:
         if self.unused:
             lines.append(f"  {unused_keys(self.unused)}")
         return "\n".join(lines)
+
+    def _describe_parts(self) -> Iterator[str]:
+        before = 0
+        for part in self.parts:
+            yield from part.describe().split("\n")
+            if before:  # rows of all inputs are named by lines that no two of them share
+                yield f"  its {part.unit} 1 is called line {before + 1:,} where rows of all inputs are shown"
+            before += part.last
 
     def skipped_sentence(self) -> str:
         """What was left out because it cannot be used, for the last lines of a run; "" if nothing was."""

@@ -44,7 +44,7 @@ def results(conversation: Conversation) -> list[str]:
     return [message.content for message in conversation.messages if message.role == "observation"]
 
 
-@pytest.mark.parametrize("order", itertools.permutations(range(3)), ids=str)
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
 def test_results_are_put_into_the_order_of_their_calls(order: tuple[int, ...]) -> None:
     """GLM-4 binds a result by its position; an id that is dropped would bind it to another call."""
     calls = [call(name, f"c{number}") for number, name in enumerate(NAMES)]

@@ -84,6 +84,7 @@ def test_rows_are_trained_as_often_as_their_weight_says(folder: Path, chat_forma
     assert report.supervised_tokens == sum(rows.target_counts().values())
     assert "c.jsonl: 5 conversations, 2 rows" in report.describe()
     assert "weight 0.4" in report.describe()
+    assert "its line 1 is called line 5 where" in report.describe()
     shown = Counter(
         outcome.row.line
         for outcome in encoded_conversations(data_inputs("a.jsonl=3,b.jsonl,c.jsonl=0.4"), chat_format, 100, AS_IS)

@@ -130,7 +130,7 @@ def test_consecutive_assistant_turns_train_with_the_option(tmp_path: Path) -> No
         ("--model={tmp}/none", ("none",)),
         ("--model=./none", ("none",)),
         ("--dtype=int8", ("--dtype", "int8", "auto, bf16 or fp32")),
-        ("--chat_format=glm-z1", ("glm-z1 is not supported",)),
+        ("--chat_format=glm-z1", ("unknown chat format",)),
         ("--chat_format=chatml", ("chatml", "glm-4-0414")),
         ("--learning-rat=1", ("--learning_rat", "--learning_rate")),
         ("--lora.rnk=1", ("--lora.rnk", "--lora.rank")),

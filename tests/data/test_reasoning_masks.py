@@ -171,6 +171,18 @@ def test_known_rows(case: Known) -> None:
     assert notation(row, tokenizer) == case.expected
 
 
+@pytest.mark.parametrize("case", KNOWN, ids=lambda case: f"{case.format}-{case.id}")
+def test_what_serving_supplies_is_found_in_the_rows_of_any_trainer(case: Known) -> None:
+    """From the ids alone, so that ``explain`` asks a model for its turns as serving does."""
+    tokenizer = tiny_tokenizer(chat_format=case.format)  # type: ignore[arg-type]
+    chat_format = ChatFormat(case.format, tokenizer, reasoning=case.reasoning)
+    row = chat_format.encode(Conversation(case.messages))
+    header = chat_format.header_ids["assistant"]
+    for turn in row.turns:
+        before = max(at for at in range(turn.start) if row.input_ids[at] == header)
+        assert before + 1 + chat_format.num_given(row.input_ids[before + 1 :]) == turn.start
+
+
 def test_the_published_prompt_of_glm_45(request: pytest.FixtureRequest) -> None:
     """Its 175 ids and their digest were published for GLM-4.5 (PrimeIntellect-ai/renderers).
 

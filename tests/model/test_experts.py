@@ -81,7 +81,11 @@ def learnt(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def test_two_conversations_are_learnt_and_said_back(learnt: Any) -> None:
-    """Below 0.01 after 54 and 39 steps (x86-64 CPU, 2026-11-26); both stop tokens, reasoning and parallel calls."""
+    """With both stop tokens, reasoning and parallel calls.
+
+    At a rate of 5e-3 the loss was below 0.01 after 54 and 39 steps, but jumped to 0.17 when tokens changed experts
+    (x86-64 CPU, 2026-11-26); so the rate is lower here, and the target too.
+    """
     result, _ = learnt
     assert result.reached_target
     assert len(result.round_trips) == 4

@@ -14,7 +14,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 
 from glm4ft.data.chat_format import ChatFormat
-from glm4ft.data.dataset import DEMO_DATA
+from glm4ft.data.inputs import DEMO_DATA, data_inputs
 from glm4ft.floors.floor import Floor, find_floor
 from glm4ft.floors.head import read_head
 from glm4ft.model.base_model import load_format
@@ -37,7 +37,7 @@ def certified_floor(chat_format: type[ChatFormat]) -> Floor:
     """The certified lower bound of the loss for any adapter, known before training."""
     tokenizer, name = load_format("tiny")
     return find_floor(
-        encoded_rows(DEMO_DATA, chat_format(name, tokenizer), RUN.max_length), tokenizer, read_head("tiny")
+        encoded_rows(data_inputs(DEMO_DATA), chat_format(name, tokenizer), RUN.max_length), tokenizer, read_head("tiny")
     )
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import reprlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+Unit = Literal["line", "record"]
 
 
 class InputError(Exception):
@@ -118,25 +120,29 @@ class Location:
         path: The file; "" if unknown.
         line: The line in the file, from 1; 0 if unknown.
         field: The field of the record; "" for the whole record.
+        unit: What ``line`` counts: lines, or the records of a file that has no line for each.
     """
 
     path: str = ""
     line: int = 0
     field: str = ""
+    unit: Unit = "line"
 
     def key(self, name: str) -> Location:
         """Return the location of one key of the object at this location."""
         plain = name if name.isidentifier() else show(name)
-        return Location(self.path, self.line, f"{self.field}.{plain}" if self.field else plain)
+        return Location(self.path, self.line, f"{self.field}.{plain}" if self.field else plain, self.unit)
 
     def item(self, index: int) -> Location:
         """Return the location of one item of the list at this location."""
-        return Location(self.path, self.line, f"{self.field}[{index}]")
+        return Location(self.path, self.line, f"{self.field}[{index}]", self.unit)
 
     def __str__(self) -> str:
-        numbered = f"{self.path}:{self.line}" if self.path else f"line {self.line}"
-        file = numbered if self.line else self.path
-        return ": ".join(part for part in (file, self.field) if part)
+        if self.path and self.line and self.unit == "line":
+            parts = [f"{self.path}:{self.line}", self.field]  # as editors and compilers write it
+        else:
+            parts = [self.path, f"{self.unit} {self.line}" if self.line else "", self.field]
+        return ": ".join(part for part in parts if part)
 
     def wrong(self, problem: str, value: Any, expected: str, fix: str = "") -> DataError:
         """Return a DataError that shows the value at this location, to be raised by the caller."""

@@ -114,34 +114,43 @@ def is_unfinished(folder: Path) -> bool:
     return (folder / _UNFINISHED).exists() or (folder / _LOCK).exists()
 
 
-def seal(folder: Path, paths: Iterable[Path] | None = None) -> None:
+def seal(folder: Path, paths: Iterable[Path] | None = None, *, grown: Path | None = None) -> None:
     """Write sizes and digests of a folder's files into its marker, once they have reached the disk.
 
     Args:
         folder: The folder.
         paths: The files to seal; by default all below the folder.
+        grown: A file elsewhere that only grows, of which the present content is sealed too.
     """
     names = [path for path in (folder.rglob("*") if paths is None else paths) if path.is_file()]
     files = {path.relative_to(folder).as_posix(): _identity(path) for path in sorted(names)}
     files.pop(COMPLETE_MARKER, None)
     for path in names:
         _reach_disk(path)
-    write_atomically(folder / COMPLETE_MARKER, json.dumps({"schema": 1, "files": files}, indent=1) + "\n")
+    content: dict[str, Any] = {"schema": 1, "files": files}
+    if grown is not None:
+        _reach_disk(grown)
+        content["grown"] = _identity(grown)
+    write_atomically(folder / COMPLETE_MARKER, json.dumps(content, indent=1) + "\n")
 
 
-def damage(folder: Path) -> str:
+def damage(folder: Path, *, grown: Path | None = None) -> str:
     """Compare a folder with its seal.
 
     Args:
         folder: The folder.
+        grown: The file elsewhere that only grows, if one was sealed too.
     Returns:
         What is wrong with it, in words; "" if each sealed file is what was written.
     """
     if not (folder / COMPLETE_MARKER).is_file():
         return "it was not written to its end"
     try:
-        sealed = decode_json((folder / COMPLETE_MARKER).read_text("utf-8"))["files"]
+        content = decode_json((folder / COMPLETE_MARKER).read_text("utf-8"))
+        sealed = content["files"]
         wrong = [problem for name, identity in sealed.items() if (problem := _difference(folder, name, identity))]
+        if grown is not None and _identity(grown, content["grown"]["bytes"]) != content["grown"]:
+            wrong.append(f"{grown.name} is not what was written before it")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"its file {COMPLETE_MARKER} cannot be read"
     return "; ".join(wrong[:3]) if sealed else f"its file {COMPLETE_MARKER} lists no files"
@@ -166,9 +175,15 @@ def _difference(folder: Path, name: str, identity: dict[str, Any]) -> str:
     return "" if _identity(path) == identity else f"{name} is not what was written: its digest differs"
 
 
-def _identity(path: Path) -> dict[str, Any]:
+def _identity(path: Path, num_bytes: int | None = None) -> dict[str, Any]:
+    """Size and digest of a file, or of its first bytes."""
+    digest, left = hashlib.sha256(), path.stat().st_size if num_bytes is None else num_bytes
+    size = left
     with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        while block := file.read(min(left, 2**20)):
+            digest.update(block)
+            left -= len(block)
+    return {"bytes": size - left, "sha256": digest.hexdigest()}
 
 
 def _move_up(output: Path, first: str) -> None:

@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, BinaryIO, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -29,14 +29,10 @@ def read_text(path: Path, error: type[InputError], message: str) -> str:
         The text.
     """
     try:
-        # without O_NONBLOCK, to open a pipe would wait for somebody to write to it
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-        with open(descriptor, "rb") as file:
-            os.set_blocking(descriptor, True)
+        with _opened(path) as file:
             return file.read().decode("utf-8")
     except (OSError, ValueError) as problem:  # ValueError: no UTF-8, or a name that no file can have
-        found = getattr(problem, "strerror", None) or str(problem)
-        raise error(message, where=str(path), found=found) from problem
+        raise _unreadable(path, error, message, problem) from problem
 
 
 def decode_json(text: str) -> Any:
@@ -51,29 +47,55 @@ def decode_json(text: str) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-def json_lines(path: Path, error: type[InputError], message: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Read a file with one JSON object on each line; what a killed writer left of a last line is passed over.
+def json_lines(
+    path: Path, error: type[InputError], message: str, *, kind: str, skip_unfinished: bool = False
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Read a file with one JSON object on each line, line by line.
 
     Args:
         path: The file.
         error: The class of the error.
         message: What cannot be done if the file cannot be read, for the error.
+        kind: What a wrong line is not, for the error: ``an encoded row``.
+        skip_unfinished: Whether to pass over a last line without a newline, which a killed writer leaves.
     Yields:
         The place of each line, for messages, and the object on it.
     """
-    # what follows the last newline is empty, or a line that was not written to its end
-    for number, line in enumerate(read_text(path, error, message).split("\n")[:-1], start=1):
-        where = f"{path}, line {number}"
-        try:
-            record = decode_json(line)
-        except ValueError as problem:
-            raise error(f"a line is not JSON: {problem}", where=where, found=show(line)) from problem
-        if not isinstance(record, dict):
-            raise error("a line is no JSON object", where=where, found=show(line))
-        yield where, record
+    try:
+        with _opened(path) as file:
+            for number, line in enumerate(file, start=1):
+                if line.endswith(b"\n") or not skip_unfinished:
+                    where = f"{path}, line {number}"
+                    yield where, _object(line, where, error, kind)
+    except (OSError, ValueError) as problem:
+        raise _unreadable(path, error, message, problem) from problem
 
 
-def validated(model: type[Model], record: Any, *, where: str, error: type[InputError], fix: str = "") -> Model:
+def _object(line: bytes, where: str, error: type[InputError], kind: str) -> dict[str, Any]:
+    shown = show(line[:200].decode("utf-8", "replace").strip())
+    try:
+        record = decode_json(line.decode("utf-8"))
+    except ValueError as problem:
+        raise error(f"not {kind}: the line is not JSON: {problem}", where=where, found=shown) from problem
+    if not isinstance(record, dict):
+        raise error(f"not {kind}: the line is no JSON object", where=where, found=shown)
+    return record
+
+
+def _opened(path: Path) -> BinaryIO:
+    # without O_NONBLOCK, to open a pipe would wait for somebody to write to it
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    os.set_blocking(descriptor, True)
+    return open(descriptor, "rb")
+
+
+def _unreadable(path: Path, error: type[InputError], message: str, problem: Exception) -> InputError:
+    return error(message, where=str(path), found=getattr(problem, "strerror", None) or str(problem))
+
+
+def validated(
+    model: type[Model], record: Any, *, where: str, error: type[InputError], kind: str, fix: str = ""
+) -> Model:
     """Check the types of a record.
 
     Args:
@@ -81,6 +103,7 @@ def validated(model: type[Model], record: Any, *, where: str, error: type[InputE
         record: The decoded record.
         where: The place of the record.
         error: The class of the error, whose message names the first field that is wrong.
+        kind: What a wrong record is not, for the error: ``an encoded row``.
         fix: What to do about it.
     """
     try:
@@ -90,7 +113,7 @@ def validated(model: type[Model], record: Any, *, where: str, error: type[InputE
         field = ".".join(str(part) for part in first["loc"])
         is_missing = first["type"] == "missing"
         raise error(
-            "a field is missing" if is_missing else "a field has a value that it cannot have",
+            f"not {kind}: " + ("a field is missing" if is_missing else "a field has a value that it cannot have"),
             where=f"{where}: {field}" if field else where,
             found=show(record if is_missing else first["input"]),
             expected=f"the field {field}" if is_missing else first["msg"].removeprefix("Input should be "),

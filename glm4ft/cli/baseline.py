@@ -56,13 +56,20 @@ def _record_options(parser: Parser) -> None:
 
 
 def _compare_options(parser: Parser) -> None:
-    parser.add_argument("files", annotation=str, nargs="+", help="Files that glm4ft baseline record wrote.")
+    parser.add_argument(
+        "files", annotation=str, nargs="+", help="Files that glm4ft baseline record wrote, or folders of them."
+    )
     parser.add_argument("--keep", annotation=str | None, help="Folder for the curves of today, for the history.")
     parser.add_argument("--json", nargs="?", const="-", help="Write the results as JSON here, or to stdout.")
 
 
 def _history_options(parser: Parser) -> None:
-    parser.add_argument("files", annotation=str, nargs="+", help="Files of one baseline, recorded at several commits.")
+    parser.add_argument(
+        "files",
+        annotation=str,
+        nargs="+",
+        help="Files of one baseline, recorded at several commits, or folders of them.",
+    )
     parser.add_argument("--report", annotation=str | None, help="Folder for history.html.")
 
 
@@ -99,7 +106,7 @@ def _compare(options: Namespace) -> bool:
     from glm4ft.testing.baseline.compare import compare_again
 
     records, is_quiet = list[dict[str, Any]](), options.json == "-"
-    for file in map(Path, options.files):
+    for file in _files(options.files):
         keep = Path(options.keep) / file.name if options.keep else None
         comparison = compare_again(file, keep, _progress)
         records.append({"file": str(file), **comparison.record()})
@@ -116,8 +123,19 @@ def _compare(options: Namespace) -> bool:
 def _history(options: Namespace) -> bool:
     from glm4ft.testing.baseline.history import show_history
 
-    show_history([Path(file) for file in options.files], Path(options.report) if options.report else None)
+    show_history(_files(options.files), Path(options.report) if options.report else None)
     return True
+
+
+def _files(paths: Sequence[str]) -> list[Path]:
+    """The files, with each folder replaced by the recordings in it."""
+    found = list[Path]()
+    for path in map(Path, paths):
+        inside = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+        if not inside:
+            raise ConfigError("the folder has no recordings", where=str(path), expected="files that end in .jsonl")
+        found += inside
+    return found
 
 
 def _progress(seeds: Sequence[int]) -> Iterator[int]:

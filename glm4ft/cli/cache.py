@@ -7,6 +7,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 
 from glm4ft.cli.options import Parser
+from glm4ft.cli.output import say
 from glm4ft.data.cache import Entry, default_cache, empty, entries, limit_bytes
 from glm4ft.folders import damage
 
@@ -30,13 +31,13 @@ def run(options: Namespace) -> bool:
     """
     cache = default_cache()
     if options.clear:
-        print(f"removed {_mib(empty(cache))} from {cache}")
+        say(f"removed {_mib(empty(cache))} from {cache}")
         return True
     found = entries(cache)
     total, limit = sum(entry.num_bytes for entry in found), limit_bytes()
-    print(f"{cache}: {len(found)} encoded files, {_mib(total)} of at most {_mib(limit)} ($GLM4FT_CACHE_GIB)")
+    say(f"{cache}: {len(found)} encoded files, {_mib(total)} of at most {_mib(limit)} ($GLM4FT_CACHE_GIB)")
     for entry in reversed(found):
-        print(f"  {_describe(entry)}")
+        say(f"  {_describe(entry)}")
     return True
 
 

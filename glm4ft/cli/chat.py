@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from argparse import Namespace
@@ -89,8 +90,8 @@ def _once(chat: Chat, options: Namespace) -> bool:
 
 
 def _talk(chat: Chat, options: Namespace) -> None:
-    if sys.stdin.isatty():
-        import readline  # noqa: F401  lines can be edited
+    with contextlib.suppress(ImportError):  # Windows edits lines without it
+        import readline  # noqa: F401  lines can be edited, and earlier ones called back
     names = [tool["function"]["name"] if tool["type"] == "function" else tool["type"] for tool in chat.tools]
     print(f"{chat.chat_format.name}; tools: {', '.join(names) or 'none'}; {HELP}", file=sys.stderr)
     tool = ""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from glm4ft.cli.options import Parser
+from glm4ft.data.inputs import data_inputs
+from glm4ft.data.read_options import ReadOptions, columns_of
 from glm4ft.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -20,7 +21,8 @@ def add_conversations(parser: Parser) -> None:
         parser: The parser of the command.
     """
     default = TrainConfig()
-    parser.add_argument("data", annotation=str, help="JSONL of conversations, or 'demo'.")
+    what = "Conversations: files, patterns, data sets of the hub (org/name:split), or 'demo'."
+    parser.add_argument("data", annotation=str, nargs="+", help=what)
     parser.add_argument(
         "--model", annotation=str, default=default.model, help="Base whose tokenizer and template are used."
     )
@@ -35,6 +37,28 @@ def add_conversations(parser: Parser) -> None:
     parser.add_argument(
         "--reasoning", annotation=Literal["template", "kept", "none"], default=default.reasoning, help="As in train."
     )
+    add_reading(parser)
+
+
+def add_reading(parser: Parser) -> None:
+    """Add the options of how records become conversations.
+
+    Args:
+        parser: The parser of the command.
+    """
+    default = TrainConfig()
+    parser.add_argument("--columns", annotation=str | None, help="prompt=question,completion=answer; as in train.")
+    parser.add_argument("--calls_in_content", annotation=bool, default=default.calls_in_content, help="As in train.")
+    parser.add_argument("--on_error", annotation=Literal["stop", "skip"], default=default.on_error, help="As in train.")
+
+
+def read_options_of(options: Namespace) -> ReadOptions:
+    """How the options ask conversations to be read.
+
+    Args:
+        options: The arguments of ``add_reading``.
+    """
+    return ReadOptions(columns_of(options.columns), options.calls_in_content, options.on_error)
 
 
 def check_conversations(options: Namespace) -> None:
@@ -43,21 +67,9 @@ def check_conversations(options: Namespace) -> None:
     Args:
         options: The arguments of ``add_conversations``.
     """
-    TrainConfig(max_length=options.max_length)
-    require_file(options.data)
-
-
-def require_file(data: str) -> None:
-    """Refuse a file of conversations that is not there.
-
-    Args:
-        data: The file, or 'demo'.
-    """
-    from glm4ft.data.reader import read_conversations
-
-    path = Path(data)
-    if data != "demo" and (path.is_dir() or not path.exists()):
-        next(read_conversations(path))  # says what is wrong with the path
+    TrainConfig(max_length=options.max_length, columns=options.columns)
+    # several arguments, as a shell makes them of a pattern, or one with commas
+    options.inputs = [one for name in options.data for one in data_inputs(name)]
 
 
 def chat_format_of(options: Namespace, name: str | None) -> ChatFormat:

@@ -11,7 +11,7 @@ from typing import Any, get_origin, get_type_hints
 
 from glm4ft.cli.options import Parser
 from glm4ft.cli.wording import describe_option, nearest
-from glm4ft.errors import ConfigError
+from glm4ft.errors import ConfigError, show
 
 COMMAND_LINE = "command line"
 
@@ -115,7 +115,7 @@ class DataclassParser(Parser):
             elif isinstance(value, dict):
                 yield from self._in_mapping(value, source, f"{name}.")
             else:
-                raise ConfigError("a group of options has a plain value", where=source, found=f"{name}: {value!r}")
+                raise ConfigError("a group of options has a plain value", where=source, found=f"{name}: {show(value)}")
 
 
 def nested(given: Iterable[Given]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import Literal
 
-from glm4ft.cli.conversations import add_conversations, chat_format_of, check_conversations
+from glm4ft.cli.conversations import add_conversations, chat_format_of, check_conversations, read_options_of
 from glm4ft.cli.libraries import quiet_libraries
 from glm4ft.cli.options import Parser
 
@@ -41,16 +41,16 @@ def run(options: Namespace) -> bool:
         options: The arguments.
     """
     quiet_libraries()
-    from glm4ft.data.dataset import data_path
     from glm4ft.floors.head import format_of, read_head
     from glm4ft.report.floor_view import show_floor
 
     show_floor(
-        data_path(options.data),
+        options.inputs,
         # by config.json alone: of a quantised base too, which cannot be trained here
         chat_format_of(options, options.chat_format or format_of(options.model)),
         read_head(options.model) if options.frozen_head else None,
         max_length=options.max_length,
+        options=read_options_of(options),
         bf16=options.dtype == "bf16",
         json_file=options.json,
     )

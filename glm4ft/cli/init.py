@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from glm4ft.cli.options import Parser
+from glm4ft.cli.output import say
 
 
 def parse(argv: Sequence[str]) -> Namespace:
@@ -23,6 +24,9 @@ def parse(argv: Sequence[str]) -> Namespace:
     parser.add_argument(
         "--name", annotation=str | None, help="The pipeline's name in reports; by default the folder's."
     )
+    parser.add_argument(
+        "--requirement", annotation=str | None, help="How glm4ft is installed there; by default as it was here."
+    )
     return parser.parse(argv)
 
 
@@ -32,7 +36,8 @@ def run(options: Namespace) -> bool:
     Args:
         options: The arguments.
     """
-    from glm4ft.init_command import describe_rendering
+    from glm4ft.init_command.rendering import describe_rendering
 
-    print(describe_rendering(Path(options.folder), trainer=options.trainer, name=options.name))
+    folder, required = Path(options.folder), options.requirement
+    say(describe_rendering(folder, trainer=options.trainer, name=options.name, required=required))
     return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Sequence
 
-from glm4ft.cli.conversations import add_conversations, chat_format_of, check_conversations
+from glm4ft.cli.conversations import add_conversations, chat_format_of, check_conversations, read_options_of
 from glm4ft.cli.libraries import quiet_libraries
 from glm4ft.cli.options import Parser
 from glm4ft.errors import ConfigError
@@ -36,12 +36,12 @@ def run(options: Namespace) -> bool:
         options: The arguments.
     """
     quiet_libraries()
-    from glm4ft.data.dataset import data_path
     from glm4ft.report.inspection import inspect_conversations
 
     inspect_conversations(
-        data_path(options.data),
+        options.inputs,
         chat_format_of(options, options.chat_format),
+        read_options_of(options),
         max_length=options.max_length,
         boundaries=options.boundaries,
         limit=options.limit,

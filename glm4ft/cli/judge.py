@@ -10,6 +10,7 @@ from pathlib import Path
 
 from glm4ft.cli.libraries import quiet_libraries
 from glm4ft.cli.options import Parser
+from glm4ft.cli.output import say
 
 
 def parse(argv: Sequence[str]) -> Namespace:
@@ -45,7 +46,7 @@ def run(options: Namespace) -> bool:
     if options.json == "-":
         sys.stdout.write(text)
     else:
-        print("\n".join(lines(judged)))
+        say("\n".join(lines(judged)))
         if options.json:
             write_atomically(Path(options.json), text)
     return not judged.verdict.departures

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 
 import glm4ft
 from glm4ft.cli.commands import COMMANDS
+from glm4ft.cli.output import complain
 from glm4ft.cli.wording import nearest
-from glm4ft.errors import ConfigError, InputError, Interrupted, RunError, harmless
+from glm4ft.errors import ConfigError, InputError, Interrupted, RunError
 
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 
@@ -91,7 +92,7 @@ def _overview() -> str:
 
 
 def _fail(text: str, status: int) -> int:
-    print(f"glm4ft: error: {harmless(text)}", file=sys.stderr)
+    complain(f"glm4ft: error: {text}")
     return status
 
 

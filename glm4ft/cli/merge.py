@@ -8,6 +8,7 @@ from pathlib import Path
 
 from glm4ft.cli.libraries import quiet_libraries
 from glm4ft.cli.options import Parser
+from glm4ft.cli.output import say
 
 
 def parse(argv: Sequence[str]) -> Namespace:
@@ -36,5 +37,5 @@ def run(options: Namespace) -> bool:
     from glm4ft.model.merge import merge_adapter
 
     report = merge_adapter(Path(options.adapter), Path(options.output), model=options.model, dtype=options.dtype)
-    print(report.describe())
+    say(report.describe())
     return True

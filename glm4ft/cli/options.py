@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from glm4ft.cli.commands import COMMANDS
 from glm4ft.cli.wording import NO_DEFAULT, describe_option, describe_type, nearest
-from glm4ft.errors import ConfigError
+from glm4ft.errors import ConfigError, show
 
 
 class Parser(argparse.ArgumentParser):
@@ -116,7 +116,7 @@ class Parser(argparse.ArgumentParser):
             raise ConfigError(
                 "an option has a value that cannot be used",
                 where=where,
-                found=str(value),
+                found=value if isinstance(value, str) and len(value) <= 80 else show(value),
                 expected=describe_type(annotation),
                 fix=self.see_help,
             ) from None

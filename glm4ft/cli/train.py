@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -14,10 +13,11 @@ from typing import Any
 import yaml
 
 import glm4ft
-from glm4ft.cli.conversations import require_file
 from glm4ft.cli.dataclass_options import COMMAND_LINE, DataclassParser, Given, nested
 from glm4ft.cli.libraries import quiet_libraries
-from glm4ft.errors import ConfigError
+from glm4ft.cli.output import complain, say
+from glm4ft.data.inputs import data_inputs
+from glm4ft.errors import ConfigError, harmless
 from glm4ft.model.lora import LoraOptions
 from glm4ft.train.config import TrainConfig
 from glm4ft.train.run_folder import CONFIG_FILE, is_run, new_output
@@ -38,11 +38,11 @@ def parse(argv: Sequence[str]) -> Namespace:
     is_resumed = options.resume is not None
     given = _given_to_run(options.resume, argv) if is_resumed else options.given
     if not any(option.name == "data" or option.source != COMMAND_LINE for option in given):
-        print(f"no --data and no --config: running the demo, {DEMO_CONFIG}")
+        say(f"no --data and no --config: running the demo, {DEMO_CONFIG}")
         given = _parser().parse([f"--config={DEMO_CONFIG}"]).given + given
     values = nested(given)
     if options.print_config:
-        print(yaml.safe_dump(asdict(_config(values)), sort_keys=False, allow_unicode=True), end="")
+        print(_as_yaml(_config(values)), end="")
         raise SystemExit(0)
     _check_files(values)
     values["output"] = values.get("output") or new_output()
@@ -66,7 +66,7 @@ def run(options: Namespace) -> bool:
         result = train_observed(
             options.config,
             resume=options.is_resumed,
-            say=lambda line: print(line, flush=True),
+            say=say,
             sources=options.sources,
         )
     except KeyboardInterrupt:
@@ -75,10 +75,10 @@ def run(options: Namespace) -> bool:
             is_run(output) and int(os.environ.get("RANK", "0")) == 0
         ):  # there is none yet while the conversations are encoded
             again = shlex.quote(str(output))
-            print(f"\nto go on after the last checkpoint: glm4ft train --resume {again}", file=sys.stderr)
+            complain(f"\nto go on after the last checkpoint: glm4ft train --resume {again}")
         raise
     if int(os.environ.get("RANK", "0")) == 0:
-        print(result.describe())
+        say(result.describe())
     return result.reached_target and result.is_reproduced
 
 
@@ -95,6 +95,16 @@ def _parser() -> DataclassParser:
 
 def _config(values: dict[str, Any]) -> TrainConfig:
     return TrainConfig(**{**values, "lora": LoraOptions(**values.get("lora", {}))})
+
+
+def _as_yaml(config: TrainConfig) -> str:
+    """The options as YAML that is harmless on a terminal, and means the same."""
+    text = yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+    if harmless(text) == text:
+        return text
+    # every string on one line and in double quotes, which know escapes
+    text = yaml.safe_dump(asdict(config), sort_keys=False, default_style='"', width=2**31)
+    return text.replace("##", "\\x23#")
 
 
 def _given_to_run(folder: str, argv: Sequence[str]) -> list[Given]:
@@ -118,8 +128,8 @@ def _check_files(values: dict[str, Any]) -> None:
     """Refuse what can be refused at once, before anything slow is imported."""
     if values.get("data") is None:
         raise ConfigError("no conversations to train on", where="--data", expected="a JSONL file, or 'demo'")
-    require_file(values["data"])
+    data_inputs(values["data"])
     if values.get("eval_data") is not None:
-        require_file(values["eval_data"])
+        data_inputs(values["eval_data"])
     if values.get("output") is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("several processes need one folder to write to", where="--output", fix="name it")

@@ -10,6 +10,10 @@ from typing import Any
 import yaml
 
 from glm4ft.errors import ConfigError, show
+from glm4ft.reading import read_text
+
+# Nobody needs more; nine of them, each a list of nine of the one before, stand for 400 million values.
+_MAX_ALIASES = 20
 
 # ValueError: bytes that are not UTF-8, a date such as 2024-99-99
 _UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)
@@ -17,6 +21,17 @@ _UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)
 
 class Loader(yaml.SafeLoader):
     """A safe loader of YAML 1.1, but for its numbers: no point is needed before an exponent, no base is 8 or 60."""
+
+    num_aliases = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Compose a node, and refuse a document that grows by its aliases."""
+        if self.check_event(yaml.AliasEvent):
+            self.num_aliases += 1
+            if self.num_aliases > _MAX_ALIASES:
+                raise yaml.YAMLError(f"it has more than {_MAX_ALIASES} aliases")
+        node: yaml.Node | None = super().compose_node(parent, index)
+        return node
 
 
 def _whole_number(loader: Loader, node: yaml.ScalarNode) -> int | str:
@@ -53,10 +68,12 @@ def read_mapping(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: If the file cannot be read, is not YAML, or holds anything but keys with values.
     """
+    text = read_text(path, ConfigError, "cannot read the configuration")
     try:
-        content = yaml.load(path.read_text("utf-8"), Loader)
-    except (OSError, *_UNREADABLE) as error:
-        raise ConfigError("cannot read the configuration", where=str(path), found=str(error)) from error
+        content = yaml.load(text, Loader)
+    except _UNREADABLE as error:
+        found = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ConfigError("cannot read the configuration", where=str(path), found=found[:500]) from error
     if not isinstance(content, dict) or not content:
         raise ConfigError("not a configuration", where=str(path), found=show(content), expected="key: value")
     return content

@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from glm4ft.data.control_tokens import END_OF_TEXT, HEADERS, PREFIX, STOPS, control_ids, plain_text_tokenizer
 from glm4ft.data.conversation import Conversation, Message
 from glm4ft.data.encoded_row import AssistantTurn, EncodedRow, Part, Segment
+from glm4ft.data.foreign_text import holds_reasoning
 from glm4ft.data.render import Block, Place, ReasoningTurns, Renderer, prompt_pieces
 from glm4ft.data.tool_block import tool_block
 from glm4ft.data.turn_format import FORMATS, FormatName, Piece, merged
@@ -84,15 +85,30 @@ class ChatFormat:
                 whose header is not a stop token.
             ModelError: If the checkpoint's template does not render the tools.
         """
-        try:
-            blocks = self._blocks(conversation.messages, conversation.tools, conversation.where)
-        except ModelError as error:
-            where = " and ".join(filter(None, (error.where, conversation.where())))  # either may be at fault
-            raise ModelError(
-                error.message, where=where, found=error.found, expected=error.expected, fix=error.fix
-            ) from error
-        self._require_stops(blocks, conversation)
+        blocks = self._checked_blocks(conversation)
         return self._assemble(blocks, self._trained(blocks, conversation), conversation.line)
+
+    def check(self, conversation: Conversation) -> None:
+        """Raise what ``encode`` would raise, without encoding the texts."""
+        self._checked_blocks(conversation)
+
+    def exceeds(self, message: Message, limit: int) -> bool:
+        """Whether a message alone certainly has more tokens than a limit; no more of it is encoded than that takes.
+
+        Args:
+            message: The message.
+            limit: The limit in tokens.
+        Returns:
+            True if the words of a part of the text have more tokens; False if its text is short, or it is not certain.
+        """
+        size = 8 * limit  # characters; one token has four or so
+        while size < len(message.content):
+            # the last two words may go on differently in the whole text, the others are the same there
+            words = [word or 0 for word in self._plain.encode(message.content[:size]).word_ids]
+            if sum(word < words[-1] - 1 for word in words) > limit:
+                return True
+            size *= 4
+        return False
 
     def prompt(
         self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = (), *, thinking: bool = True
@@ -111,10 +127,21 @@ class ChatFormat:
 
     def warnings(self, conversation: Conversation) -> list[str]:
         """Sentences about parts of a conversation that are probably unintended, or that the format does not train."""
-        wanted = frozenset(i for i, m in enumerate(conversation.messages) if m.role == "assistant" and m.loss)
+        messages = conversation.messages
+        wanted = frozenset(i for i, m in enumerate(messages) if m.role == "assistant" and m.loss)
+        thought = (
+            []
+            if self.turn_format.reasoning
+            else [i for i, m in enumerate(messages) if m.role == "assistant" and holds_reasoning(m.content)]
+        )
         return [
             *conversation.warnings,
-            *self._renderer.warnings(conversation.messages, conversation.field_of, wanted),
+            *(
+                f"{conversation.field_of(i)} holds a <think> block: {self.name} has no reasoning, it is trained as "
+                "ordinary text"
+                for i in thought
+            ),
+            *self._renderer.warnings(messages, conversation.field_of, wanted),
         ]
 
     def num_turns(self, conversation: Conversation) -> int:
@@ -136,6 +163,17 @@ class ChatFormat:
 
     def _render_tool_block(self, tools_json: str) -> tuple[Piece, ...]:
         return tool_block(self.tokenizer, self.turn_format, json.loads(tools_json))
+
+    def _checked_blocks(self, conversation: Conversation) -> list[Block]:
+        try:
+            blocks = self._blocks(conversation.messages, conversation.tools, conversation.where)
+        except ModelError as error:
+            where = " and ".join(filter(None, (error.where, conversation.where())))  # either may be at fault
+            raise ModelError(
+                error.message, where=where, found=error.found, expected=error.expected, fix=error.fix
+            ) from error
+        self._require_stops(blocks, conversation)
+        return blocks
 
     def _assemble(
         self, blocks: list[Block], trained: frozenset[int], line: int, append_stop: bool = True

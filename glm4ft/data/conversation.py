@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from glm4ft.errors import Location, show
+from glm4ft.data.foreign_text import foreign_text
+from glm4ft.errors import Location, Unit, show
 
 Role = Literal["system", "user", "assistant", "observation"]
 
@@ -21,7 +22,7 @@ class Message:
 
     Args:
         role: The role of the message's author.
-        content: The verbatim text, never empty; for a tool call the argument text.
+        content: The verbatim text; for a tool call the argument text. Only the result of a tool may be empty.
         metadata: The tool's name if this assistant turn is a tool call, "" for a reply and for every other role.
         loss: False if this assistant turn is context only; always True for every other role.
         reasoning: What an assistant thought before it answered; "" if the record holds no reasoning of its own.
@@ -48,10 +49,13 @@ class Conversation:
     Args:
         messages: The messages in order, at least one of them an assistant message.
         tools: The declared tools, each ``{"type": "function", "function": {...}}`` or a typed built-in.
-        line: The line of the conversation in its file, from 1; 0 if it is not from a file.
+        line: The line of the conversation in its file, or the number of its record in a file that has none, from 1; 0
+            if it is not from a file.
         path: The file of the conversation; "" if it is not from a file.
-        notes: Sentences about parts of the record that the reader did not use.
+        notes: Sentences about parts of the record that the reader did not use, or that do not fit together.
+        unused: The keys of the record that no format gives a meaning to; those of messages after ``messages[*].``.
         places: The field of the record that each message was read from.
+        unit: What ``line`` counts: ``line``, or ``record`` where a file has no line for each.
     """
 
     messages: tuple[Message, ...]
@@ -59,7 +63,9 @@ class Conversation:
     line: int = 0
     path: str = ""
     notes: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    unused: tuple[str, ...] = field(default=(), compare=False, repr=False)
     places: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    unit: Unit = field(default="line", compare=False, repr=False)
 
     def where(self, index: int | None = None) -> str:
         """Format the place of the conversation, or of one message, for a message to the user.
@@ -69,12 +75,19 @@ class Conversation:
         Returns:
             The file and line, and the field of the message if there is an index.
         """
-        return str(Location(self.path, self.line, "" if index is None else self.field_of(index)))
+        field = "" if index is None else self.field_of(index)
+        return str(Location(self.path, self.line, field, self.unit))
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """Sentences about parts of the record that are allowed but probably unintended."""
-        return (*self.notes, *self._undeclared_calls(), *self._missing_targets())
+        return (
+            *self.notes,
+            *self._undeclared_calls(),
+            *self._odd_order(),
+            *self._foreign_texts(),
+            *self._missing_targets(),
+        )
 
     def field_of(self, index: int) -> str:
         """The field of the record that a message was read from.
@@ -89,6 +102,22 @@ class Conversation:
         for index, message in enumerate(self.messages):
             if message.is_call and message.metadata not in names:
                 yield f"{self.field_of(index)} calls {show(message.metadata)}, which is not among the declared tools"
+
+    def _odd_order(self) -> Iterator[str]:
+        others = [index for index, message in enumerate(self.messages) if message.role != "system"]
+        if others and self.messages[others[0]].role == "assistant":
+            yield f"{self.field_of(others[0])} is an answer to nothing: the conversation starts with an assistant turn"
+        for index, message in enumerate(self.messages):
+            if message.role == "system" and index > others[0]:
+                yield (
+                    f"{self.field_of(index)} is a system message in the middle: some formats write it where it stands, "
+                    "glm-4-0414 before the first turn"
+                )
+
+    def _foreign_texts(self) -> Iterator[str]:
+        for index, message in enumerate(self.messages):
+            for told in foreign_text(message.content, is_answer=message.role == "assistant"):
+                yield f"{self.field_of(index)} {told}"
 
     def _missing_targets(self) -> Iterator[str]:
         if not any(message.role == "assistant" and message.loss for message in self.messages):

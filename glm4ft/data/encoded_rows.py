@@ -9,16 +9,28 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, Field
 
 from glm4ft.data.batching import RowSet
 from glm4ft.data.control_tokens import END_OF_TEXT, HEADERS, PREFIX
-from glm4ft.errors import DataError, show
+from glm4ft.errors import DataError
 from glm4ft.files import write_atomically
+from glm4ft.reading import json_lines, validated
 
 TokenPart = Literal["prefix", "header", "body", "terminator"]
 ROWS_FILE = "rows.jsonl"
+_KIND = "an encoded row"
 KEPT_TOKENS = 200_000  # of a run's rows: what explain and a report look at
+
+
+class RowRecord(BaseModel):
+    """A row in a file, as ``glm4ft inspect --json`` writes it; other fields are passed over."""
+
+    line: Annotated[int, Field(ge=0)]
+    input_ids: list[Annotated[int, Field(ge=0, lt=2**31)]]
+    labels: list[Annotated[int, Field(ge=-100, lt=2**31)]]
 
 
 @dataclass(frozen=True)
@@ -108,26 +120,13 @@ def read_rows(path: Path) -> list[TrainedRow]:
     Raises:
         DataError: If a line is no row.
     """
+    expected = "line, input_ids and as many labels, as glm4ft inspect --json writes them"
     rows = []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                record = json.loads(line)
-                if "dropped" not in record:
-                    rows.append(_row(record))
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataError(
-                    "not an encoded row",
-                    where=f"{path}, line {number}",
-                    found=show(line.decode("utf-8", "replace")),
-                    expected="line, input_ids and as many labels, as glm4ft inspect --json writes them",
-                ) from error
+    for where, record in json_lines(path, DataError, "cannot read the encoded rows", kind=_KIND):
+        if "dropped" not in record:
+            row = validated(RowRecord, record, where=where, error=DataError, kind=_KIND, fix=f"write {expected}")
+            if len(row.input_ids) != len(row.labels):
+                found = f"{len(row.input_ids)} input_ids and {len(row.labels)} labels"
+                raise DataError("not an encoded row", where=where, found=found, expected=expected)
+            rows.append(TrainedRow(row.line, row.input_ids, row.labels))
     return rows
-
-
-def _row(record: Mapping[str, Any]) -> TrainedRow:
-    row = TrainedRow(int(record["line"]), list(record["input_ids"]), list(record["labels"]))
-    numbers = (*row.input_ids, *row.labels)
-    if len(row.input_ids) != len(row.labels) or not all(isinstance(number, int) for number in numbers):
-        raise ValueError("ids and labels are whole numbers, one label for each id")
-    return row

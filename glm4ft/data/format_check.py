@@ -6,6 +6,7 @@ rendered by both, and they must give the same ids.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from glm4ft.data.chat_format import ChatFormat
 from glm4ft.data.control_tokens import HEADERS, common_prefix_length
 from glm4ft.data.conversation import Conversation, Message
+from glm4ft.data.time_limit import TEMPLATE_LIMIT_S, within
 from glm4ft.data.turn_format import FORMATS, OPENED, FormatName
 from glm4ft.errors import ModelError, show
 
@@ -232,6 +234,7 @@ def _reasoning(message: Message) -> dict[str, Any]:
 def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **options: Any) -> Any:
     """The ids that the template gives, or as a text what went wrong."""
     try:
-        return tokenizer.apply_chat_template(messages, **{"return_dict": False, **options})
+        render = functools.partial(tokenizer.apply_chat_template, messages, **{"return_dict": False, **options})
+        return within(TEMPLATE_LIMIT_S, render)
     except Exception as error:  # a template is a program and can raise anything
         return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -1,48 +1,60 @@
-"""Reads validated conversations from a JSONL file or a single record.
+"""Reads validated conversations from files of records or from single records.
 
 A record that cannot be represented in full is refused with its file, line and field.
 """
 
 from __future__ import annotations
 
-import codecs
 import json
 import os
-import re
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from glm4ft.data.call_binding import bind_results
 from glm4ft.data.conversation import Conversation, Message
-from glm4ft.data.sources import Draft, SourceMessage, read_record, strict_json
-from glm4ft.errors import DataError, Location
+from glm4ft.data.json_values import strict_json
+from glm4ft.data.read_options import AS_IS, ReadOptions
+from glm4ft.data.record_files import read_records
+from glm4ft.data.refusals import Refusals
+from glm4ft.data.source_message import SourceMessage
+from glm4ft.data.sources import Draft, read_record
+from glm4ft.data.written_calls import find_written_calls
+from glm4ft.errors import DataError, Location, Unit
 
 
-def parse_conversation(record: Any, *, line: int = 0, path: str = "") -> Conversation:
+def parse_conversation(
+    record: Any, *, line: int = 0, path: str = "", unit: Unit = "line", options: ReadOptions = AS_IS
+) -> Conversation:
     """Read and validate one record.
 
     Args:
-        record: A decoded JSON value in one of four formats: GLM-4's messages, OpenAI's messages with tool calls,
-            ShareGPT's conversations, or prompt and completion.
+        record: A decoded JSON value of any shape that ``sources`` reads.
         line: The line of the record in its file, from 1; 0 if it is not from a file.
         path: The file of the record, for messages to the user.
+        unit: What ``line`` counts.
+        options: What the user says about the records.
 
     Returns:
-        The conversation. Its ``warnings`` list the parts of the record that were ignored because they are harmless.
+        The conversation. Its ``warnings`` list the parts of the record that are probably not meant.
 
     Raises:
         DataError: If the record cannot be represented in full.
     """
-    place = Location(path, line)
+    place = Location(path, line, unit=unit)
     try:
-        draft = read_record(record, place)
+        draft = read_record(options.renamed(record, place), place, options.named)
         tools = _declared_tools(draft, place)
     except RecursionError:
         raise place.wrong("a record is nested too deeply", record, "a few levels of objects and lists") from None
-    _check_order(draft.turns, tools)
-    turns = [turn for turn in draft.turns if turn.content]  # without a system message that only carried the tools
+    turns = [read for turn in draft.turns for read in _written_calls(turn, tools, options)]
+    _check_order(turns, tools)
+    turns, unmatched = bind_results(turns)
+    # without a system message that only carried the tools; an empty result is a result
+    turns = [turn for turn in turns if turn.content or turn.role == "observation"]
     messages, places = tuple(map(_message, turns)), tuple(turn.place.field for turn in turns)
-    return Conversation(messages, tools, line, path, tuple(_notes(draft)), places)
+    notes = (*_notes(draft), *unmatched, *_odd_arguments(turns, tools))
+    return Conversation(messages, tools, line, path, notes, draft.unknown, places, unit)
 
 
 def from_messages(
@@ -63,28 +75,37 @@ def from_messages(
     return parse_conversation({"messages": messages, "tools": tools})
 
 
-def read_conversations(path: str | os.PathLike[str]) -> Iterator[Conversation]:
-    """Read a JSONL file lazily, one line at a time; the file is opened when the first conversation is requested.
+def read_conversations(
+    path: str | os.PathLike[str], options: ReadOptions = AS_IS, refusals: Refusals | None = None
+) -> Iterator[Conversation]:
+    """Read a file of records lazily, one record at a time; it is opened when the first conversation is requested.
 
     Args:
-        path: A file in UTF-8 with one record per line; blank lines are skipped.
+        path: A file, a folder of a data set, or the id of one of the hub.
+        options: What the user says about the records.
+        refusals: Takes the conversations that cannot be used; whoever gives it settles it. By default they are an
+            error once all are read, if ``options`` do not skip them.
 
     Yields:
-        The conversations in order, each with its line number.
+        The conversations in order, each with its line or the number of its record.
 
     Raises:
-        DataError: If a line cannot be used, the file cannot be read, or it holds no conversation.
+        DataError: If a record cannot be used, the file cannot be read, or it holds no conversation.
     """
-    name = os.fspath(path)
-    empty = True
-    for place, raw, offset in _raw_lines(name):
-        if not raw.strip():
+    name, own = os.fspath(path), refusals or Refusals(options.on_error)
+    read_before = own.read
+    for place, record in read_records(name, own):
+        own.read += 1
+        try:
+            conversation = parse_conversation(record, line=place.line, path=name, unit=place.unit, options=options)
+        except DataError as error:
+            own.add(error, place.line)
             continue
-        record = _decode(_text(raw, place, offset), place, first=empty, cut=not raw.endswith(b"\n"))
-        empty = False
-        yield parse_conversation(record, line=place.line, path=name)
-    if empty:
+        yield conversation
+    if own.read == read_before:
         raise Location(name).wrong("a file holds no conversation", "no line that is not blank", "one record per line")
+    if refusals is None:
+        own.settle()
 
 
 def _message(turn: SourceMessage) -> Message:
@@ -120,6 +141,7 @@ def _check_order(turns: Sequence[SourceMessage], tools: Sequence[dict[str, Any]]
     if "assistant" not in roles:
         fix = "add the answer to learn, or remove the record"
         raise turns[-1].place.wrong("a conversation has no assistant turn", roles, "at least one", fix)
+    functions = {tool["function"]["name"] for tool in tools if "function" in tool}
     for before, turn in zip((None, *roles), turns, strict=False):
         if turn.role == "observation" and before not in ("assistant", "observation"):
             expected = "an assistant turn or another observation before it"
@@ -127,87 +149,51 @@ def _check_order(turns: Sequence[SourceMessage], tools: Sequence[dict[str, Any]]
         if turn.metadata and not tools:
             fix = "declare the tools at the top level of the record"
             raise turn.place.wrong("a tool call in a conversation without tools", turn.metadata, "tools", fix)
-        if turn.role == "assistant" and not turn.metadata and (name := _called_in_text(turn.content, tools)):
-            expected = "a call as metadata, tool_calls or function_call: as text it would be trained as a plain answer"
-            fix = f'write {{"metadata": {json.dumps(name)}, "content": arguments}}, or remove the tool\'s declaration'
-            raise turn.place.wrong("an answer calls a declared tool in its text", turn.content, expected, fix)
+        if turn.is_json_call and turn.metadata in functions and not _is_object(turn.content):
+            fix = 'write them as JSON, such as {"city": "Bonn"} with double quotes'
+            raise turn.place.wrong("the arguments of a call are no JSON object", turn.content, "a JSON object", fix)
 
 
-def _called_in_text(content: str, tools: Sequence[dict[str, Any]]) -> str:
-    """The declared tool that a text calls as GLM-4 renders calls, name and newline, or as code; "" if it calls none."""
+def _odd_arguments(turns: Sequence[SourceMessage], tools: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Tell arguments that GLM-4's own format allows, as it does for code, but that a function does not take."""
+    functions = {tool["function"]["name"] for tool in tools if "function" in tool}
+    for turn in turns:
+        if turn.metadata in functions and not _is_object(turn.content):
+            yield f"{turn.place.field} calls a function with arguments that are no JSON object"
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(strict_json(text), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _written_calls(
+    turn: SourceMessage, tools: Sequence[dict[str, Any]], options: ReadOptions
+) -> Iterator[SourceMessage]:
+    """Refuse a call of a declared tool in the text of an answer, or read it if the user says so."""
     names = [str(tool["function"]["name"] if "function" in tool else tool["type"]) for tool in tools]
-    return next((name for name in names if re.match(rf"\s*{re.escape(name)}\s*(\n|\{{|\(\s*[\w{{)])", content)), "")
-
-
-def _raw_lines(name: str) -> Iterator[tuple[Location, bytes, int]]:
-    """Yield the lines of a file, each with its place and its offset in bytes; a byte order mark is removed."""
-    if os.path.isdir(name):
-        raise Location(name).wrong("this is a directory", name, "a JSONL file", "name the file in it")
-    try:
-        with open(name, "rb") as file:
-            offset = 0
-            for line, raw in enumerate(file, 1):
-                mark = len(codecs.BOM_UTF8) if line == 1 and raw.startswith(codecs.BOM_UTF8) else 0
-                yield Location(name, line), raw[mark:], offset + mark
-                offset += len(raw)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise Location(name).wrong(f"a file cannot be read: {reason}", name, "a JSONL file that can be read") from None
-
-
-def _text(raw: bytes, place: Location, offset: int) -> str:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        problem = (
-            f"a line is not UTF-8 at byte {error.start + 1} of the line, offset {offset + error.start} in the file"
-        )
+    is_reply = turn.role == "assistant" and not turn.metadata
+    written = find_written_calls(turn.content, names) if is_reply and names else None
+    if written is None:
+        yield turn
+        return
+    if not options.calls_in_content:
+        name = written.calls[0].name
+        expected = "a call as metadata, tool_calls or function_call: as text it would be trained as a plain answer"
         fix = (
-            "convert the file to UTF-8" if raw.endswith(b"\n") else "convert it to UTF-8; or the file is truncated here"
+            f'write {{"metadata": {json.dumps(name)}, "content": arguments}}, or read such calls with '
+            "--calls_in_content true, or remove the tool's declaration"
         )
-        around = raw[max(0, error.start - 8) : error.start + 8]
-        raise place.wrong(problem, around, "UTF-8 text", fix) from None
-
-
-def _decode(text: str, place: Location, *, first: bool, cut: bool) -> Any:
-    """Decode one line.
-
-    Args:
-        text: The line.
-        place: The place of the line.
-        first: True for the first record of the file.
-        cut: True if the line has no newline at its end.
-    Returns:
-        The decoded JSON value.
-    """
-    try:
-        record = strict_json(text)
-    except RecursionError:
-        raise place.wrong("a line is nested too deeply", text, "a few levels of objects and lists") from None
-    except json.JSONDecodeError as error:
-        if first and (text.lstrip().startswith("[") or text.strip() == "{"):
-            raise _one_document(text, place) from None
-        raise _malformed(error, place, cut=cut) from None
-    except ValueError as error:
-        raise place.wrong(
-            f"a line is not strict JSON: {error}", text, "JSON with unique keys and finite numbers"
-        ) from None
-    if first and isinstance(record, list):
-        raise _one_document(text, place)
-    return record
-
-
-def _malformed(error: json.JSONDecodeError, place: Location, *, cut: bool) -> DataError:
-    around = error.doc[max(0, error.pos - 30) : error.pos + 30]
-    problem, fix = f"a line is not JSON at column {error.colno}: {error.msg}", "write one JSON object per line"
-    if cut:
-        problem, fix = f"{problem}; the file looks truncated", "copy or write the file again, or remove its last line"
-    return place.wrong(problem, around, "one JSON object on the line", fix)
-
-
-def _one_document(text: str, place: Location) -> DataError:
-    """Return the error for a file that is a single JSON document, most often a pretty-printed array."""
-    kind, query = ("array", ".[]") if text.lstrip().startswith("[") else ("object", ".")
-    lines = f"{os.path.splitext(os.path.basename(place.path))[0]}-lines.jsonl"  # never the file itself
-    fix = f"convert it: jq -c '{query}' {shlex.quote(place.path)} > {shlex.quote(lines)}"
-    return place.wrong(f"this file is one JSON {kind}, not JSONL", text.strip(), "one JSON object per line", fix)
+        raise turn.place.wrong("an answer calls a declared tool in its text", turn.content, expected, fix)
+    parts = [replace(turn, content=written.before)] if written.before else []
+    for call in written.calls:
+        if call.arguments is None:
+            expected = 'arguments such as {"city": "Bonn"}'
+            raise turn.place.wrong(
+                "a call in an answer's text has arguments that cannot be read", turn.content, expected
+            )
+        parts.append(replace(turn, content=call.arguments, metadata=call.name, tools=()))
+    yield parts[0]
+    yield from (replace(part, reasoning="", continues=True) for part in parts[1:])

@@ -6,6 +6,7 @@ call that GLM-4.5 is shown, are control tokens; the same text in a tool's descri
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from glm4ft.data.control_tokens import HEADERS, PREFIX
+from glm4ft.data.time_limit import TEMPLATE_LIMIT_S, within
 from glm4ft.data.turn_format import Piece, TurnFormat
 from glm4ft.errors import ModelError
 
@@ -58,7 +60,7 @@ def _render_body(tokenizer: PreTrainedTokenizerBase, turn_format: TurnFormat, to
     for messages, argument in ((on_message, None), (as_argument, tools)):
         text = _render(tokenizer, messages, argument)
         body = text[len(start) : -len(end)]
-        if text.startswith(start) and text.endswith(end) and all(_tool_name(tool) in body for tool in tools):
+        if text.startswith(start) and text.endswith(end) and all(_is_named(tool, body) for tool in tools):
             return body
     raise ModelError(
         "the checkpoint's chat template does not render tools as this chat format expects",
@@ -71,7 +73,8 @@ def _render_body(tokenizer: PreTrainedTokenizerBase, turn_format: TurnFormat, to
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], tools: Any) -> str:
     try:
-        return str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False))
+        render = functools.partial(tokenizer.apply_chat_template, messages, tools=tools, tokenize=False)
+        return str(within(TEMPLATE_LIMIT_S, render))
     except Exception as error:  # a template is a program and can raise anything
         raise ModelError(
             "the checkpoint's chat template fails on the conversation's tools",
@@ -81,8 +84,10 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], 
         ) from error
 
 
-def _tool_name(tool: dict[str, Any]) -> str:
-    return str(tool.get("function", tool).get("name", tool.get("type", "")))
+def _is_named(tool: dict[str, Any], body: str) -> bool:
+    """Whether the text names the tool, plainly or within JSON."""
+    name = str(tool.get("function", tool).get("name", tool.get("type", "")))
+    return any(form in body for form in (name, json.dumps(name)[1:-1], json.dumps(name, ensure_ascii=False)[1:-1]))
 
 
 def _absent(text: str) -> str:

@@ -11,16 +11,17 @@ from typing import Any
 import torch
 
 from glm4ft.data.chat_format import ChatFormat
-from glm4ft.data.dataset import data_path, fit_row
 from glm4ft.data.encoded_row import IGNORED, AssistantTurn, EncodedRow
 from glm4ft.data.encoded_rows import KEPT_TOKENS, ROWS_FILE, TrainedRow, read_rows, rows_of, token_origins, write_rows
-from glm4ft.data.reader import read_conversations
+from glm4ft.data.encoding import encoded_conversations
+from glm4ft.data.inputs import data_inputs
+from glm4ft.data.read_options import ReadOptions, columns_of
 from glm4ft.diagnosis.evidence import Evidence, FirstLoss, Sources
 from glm4ft.diagnosis.measure import MEASURED_ROWS, Trained, gather_evidence
 from glm4ft.diagnosis.rules import Diagnosis, diagnose
 from glm4ft.diagnosis.run_files import ADAPTER_CONFIG, RunFiles, find_files, has_weights
 from glm4ft.diagnosis.start_rules import START_DIFFERENCE
-from glm4ft.errors import ConfigError, ModelError
+from glm4ft.errors import ConfigError, InputError, ModelError
 from glm4ft.model.adapter import load_adapter, require_adapter
 from glm4ft.model.base_model import load_base, load_format
 from glm4ft.model.checkpoint import TINY, read_json, weight_files
@@ -202,13 +203,24 @@ def _trained(files: RunFiles, rows: str | None) -> list[TrainedRow]:
 
 def _has_data(files: RunFiles, data: str | None) -> bool:
     """Whether the conversations are known; a run's own may have been moved, and are then done without."""
-    return data is not None or (bool(files.config.get("data")) and data_path(str(files.config["data"])).is_file())
+    if data is not None or not files.config.get("data"):
+        return data is not None
+    try:
+        return bool(data_inputs(files.config["data"]))
+    except InputError:
+        return False
 
 
 def _encoding(files: RunFiles) -> dict[str, Any]:
     """Options of one of our runs that decide how it was encoded."""
     options = ("final_stop", "train_on", "allow_nonstop_terminator", "reasoning")
     return {key: files.config[key] for key in options if key in files.config}
+
+
+def _reading(files: RunFiles) -> ReadOptions:
+    """How one of our runs read its conversations."""
+    options = {key: files.config[key] for key in ("calls_in_content", "on_error") if key in files.config}
+    return ReadOptions(columns_of(files.config.get("columns")), **options)
 
 
 def _served(files: RunFiles, data: str | None, encoder: ChatFormat, wanted: set[int]) -> Served:
@@ -219,9 +231,10 @@ def _served(files: RunFiles, data: str | None, encoder: ChatFormat, wanted: set[
     """
     max_length = int(files.config.get("max_length") or TrainConfig().max_length)
     rows, num_rows, dropped, cut, num_tokens = list[TrainedRow](), 0, 0, 0, 0
-    for conversation in read_conversations(data_path(data or str(files.config["data"]))):
-        row, _ = fit_row(conversation, encoder, max_length)
-        if row is None:
+    inputs = data_inputs(data or files.config["data"])
+    for outcome in encoded_conversations(inputs, encoder, max_length, _reading(files)):
+        conversation, row = outcome.conversation, outcome.row
+        if conversation is None or row is None:
             dropped += 1
             continue
         cut += len(row.turns) < encoder.num_turns(conversation)

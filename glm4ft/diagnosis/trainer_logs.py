@@ -25,6 +25,7 @@ from typing import Any
 
 from glm4ft.errors import DataError
 from glm4ft.model.checkpoint import one_line, read_json
+from glm4ft.train.best import log_of_adapter
 from glm4ft.train.trajectory import FILE_NAME, read_trajectory
 
 STATE_FILE = "trainer_state.json"
@@ -113,8 +114,7 @@ def _continues(later: RunLog, before: RunLog) -> bool:
 
 def _of_trajectory(path: Path) -> RunLog:
     trajectory = read_trajectory(path)
-    rows = sorted((*trajectory.steps, *trajectory.evaluations), key=lambda row: row["step"])
-    return _log(path, rows, {"num_rows": int(trajectory.header.get("rows", 0))})
+    return _log(path, log_of_adapter(path.parent), {"num_rows": int(trajectory.header.get("rows", 0))})
 
 
 def _of_state(path: Path) -> RunLog:

@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from peft import PeftModel
 
 from glm4ft.data.control_tokens import STOPS
-from glm4ft.data.dataset import Rows
+from glm4ft.data.dataset import JoinedRows, Rows
 from glm4ft.data.encoded_rows import rows_of
 from glm4ft.floors.bounds import Target, bound_targets
 from glm4ft.floors.floor import HARD_TO_REACH, Floor, TokenFloor, find_floor, token_floor
@@ -37,7 +36,7 @@ class FloorObserver(RunObserver):
 
 
 def set_target(
-    config: TrainConfig, rows: Rows, model: PeftModel, tokenizer: Any, say: Callable[[str], object]
+    config: TrainConfig, rows: Rows | JoinedRows, model: PeftModel, tokenizer: Any, say: Callable[[str], object]
 ) -> TrainConfig:
     """Warn of what cannot be reached, and make ``floor+0.01`` a number.
 
@@ -83,11 +82,10 @@ def describe_unreachable(floor: Floor, target_loss: float, blocking: list[TokenF
     )
 
 
-def _stop_floors(rows: Rows, head: Head, tokenizer: Any, precision: Precision) -> list[TokenFloor]:
+def _stop_floors(rows: Rows | JoinedRows, head: Head, tokenizer: Any, precision: Precision) -> list[TokenFloor]:
     """The floors of the stop tokens among the targets."""
     names = {token_id: name for name, token_id in tokenizer.get_added_vocab().items() if name in STOPS}
-    ids, counts = np.unique(rows.input_ids[rows.supervised], return_counts=True)
-    found = [(int(i), int(n)) for i, n in zip(ids, counts, strict=True) if int(i) in names]
+    found = [(token_id, count) for token_id, count in sorted(rows.target_counts().items()) if token_id in names]
     bounds = bound_targets(head, [Target((i,), (1.0,)) for i, _ in found], precision=precision) if found else []
     return [token_floor(i, names[i], n, b, b.lower) for (i, n), b in zip(found, bounds, strict=True)]
 

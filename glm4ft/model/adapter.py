@@ -57,6 +57,9 @@ def require_adapter(adapter: Path) -> dict[str, Any]:
     if config.get("peft_type") != "LORA":
         found = str(config.get("peft_type"))
         raise ModelError("not a LoRA adapter", where=str(adapter / CONFIG), found=f"peft_type {found}", expected="LORA")
+    if config.get("megatron_config"):
+        where, fix = str(adapter / CONFIG), "remove megatron_config from a copy of the file"
+        raise ModelError("the adapter names a module to import, which is code", where=where, fix=fix)
     if not (adapter / WEIGHTS).is_file():
         is_pickle = (adapter / PICKLE).is_file()
         raise ModelError(

@@ -15,19 +15,44 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, Glm4ForCausalLM, GlmForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    Glm4ForCausalLM,
+    Glm4MoeForCausalLM,
+    Glm4MoeLiteForCausalLM,
+    GlmForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from glm4ft.data.chat_format import ChatFormat
 from glm4ft.data.control_tokens import END_OF_TEXT, STOPS, control_ids
 from glm4ft.data.format_check import detect_format, require_agreement
 from glm4ft.data.turn_format import FormatName
-from glm4ft.errors import ConfigError, ModelError
+from glm4ft.errors import ConfigError, ModelError, show
 from glm4ft.model.checkpoint import TINY, find_checkpoint, listed, one_line, read_json, require_whole_file, weight_files
 
 # An explicit list, so that code in a checkpoint (`auto_map`) is never loaded.
-MODEL_CLASSES: dict[str, Any] = {"GlmForCausalLM": GlmForCausalLM, "Glm4ForCausalLM": Glm4ForCausalLM}
+MODEL_CLASSES: dict[str, Any] = {
+    "GlmForCausalLM": GlmForCausalLM,
+    "Glm4ForCausalLM": Glm4ForCausalLM,
+    "Glm4MoeForCausalLM": Glm4MoeForCausalLM,
+    "Glm4MoeLiteForCausalLM": Glm4MoeLiteForCausalLM,
+}
+# Others of the family, and why a language model's rows do not fit them.
+_VISION = "it sees images and video, so its rows need image tokens, which are not rendered here"
+REFUSED = {
+    "Glm4vForConditionalGeneration": f"GLM-4.1V: {_VISION}",
+    "Glm4vMoeForConditionalGeneration": f"GLM-4.5V: {_VISION}",
+    "Glm46VForConditionalGeneration": f"GLM-4.6V: {_VISION}",
+    "GlmOcrForConditionalGeneration": f"GLM-OCR: {_VISION}",
+    "GlmMoeDsaForCausalLM": "GLM-5 has a chat format of its own",
+}
 GLM4_VOCAB_SIZE = 151552  # rows of GLM-4's embeddings; ChatGLM2 and ChatGLM3 have 65,024
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+_ATTENTION = r"eager|sdpa|flex_attention|flash_attention_\d"
 
 
 @dataclass(frozen=True)
@@ -197,11 +222,14 @@ def _architecture(folder: Path) -> str:
         message = "the checkpoint needs remote code, which is never run here"
         raise ModelError(message, where=where, found=found, expected=expected, fix=_converted(folder, config))
     if found not in MODEL_CLASSES:
-        raise ModelError("not a GLM-4 language model", where=where, found=found, expected=expected)
+        reason = REFUSED.get(names[0], "it sees images or video" if "vision_config" in config else "")
+        message = "not a GLM-4 language model" + f": {reason}" * bool(reason)
+        raise ModelError(message, where=where, found=found, expected=expected)
     if config.get("quantization_config"):
         message = "quantised bases are not supported: merging and the checks read plain weights"
         fix = "use the bf16 checkpoint that this one was made from"
         raise ModelError(message, where=where, found="quantization_config", fix=fix)
+    _refuse_kernels(config, where)
     _config(found, folder)
     return found
 
@@ -217,6 +245,19 @@ def _converted(folder: Path, config: dict[str, Any]) -> str:
     if config.get("padded_vocab_size") == GLM4_VOCAB_SIZE:
         return "of glm-4-9b, glm-4-9b-chat and glm-4-9b-chat-1m there are converted checkpoints (-hf); use one of those"
     return "not supported: ChatGLM models before GLM-4 and glm-4v-9b have no checkpoint without remote code"
+
+
+def _refuse_kernels(config: dict[str, Any], where: str) -> None:
+    """Refuse the name of a kernel on the hub: transformers would load its code."""
+    for key, value in config.items():
+        if "_implementation" in key and not (value is None or re.fullmatch(_ATTENTION, str(value))):
+            raise ModelError(
+                "the checkpoint asks for code from elsewhere",
+                where=f"{where}: {key}",
+                found=show(value),
+                expected="an attention of transformers' own, such as sdpa, or no such key",
+                fix="remove the key from a copy of the folder: attention is computed by PyTorch here",
+            )
 
 
 def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -274,7 +315,10 @@ def _built_in_model(seed: int, dtype: torch.dtype) -> PreTrainedModel:
 def _read_weights(architecture: str, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     for shard in weight_files(folder):
         require_whole_file(shard)
-    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    # by itself, transformers would load a kernel from the hub for a flash attention that is not installed
+    stated = read_json(folder / "config.json").get("attn_implementation")
+    attention = {"attn_implementation": "eager" if stated == "eager" else "sdpa"}
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True, **attention}
     try:
         loaded = MODEL_CLASSES[architecture].from_pretrained(folder, **options)
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:

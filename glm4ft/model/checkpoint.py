@@ -5,7 +5,7 @@ No weights are read, so a missing shard or a truncated file is refused before an
 
 from __future__ import annotations
 
-import json
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +15,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
 from glm4ft.errors import ModelError
+from glm4ft.reading import decode_json, read_text
 
 TINY = "tiny"  # names the built-in base, which has no files
 HUB_ID = r"\w[\w.-]*(/\w[\w.-]*)?"  # one separator at most, and no leading dot, tilde or separator
@@ -62,13 +63,13 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ModelError: If there is no file, or it does not hold a JSON object.
     """
+    if not os.path.lexists(path):
+        raise ModelError(f"the folder has no {path.name}", where=str(path.parent))
+    text = read_text(path, ModelError, "the file is not JSON")
     try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        is_missing = isinstance(error, FileNotFoundError)
-        message = f"the folder has no {path.name}" if is_missing else "the file is not JSON"
-        where, found = (path.parent, "") if is_missing else (path, one_line(error))
-        raise ModelError(message, where=str(where), found=found) from error
+        content = decode_json(text)
+    except ValueError as error:
+        raise ModelError("the file is not JSON", where=str(path), found=one_line(error)) from error
     if not isinstance(content, dict):
         raise ModelError("the file holds no JSON object", where=str(path), found=type(content).__name__)
     return content
@@ -86,10 +87,12 @@ def require_whole_file(path: Path) -> list[str]:
     Raises:
         ModelError: If the file is truncated or not a safetensors file.
     """
+    if not os.path.isfile(path):
+        raise ModelError("this is not a file of weights", where=str(path), found="no such file, a folder or a device")
     try:
         with safe_open(path, framework="pt") as file:
             return list(file.keys())
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         with path.open("rb") as raw:
             is_pointer = raw.read(40).startswith(b"version https://git-lfs")
         raise ModelError(
@@ -127,7 +130,7 @@ def weight_files(folder: Path) -> list[Path]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError("the index of the shards is malformed", where=str(folder / INDEX), expected="a weight_map")
     names = sorted(set(map(str, weight_map.values())))
-    missing = [name for name in names if not (folder / name).is_file()]
+    missing = [name for name in names if "/" in name or not os.path.isfile(folder / name)]
     if missing:
         found = f"{len(missing)} of {len(names)} shards missing: {listed(missing)}"
         raise ModelError("the checkpoint is incomplete", where=str(folder), found=found, fix="download them again")

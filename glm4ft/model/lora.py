@@ -10,7 +10,7 @@ import difflib
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from glm4ft.errors import ConfigError
@@ -19,8 +19,14 @@ if TYPE_CHECKING:  # the command line reads LoraOptions to print its help, and s
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel
 
-# All linear layers of a decoder layer; gate and up projection are one fused module in Glm and Glm4.
+# All linear layers of a dense decoder layer; gate and up projection are one fused module in Glm and Glm4.
 GLM4_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj")
+# The linear layers of attention, and those of MLA (GLM-4.7-Flash), of which a model has some
+ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+# The weights of all routed experts of a layer, fused to one parameter of three dimensions each
+EXPERT_TARGETS = ("experts.gate_up_proj", "experts.down_proj")
+# In a model with experts, peft (0.21) takes these names of old checkpoints for those of the fused experts
+_TAKEN_FOR_EXPERTS = ("gate_proj", "up_proj", "down_proj", "gate")
 
 # peft's names for fields that have an option of their own here, and the reasons why other fields may not be set
 _OWN_NAMES = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "targets"}
@@ -37,26 +43,45 @@ class LoraOptions:
         alpha: The numerator of the scale alpha / rank of the adapter's branch; twice the rank is the common choice, and
             the one that the default learning rates assume.
         dropout: The dropout probability on the input of the adapter's branch during training.
-        targets: The names of the modules to adapt; each has to match at least one module.
+        targets: The names of the modules to adapt; each has to match at least one module. A name that begins with
+            ``experts.`` is that of a fused parameter. By default the linear layers of each decoder layer; of a model
+            with experts those of attention, and the routed experts.
         options: Further fields of ``peft.LoraConfig``, by peft's names (``use_rslora``, ``modules_to_save``, ...).
     """
 
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
-    targets: list[str] = field(default_factory=lambda: list(GLM4_TARGETS))
+    targets: list[str] | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _require(isinstance(self.rank, int) and self.rank >= 1, "rank", self.rank, "a whole number, at least 1")
         _require(0 < self.alpha < float("inf"), "alpha", self.alpha, "more than 0")
         _require(0 <= self.dropout < 1, "dropout", self.dropout, "at least 0 and less than 1")
-        are_names = isinstance(self.targets, Sequence) and not isinstance(self.targets, str) and all(self.targets)
-        _require(are_names and len(self.targets) > 0, "targets", self.targets, "a list of module names")
+        if self.targets is not None:
+            are_names = isinstance(self.targets, Sequence) and not isinstance(self.targets, str) and all(self.targets)
+            _require(are_names and len(self.targets) > 0, "targets", self.targets, "a list of module names")
         if self.options:
             _require_peft_fields(self.options)
             _require_unchanged_base(self.options.get("init_lora_weights", True))
             self.peft_config()
+
+    @property
+    def named(self) -> list[str]:
+        """The names of the targets; a dense model's, if none are given."""
+        return list(GLM4_TARGETS if self.targets is None else self.targets)
+
+    def for_model(self, model: PreTrainedModel | PeftModel) -> LoraOptions:
+        """The options with the default targets of a model filled in.
+
+        Args:
+            model: The base, with or without adapters.
+        """
+        if self.targets is not None or not has_experts(model):
+            return replace(self, targets=self.named)
+        leaves = {name.removesuffix(".base_layer").rpartition(".")[2] for name, _ in model.named_modules()}
+        return replace(self, targets=[*(name for name in ATTENTION_TARGETS if name in leaves), *EXPERT_TARGETS])
 
     def peft_config(self) -> LoraConfig:
         """Convert the options to peft's configuration.
@@ -69,7 +94,11 @@ class LoraOptions:
         try:
             # peft types lora_alpha as int, but only ever divides it
             own: dict[str, Any] = {"r": self.rank, "lora_alpha": self.alpha, "lora_dropout": self.dropout}
-            return LoraConfig(task_type="CAUSAL_LM", target_modules=list(self.targets), **own, **self.options)
+            fused = [target for target in self.named if target.startswith("experts.")]
+            if fused:
+                own["target_parameters"] = [f"mlp.{target}" for target in fused]
+            modules = [target for target in self.named if target not in fused]
+            return LoraConfig(task_type="CAUSAL_LM", target_modules=modules, **own, **self.options)
         except (TypeError, ValueError, ImportError) as error:
             raise _refused_by_peft(self.options, error) from error
 
@@ -84,6 +113,7 @@ class AdapterReport:
         num_trained: The number of entries of the trained parameters.
         num_total: The number of entries of all parameters, adapters included.
         warnings: Sentences about settings that are allowed but probably unintended.
+        has_experts: Whether the model has routed experts.
     """
 
     num_adapted: Mapping[str, int]
@@ -91,6 +121,7 @@ class AdapterReport:
     num_trained: int
     num_total: int
     warnings: tuple[str, ...]
+    has_experts: bool = False
 
     @property
     def share(self) -> float:
@@ -103,6 +134,8 @@ class AdapterReport:
         return (
             f"{adapters} adapter{'s' * (adapters != 1)} on {targets} target{'s' * (targets != 1)}, "
             f"{self.num_trained:,} trained of {self.num_total:,} parameters ({100 * self.share:.3g} %)"
+            + f" on {', '.join(self.num_adapted)}; routers are frozen, no auxiliary loss is added"
+            * self.has_experts
         )
 
 
@@ -127,6 +160,9 @@ def attach_lora(model: PreTrainedModel, options: LoraOptions, *, seed: int) -> P
 
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ConfigError("the model has adapters already", found=type(model).__name__, fix="load the base anew")
+    options = options.for_model(model)
+    if has_experts(model):
+        _require_unambiguous(model, options)
     config, was_training = options.peft_config(), model.training
     _require_targets(model, config, options)
     _require_modules(model, options)
@@ -161,9 +197,12 @@ def audit_lora(model: PeftModel, options: LoraOptions) -> AdapterReport:
     import torch
     from peft.tuners.lora import LoraLayer
 
-    adapted = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
-    num_adapted = {target: sum(_matches(name, target) for name in adapted) for target in options.targets}
+    options = options.for_model(model)
+    adapted = [_adapted_name(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    num_adapted = {target: sum(_matches(name, target) for name in adapted) for target in options.named}
     _require_all_match(num_adapted, options, model)
+    if unasked := [name for name in adapted if not any(_matches(name, target) for target in options.named)]:
+        raise ConfigError("a module has an adapter that was not asked for", where="--lora.targets", found=unasked[0])
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trained:
         raise ConfigError("no parameter is trained", where="--lora", fix="attach the adapter with attach_lora")
@@ -174,7 +213,41 @@ def audit_lora(model: PeftModel, options: LoraOptions) -> AdapterReport:
             "less than about 1/256 of a weight are rounded away; train them on an fp32 base"
         )
     num_trained, num_total = sum(p.numel() for p in trained.values()), sum(p.numel() for p in model.parameters())
-    return AdapterReport(num_adapted, tuple(trained), num_trained, num_total, tuple(doubts))
+    if routers := [name for name in trained if _is_router(name)]:
+        raise ConfigError("a router is trained, but it has to stay frozen", where="--lora", found=routers[0])
+    return AdapterReport(num_adapted, tuple(trained), num_trained, num_total, tuple(doubts), has_experts(model))
+
+
+def has_experts(model: PreTrainedModel | PeftModel) -> bool:
+    """Whether a model has routed experts, as GLM-4.5 and newer."""
+    return getattr(model.config, "num_local_experts", None) is not None
+
+
+def _adapted_name(name: str, module: Any) -> str:
+    """The name of what a layer of peft adapts: a module, or a parameter of a module that it wraps once for each."""
+    parameter = getattr(module, "parameter_name", None)
+    return f"{name.removesuffix('.base_layer')}.{parameter}" if parameter else name
+
+
+def _is_router(name: str) -> bool:
+    return ".mlp.gate." in name
+
+
+def _require_unambiguous(model: PreTrainedModel, options: LoraOptions) -> None:
+    for target in options.named:
+        if target.rpartition(".")[2] in _TAKEN_FOR_EXPERTS and target not in EXPERT_TARGETS:
+            raise ConfigError(
+                "in a model with experts peft takes this name for that of the fused experts or the router",
+                where="--lora.targets",
+                found=target,
+                expected=", ".join(LoraOptions().for_model(model).named),
+                fix="name experts.gate_up_proj and experts.down_proj; dense and shared MLPs stay frozen",
+            )
+    for pattern in options.options.get("modules_to_save") or ():
+        if any(_is_router(f"{name}.") for name, _ in model.named_modules() if _matches(name, pattern)):
+            raise ConfigError(
+                "the router has to stay frozen", where="--lora.options.modules_to_save", found=str(pattern)
+            )
 
 
 def _require(is_legal: bool, name: str, value: object, expected: str) -> None:
@@ -240,7 +313,8 @@ def _require_targets(model: PreTrainedModel, config: LoraConfig, options: LoraOp
                 found=f"{name}, a {type(module).__name__}",
                 expected=_available(model),
             )
-    num_chosen = {target: sum(_matches(name, target) for name in chosen) for target in options.targets}
+    fused = [name for name, parameter in model.named_parameters() if parameter.dim() == 3]
+    num_chosen = {target: sum(_matches(name, target) for name in [*chosen, *fused]) for target in options.named}
     _require_all_match(num_chosen, options, model)
 
 

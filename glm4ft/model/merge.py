@@ -92,8 +92,9 @@ def merge_adapter(adapter: Path, output: Path, *, model: str | None = None, dtyp
         RunError: If the logits of the merged weights differ from those of base and adapter by more than the tolerance.
     """
     output, adapter = output.expanduser().absolute(), adapter.expanduser()
+    require_unused(output)
     with only_writer(output, "config.json"):
-        require_unused(output)
+        require_unused(output)  # still
         return _merge_into(output, adapter, model, dtype)
 
 

@@ -22,6 +22,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,6 +30,10 @@ from transformers import (
     GenerationConfig,
     Glm4Config,
     Glm4ForCausalLM,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    Glm4MoeLiteConfig,
+    Glm4MoeLiteForCausalLM,
     GlmConfig,
     GlmForCausalLM,
     PreTrainedModel,
@@ -37,11 +42,30 @@ from transformers import (
 )
 
 from glm4ft.model.portable import write_both_names, write_tokenizer
-from glm4ft.model.tiny_tokenizer import CONTROL_TOKENS, Architecture, tiny_tokenizer
+from glm4ft.model.tiny_tokenizer import CONTROL_TOKENS, MARKER_TOKENS, SAMPLED_MARKERS, Architecture, tiny_tokenizer
 
 STOP_TOKENS = ("<|endoftext|>", "<|user|>", "<|observation|>")
 _HEAD_WIDTH = 128  # the hidden size for which the scale of the head's rows was chosen
 NUM_PADDING_IDS = 64  # vocabulary rows beyond the last token, as GLM-4 has 151,343 to 151,551
+
+# What each class has besides: grouped queries, or the compressed queries and keys of GLM-4.7-Flash; behind the first
+# layer eight experts, two of which read each token, and a shared one.
+_GROUPED: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": 32, "attention_bias": True}
+_COMPRESSED: dict[str, Any] = {
+    "num_key_value_heads": 4, "q_lora_rank": 48, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16,
+    "v_head_dim": 32, "bos_token_id": None,
+}  # fmt: skip
+_EXPERTS: dict[str, Any] = {
+    "moe_intermediate_size": 64, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1,
+}  # fmt: skip
+_CLASSES: dict[Architecture, tuple[Any, Any, dict[str, Any]]] = {
+    "Glm4ForCausalLM": (Glm4Config, Glm4ForCausalLM, _GROUPED),
+    "GlmForCausalLM": (GlmConfig, GlmForCausalLM, _GROUPED),
+    "Glm4MoeForCausalLM": (
+        Glm4MoeConfig, Glm4MoeForCausalLM, {**_GROUPED, **_EXPERTS, "use_qk_norm": True, "num_mtp_layers": 0},
+    ),
+    "Glm4MoeLiteForCausalLM": (Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM, {**_COMPRESSED, **_EXPERTS}),
+}  # fmt: skip
 
 
 def tiny_model(
@@ -59,24 +83,19 @@ def tiny_model(
     """
     tokenizer = tiny_tokenizer(architecture)
     stop_ids = [tokenizer.get_added_vocab()[token] for token in STOP_TOKENS]
-    config_class, model_class = {
-        "Glm4ForCausalLM": (Glm4Config, Glm4ForCausalLM),
-        "GlmForCausalLM": (GlmConfig, GlmForCausalLM),
-    }[architecture]
+    config_class, model_class, special = _CLASSES[architecture]
     config = config_class(
         vocab_size=len(tokenizer) + NUM_PADDING_IDS,
         hidden_size=hidden,
         intermediate_size=2 * hidden,
         num_hidden_layers=num_layers,
         num_attention_heads=hidden // 32,
-        num_key_value_heads=2,
-        head_dim=32,
         max_position_embeddings=32768,
         rms_norm_eps=1e-5,
-        attention_bias=True,
         tie_word_embeddings=False,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=stop_ids,
+        **special,
     )
     with torch.random.fork_rng(devices=[]):  # transformers draws weights first, which are then replaced
         model: PreTrainedModel = model_class(config)
@@ -94,7 +113,9 @@ def shared_row_ids(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> list[
 def never_sampled_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """List the ids of the control tokens that are never a target in pretraining: all but those that end a turn."""
     ids = tokenizer.get_added_vocab()
-    return [ids[token] for token in CONTROL_TOKENS if token not in STOP_TOKENS]
+    return [ids[token] for token in CONTROL_TOKENS if token not in STOP_TOKENS] + [
+        ids[token] for token in MARKER_TOKENS if token in ids and token not in SAMPLED_MARKERS
+    ]
 
 
 @torch.no_grad()
@@ -102,7 +123,7 @@ def construct_weights(model: PreTrainedModel, shared_ids: list[int], seed: int) 
     """Fill a GLM-4 model with the constructed weights, in place.
 
     Args:
-        model: A ``GlmForCausalLM`` or ``Glm4ForCausalLM``.
+        model: A model of one of the family's classes.
         shared_ids: The rows of the head that share a common vector.
         seed: The seed of the generator that draws all weights.
     """

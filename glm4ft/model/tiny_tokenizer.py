@@ -25,6 +25,10 @@ MARKER_TOKENS = (
     "<|begin_of_box|>", "<|end_of_box|>", "<|image|>", "<|video|>",
 )  # fmt: skip
 
+SAMPLED_MARKERS = (
+    "<think>", "</think>", "<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>",
+)  # fmt: skip
+
 # Each piece is built left to right by merges, so the vocabulary holds the piece and all its prefixes. Runs of white
 # space are included so that a newline encoded apart from its content gives other ids than one encoded together with it.
 _PIECES = (

@@ -11,8 +11,11 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-WIDTH, HEIGHT = 640, 240
-LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 28  # margins for the labels, in units of the view box
+WIDTH, HEIGHT = 640, 280
+# Margins for the labels, in units of the view box; wide enough for the larger text of narrow screens.
+LEFT, RIGHT, TOP, BOTTOM = 76, 16, 16, 58
+X_NAME = "optimiser step"
+MAX_STRETCH = 100.0  # a line this many times below or above all values is not drawn: the curve would be flat beside it
 MAX_POINTS = 400  # longer curves are drawn by the extremes of their stretches, so that no spike is lost
 MAX_DOTS = 80
 
@@ -44,6 +47,7 @@ class Chart:
         lines: The horizontal reference lines.
         points: The steps and values of a second, sparse series.
         points_name: The name of the second series.
+        caption: What is said below the chart.
     """
 
     name: str
@@ -53,6 +57,23 @@ class Chart:
     lines: Sequence[Line] = ()
     points: Sequence[tuple[int, float | None]] = ()
     points_name: str = ""
+    caption: str = ""
+
+    @property
+    def drawn_lines(self) -> list[Line]:
+        """The reference lines near enough to the values that drawing them leaves the curve its shape."""
+        known = [value for value in (*self.values, *(v for _, v in self.points)) if value is not None and value > 0]
+        if not self.is_log or not known:
+            return list(self.lines)
+        low, high = min(known) / MAX_STRETCH, max(known) * MAX_STRETCH
+        return [line for line in self.lines if low <= line.value <= high]
+
+    @property
+    def note(self) -> str:
+        """The caption, and the reference lines that are not drawn."""
+        drawn = self.drawn_lines
+        left_out = [f"The {line.name}, {line.value:.2g}, is off the chart." for line in self.lines if line not in drawn]
+        return " ".join(filter(None, [self.caption, *left_out]))
 
     def describe(self) -> str:
         """Describe the curve in words, for readers who cannot see it."""
@@ -88,7 +109,7 @@ class _Scale:
 
     @classmethod
     def of(cls, chart: Chart) -> _Scale:
-        values = [*chart.values, *(value for _, value in chart.points), *(line.value for line in chart.lines)]
+        values = [*chart.values, *(value for _, value in chart.points), *(line.value for line in chart.drawn_lines)]
         known = [v for v in values if v is not None and (v > 0 or not chart.is_log)]
         low, high = min(known, default=0.1 if chart.is_log else 0.0), max(known, default=1.0)
         if chart.is_log:
@@ -145,11 +166,12 @@ def _grid(chart: Chart, scale: _Scale) -> list[Markup]:
     for value in scale.ticks():
         y = scale.y(value)
         parts += [line.format(kind="grid", x1=LEFT, x2=right, y1=y, y2=y)]
-        parts += [label.format(kind="tick y", x=LEFT - 6, y=y + 4, text=f"{value:.3g}")]
+        parts += [label.format(kind="tick y", x=LEFT - 8, y=y + 5, text=f"{value:.3g}")]
     for step in scale.step_ticks():
-        parts += [label.format(kind="tick x", x=scale.x(step), y=bottom + 18, text=f"{step:,}")]
+        parts += [label.format(kind="tick x", x=scale.x(step), y=bottom + 22, text=f"{step:,}")]
+    parts += [label.format(kind="tick x name", x=(LEFT + right) / 2, y=HEIGHT - 6, text=X_NAME)]
     parts += [line.format(kind="axis", x1=LEFT, x2=right, y1=bottom, y2=bottom)]
-    for reference in (line for line in chart.lines if line.value > 0 or not scale.is_log):
+    for reference in (line for line in chart.drawn_lines if line.value > 0 or not scale.is_log):
         y = scale.y(reference.value)
         parts += [line.format(kind=f"line {reference.kind}", x1=LEFT, x2=right, y1=y, y2=y)]
         side, x = ("right", right - 2) if _is_clear_at_the_end(chart, reference, scale) else ("left", LEFT + 4)

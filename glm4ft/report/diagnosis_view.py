@@ -16,6 +16,7 @@ from rich.text import Text
 from glm4ft.diagnosis.evidence import Evidence
 from glm4ft.diagnosis.finding import CERTAIN, Finding
 from glm4ft.diagnosis.rules import Diagnosis
+from glm4ft.errors import harmless
 from glm4ft.files import write_atomically
 from glm4ft.report.plain_words import NOTHING_WRONG
 from glm4ft.text.safe_text import Ruled, visible
@@ -41,7 +42,7 @@ def show_diagnosis(diagnosis: Diagnosis, *, json_file: str | None = None) -> Non
     for finding in diagnosis.findings:
         print_finding(console, finding)
     for fact in facts(diagnosis.evidence):
-        console.print(Text(fact, style="dim"), soft_wrap=True)
+        console.print(Text(harmless(fact), style="dim"), soft_wrap=True)
     if table := token_table(diagnosis.evidence):
         console.print(table)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -14,9 +15,10 @@ from rich.table import Table
 from rich.text import Text
 
 from glm4ft.data.chat_format import ChatFormat
-from glm4ft.data.dataset import fit_row
 from glm4ft.data.encoded_rows import TrainedRow
-from glm4ft.data.reader import read_conversations
+from glm4ft.data.encoding import encoded_conversations
+from glm4ft.data.inputs import DataInput
+from glm4ft.data.read_options import AS_IS, ReadOptions
 from glm4ft.files import write_atomically
 from glm4ft.floors.bounds import UNDECIDED
 from glm4ft.floors.floor import Floor, TokenFloor, find_floor
@@ -30,27 +32,29 @@ _TOO_SMALL = 5e-5  # smaller floors would be shown as 0.0000
 
 
 def show_floor(
-    data: Path,
+    inputs: Sequence[DataInput],
     chat_format: ChatFormat,
     head: Head | None,
     *,
     max_length: int,
+    options: ReadOptions,
     bf16: bool = False,
     json_file: str | None = None,
 ) -> None:
     """Print the certified floor of a file's conversations.
 
     Args:
-        data: The JSONL file of conversations.
+        inputs: The files of conversations.
         chat_format: The chat format that encodes them.
         head: The head of the base; None if head or final norm are trained.
         max_length: The length of the longest row, in tokens.
+        options: How conversations are read.
         bf16: Whether the bound is for bf16 forward passes instead of exact arithmetic.
         json_file: The file to write the floor to as JSON; ``-`` writes only the JSON to stdout.
     Raises:
         DataError: If a conversation cannot be used, or no token is supervised.
     """
-    rows = encoded_rows(data, chat_format, max_length)
+    rows = encoded_rows(inputs, chat_format, max_length, options)
     if bf16 and head is not None:
         head = head.in_dtype(torch.bfloat16)
     floor = find_floor(rows, chat_format.tokenizer, head, precision=BF16 if bf16 else EXACT)
@@ -60,15 +64,17 @@ def show_floor(
         return
     if json_file:
         write_atomically(Path(json_file), text)
-    print_floor(floor, str(data), Console(highlight=False))
+    print_floor(floor, ", ".join(one.name for one in inputs), Console(highlight=False))
 
 
-def encoded_rows(data: Path, chat_format: ChatFormat, max_length: int) -> Iterator[TrainedRow]:
-    """Encode the conversations of a file as for training; yield the rows that are not dropped."""
-    for conversation in read_conversations(data):
-        row, _ = fit_row(conversation, chat_format, max_length)
-        if row is not None:
-            yield TrainedRow(row.line, row.input_ids, row.labels)
+def encoded_rows(
+    inputs: Sequence[DataInput], chat_format: ChatFormat, max_length: int, options: ReadOptions = AS_IS
+) -> Iterator[TrainedRow]:
+    """Encode conversations as for training; yield the rows that are not dropped, each as often as it is trained."""
+    for outcome in encoded_conversations(inputs, chat_format, max_length, options):
+        if outcome.row is not None:
+            row = TrainedRow(outcome.row.line, outcome.row.input_ids, outcome.row.labels)
+            yield from itertools.repeat(row, outcome.repeats)
 
 
 def print_floor(floor: Floor, name: str, console: Console) -> None:

@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 import glm4ft
+from glm4ft.report.captions import loss_caption, norm_caption, rate_caption
 from glm4ft.report.chart import Chart, Line
 from glm4ft.report.content import STATUSES, Content, Curves, ShownCheck, ShownRow, ShownTurn
 from glm4ft.report.costly_tokens import PART_NAMES, costly_tokens
@@ -21,6 +22,8 @@ from glm4ft.report.heat_map import LEVEL_NAMES, LEVELS, listed_tokens, stretches
 from glm4ft.text.safe_text import visible
 
 OPEN_TOKENS = 2000  # conversations are unfolded until this many tokens are on the page
+EVALUATION = "held-out loss"
+LONG_TEXT = 240  # characters after which a text is folded
 TONE_NAMES = {"good": "Right", "bad": "Wrong", "unsure": "Unsure"}
 
 
@@ -50,6 +53,7 @@ def render_page(content: Content) -> str:
         rows=rows,
         turns=[_turn(turn) for turn in content.turns],
         has_losses=any(row.losses for row in content.rows),
+        long_text=LONG_TEXT,
         has_floors=any(row.floors for row in content.rows),
     )  # fmt: skip
 
@@ -59,11 +63,12 @@ def charts_of(curves: Curves) -> list[Chart]:
     wanted = (Line("target", curves.target or 0.0), Line("certified floor", curves.floor or 0.0, "bound"))
     lines = [line for line in wanted if line.value > 0]
     clip = [Line("clipped to", curves.clip)] if curves.clip else []
-    points, name = curves.evaluations, "evaluation loss"
+    steps, points = curves.steps, curves.evaluations
+    captions = loss_caption(curves), norm_caption(curves), rate_caption(curves)
     charts = [
-        Chart("loss, nats per supervised token", curves.steps, curves.loss, True, lines, points, name),
-        Chart("gradient norm before clipping", curves.steps, curves.grad_norm, True, clip),
-        Chart("learning rate", curves.steps, curves.rate),
+        Chart("loss, nats per supervised token", steps, curves.loss, True, lines, points, EVALUATION, captions[0]),
+        Chart("gradient norm before clipping", steps, curves.grad_norm, True, clip, caption=captions[1]),
+        Chart("learning rate", steps, curves.rate, caption=captions[2]),
     ]
     return [chart for chart in charts if any(value is not None for value in chart.values)]
 

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -14,48 +14,54 @@ from rich.console import Console
 from rich.text import Text
 
 from glm4ft.data.chat_format import ChatFormat
-from glm4ft.data.dataset import fit_row
-from glm4ft.data.reader import read_conversations
+from glm4ft.data.data_report import count_keys
+from glm4ft.data.encoding import encoded_conversations
+from glm4ft.data.inputs import DataInput
+from glm4ft.data.read_options import AS_IS, ReadOptions
 from glm4ft.errors import ConfigError
 from glm4ft.report.mask_view import Totals, mask_record, render_legend, render_row, render_totals
 from glm4ft.text.safe_text import Ruled, visible
 
 
 def inspect_conversations(
-    data: Path,
+    inputs: Sequence[DataInput],
     chat_format: ChatFormat,
+    options: ReadOptions = AS_IS,
     *,
     max_length: int,
     boundaries: bool = False,
     limit: int = 10,
     json_file: str | None = None,
 ) -> None:
-    """Show which tokens of a file's conversations are supervised.
+    """Show which tokens of conversations are supervised.
 
     Args:
-        data: The JSONL file of conversations.
+        inputs: The files of conversations; of several, lines are counted on from one to the next.
         chat_format: The chat format that encodes them.
+        options: How conversations are read.
         max_length: The length of the longest row, in tokens.
         boundaries: Whether to add a table of the tokens around each turn's start and end.
         limit: The number of conversations to show; the totals count all of them.
         json_file: The file to write one JSON line per conversation to; ``-`` writes only the JSON to stdout.
     Raises:
         ConfigError: If the JSON file cannot be written; it is left unchanged.
-        DataError: If a conversation cannot be used; the JSON file is left unchanged.
+        DataError: If a conversation cannot be used and is not to be skipped; the JSON file is left unchanged.
     """
     console, totals = Console(highlight=False, quiet=json_file == "-"), Totals()
     with _json_output(json_file) as output:
-        for index, conversation in enumerate(read_conversations(data)):
+        for index, outcome in enumerate(encoded_conversations(inputs, chat_format, max_length, options)):
             if index == 0:
                 console.print(render_legend())
-            row, reason = fit_row(conversation, chat_format, max_length)
-            dropped, warnings = None if row else reason, chat_format.warnings(conversation)
-            totals.add(row, line=conversation.line, dropped=dropped, warnings=warnings)
+            conversation, row, line = outcome.conversation, outcome.row, outcome.line
+            dropped = None if row else outcome.reason if conversation else f"cannot be used: {outcome.reason}"
+            warnings = outcome.warnings
+            totals.add(row, line=line, dropped=dropped, warnings=warnings)
+            count_keys(totals.unused, conversation.unused if conversation else ())
             if output:
-                output.write(json.dumps(mask_record(index, row, line=conversation.line, dropped=dropped)) + "\n")
+                output.write(json.dumps(mask_record(index, row, line=line, dropped=dropped)) + "\n")
             if index < limit:
                 console.print()
-                shown = render_row(row, chat_format, boundaries=boundaries) if row else _drop(conversation.line, reason)
+                shown = render_row(row, chat_format, boundaries=boundaries) if row else _drop(line, str(dropped))
                 console.print(shown)
                 for warning in warnings:
                     console.print(Ruled(Text(f"warning: {visible(warning, newlines=False)}", style="yellow")))
@@ -66,7 +72,7 @@ def inspect_conversations(
 
 
 def _drop(line: int, reason: str) -> Text:
-    return Text(f"line {line}: dropped, {reason}", style="bold red")
+    return Text(f"line {line}: dropped, {visible(reason, newlines=False)}", style="bold red")
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ or a control token.
 from __future__ import annotations
 
 import itertools
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from glm4ft.data.data_report import unused_keys, warning_kind
 from glm4ft.text.safe_text import Ruled, visible
 from glm4ft.text.token_text import TokenDecoder, Unit
 
@@ -36,7 +36,6 @@ CONTEXT_TOKENS = 12  # shown at both ends of a folded run
 LEAST_FOLDED = 8  # a fold of fewer tokens would save nothing, because its label is as long
 BOUNDARY_TOKENS = 3  # shown on each side of a boundary
 FIRST_LINES = 5  # line numbers shown for each reason or warning
-WARNING_KINDS = 20  # kinds counted separately; warnings quote names from the data, so every line could have its own
 
 # The kinds of tokens in the totals. The label of a role covers its bodies only, so that a supervised header is visible.
 LABELS = ("prefix", "header", "system", "user", "observation", "assistant", "terminator")
@@ -162,6 +161,7 @@ class Totals:
         supervised: The number of supervised tokens by label.
         dropped: The lines of dropped conversations by reason.
         warnings: The lines of warnings by text, without the message's index.
+        unused: The number of conversations by the key that nothing is read from.
     """
 
     conversations: int = 0
@@ -170,6 +170,7 @@ class Totals:
     supervised: Counter[str] = field(default_factory=Counter)
     dropped: dict[str, Lines] = field(default_factory=dict)
     warnings: dict[str, Lines] = field(default_factory=dict)
+    unused: dict[str, int] = field(default_factory=dict)
 
     def add(
         self, row: EncodedRow | None, *, line: int, dropped: str | None = None, warnings: Iterable[str] = ()
@@ -189,12 +190,9 @@ class Totals:
             raise ValueError(f"line {line}: exactly one of row and dropped is needed")
         self.conversations += 1
         for warning in warnings:
-            kind = re.sub(r"\[\d+\]", "[*]", warning)
-            if kind not in self.warnings and len(self.warnings) >= WARNING_KINDS:
-                kind = "other warnings"
-            self.warnings.setdefault(kind, Lines()).add(line)
+            self.warnings.setdefault(warning_kind(warning, self.warnings), Lines()).add(line)
         if row is None:
-            self.dropped.setdefault(dropped or "no reason given", Lines()).add(line)
+            self.dropped.setdefault(warning_kind(dropped or "no reason given", self.dropped), Lines()).add(line)
             return
         self.rows += 1
         ends = {turn.end for turn in row.turns}
@@ -217,6 +215,8 @@ def render_totals(totals: Totals) -> Table:
     counts.add_section()
     counts.add_row(*_count_cells("total", totals.tokens.total(), totals.supervised.total()))
     outer.add_row(counts)
+    if totals.unused:
+        outer.add_row(Text(visible(unused_keys(totals.unused), newlines=False)))
     if totals.dropped or totals.warnings:
         events = _table("what", "count", "first lines")
         for word, found in (("dropped", totals.dropped), ("warning", totals.warnings)):

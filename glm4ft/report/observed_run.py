@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from glm4ft.data.data_report import DataReport
 from glm4ft.diagnosis.round_trip import RoundTripObserver
 from glm4ft.diagnosis.run_folder import RowsKeeper
 from glm4ft.floors.target import FloorObserver
@@ -14,8 +15,9 @@ from glm4ft.report.content import Content
 from glm4ft.report.failure_card import explain_failure
 from glm4ft.report.files import HTML_FILE
 from glm4ft.report.run_report import RunReport
+from glm4ft.train.best import describe_evaluations, read_best
 from glm4ft.train.config import TrainConfig
-from glm4ft.train.run import RunResult, run_training
+from glm4ft.train.run import PreparedRun, RunObserver, RunResult, run_training
 from glm4ft.train.trajectory import Trajectory
 
 
@@ -27,11 +29,13 @@ class ObservedRun:
         result: The results of the training.
         round_trips: One result per assistant turn, if they were asked for.
         content: What the report shows; None where this process wrote none.
+        data: What became of the conversations; None for a run that was complete already.
     """
 
     result: RunResult
     round_trips: tuple[TurnRoundTrip, ...] = ()
     content: Content | None = None
+    data: DataReport | None = None
 
     @property
     def output(self) -> Path:
@@ -60,14 +64,28 @@ class ObservedRun:
         if target is not None:
             goal = f", target {target:g} {'reached' if self.reached_target else 'NOT reached'}"
         lines = [f"loss {last['loss']:.4f} at step {last['step']}{goal}"]
+        if evaluations := describe_evaluations(self.trajectory.evaluations, read_best(self.output)):
+            lines.append(evaluations)
         if self.content and not (self.reached_target and self.is_reproduced):
             lines.append(explain_failure(self.content))
         elif self.round_trips:
             num_exact = sum(turn.exact for turn in self.round_trips)
             lines.append(f"round trip: {num_exact} of {len(self.round_trips)} turns came back exactly")
             lines += [f"  {turn.describe()}" for turn in self.round_trips]
+        if self.data and (skipped := self.data.skipped_sentence()):
+            lines.append(skipped)
         lines.append(f"report: {self.output / HTML_FILE}")
         return "\n".join([*lines, f"adapter, trajectory and config: {self.output}"])
+
+
+class DataKeeper(RunObserver):
+    """Keeps what became of the conversations, for the account of the run."""
+
+    data: DataReport | None = None
+
+    def on_prepared(self, run: PreparedRun) -> None:
+        """Keep the report of the conversations."""
+        self.data = run.data
 
 
 def train_observed(
@@ -92,6 +110,7 @@ def train_observed(
     """
     round_trip = RoundTripObserver() if config.round_trip else None
     report = RunReport(sources, round_trip)
-    observers = [FloorObserver(), RowsKeeper(), *([round_trip] if round_trip else []), report]
+    keeper = DataKeeper()
+    observers = [keeper, FloorObserver(), RowsKeeper(), *([round_trip] if round_trip else []), report]
     result = run_training(config, observers=observers, resume=resume, say=say)
-    return ObservedRun(result, round_trip.turns if round_trip else (), report.content)
+    return ObservedRun(result, round_trip.turns if round_trip else (), report.content, keeper.data)

@@ -10,6 +10,7 @@ from glm4ft.model.model_card import shown_base, table, write_card
 from glm4ft.report.content import Content
 from glm4ft.report.markdown import TONES
 from glm4ft.text.markdown_text import code, prose
+from glm4ft.train.best import describe_evaluations, read_best
 from glm4ft.train.run import PreparedRun
 from glm4ft.train.trajectory import Trajectory
 
@@ -63,12 +64,10 @@ def _figures(run: PreparedRun, trajectory: Trajectory) -> Iterator[tuple[str, st
         "loss, nats per supervised token",
         f"{steps[0]['loss']:.4g} at step 1, {steps[-1]['loss']:.4g} at step {len(steps)}",
     )
-    for row in trajectory.evaluations[-1:]:
-        yield "held-out loss", f"{row['eval_loss']:.4g} at step {row['step']}"
-    yield (
-        "LoRA",
-        f"rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(code(t, in_table=True) for t in lora.targets)}",
-    )
+    if trajectory.evaluations:
+        yield "evaluations", prose(describe_evaluations(trajectory.evaluations, read_best(run.output)))
+    targets = ", ".join(code(target, in_table=True) for target in run.adapters.num_adapted)
+    yield "LoRA", f"rank {lora.rank}, alpha {lora.alpha:g}, on {targets}"
     yield "learning rate", f"{config.peak_learning_rate:g}, {config.schedule}"
     versions = trajectory.header.get("libraries", {})
     yield "versions", prose(", ".join(f"{name} {number}" for name, number in versions.items()))

@@ -27,6 +27,7 @@ from glm4ft.report.costly_tokens import part_counts
 from glm4ft.report.files import HTML_FILE, write_report
 from glm4ft.report.run_card import write_run_card
 from glm4ft.report.wording import diagnosed_run, failed_run, finished_run, supervised_sentence
+from glm4ft.train.best import describe_evaluations, log_of_adapter, read_best
 from glm4ft.train.config import TrainConfig
 from glm4ft.train.run import PreparedRun, RunObserver
 from glm4ft.train.trajectory import FILE_NAME, Trajectory, read_trajectory
@@ -93,7 +94,7 @@ def run_content(
     """
     trajectory = read_trajectory(run.output / FILE_NAME)
     encoded = [run.rows.encoded(index) for index in range(min(SHOWN_ROWS, len(run.rows)))]
-    diagnosis = _diagnose(run, encoded, trajectory, model, turns)
+    diagnosis = _diagnose(run, encoded, log_of_adapter(run.output), model, turns)
     evidence = diagnosis.evidence
     rows = tuple(map(shown_row, encoded, evidence.rows if model is not None else itertools.repeat(None)))
     counts = part_counts(rows, run.chat_format.tokenizer)
@@ -116,7 +117,7 @@ def run_content(
 def _diagnose(
     run: PreparedRun,
     encoded: Sequence[EncodedRow],
-    trajectory: Trajectory,
+    log: Sequence[Mapping[str, Any]],
     model: Any,
     turns: Sequence[TurnRoundTrip],
 ) -> Diagnosis:
@@ -125,10 +126,10 @@ def _diagnose(
             model,
             [TrainedRow(row.line, row.input_ids, row.labels) for row in encoded],
             run.chat_format.tokenizer,
-            (*trajectory.steps, *trajectory.evaluations),
+            log,
             round_trips=turns,
             target_loss=run.config.target,
-            options={**asdict(run.config), "target_modules": run.config.lora.targets},
+            options={**asdict(run.config), "target_modules": list(run.adapters.num_adapted)},
             num_dropped=sum(map(len, run.data.dropped.values())),
             num_cut=len(run.data.truncated),
             num_rows=run.data.rows,
@@ -139,7 +140,8 @@ def _diagnose(
 def _headline(run: PreparedRun, trajectory: Trajectory, diagnosis: Diagnosis, supervised: str, error: str) -> Headline:
     if error:
         return failed_run(error, supervised)
-    account = finished_run(trajectory.steps, run.config.target, diagnosis.evidence.round_trips, supervised)
+    evaluations = describe_evaluations(trajectory.evaluations, read_best(run.output))
+    account = finished_run(trajectory.steps, run.config.target, diagnosis.evidence.round_trips, supervised, evaluations)
     return diagnosed_run(diagnosis, account)
 
 

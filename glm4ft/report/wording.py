@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from glm4ft.data.dataset import DataReport
+from glm4ft.data.data_report import DataReport
 from glm4ft.diagnosis.finding import CERTAIN
 from glm4ft.diagnosis.rules import Diagnosis
 from glm4ft.model.generation import TurnRoundTrip
@@ -50,12 +50,18 @@ def parts_sentence(counts: Counts) -> str:
 
 
 def finished_run(
-    steps: Sequence[Mapping[str, Any]], target: float | None, round_trips: Sequence[TurnRoundTrip], supervised: str
+    steps: Sequence[Mapping[str, Any]],
+    target: float | None,
+    round_trips: Sequence[TurnRoundTrip],
+    supervised: str,
+    evaluations: str = "",
 ) -> Headline:
-    """Make the headline of a run that finished."""
+    """Make the headline of a run that finished; ``evaluations`` is what ``describe_evaluations`` says of them."""
     last = steps[-1]["loss"]
     wrong = [turn for turn in round_trips if turn.supervised and not turn.exact]
     happened = [f"The loss went from {steps[0]['loss']:.3g} to {last:.3g} in {_number(len(steps), 'step')}."]
+    if evaluations:
+        happened.append(sentence(evaluations))
     if target is not None:
         happened.append(f"It was to fall below {target:g}, and {'did' if last < target else 'did not'}.")
     if round_trips:
@@ -82,7 +88,7 @@ def diagnosed_run(diagnosis: Diagnosis, account: Headline) -> Headline:
     if first.verdict in NOTHING_WRONG and not sure:
         return account
     text, _, more = first.text.partition(". ")
-    told = (more, *first.evidence, *(finding.text for finding in sure), " ".join(account.happened))
+    told = (more, *first.evidence, *(finding.text for finding in sure), *account.happened)
     todo = dict.fromkeys(finding.remedy for finding in (first, *sure))
     tone: Tone = "unsure" if first.verdict in OPEN_VERDICTS and account.tone != "bad" else "bad"
     return Headline(

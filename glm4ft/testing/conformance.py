@@ -32,6 +32,7 @@ from glm4ft.testing.trial.report import explain_trial, supervised_by
 from glm4ft.testing.trial.runner import Result, known_failures, require_known_checks, run_check
 from glm4ft.testing.trial.stages import STAGES
 from glm4ft.testing.trial.trial import Trial
+from glm4ft.testing.trial.wiring import unwired
 from glm4ft.testing.trial.wording import WRONG
 from glm4ft.text.safe_text import visible
 
@@ -60,6 +61,11 @@ class Trials:
         if (spec, dtype) not in self._trials:
             self._trials[spec, dtype] = self._make(spec, dtype)
         return self._trials[spec, dtype]
+
+    def unwired(self, spec: str, dtype: str) -> str:
+        """The sentence that a subject is not wired to its repository's code yet; "" if it is, or was never loaded."""
+        trial = self._trials.get((spec, dtype))
+        return unwired(trial.subject) if trial else ""
 
     def _make(self, spec: str, dtype: str) -> Trial:
         folder, base_dir = self.folder / str(len(self._trials)), find_checkpoint(self.bases.get(dtype), weights=True)
@@ -102,12 +108,13 @@ class BoundCheck:
         __tracebackhide__ = True
         spec = self.subject or trials.default_subject
         result = trials.run(self.check, spec, self.dtype, self.expected_failures)
+        note = trials.unwired(spec, self.dtype)
         if result.status in WRONG:
             trial = trials.trial(spec, self.dtype)
-            attach_check(node, spec, result, self.dtype, supervised=supervised_by(trial))
+            attach_check(node, spec, result, self.dtype, supervised=supervised_by(trial), unwired=note)
             _show_card(node, spec, result, trial)
         else:
-            attach_check(node, spec, result, self.dtype)
+            attach_check(node, spec, result, self.dtype, unwired=note)
         _conclude(result)
 
     @property

@@ -13,11 +13,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from hypothesis import reject
 from hypothesis import strategies as st
 from hypothesis.errors import InvalidArgument
 from hypothesis.strategies import SearchStrategy
 
 from glm4ft.data.conversation import Conversation, Message, Role
+from glm4ft.data.written_calls import find_written_calls
 
 # Control tokens of the whole GLM-4 family, including those that only GLM-4.5 has.
 MARKERS = (
@@ -183,7 +185,15 @@ def conversations(
         messages.pop()
     if trailing and messages[-1].role == "assistant":
         messages.append(Message("user", draw(contents)))
+    names = [tool["function"]["name"] if tool["type"] == "function" else tool["type"] for tool in declared]
+    if any(_writes_a_call(message, names) for message in messages):
+        reject()  # a tool may be called "a", and an answer be "a": the reader takes that for a call
     return Conversation(tuple(messages), tuple(declared))
+
+
+def _writes_a_call(message: Message, names: list[str]) -> bool:
+    is_reply = message.role == "assistant" and not message.is_call
+    return is_reply and find_written_calls(message.content, names) is not None
 
 
 @functools.lru_cache(maxsize=32)

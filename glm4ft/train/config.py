@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from glm4ft.data.read_options import ReadOptions, columns_of
 from glm4ft.errors import ConfigError
 from glm4ft.model.lora import LoraOptions
 
@@ -18,10 +19,17 @@ class TrainConfig:
     """Everything that decides what a run computes.
 
     Args:
-        data: The JSONL file of conversations to train on.
+        data: The conversations to train on: a file (JSONL, JSON, CSV, Parquet, compressed), a pattern such as
+            ``data/*.jsonl``, a data set of the hub (``org/name:split``), or several of them with commas between, each
+            perhaps with ``=2`` or ``=0.5`` behind it, its weight.
         model: The base checkpoint: a folder, a hub id, or ``tiny`` for the built-in base.
         output: The folder for the adapter, trajectory and checkpoints; by default a new one below ``runs``.
-        eval_data: The JSONL file of held-out conversations.
+        eval_data: The held-out conversations, named in the same way.
+        columns: The keys of the records, where they have other names than ours:
+            ``prompt=question,completion=answer``; role and content are keys of messages.
+        calls_in_content: Whether a call of a declared tool that is written into an answer's text is read as a call;
+            else it is refused.
+        on_error: What conversations that cannot be used do: stop the run before it begins, or be skipped and counted.
         chat_format: The chat format: ``glm-4-9b-chat``, ``glm-4-0414``, ``glm-z1-0414``, ``glm-4.5`` (and 4.6) or
             ``glm-4.7``; by default chosen from the checkpoint.
         force_format: Whether to train a format that the checkpoint's own chat template contradicts.
@@ -50,16 +58,21 @@ class TrainConfig:
             much above the lowest loss that the data and the frozen head allow.
         round_trip: Whether every assistant turn is generated after training and compared; the run fails if one differs.
         eval_every: The number of steps between evaluations; the last step is always followed by one.
+        keep_best: Whether the adapter is that of the evaluation with the lowest loss, and not that of the last step.
+        patience: The number of evaluations in a row without a new lowest loss after which training stops.
         save_every: The number of steps between checkpoints; 0 writes none, so a killed run starts again.
         keep_checkpoints: The number of latest checkpoints that stay on disk.
         seed: The seed of the adapter's weights, the order of the rows and dropout.
         report_to: The experiment trackers, by transformers' names (``tensorboard``, ``wandb``).
     """
 
-    data: str | None = None
+    data: str | list[str] | None = None
     model: str = "tiny"
     output: str | None = None
-    eval_data: str | None = None
+    eval_data: str | list[str] | None = None
+    columns: str | dict[str, str] | None = None
+    calls_in_content: bool = False
+    on_error: Literal["stop", "skip"] = "stop"
     chat_format: str | None = None
     force_format: bool = False
     reasoning: Literal["template", "kept", "none"] = "template"
@@ -83,6 +96,8 @@ class TrainConfig:
     target_loss: float | str | None = None
     round_trip: bool = False
     eval_every: int = 100
+    keep_best: bool = False
+    patience: int | None = None
     save_every: int = 100
     keep_checkpoints: int = 2
     seed: int = 0
@@ -93,11 +108,20 @@ class TrainConfig:
             self._require(name, at_least=1)
         for name in ("warmup_steps", "save_every", "weight_decay", "max_grad_norm"):
             self._require(name, at_least=0)
-        for name in ("learning_rate", "epochs", "target_loss", "max_steps"):
+        for name in ("learning_rate", "epochs", "target_loss", "max_steps", "patience"):
             if getattr(self, name) is not None and self._is_number(name):
                 self._require(name, above=0)
+        for name in ("keep_best", "patience"):
+            if getattr(self, name) and self.eval_data is None:
+                raise ConfigError("there is nothing to evaluate on", where=f"--{name}", fix="give --eval_data")
+        self.read_options  # noqa: B018 - names of columns are checked
         # numpy's and torch's generators take no negative seed, and numpy's none above 32 bits
         self._require("seed", at_least=0, at_most=2**32 - 1)
+
+    @property
+    def read_options(self) -> ReadOptions:
+        """How conversations are read."""
+        return ReadOptions(columns_of(self.columns), self.calls_in_content, self.on_error)
 
     @property
     def peak_learning_rate(self) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import math
 import os
 import shlex
@@ -19,7 +19,8 @@ from transformers.integrations.integration_utils import get_available_reporting_
 
 from glm4ft.data.batching import Collator, PackedRows, RowSet
 from glm4ft.data.chat_format import ChatFormat
-from glm4ft.data.dataset import DataReport, Rows, data_path, prepare_rows
+from glm4ft.data.data_report import DataReport
+from glm4ft.data.dataset import JoinedRows, Rows, prepare_rows
 from glm4ft.data.format_check import format_warnings
 from glm4ft.errors import ConfigError, RunError
 from glm4ft.folders import only_writer, require_unused
@@ -28,6 +29,7 @@ from glm4ft.model.lora import AdapterReport, attach_lora, audit_lora
 from glm4ft.model.loss import install_supervised_loss
 from glm4ft.model.portable import write_beside_adapter
 from glm4ft.train import run_folder
+from glm4ft.train.best import WatchEvaluations, is_exhausted, restore_best
 from glm4ft.train.config import TrainConfig
 from glm4ft.train.run_folder import BASE_FOLDER, CONFIG_FILE, is_complete, last_checkpoint
 from glm4ft.train.stop import StopAfterStep, StopRequest, stopping_after_a_step
@@ -58,9 +60,9 @@ class PreparedRun:
     config: TrainConfig
     output: Path
     chat_format: ChatFormat
-    rows: Rows
+    rows: Rows | JoinedRows
     data: DataReport
-    eval_rows: Rows | None
+    eval_rows: Rows | JoinedRows | None
     base: Base
     model: PeftModel
     adapters: AdapterReport
@@ -141,7 +143,13 @@ def run_training(
         RunError: If the run had to stop.
     """
     say, output = say if is_main_process() else _silent, Path(str(config.output))
-    with only_writer(output, CONFIG_FILE) if is_main_process() else contextlib.nullcontext():
+    if not is_main_process():
+        return _run(config, output, observers, say, resume=resume)
+    if not resume:
+        _require_unused(output)  # at once, or the lock would be in the way of whoever resumes that run
+    with only_writer(output, CONFIG_FILE):
+        if not resume:
+            _require_unused(output)
         return _run(config, output, observers, say, resume=resume)
 
 
@@ -158,7 +166,7 @@ def _run(
         if all(observer.is_done(output) for observer in observers):
             say(f"the run in {output} is complete")
             return RunResult(output, read_trajectory(output / FILE_NAME), config.target)
-    run = _prepare(config, output, say, resume=resume)
+    run = _prepare(config, output, say)
     for observer in observers:
         observer.on_prepared(run)
     if run.config.target_above_floor is not None:
@@ -264,24 +272,30 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def _prepare(config: TrainConfig, output: Path, say: Callable[[str], object], *, resume: bool) -> PreparedRun:
-    if not resume and is_main_process():
-        go_on = f", or continue that run with --resume {shlex.quote(str(output))}" * run_folder.is_run(output)
-        require_unused(output, f"choose another folder{go_on}")
+def _require_unused(output: Path) -> None:
+    go_on = f", or continue that run with --resume {shlex.quote(str(output))}" * run_folder.is_run(output)
+    require_unused(output, f"choose another folder{go_on}")
+
+
+def _prepare(config: TrainConfig, output: Path, say: Callable[[str], object]) -> PreparedRun:
     _require_trackers(config.report_to)
     require_loadable(config.model, config.dtype)  # before hours may go into encoding
     chat_format = chat_format_of(config)
-    rows, data = prepare_rows(data_path(str(config.data)), chat_format, max_length=config.max_length)
+    encode = functools.partial(
+        prepare_rows, chat_format=chat_format, max_length=config.max_length, options=config.read_options
+    )
+    rows, data = encode(config.data or [])
     say(data.describe())
     eval_rows = None
     if config.eval_data:
-        eval_rows, eval_data = prepare_rows(data_path(config.eval_data), chat_format, max_length=config.max_length)
+        eval_rows, eval_data = encode(config.eval_data)
         say(eval_data.describe())
     base = load_base(config.model, dtype=config.dtype, chat_format=chat_format.name, force_format=config.force_format)
     if base.is_built_in:
         # peft writes this into adapter_config.json: where whoever loads the adapter finds its base
         base.model.name_or_path = str((output / BASE_FOLDER).resolve())
     install_supervised_loss(base.model)
+    config = replace(config, lora=config.lora.for_model(base.model))
     model = attach_lora(base.model, config.lora, seed=config.seed)
     adapters = audit_lora(model, config.lora)
     say(adapters.describe())
@@ -319,20 +333,29 @@ def _train(run: PreparedRun, stop: StopRequest) -> None:
     trainer = make_trainer(run.config, run.base, model, run.rows, run.eval_rows, output)
     run.is_distributed = trainer.args.world_size > 1
     run.is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    checkpoint = last_checkpoint(output)
-    if checkpoint and run_folder.is_last(checkpoint, run.config):
+    config, checkpoint = run.config, last_checkpoint(output)
+    if config.keep_best or config.patience:
+        trainer.add_callback(WatchEvaluations(trainer, output, keep_best=config.keep_best, patience=config.patience))
+    is_at_end = checkpoint and (
+        run_folder.is_last(checkpoint, config)
+        or is_exhausted(read_trajectory(output / FILE_NAME).evaluations, config.patience)
+    )
+    if is_at_end:
         model.load_adapter(str(checkpoint), "default", is_trainable=True)
     else:
         trainer.add_callback(StopAfterStep(stop, trainer))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if stop.is_answered:
             return
+    if config.keep_best:
+        trainer.accelerator.wait_for_everyone()
+        restore_best(model, output)
     trainer.save_model(str(output))
     if run.is_main_process:
         run_folder.complete(output)
 
 
-def _header(rows: Rows, model: PeftModel) -> dict[str, Any]:
+def _header(rows: Rows | JoinedRows, model: PeftModel) -> dict[str, Any]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     libraries = {name: version(name) for name in ("glm4ft", "torch", "transformers", "peft", "accelerate")}
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -24,7 +24,7 @@ from glm4ft.folders import COMPLETE_MARKER, appearing_whole, damage, seal
 from glm4ft.model.checkpoint import read_json
 from glm4ft.reading import validated
 from glm4ft.train.config import TrainConfig
-from glm4ft.train.trajectory import FILE_NAME, append_row, reach_disk, read_trajectory, rewind
+from glm4ft.train.trajectory import FILE_NAME, append_row, read_trajectory, rewind
 
 CONFIG_FILE = "config.yaml"
 BASE_FOLDER = "base"  # where a run on the built-in base writes that base, so that others can load the adapter
@@ -131,14 +131,13 @@ def rewind_run(output: Path, say: Callable[[str], object]) -> None:
     """
     checkpoint = last_checkpoint(output)
     step = checkpoint_step(checkpoint) if checkpoint else 0
-    num_steps = len(read_trajectory(output / FILE_NAME).steps)
     for other in checkpoints(output):
         if checkpoint_step(other) <= step:
             continue
         if is_complete(other):
             aside = _free_name(output / f"damaged-{other.name}")
             say(
-                f"warning: {other.name} is damaged: {_problem(other, num_steps)}; going on from "
+                f"warning: {other.name} is damaged: {_problem(other)}; going on from "
                 f"{checkpoint.name if checkpoint else 'the beginning'}; it is kept as {aside.name}"
             )
             os.replace(other, aside)
@@ -154,9 +153,7 @@ def complete_checkpoint(output: Path, step: int) -> None:
         output: The folder of the run.
         step: The step after which the checkpoint was written.
     """
-    if (output / FILE_NAME).exists():
-        reach_disk(output / FILE_NAME)
-    seal(output / f"checkpoint-{step}")
+    seal(output / f"checkpoint-{step}", grown=output / FILE_NAME)
 
 
 def drop_old_checkpoints(output: Path, keep: int) -> None:
@@ -173,15 +170,12 @@ def drop_old_checkpoints(output: Path, keep: int) -> None:
 def last_checkpoint(output: Path) -> Path | None:
     """The latest checkpoint of a run that still is what was written, or None."""
     latest_first = sorted(checkpoints(output), key=checkpoint_step, reverse=True)
-    num_steps = len(read_trajectory(output / FILE_NAME).steps) if latest_first else 0
-    return next((folder for folder in latest_first if not _problem(folder, num_steps)), None)
+    return next((folder for folder in latest_first if not _problem(folder)), None)
 
 
-def _problem(checkpoint: Path, num_steps: int) -> str:
-    """What is wrong with a checkpoint of a run whose trajectory has that many steps; "" if nothing is."""
-    if num_steps < checkpoint_step(checkpoint):
-        return f"the trajectory ends before it, at step {num_steps}"
-    return damage(checkpoint)
+def _problem(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint, or with the rows of the trajectory before it; "" if nothing is."""
+    return damage(checkpoint, grown=checkpoint.parent / FILE_NAME)
 
 
 def _free_name(path: Path) -> Path:
@@ -216,7 +210,7 @@ def checkpoint_step(checkpoint: Path) -> int:
 def is_last(checkpoint: Path, config: TrainConfig) -> bool:
     """Whether a run has nothing to train after a checkpoint; transformers would take one step more."""
     path = checkpoint / "trainer_state.json"
-    state = validated(TrainerState, read_json(path), where=str(path), error=ModelError)
+    state = validated(TrainerState, read_json(path), where=str(path), error=ModelError, kind="the state of a trainer")
     steps = read_trajectory(checkpoint.parent / FILE_NAME).steps
     last_loss = steps[-1]["loss"] if steps else None
     has_target = config.target is not None and last_loss is not None and last_loss < config.target

@@ -7,8 +7,8 @@ evaluation is the mean over all held-out tokens; a checkpoint counts only once i
 
 from __future__ import annotations
 
+import importlib
 import math
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -120,7 +120,8 @@ class SupervisedTrainer(Trainer):
                 self.control.should_training_stop = True
                 # as transformers does after the last step of all
                 self.control.should_evaluate = self.args.eval_strategy != "no"
-        self._step_began_s = time.perf_counter()
+            # not after the log of an evaluation, whose time `evaluate` leaves out of the step
+            self._step_began_s = time.perf_counter()
 
     def _record_step(self, step: int, loss: float, grad_norm: float) -> None:
         contents, now_s = self.step_contents, time.perf_counter()
@@ -130,7 +131,7 @@ class SupervisedTrainer(Trainer):
                 "step": step,
                 "loss": loss,
                 "grad_norm": grad_norm,
-                "clipped": grad_norm > self.args.max_grad_norm,
+                "clipped": bool(self.args.max_grad_norm) and grad_norm > self.args.max_grad_norm,
                 "lr": contents.lr,
                 "supervised_tokens": contents.supervised_tokens,
                 "tokens": contents.tokens,
@@ -263,5 +264,11 @@ def peak_memory_bytes() -> int:
     """Most memory held so far: allocated on the CUDA device if there is one, else resident in this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ModuleNotFoundError:  # on Windows; psutil is there wherever accelerate is
+        psutil: Any = importlib.import_module("psutil")
+        memory = psutil.Process().memory_info()
+        return int(getattr(memory, "peak_wset", memory.rss))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,6 +15,7 @@ from glm4ft.reading import json_lines, validated
 
 FILE_NAME = "trajectory.jsonl"
 SCHEMA = 1
+_KIND = "a trajectory row"
 
 
 @dataclass(frozen=True)
@@ -119,22 +119,16 @@ def rewind(path: Path, step: int) -> None:
     write_atomically(path, "".join(dump_row(row) + "\n" for row in kept))
 
 
-def reach_disk(path: Path) -> None:
-    """Wait until all rows are on the disk, so that no checkpoint outlives the rows of the steps before it."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows, each with values of the right types; steps count from 1 without a gap."""
     rows: list[dict[str, Any]] = []
     fix = "restore the file from a copy, or start a new run"
     step = 0
-    for where, row in json_lines(path, DataError, "cannot read the trajectory"):
+    for where, row in json_lines(path, DataError, "cannot read the trajectory", kind=_KIND, skip_unfinished=True):
         if not rows and row.get("type") != "header":
             raise _no_header(where, show(row))
         model = ROWS.get(str(row.get("type")), OtherRow) if rows else HeaderRow
-        validated(model, row, where=where, error=DataError, fix=fix)
+        validated(model, row, where=where, error=DataError, kind=_KIND, fix=fix)
         if row.get("type") == "step":
             if row["step"] != step + 1:
                 found, expected = f"step {row['step']}", f"step {step + 1}"

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import glm4ft
 from glm4ft.cli.main import run
-from glm4ft.data.chat_format import STOPS
+from glm4ft.data.control_tokens import STOPS
 from glm4ft.model.chat import Chat, load_chat
 from glm4ft.model.merge import merge_adapter
 from glm4ft.model.tiny import tiny_tokenizer

@@ -11,6 +11,8 @@ import json
 import re
 import resource
 import shutil
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from glm4ft.cli.main import run
 from glm4ft.data.chat_format import ChatFormat
-from glm4ft.data.dataset import DEMO_DATA
+from glm4ft.data.inputs import DEMO_DATA
 from glm4ft.data.reader import read_conversations
 from glm4ft.model.generation import greedy
 from glm4ft.model.tiny import write_tiny_base
@@ -123,7 +125,7 @@ def test_consecutive_assistant_turns_train_with_the_option(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("option", "says"),
     [
-        ("--data={tmp}", ("this is a directory",)),
+        ("--data={tmp}", ("cannot read this directory",)),
         ("--data={tmp}/none.jsonl", ("No such file",)),
         ("--model={tmp}/none", ("none",)),
         ("--model=./none", ("none",)),
@@ -318,6 +320,25 @@ def test_template_that_fails_on_tools_is_one_block(tmp_path: Path, capsys: pytes
     assert f"{DEMO_DATA}:2" in error
 
 
+def test_template_without_end_is_stopped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its hundred million million rounds are stopped, not left running; the checkpoint is named."""
+    monkeypatch.setattr("glm4ft.data.chat_format.TEMPLATE_LIMIT_S", 0.2)
+    base = write_tiny_base(tmp_path / "base")
+    loop = (
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(99999) %}{% endfor %}"
+        + "{% endfor %}" * 2
+    )
+    (base / "chat_template.jinja").write_text(loop)
+    assert run(["inspect", "demo", f"--model={base}"]) == 2
+    assert re.search(rf"chat template fails(?s:.*){base}(?s:.*)stopped after 0\.2 s", capsys.readouterr().err)
+    deadline_s = time.monotonic() + 20
+    while any("(run)" in thread.name for thread in threading.enumerate()) and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    assert not any("(run)" in thread.name for thread in threading.enumerate())
+
+
 def test_flags_win_over_the_configuration(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"data": "demo", "max_steps": 9, "lora": {"rank": 4}}))
     argv = ["train", f"--config={tmp_path / 'config.yaml'}", "--max-steps=2", f"--output={tmp_path / 'out'}"]
@@ -347,6 +368,38 @@ def test_inspect_says_what_is_dropped(tmp_path: Path, capsys: pytest.CaptureFixt
     assert run(["inspect", str(data), "--json=-"]) == 0
     record = json.loads(capsys.readouterr().out.splitlines()[1])
     assert record == {"schema": 1, "index": 1, "line": 2, "dropped": "no supervised token"}
+
+
+SPOILT = [GOOD, {**GOOD, "source": "x"}, {"prompt": "a", "completion": ""}, {"prompt": "b", "chosen": "c"}]
+
+
+def test_inspect_skips_what_cannot_be_used_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_bytes(lines(*SPOILT))
+    assert run(["inspect", str(data)]) == 2
+    assert "2 of 4 conversations cannot be used" in capsys.readouterr().err
+    assert run(["inspect", str(data), "--on_error=skip", f"--json={tmp_path / 'rows'}"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "not used, keys: source (1)" in shown
+    assert "line 3: dropped, cannot be used: a text is empty" in shown
+    records = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
+    assert [record["line"] for record in records] == [1, 2, 3, 4]
+    assert ["dropped" in record for record in records] == [False, False, True, True]
+
+
+def test_train_says_at_the_end_what_it_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_bytes(lines(*SPOILT))
+    argv = ["train", f"--data={data}=2", f"--output={tmp_path / 'out'}", "--max_steps=1"]
+    assert run(argv) == 2
+    assert not (tmp_path / "out").exists()
+    assert run([*argv, "--on_error=skip"]) == 0
+    said = capsys.readouterr().out
+    assert "SKIPPED, a text is empty: 1 (line 3)" in said
+    assert "trained WITHOUT 2 of 4 conversations, which cannot be used" in said[said.index("loss ") :]
+    assert "a record holds preference data" in (tmp_path / "out" / "report.html").read_text()
+    header = read_trajectory(tmp_path / "out" / "trajectory.jsonl").header
+    assert header["rows"] == 4, "two conversations, each of them twice"
 
 
 def test_readme_command_learns_the_demo_and_its_merge_says_the_same(

@@ -93,7 +93,8 @@ def test_missing_data_file_is_refused_before_anything_slow_is_loaded(argv: list[
         "glm4ft: error: a file cannot be read: No such file or directory",
         "  where:    none.jsonl",
         "  found:    'none.jsonl'",
-        "  expected: a JSONL file that can be read",
+        "  expected: a file that can be read",
+        "  fix:      check the path; a data set of the hub is named org/name",
     ]
 
 

@@ -17,8 +17,10 @@ import pytest
 
 from glm4ft.data import dataset
 from glm4ft.data.chat_format import ChatFormat
-from glm4ft.data.dataset import DEMO_DATA, ENCODER_MODULES, NO_TARGETS, TOO_LONG, code_digest, fit_row, prepare_rows
+from glm4ft.data.dataset import ENCODER_MODULES, code_digest, prepare_rows
 from glm4ft.data.encoded_row import IGNORED
+from glm4ft.data.encoding import NO_TARGETS, TOO_LONG, fit_row
+from glm4ft.data.inputs import DEMO_DATA
 from glm4ft.data.reader import from_messages, read_conversations
 from glm4ft.errors import DataError
 from glm4ft.model.tiny_tokenizer import tiny_tokenizer

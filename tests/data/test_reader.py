@@ -7,15 +7,11 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import re
 import subprocess
 import sys
-import threading
-import tracemalloc
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,7 +20,8 @@ from hypothesis import strategies as st
 
 from glm4ft.data.conversation import Conversation, Message
 from glm4ft.data.known_keys import LOSS_KEYS
-from glm4ft.data.reader import from_messages, parse_conversation, read_conversations
+from glm4ft.data.reader import from_messages, parse_conversation
+from glm4ft.data.written_calls import find_written_calls
 from glm4ft.errors import DataError
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
@@ -199,8 +196,8 @@ def calling(**call: Any) -> dict[str, Any]:
 
 
 REFUSED: dict[str, tuple[Any, str, str]] = {  # id: record, where in it, words of the message
-    "not-an-object": ([USER], "chat.jsonl:7", "not an object"),
-    "no-shape": ({"instruction": "x", "output": "y"}, "'instruction', 'output'", "no known shape"),
+    "not-an-object": (["x"], "chat.jsonl:7", "not an object"),
+    "no-shape": ({"city": "x", "size": 3}, "'city', 'size'", "no known shape"),
     "two-shapes": ({"messages": [], "prompt": "a", "completion": "b"}, "'prompt', 'completion'", "several shapes"),
     "messages-null": ({"messages": None}, ": messages", "missing"),
     "messages-text": ({"messages": "a"}, ": messages", "not a list"),
@@ -209,10 +206,10 @@ REFUSED: dict[str, tuple[Any, str, str]] = {  # id: record, where in it, words o
     "completion-empty": ({"prompt": "a", "completion": ""}, ": completion", "empty"),
     "completion-list": ({"prompt": "a", "completion": [{"role": "assistant"}]}, ": completion[0].content", "missing"),
     "message-text": (answered("x"), ": messages[2]", "not an object"),
-    "role-missing": (answered({"from": "user"}), ": messages[2].role", "no role"),
+    "role-missing": (answered({"content": "a"}), ": messages[2].role", "no role"),
     "role-unknown": (answered({"role": "asistant"}), ": messages[2].role", "did you mean 'assistant'?"),
     "role-case": (answered({"role": "Assistant"}), ": messages[2].role", "did you mean 'assistant'?"),
-    "role-sharegpt": (answered({"role": "gpt"}), ": messages[2].role", "did you mean 'assistant'?"),
+    "role-sharegpt": (answered({"role": "GPT"}), ": messages[2].role", "did you mean 'gpt'?"),
     "role-list": (answered({"role": ["user"]}), ": messages[2].role", "unknown role"),
     "from-unknown": ({"conversations": [{"from": "humn"}]}, ": conversations[0].from", "did you mean 'human'?"),
     "from-and-role": ({"conversations": [{"from": "human", "role": "user"}]}, ": conversations[0].from", "two roles"),
@@ -327,9 +324,12 @@ def test_deep_nesting_is_refused() -> None:
         (answered(USER), "ends with a message of role user: it is context without a target"),
         (answered(USER | {"loss": "yes"}, ASSISTANT), "messages[2]: loss on a user message is ignored"),
         ({"messages": [USER, ASSISTANT | {"loss": False}]}, "no target"),
-        ({"prompt": [ASSISTANT | {"loss": 1}], "completion": "b"}, "prompt[0]: loss on a message of the prompt"),
+        (
+            {"prompt": [USER, ASSISTANT | {"loss": 1}, USER], "completion": "b"},
+            "prompt[1]: loss on a message of the prompt",
+        ),
         (answered(prompt="a"), "prompt is ignored: the conversation is read from messages"),
-        ({"prompt": "a", "completion": "b", "system": "s"}, "system is ignored"),
+        (answered(query="a"), "query is ignored"),
     ],
 )
 def test_what_is_probably_not_meant_is_one_warning(record: Any, words: str) -> None:
@@ -405,7 +405,19 @@ def conversations(draw: st.DrawFn) -> Conversation:
     names = list(dict.fromkeys(message.metadata for message in messages if message.is_call))
     built_in = draw(st.sets(st.sampled_from(names))) - {"function"} if names else set()
     tools = ({"type": n} if n in built_in else {"type": "function", "function": {"name": n}} for n in names)
-    return Conversation(tuple(messages), tuple(tools))
+    read = (with_object(m) if m.is_call and m.metadata not in built_in else m for m in messages)
+    return Conversation(tuple(read), tuple(tools))
+
+
+def with_object(call: Message) -> Message:
+    """Functions take JSON objects; built-in tools such as python take any text."""
+    return replace(call, content=json.dumps({"x": call.content}, ensure_ascii=False))
+
+
+def writes_a_call(conversation: Conversation) -> bool:
+    names = [message.metadata for message in conversation.messages if message.is_call]
+    replies = [m for m in conversation.messages if m.role == "assistant" and not m.is_call]
+    return any(find_written_calls(reply.content, names) for reply in replies)
 
 
 def as_glm4(message: Message) -> dict[str, Any]:
@@ -435,7 +447,7 @@ WRITERS = {"messages": as_glm4, "openai": as_openai, "conversations": as_sharegp
 
 @pytest.mark.parametrize("shape", WRITERS)
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(conversation=conversations())
+@given(conversation=conversations().filter(lambda conversation: not writes_a_call(conversation)))
 def test_writing_and_reading_a_conversation_is_the_identity(shape: str, conversation: Conversation) -> None:
     key = "conversations" if shape == "conversations" else "messages"
     record = {key: [WRITERS[shape](message) for message in conversation.messages], "tools": list(conversation.tools)}
@@ -450,109 +462,8 @@ def test_writing_and_reading_a_conversation_is_the_identity(shape: str, conversa
         conversation = replace(conversation, messages=tuple(messages))
     read = parse_conversation(json.loads(json.dumps(record)))
     assert read == conversation
-    undeclared_or_lost = [text for text in read.warnings if "calls" in text or "ignored" in text]
+    undeclared_or_lost = [text for text in read.warnings if " calls " in text or "ignored" in text]
     assert undeclared_or_lost == []
-
-
-# --- files ----------------------------------------------------------------------------------------------------------
-
-GOOD = json.dumps(answered()).encode()
-
-
-def read(folder: Path, data: bytes) -> list[Conversation]:
-    path = folder / "chat.jsonl"
-    path.write_bytes(data)
-    return list(read_conversations(path))
-
-
-@pytest.mark.parametrize(
-    ("data", "lines"),
-    [
-        (GOOD, [1]),
-        (b"\xef\xbb\xbf" + GOOD + b"\r\n\r\n  \n" + GOOD + b"\n", [1, 4]),
-        (b"\n" + GOOD + b"\n\n", [2]),
-    ],
-)
-def test_lines_are_numbered_as_in_the_file(tmp_path: Path, data: bytes, lines: list[int]) -> None:
-    found = read(tmp_path, data)
-    assert [conversation.line for conversation in found] == lines
-    assert {conversation.path for conversation in found} == {str(tmp_path / "chat.jsonl")}
-    assert all(replace(each, line=0, path="") == parse_conversation(answered()) for each in found)
-
-
-BAD_FILES: dict[str, tuple[bytes, str, str]] = {  # id: file, line of the fault, words of the message
-    "malformed": (GOOD + b'\n{"messages": [}\n', ":2", "column 15"),
-    "truncated": (GOOD + b"\n" + GOOD[:-9], ":2", "the file looks truncated"),
-    "truncated-character": (GOOD + b'\n{"messages": "\xe5\x8c', ":2", "the file is truncated"),
-    "not-utf8": (GOOD + b'\n{"messages": "\xff"}\n', ":2", f"byte 15 of the line, offset {len(GOOD) + 15} in the file"),
-    "not-utf8-after-bom": (b'\xef\xbb\xbf"\xff"', ":1", "byte 2 of the line, offset 4 in the file"),
-    "utf16": (GOOD.decode().encode("utf-16"), ":1", "not UTF-8 at byte 1"),
-    "bom-later": (GOOD + b"\n\xef\xbb\xbf" + GOOD, ":2", "BOM"),
-    "duplicate-key": (b'{"prompt": "a", "prompt": "b"}\n', ":1", "'prompt' stands twice"),
-    "nan": (b'{"prompt": NaN}\n', ":1", "NaN is not a JSON number"),
-    "infinity": (b'{"prompt": -Infinity}\n', ":1", "-Infinity is not a JSON number"),
-    "long-integer": (b'{"tools": ' + b"1" * 5000 + b"}\n", ":1", ""),  # which fault depends on Python's digit limit
-    "empty": (b"", "chat.jsonl", "no conversation"),
-    "blank": (b"\n \r\n", "chat.jsonl", "no conversation"),
-    "array": (b"[\n  " + GOOD + b"\n]\n", ":1", "chat.jsonl > chat-lines.jsonl"),
-    "array-on-one-line": (b"[" + GOOD + b"]", ":1", "one JSON array, not JSONL"),
-    "object": (json.dumps(answered(), indent=2).encode(), ":1", "one JSON object, not JSONL"),
-    "deep": (b"[" * 100_000 + b"\n", ":1", "nested too deeply"),
-    "bad-record": (GOOD + b'\n\n{"messages": [{"role": "user"}]}', ":3: messages[0].content", "missing"),
-    "list-later": (GOOD + b"\n[]\n", ":2", "not an object"),
-}
-
-
-@pytest.mark.parametrize(("data", "where", "words"), BAD_FILES.values(), ids=BAD_FILES)
-def test_a_bad_file_is_refused_at_its_line(tmp_path: Path, data: bytes, where: str, words: str) -> None:
-    with pytest.raises(DataError) as caught:
-        read(tmp_path, data)
-    assert f"{tmp_path / 'chat.jsonl'}{where if where.startswith(':') else ''}" in caught.value.where
-    assert words in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("name", "words"), [(".", "this is a directory"), ("no.jsonl", "No such file"), ("\0", "cannot be read")]
-)
-def test_a_path_that_is_no_file_is_refused(tmp_path: Path, name: str, words: str) -> None:
-    with pytest.raises(DataError, match=words) as caught:
-        next(read_conversations(os.path.join(tmp_path, name)))
-    assert str(tmp_path) in caught.value.where
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes, which this system lacks")
-def test_a_conversation_arrives_before_the_next_line_is_written(tmp_path: Path) -> None:
-    pipe, arrived = tmp_path / "pipe", threading.Event()
-    os.mkfifo(pipe)
-    seen_in_time: list[bool] = []
-
-    def write() -> None:
-        with open(pipe, "wb", buffering=0) as file:
-            file.write(GOOD + b"\n")
-            seen_in_time.append(arrived.wait(timeout=5))
-            file.write(b"not JSON\n")
-
-    writer = threading.Thread(target=write, daemon=True)
-    writer.start()
-    reader = read_conversations(pipe)
-    assert next(reader).line == 1
-    arrived.set()
-    with pytest.raises(DataError, match="column 1"):
-        next(reader)
-    writer.join(timeout=5)
-    assert seen_in_time == [True]
-
-
-def test_memory_holds_lines_not_the_file(tmp_path: Path) -> None:
-    path = tmp_path / "long.jsonl"
-    line = json.dumps({"prompt": "a", "completion": "b" * 20_000}) + "\n"
-    path.write_text(line * 300)
-    tracemalloc.start()
-    count = sum(1 for _ in read_conversations(path))
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert count == 300
-    assert peak < 20 * len(line), f"{peak} bytes for lines of {len(line)}"
 
 
 def test_the_module_loads_without_torch() -> None:

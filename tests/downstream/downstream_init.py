@@ -86,7 +86,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def healthy(request: pytest.FixtureRequest, installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository in which the template has just been rendered."""
     folder = tmp_path_factory.mktemp(request.param) / "demo"
-    run(installed / "glm4ft", "init", folder, "--trainer", request.param, folder=installed)
+    (wheel,) = installed.parents[1].glob("*.whl")
+    required = f"glm4ft @ {wheel.as_uri()}"  # as no repository should have it: it is not released
+    run(installed / "glm4ft", "init", folder, "--trainer", request.param, "--requirement", required, folder=installed)
     return folder
 
 

@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 
 from glm4ft.cli.main import run
 from glm4ft.data.chat_format import ChatFormat
-from glm4ft.data.dataset import DEMO_DATA
 from glm4ft.data.encoded_rows import TrainedRow
+from glm4ft.data.inputs import DEMO_DATA, data_inputs
 from glm4ft.errors import ModelError
 from glm4ft.floors import bounds as head_bounds
 from glm4ft.floors.bounds import Target, bound_targets
@@ -53,7 +53,7 @@ def head() -> Head:
 
 @pytest.fixture(scope="module")
 def founding(tokenizer: Any, head: Head) -> Floor:
-    rows = encoded_rows(DEMO_DATA, FoundingBugFormat("glm-4-0414", tokenizer), 4096)
+    rows = encoded_rows(data_inputs(DEMO_DATA), FoundingBugFormat("glm-4-0414", tokenizer), 4096)
     return find_floor(rows, tokenizer, head)
 
 
@@ -75,7 +75,7 @@ def test_founding_bug_is_certified_before_training_at_ten_times_the_gate(foundin
 
 
 def test_right_mask_has_no_floor(tokenizer: Any, head: Head) -> None:
-    floor = find_floor(encoded_rows(DEMO_DATA, ChatFormat("glm-4-0414", tokenizer), 4096), tokenizer, head)
+    floor = find_floor(encoded_rows(data_inputs(DEMO_DATA), ChatFormat("glm-4-0414", tokenizer), 4096), tokenizer, head)
     assert floor.floor + floor.gap < 1e-5
     assert not floor.blocking(GATE)
 
@@ -84,7 +84,9 @@ def test_right_mask_has_no_floor(tokenizer: Any, head: Head) -> None:
 def test_token_without_a_floor_has_no_sign(with_head: bool, tokenizer: Any, head: Head) -> None:
     """``-0.0`` would be shown as ``-0.00``."""
     floor = find_floor(
-        encoded_rows(DEMO_DATA, ChatFormat("glm-4-0414", tokenizer), 4096), tokenizer, head if with_head else None
+        encoded_rows(data_inputs(DEMO_DATA), ChatFormat("glm-4-0414", tokenizer), 4096),
+        tokenizer,
+        head if with_head else None,
     )
     values = [*floor.per_target.tolist(), *(value for token in floor.tokens for value in (token.floor, token.head))]
     assert all(math.copysign(1, value) == 1 for value in values)
@@ -276,7 +278,7 @@ def test_stop_token_that_the_head_cannot_say_is_warned_of_by_name(tokenizer: Any
     user = tokenizer.get_added_vocab()["<|user|>"]
     weight = head.weight.clone()
     weight[user] = weight[tokenizer.get_added_vocab()["<|system|>"]] + 1e-3
-    rows = list(encoded_rows(DEMO_DATA, ChatFormat("glm-4-0414", tokenizer), 4096))
+    rows = list(encoded_rows(data_inputs(DEMO_DATA), ChatFormat("glm-4-0414", tokenizer), 4096))
     floor = find_floor(rows, tokenizer, Head(weight, head.norm_D, head.num_rows))
     (warning,) = stop_warnings(floor.tokens)
     assert warning.startswith("WARNING: <|user|> ends turns here, but the frozen head cannot say it")
@@ -285,7 +287,7 @@ def test_stop_token_that_the_head_cannot_say_is_warned_of_by_name(tokenizer: Any
 
 
 def test_bf16_floor_lies_below_the_exact_one(tokenizer: Any, head: Head, founding: Floor) -> None:
-    rows = encoded_rows(DEMO_DATA, FoundingBugFormat("glm-4-0414", tokenizer), 4096)
+    rows = encoded_rows(data_inputs(DEMO_DATA), FoundingBugFormat("glm-4-0414", tokenizer), 4096)
     floor = find_floor(rows, tokenizer, head.in_dtype(torch.bfloat16), precision=BF16)
     assert 0.95 * founding.floor < floor.floor < founding.floor
     assert "bf16" in floor.label

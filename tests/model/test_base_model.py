@@ -283,11 +283,30 @@ DAMAGES = [
     Damage("config-not-an-object", write("config.json", b"[]"), ("no JSON object", "list")),
     Damage("config-not-text", write("config.json", b"\xff\xfe"), ("not JSON", "config.json")),
     Damage("config-invalid-value", config(hidden_size="wide"), ("configuration cannot be used", "hidden_size")),
+    Damage("kernel", config(attn_implementation="evil/kernel"), ("code from elsewhere", "evil/kernel")),
+    Damage(
+        "kernel-by-revision", config(_attn_implementation_internal="a/b@main:f"), ("code from elsewhere", "a/b@main")
+    ),
+    Damage("experts-kernel", config(experts_implementation={"": "a/b"}), ("code from elsewhere", "experts_")),
     Damage("llama", config(architectures=["LlamaForCausalLM"]), ("not a GLM-4", "LlamaForCausalLM")),
-    Damage("moe", config(architectures=["Glm4MoeForCausalLM"]), ("not a GLM-4", "Glm4ForCausalLM")),
+    Damage("glm-4.1v", config(architectures=["Glm4vForConditionalGeneration"]), ("GLM-4.1V: it sees images",)),
+    Damage("glm-4.5v", config(architectures=["Glm4vMoeForConditionalGeneration"]), ("GLM-4.5V: it sees images",)),
+    Damage(
+        "unknown-vision", config(architectures=["GlmXForConditionalGeneration"], vision_config={}), ("sees images",)
+    ),
+    Damage("glm-5", config(architectures=["GlmMoeDsaForCausalLM"]), ("GLM-5 has a chat format of its own",)),
     Damage("no-architecture", config(architectures=None), ("not a GLM-4", "no architectures")),
-    Damage("remote-code", config(architectures=["ChatGLMModel"]), ("remote code", "ends in -hf")),
-    Damage("remote-code-chat", config(architectures=["ChatGLMForConditionalGeneration"]), ("remote code", "-hf")),
+    Damage(
+        "remote-code",
+        config(architectures=["ChatGLMModel"], _name_or_path="THUDM/glm-4-9b"),
+        ("remote code", "ends in -hf"),
+    ),
+    Damage("remote-code-older", config(architectures=["ChatGLMForConditionalGeneration"]), ("remote code",)),
+    Damage(
+        "remote-code-vision",
+        config(architectures=["ChatGLMForConditionalGeneration"], _name_or_path="THUDM/glm-4v-9b", vision_config={}),
+        ("sees images, which is not supported, and needs remote code",),
+    ),
     Damage("quantised", config(quantization_config={"bits": 4}), ("quantised", "plain weights")),
     Damage("adapter", only_adapter, ("an adapter, not a base", "merge the two")),
     Damage("adapter-beside-base", write("adapter_config.json", b"{}"), ("an adapter, not a base", "folder of its own")),
@@ -352,6 +371,13 @@ def test_damaged_checkpoint_is_refused(damage: Damage, folder: Path, monkeypatch
         assert text in str(caught.value)
 
 
+@pytest.mark.parametrize(("stated", "used"), [("flash_attention_2", "sdpa"), ("eager", "eager"), (None, "sdpa")])
+def test_attention_is_transformers_own(stated: str | None, used: str, folder: Path) -> None:
+    """A flash attention that is not installed would be loaded from the hub."""
+    edit_json(folder / "config.json", attn_implementation=stated)
+    assert load_base(str(folder)).model.config._attn_implementation == used
+
+
 # --- stop tokens ---
 
 
@@ -397,6 +423,16 @@ def test_tokenizer_stays_as_it_is_but_for_a_missing_pad_token(folder: Path) -> N
     edit_json(folder / "tokenizer_config.json", padding_side="left", pad_token=None)
     tokenizer = load_tokenizer(str(folder))
     assert (tokenizer.padding_side, tokenizer.pad_token) == ("left", "<|endoftext|>")
+
+
+@pytest.mark.parametrize("name", ["chatglm3-6b", "glm-4v-9b", "glm-4-9b-chat", "glm4-9b"])
+def test_the_converted_checkpoint_is_named_only_where_there_is_one(name: str, folder: Path, tmp_path: Path) -> None:
+    """ChatGLM3 and GLM-4V have the same architecture as GLM-4-9B, but no checkpoint whose name ends in -hf."""
+    edit_json(folder / "config.json", architectures=["ChatGLMForConditionalGeneration"])
+    named = folder.rename(tmp_path / name)
+    with pytest.raises(ModelError, match="remote code") as caught:
+        load_base(str(named))
+    assert ("-hf" in caught.value.fix) == (name in ("glm-4-9b-chat", "glm4-9b"))
 
 
 @pytest.mark.parametrize("architecture", FORMATS)

@@ -341,6 +341,7 @@ DAMAGES = [
     Damage(
         "config-not-json", lambda a: (a / "adapter_config.json").write_text("{"), ("not JSON", "adapter_config.json")
     ),
+    Damage("module", config(megatron_config={"a": 1}, megatron_core="evil"), ("a module to import", "megatron_config")),
     Damage("not-lora", config(peft_type="IA3"), ("not a LoRA adapter", "IA3")),
     Damage("no-weights", lambda a: (a / WEIGHTS).unlink(), ("the adapter has no weights", WEIGHTS)),
     Damage("pickle", lambda a: (a / WEIGHTS).rename(a / "adapter_model.bin"), ("pickle", "adapter_model.bin", WEIGHTS)),

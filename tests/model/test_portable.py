@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from glm4ft.data.chat_format import STOPS
+from glm4ft.data.control_tokens import STOPS
 from glm4ft.errors import RunError
 from glm4ft.model.base_model import load_base
 from glm4ft.model.checkpoint import read_json

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from glm4ft.data.chat_format import ChatFormat
-from glm4ft.data.dataset import DEMO_DATA
 from glm4ft.data.format_check import detect_format
+from glm4ft.data.inputs import DEMO_DATA
 from glm4ft.data.reader import read_conversations
 from glm4ft.model.tiny import CONTROL_TOKENS, STOP_TOKENS, shared_row_ids, tiny_model, tiny_tokenizer, write_tiny_base
 from glm4ft.testing.strategies import text_contents

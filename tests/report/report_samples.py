@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from glm4ft.data.chat_format import ChatFormat
 from glm4ft.data.conversation import Conversation, Message
-from glm4ft.data.dataset import DEMO_DATA
 from glm4ft.data.encoded_row import EncodedRow
+from glm4ft.data.inputs import DEMO_DATA
 from glm4ft.data.reader import read_conversations
 from glm4ft.model.tiny_tokenizer import tiny_tokenizer
 from glm4ft.report.content import Content, Curves, Headline, ShownCheck, ShownOption, ShownRow, ShownTurn

@@ -131,7 +131,7 @@ def test_a_diagnosis_becomes_the_headline_with_its_evidence_and_remedies() -> No
     found = headline_of("bad", worst, second, finding("c", "Perhaps c.", strength=0.2))
     assert found == Headline(
         "bad", "It is a.", "all of it.",
-        ("For 0.5 nats of reasons.", "Figures of a.", "It is b.", "The loss went from 8 to 0.2. 0 turns came back."),
+        ("For 0.5 nats of reasons.", "Figures of a.", "It is b.", "The loss went from 8 to 0.2.", "0 turns came back."),
         ("Mend a.", "Mend b."),
     )  # fmt: skip
 

@@ -26,8 +26,8 @@ from typing import Any
 
 import yaml
 
-from glm4ft.data.dataset import DEMO_DATA
 from glm4ft.data.encoded_rows import TrainedRow, write_rows
+from glm4ft.data.inputs import DEMO_DATA
 from glm4ft.diagnosis.rules import Diagnosis
 from glm4ft.diagnosis.run_folder import explain_run
 from glm4ft.model.tiny import write_tiny_base

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from glm4ft.data.dataset import DEMO_DATA
+from glm4ft.data.inputs import DEMO_DATA
 from glm4ft.model.tiny import write_tiny_base
 from glm4ft.testing.stability import spike_ratios
 from glm4ft.testing.subject import make_plan

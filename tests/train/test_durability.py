@@ -117,6 +117,14 @@ def test_checkpoint_that_outlived_the_trajectory_is_passed_over(stopped: Path) -
     assert last_checkpoint(stopped) == stopped / "checkpoint-2"
 
 
+def test_checkpoint_after_a_row_that_was_changed_is_passed_over(stopped: Path) -> None:
+    """A digit of a loss that is another one shows in no type and no gap."""
+    rows = (stopped / "trajectory.jsonl").read_text().splitlines(keepends=True)
+    rows[3] = re.sub(r'("loss": \d\.)(\d)', lambda match: match[1] + str(9 - int(match[2])), rows[3])
+    (stopped / "trajectory.jsonl").write_text("".join(rows))
+    assert last_checkpoint(stopped) == stopped / "checkpoint-2"
+
+
 @pytest.mark.parametrize("name", run_folder.ADAPTER_FILES)
 def test_finished_run_with_a_damaged_adapter_is_refused(
     name: str, whole: ObservedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -29,7 +29,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from glm4ft.data.batching import Collator
 from glm4ft.data.chat_format import ChatFormat
-from glm4ft.data.dataset import DEMO_DATA, prepare_rows
+from glm4ft.data.dataset import prepare_rows
+from glm4ft.data.inputs import DEMO_DATA
 from glm4ft.data.reader import read_conversations
 from glm4ft.errors import ConfigError, RunError
 from glm4ft.model.base_model import load_base

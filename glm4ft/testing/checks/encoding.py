@@ -16,11 +16,13 @@ from glm4ft.testing.specification.mask_oracle import (
     find_turns,
     show_tokens,
 )
-from glm4ft.testing.trial.bank import BANK, MARKERS_TALK, Talk
+from glm4ft.testing.specification.turn_text import THINKING_FORMATS
+from glm4ft.testing.trial.bank import BANK, MARKERS_TALK, THINKING, Talk
 from glm4ft.testing.trial.stages import CheckFailed, NotApplicable
 from glm4ft.testing.trial.trial import Trial
 
 DENSE_FORMATS = ("glm-4-9b-chat", "glm-4-0414")
+GLM_FORMATS = (*DENSE_FORMATS, *THINKING_FORMATS)
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class BankRow:
 def bank_of(trial: Trial) -> list[Talk]:
     """The conversations of the bank that the subject accepts; those with tools if the base's template renders tools."""
     knows_tools = is_glm(trial) and "tools" in str(trial.base_tokenizer.chat_template or "")
-    talks = [talk for talk in BANK if (knows_tools or not talk.tools) and trial.accepts(conversation_of(talk))]
+    bank = BANK + THINKING * (chat_format_of(trial) in THINKING_FORMATS)
+    talks = [talk for talk in bank if (knows_tools or not talk.tools) and trial.accepts(conversation_of(talk))]
     if not talks:
         raise NotApplicable("not judged: the subject refuses every conversation of the bank")
     return [talk for talk in talks if talk is not MARKERS_TALK or _keeps_markers(trial)]
@@ -75,14 +78,19 @@ def row_of(trial: Trial, talk: Talk) -> BankRow:
 
 def is_glm(trial: Trial) -> bool:
     """Whether the subject's chat format is one that the mask oracle knows."""
-    return getattr(trial.subject, "chat_format", None) in DENSE_FORMATS
+    return chat_format_of(trial) in GLM_FORMATS
+
+
+def chat_format_of(trial: Trial) -> str:
+    """The name of the subject's chat format; "" if it has none."""
+    return str(getattr(trial.subject, "chat_format", None) or "")
 
 
 def controls_of(trial: Trial) -> dict[str, int]:
     """The id of each control token; skips the check if the subject has no GLM-4 chat format."""
     if not is_glm(trial):
         found = getattr(trial.subject, "chat_format", None)
-        raise NotApplicable(f"the claim is about {' and '.join(DENSE_FORMATS)}; the subject's chat_format is {found}")
+        raise NotApplicable(f"the claim is about {' and '.join(GLM_FORMATS)}; the subject's chat_format is {found}")
     try:
         return control_ids(trial.subject.tokenizer)
     except Undecidable as error:
@@ -92,7 +100,7 @@ def controls_of(trial: Trial) -> dict[str, int]:
 def turns_of(trial: Trial, row: BankRow, controls: Mapping[str, int]) -> list[TurnSpan]:
     """The assistant turns of a row."""
     try:
-        return find_turns(row.ids, row.talk.messages, controls)
+        return find_turns(row.ids, row.talk.messages, controls, trial.subject.tokenizer, chat_format_of(trial))
     except Undecidable as error:
         raise CheckFailed(f"conversation {name_of(row.talk)}: {error}") from error
 
@@ -106,9 +114,9 @@ def rows_with_turns(trial: Trial) -> Iterator[tuple[BankRow, list[TurnSpan]]]:
 
 
 def answer_starts(trial: Trial, row: BankRow) -> list[int]:
-    """First position of each answer: after its header in a GLM-4 format, else the start of each supervised run."""
+    """First position of each answer: where a GLM-4 model begins to sample, else the start of each supervised run."""
     if is_glm(trial):
-        return [turn.header + 1 for turn in turns_of(trial, row, controls_of(trial))]
+        return [turn.start for turn in turns_of(trial, row, controls_of(trial))]
     return [run.start for run in row.runs]
 
 

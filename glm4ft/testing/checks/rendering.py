@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 import json
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from glm4ft.data.control_tokens import common_prefix_length
 from glm4ft.testing.checks.encoding import (
+    DENSE_FORMATS,
     bank_of,
+    chat_format_of,
     controls_of,
     conversation_of,
     fail,
-    is_glm,
     name_of,
     row_of,
 )  # fmt: skip
@@ -50,7 +52,7 @@ def check_every_message_has_its_header(trial: Trial) -> None:
     for talk in bank_of(trial):
         row = row_of(trial, talk)
         found = [(i, names[token]) for i, token in enumerate(row.ids) if token in names]
-        expected = [*PREFIX, *(HEADERS[message["role"]] for message in talk.messages)]
+        expected = [*PREFIX, *(HEADERS[message["role"]] for message in _with_headers(trial, talk.messages))]
         if talk.tools and [token for _, token in found[2:3]] == [HEADERS["system"]]:
             expected.insert(len(PREFIX), HEADERS["system"])  # the block that declares the tools
         got = [token for _, token in found]
@@ -69,9 +71,18 @@ def check_every_message_has_its_header(trial: Trial) -> None:
                 extra = "".join(rest)
                 fail(trial, row, f"{extra} follows the last message, where at most one stop token should end the row",
                      position)  # fmt: skip
-            number = at - (len(expected) - len(talk.messages))
-            owner = f" for message {number} ({talk.messages[number]['role']})" if number >= 0 else ""
+            messages = _with_headers(trial, talk.messages)
+            number = at - (len(expected) - len(messages))
+            owner = f" for message {number} ({messages[number]['role']})" if number >= 0 else ""
             fail(trial, row, f"control token {at + 1} is {found_token}, should be {expected[at]}{owner}", position)
+
+
+def _with_headers(trial: Trial, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The messages that have a header: results that follow each other share one where calls can be parallel."""
+    if chat_format_of(trial) in DENSE_FORMATS:
+        return list(messages)
+    before = ("", *(message["role"] for message in messages))
+    return [m for m, role in zip(messages, before, strict=False) if not (m["role"] == role == "tool")]
 
 
 @check(stage="rows", incident="axolotl 1265, LMFlow 394: ids of another conversation came out of a cache")
@@ -174,8 +185,8 @@ def check_adjacent_answers_keep_their_loss_flags(trial: Trial) -> None:
 @check(stage="rows", incident="TRL 6363, LLaMA-Factory 9219: reasoning was cut out at one tag of two")
 def check_reasoning_tags_are_encoded_as_text(trial: Trial) -> None:
     """In formats without reasoning, ``<think>`` and ``</think>`` stay text, in pairs and alone."""
-    if not is_glm(trial):
-        raise NotApplicable("the claim is about GLM-4 formats, which have no reasoning of their own")
+    if chat_format_of(trial) not in DENSE_FORMATS:
+        raise NotApplicable("the claim is about GLM-4 formats without reasoning of their own")
 
     def text_of(*messages: dict[str, Any]) -> str:
         ids = row_of(trial, Talk("reasoning tags", messages)).ids

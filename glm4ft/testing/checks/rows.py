@@ -7,13 +7,17 @@ with ``chat_format``; the others hold for every chat template.
 from __future__ import annotations
 
 import copy
+import json
+from collections.abc import Mapping
 from typing import Any
 
 from glm4ft.data.control_tokens import common_prefix_length
 from glm4ft.testing.checks.encoding import (
+    DENSE_FORMATS,
     BankRow,
     answer_starts,
     bank_of,
+    chat_format_of,
     controls_of,
     fail,
     is_glm,
@@ -23,6 +27,7 @@ from glm4ft.testing.checks.encoding import (
     value_at,
 )  # fmt: skip
 from glm4ft.testing.specification.mask_oracle import (
+    ALWAYS_THINKS,
     IGNORED,
     PREFIX,
     explain_mistakes,
@@ -30,6 +35,7 @@ from glm4ft.testing.specification.mask_oracle import (
     legal_stops,
     show_token,
 )
+from glm4ft.testing.specification.turn_text import THINKING_FORMATS, carries_reasoning, sampled_text
 from glm4ft.testing.trial.bank import BANK, FLAGGED, MARKERS_TALK, TRAILING, Talk
 from glm4ft.testing.trial.registry import check
 from glm4ft.testing.trial.stages import CheckFailed, NotApplicable
@@ -118,12 +124,13 @@ def check_content_never_becomes_a_control_token(trial: Trial) -> None:
         added = {token: i for token, i in added.items() if i in tokenizer.all_special_ids}
     if not added:
         raise NotApplicable("the tokenizer has no control tokens")
-    text, ids = "say " + " ".join(added), set(added.values())
+    thinks = chat_format_of(trial) in THINKING_FORMATS  # whose answers may hold reasoning in tags, which is no text
+    text, ids = "say " + " ".join(t for t in added if not (thinks and "think>" in t)), set(added.values())
     for talk in [t for t in bank_of(trial) if t.id in ("several turns", "system", "tool call")]:
         plain = [token for token in row_of(trial, talk).ids if token in ids]
         for index, message in enumerate(talk.messages):
-            messages = [*talk.messages]
-            messages[index] = {**message, "content": text}
+            messages, is_object = [*talk.messages], thinks and bool(message.get("metadata"))
+            messages[index] = {**message, "content": json.dumps({"days": 2, "city": text}) if is_object else text}
             row = row_of(trial, Talk(f"{talk.id} with marker text", tuple(messages), talk.tools))
             found = [i for i, token in enumerate(row.ids) if token in ids]
             where = common_prefix_length([row.ids[i] for i in found], plain)
@@ -144,7 +151,10 @@ def check_earlier_turns_do_not_change(trial: Trial) -> None:
     """
     for talk in bank_of(trial):
         whole = row_of(trial, talk)
-        ends = [i + 1 for i, message in enumerate(talk.messages) if message["role"] == "assistant"]
+        answers = [i for i, message in enumerate(talk.messages) if message["role"] == "assistant"]
+        if any(message.get("reasoning_content") for message in talk.messages):  # serving empties that of earlier turns
+            answers = [index for index in answers if carries_reasoning(talk.messages, index)]
+        ends = [index + 1 for index in answers]
         for number, end in enumerate(ends, 1):
             part = row_of(trial, Talk(f"{talk.id}, to turn {number}", talk.messages[:end], talk.tools))
             kept = max((run.stop for run in part.runs), default=1) - 1  # the stop token may differ at the end
@@ -163,13 +173,16 @@ def check_supervised_text_is_the_answer(trial: Trial) -> None:
     for talk in bank_of(trial):
         row = row_of(trial, talk)
         answers = [i for i, message in enumerate(talk.messages) if message["role"] == "assistant"]
+        if chat_format_of(trial) in ALWAYS_THINKS:
+            answers = answers[-1:]
         if len(row.runs) != len(answers):
             problem = f"{len(row.runs)} supervised runs, should be {len(answers)}, one per assistant turn"
             fail(trial, row, problem, row.runs[0].start if row.runs else len(row.ids))
         for number, (run, index) in enumerate(zip(row.runs, answers, strict=True), 1):
             message = talk.messages[index]
             text = trial.subject.tokenizer.decode(row.ids[run.start : run.stop], clean_up_tokenization_spaces=False)
-            body = f"{message.get('metadata', '')}\n{message['content']}"
+            carries = carries_reasoning(talk.messages, index)
+            body = sampled_text(message, chat_format_of(trial), carries=carries)
             legal = [body + stop for stop in legal_stops(talk.messages, index)]
             if text not in legal:
                 problem = f"turn {number} (message {index}): positions {run.start} to {run.stop - 1}"
@@ -183,12 +196,20 @@ def check_every_message_is_in_the_row(trial: Trial) -> None:
         row, found = row_of(trial, talk), 0
         text = trial.subject.tokenizer.decode(row.ids, clean_up_tokenization_spaces=False)
         for index, message in enumerate(talk.messages):
-            content = message["content"] if is_glm(trial) else message["content"].strip()
+            content = _lasting_text(trial, message)
             begin = text.find(content, found)
             if begin < 0:
                 problem = f"message {index} ({message['role']}), {content!r}, is not in the row"
                 raise CheckFailed(f"conversation {name_of(talk)}, {problem}, {text!r}")
             found = begin + len(content)
+
+
+def _lasting_text(trial: Trial, message: Mapping[str, Any]) -> str:
+    """The text of a message that its row holds whatever the format: of a call, written anew, the tool's name."""
+    if chat_format_of(trial) in DENSE_FORMATS:
+        return str(message["content"])
+    is_rewritten = chat_format_of(trial) in THINKING_FORMATS and bool(message.get("metadata"))
+    return str(message["metadata"] if is_rewritten else message["content"].strip())
 
 
 @check(stage="rows", needs=("prompt",), incident="ChatGLM3 4568c63: training and serving rendered tools differently")
@@ -201,6 +222,8 @@ def check_row_begins_with_the_serving_prompt(trial: Trial) -> None:
         if len(starts) != len(answers):
             raise NotApplicable(f"not judged: {len(starts)} supervised runs for {len(answers)} assistant turns")
         for number, (start, index) in enumerate(zip(starts, answers, strict=True), 1):
+            if chat_format_of(trial) in THINKING_FORMATS and not carries_reasoning(talk.messages, index):
+                continue  # serving asks for a turn without reasoning by another prompt
             history, tools = copy.deepcopy((list(talk.messages[:index]), list(talk.tools) if talk.tools else None))
             prompt = [int(token) for token in trial.subject.prompt(history, tools)]
             where = common_prefix_length(prompt, row.ids[:start])

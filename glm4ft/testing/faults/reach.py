@@ -24,7 +24,7 @@ from glm4ft.testing.trial.stages import STAGES, NotApplicable
 from glm4ft.testing.trial.trial import Trial
 
 REACH_FILE = Path(__file__).with_name("reach.json")
-LABELS = {"name", "distributed"}  # members of every fault and variation that change nothing
+LABELS = {"name", "distributed", "architecture"}  # members of every fault and variation that change nothing
 used: set[str] = set()
 
 

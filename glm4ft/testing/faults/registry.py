@@ -21,7 +21,7 @@ from glm4ft.testing.subjects.plain_loop import Subject
 from glm4ft.testing.trial.stages import STAGES
 
 FAULT_MODULES = (
-    "rows_rendering", "rows_mask", "batches", "model", "gradient", "clipping", "schedule", "update",
+    "rows_rendering", "rows_mask", "rows_reasoning", "batches", "model", "gradient", "clipping", "schedule", "update",
     "side_effects", "persistence", "export", "outcome", "varied_plans", "not_finite", "user_variations", "randomness",
     "requested_settings",
 )  # fmt: skip

@@ -66,7 +66,8 @@ def try_fault(id: str, folder: Path, stages: Sequence[str] = STAGES) -> Caught:
         stages: The stages whose checks are run.
     """
     fault, began_s, broken, failed = all_faults()[id], time.perf_counter(), list[Result](), None
-    trial = Trial(fault.subject(str(warm_base())), warm_base(), folder)
+    base = warm_base(architecture=fault.subject.architecture)
+    trial = Trial(fault.subject(str(base)), base, folder)
     with observing() as seen:
         for check in reaching(fault.subject):
             if check.stage not in stages:

@@ -9,7 +9,10 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from glm4ft.model.tiny_tokenizer import Architecture
 
 Output = TypeVar("Output")
 Task = TypeVar("Task")
@@ -36,11 +39,11 @@ def in_parallel(
 
 
 @cache
-def warm_base(seed: int = 0) -> Path:
-    """The folder of the built-in base, written once per process and seed."""
+def warm_base(seed: int = 0, architecture: Architecture = "Glm4ForCausalLM") -> Path:
+    """The folder of a built-in base, written once per process, seed and transformers class."""
     from glm4ft.model.tiny import write_tiny_base
 
-    return write_tiny_base(_folder().name + f"/{seed}", seed)
+    return write_tiny_base(_folder().name + f"/{architecture}-{seed}", seed, architecture=architecture)
 
 
 @cache

@@ -18,8 +18,9 @@ def pytest_glm4ft_collected(
         config: The configuration of the session.
         checks: The results of the conformance suite, in the order in which the checks ended. Each has ``subject``,
             ``check``, ``stage``, ``status``, ``message`` and ``seconds`` as in ``glm4ft check --json``; ``dtype``, ""
-            unless the suite runs in several; ``test``, the node id; and, if the check failed, ``supervised``, a
-            sentence on which tokens the subject trains.
+            unless the suite runs in several; ``test``, the node id; if the check failed, ``supervised``, a sentence
+            on which tokens the subject trains; and, while an adapter of ``glm4ft init`` is as rendered, ``unwired``, a
+            sentence that says so.
         runs: The runs recorded by ``glm4ft_record_run``. Each has ``test``, ``name``, and the equally long lists
             ``loss`` and ``grad_norm`` with one entry per optimizer step, None for a value that was not finite.
     """

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 CHECK, RUN, GPU_RAN = "glm4ft_check", "glm4ft_run", "glm4ft_gpu_ran"
 
 
-def attach_check(node: pytest.Item, subject: str, result: Result, dtype: str = "", *, supervised: str = "") -> None:
+def attach_check(
+    node: pytest.Item, subject: str, result: Result, dtype: str = "", *, supervised: str = "", unwired: str = ""
+) -> None:
     """Attach the result of a check to the report of the test that ran it.
 
     Args:
@@ -30,9 +32,10 @@ def attach_check(node: pytest.Item, subject: str, result: Result, dtype: str = "
         result: The result of the check.
         dtype: The dtype of the base, if the suite runs in several; "" otherwise.
         supervised: A sentence on which tokens the subject trains, for a check that failed; "" otherwise.
+        unwired: A sentence saying that the subject is not wired to its repository's code yet; "" if it is.
     """
     names = ("check", "stage", "status", "message", "cause", "seconds")
-    more = {"supervised": supervised} if supervised else {}
+    more = {name: text for name, text in (("supervised", supervised), ("unwired", unwired)) if text}
     content = {"subject": subject, "dtype": dtype, **{name: getattr(result, name) for name in names}, **more}
     _attach(node, CHECK, content)
 
@@ -94,6 +97,7 @@ def _verdict_lines(checks: list[dict[str, Any]]) -> Iterable[str]:
         verdicts = stage_verdicts((check["stage"], check["status"]) for check in mine)
         told = ", ".join(f"{stage} {verdict}" for stage, verdict in verdicts.items())
         yield f"{subject}{f' in {dtype}' if dtype else ''}: {told}"
+    yield from dict.fromkeys(str(check["unwired"]) for check in checks if "unwired" in check)
 
 
 def _run_line(run: dict[str, Any]) -> str:

@@ -69,7 +69,7 @@ def session_content(
     subjects = list(dict.fromkeys(str(check["subject"]) for check in checks))
     return Content(
         title="glm4ft in pytest · " + (", ".join(subjects) or "no subject on trial"),
-        headline=_headline(stats, failed, judged, _supervised(checks)),
+        headline=_headline(stats, failed, judged, _supervised(checks), _unwired(checks)),
         runs=tuple((_run_name(run), _curves(run)) for run in runs),
         checks=(*_claims(checks, judged, len(subjects)), *map(_failed_test, failed)),
         facts=tuple(_facts(stats)),
@@ -79,10 +79,14 @@ def session_content(
 
 
 def _headline(
-    stats: Mapping[str, Sequence[Any]], failed: Sequence[Any], judged: Sequence[_Result], supervised: str
+    stats: Mapping[str, Sequence[Any]],
+    failed: Sequence[Any],
+    judged: Sequence[_Result],
+    supervised: str,
+    unwired: str,
 ) -> Headline:
     """The verdict on the subjects, or on the other tests if only one of those failed."""
-    verdict = headline(judged, supervised) if judged else None
+    verdict = headline(judged, supervised, unwired=unwired) if judged else None
     if not failed:
         passed = len(stats.get("passed", ()))
         return verdict or Headline("good" if passed else "unsure", f"{passed:,} tests passed, none failed.")
@@ -96,6 +100,10 @@ def _supervised(checks: Sequence[Mapping[str, Any]]) -> str:
     """The sentences on which tokens the subjects train, for each subject that failed a check."""
     told = {check["subject"]: check["supervised"] for check in checks if check.get("supervised")}
     return " ".join(text if len(told) == 1 else f"{subject}: {text}" for subject, text in told.items())
+
+
+def _unwired(checks: Sequence[Mapping[str, Any]]) -> str:
+    return " ".join(dict.fromkeys(str(check["unwired"]) for check in checks if check.get("unwired")))
 
 
 def _claims(checks: Sequence[Mapping[str, Any]], judged: Sequence[_Result], num_subjects: int) -> list[ShownCheck]:

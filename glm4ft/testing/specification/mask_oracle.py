@@ -1,9 +1,10 @@
 r"""Decides which positions of a row must be supervised, independently of any pipeline's encoder.
 
-In the dense GLM-4 formats, control tokens alone delimit a turn, so scanning a row's ids is enough: after
-``<|assistant|>`` every token is a target, up to and including the next control token. How the ids were made does not
-matter, so the oracle applies to any pipeline. Source: ``openai_api_server.py`` and the text script of THUDM/GLM-4,
-where the stop list holds ``<|user|>``, ``<|observation|>`` and ``<|endoftext|>``.
+In GLM-4's formats control tokens alone delimit a turn, so scanning a row's ids is enough: after ``<|assistant|>``, and
+what serving writes behind it where a model may think, every token is a target, up to and including the next role's
+token. How the ids were made does not matter, so the oracle applies to any pipeline. Sources: ``openai_api_server.py``
+and the text script of THUDM/GLM-4, where the stop list holds ``<|user|>``, ``<|observation|>`` and ``<|endoftext|>``;
+the generation prompts of the chat templates of GLM-Z1, GLM-4.5 and GLM-4.7.
 """
 
 from __future__ import annotations
@@ -19,12 +20,21 @@ HEADERS = {
     "tool": "<|observation|>",
 }  # fmt: skip
 END_OF_TEXT = "<|endoftext|>"
+# How a prompt may go on after the header. Elsewhere the header is its end.
+GIVEN = {
+    "glm-z1-0414": ("\n<think>",),
+    "glm-4.5": ("\n<think></think>",),
+    "glm-4.7": ("<think>", "</think>"),
+}
+ALWAYS_THINKS = ("glm-z1-0414",)  # no prompt asks for a turn that begins otherwise
 
 WHY = {
     "prefix": "a prefix token, which serving sends",
     "header": "a header, which serving sends and the model never samples",
     "terminator": "the terminator, which the model must sample to stop",
     "answer": "part of the answer, which the model must sample",
+    "given": "what serving writes behind the header, which the model never samples",
+    "not asked for": "part of a turn that no prompt of serving asks for",
     "loss false": "part of a turn whose loss is false",
     "context": "context, which the model is given",
 }
@@ -41,14 +51,18 @@ class TurnSpan:
     Args:
         message: The index of the turn's message in the conversation.
         header: The position of ``<|assistant|>``.
+        start: The first position that the model samples.
         end: The position of the next control token, the turn's terminator; the row's length if there is none.
-        supervised: False if the message has ``loss: false``.
+        supervised: False if the message has ``loss: false``, or no prompt asks for the turn.
+        asked: Whether a prompt of serving asks for the turn.
     """
 
     message: int
     header: int
+    start: int
     end: int
     supervised: bool
+    asked: bool = True
 
 
 @dataclass(frozen=True)
@@ -81,14 +95,20 @@ def control_ids(tokenizer: Any) -> dict[str, int]:
 
 
 def find_turns(
-    ids: Sequence[int], messages: Sequence[Mapping[str, Any]], controls: Mapping[str, int]
+    ids: Sequence[int],
+    messages: Sequence[Mapping[str, Any]],
+    controls: Mapping[str, int],
+    tokenizer: Any = None,
+    chat_format: str = "",
 ) -> list[TurnSpan]:
     """Locate the assistant turns of a row by its control tokens.
 
     Args:
         ids: The token ids of the row.
-        messages: The messages that the row encodes.
+        messages: The messages that the row encodes; one that ``continues`` is of the same turn as the one before it.
         controls: The ids of the control tokens, from ``control_ids``.
+        tokenizer: The tokenizer that made the ids; needed only for a format with reasoning.
+        chat_format: The name of the chat format.
     Returns:
         The assistant turns, in order.
     Raises:
@@ -102,10 +122,20 @@ def find_turns(
             header = position if token == controls[HEADERS["assistant"]] else None
     if header is not None:
         bounds.append((header, len(ids)))
-    answers = [(index, m.get("loss") is not False) for index, m in enumerate(messages) if m["role"] == "assistant"]
+    answers = [
+        (index, m.get("loss") is not False)
+        for index, m in enumerate(messages)
+        if m["role"] == "assistant" and not m.get("continues")
+    ]
     if len(bounds) != len(answers):
         raise Undecidable(f"{len(bounds)} {HEADERS['assistant']} for {len(answers)} assistant turns")
-    return [TurnSpan(index, *bound, loss) for bound, (index, loss) in zip(bounds, answers, strict=True)]
+    given = [tuple(tokenizer.encode(text, add_special_tokens=False)) for text in GIVEN.get(chat_format, ())]
+    turns = []
+    for (header, end), (index, loss) in zip(bounds, answers, strict=True):
+        behind = next((len(x) for x in given if tuple(ids[header + 1 : header + 1 + len(x)]) == x), 0)
+        asked = behind > 0 or chat_format not in ALWAYS_THINKS
+        turns.append(TurnSpan(index, header, header + 1 + behind, end, loss and asked, asked))
+    return turns
 
 
 def find_mistakes(
@@ -124,7 +154,7 @@ def find_mistakes(
     owner = {position: turn for turn in turns for position in range(turn.header + 1, turn.end + 1)}
     for position, (token, label) in enumerate(zip(ids, labels, strict=True)):
         turn = owner.get(position)
-        should = turn is not None and turn.supervised
+        should = turn is not None and turn.supervised and position >= turn.start
         if (label != IGNORED) != should:
             yield Mistake(_kind(position, token, turn, controls), position, not should)
     if turns and turns[-1].supervised and turns[-1].end == len(ids):
@@ -132,12 +162,14 @@ def find_mistakes(
 
 
 def _kind(position: int, token: int, turn: TurnSpan | None, controls: Mapping[str, int]) -> str:
+    if turn is not None and position < turn.start:
+        return "given"
     if turn is not None and turn.supervised:
         return "terminator" if position == turn.end else "answer"
     if token == controls[HEADERS["assistant"]]:
         return "header"
     if turn is not None:
-        return "loss false"
+        return "loss false" if turn.asked else "not asked for"
     return "prefix" if token in (controls[name] for name in PREFIX) else "context"
 
 

@@ -71,7 +71,7 @@ class Subject(EncodedHere):
     def lora(self) -> dict[str, Any]:
         """The options of the LoRA adapter that ``build_model`` must attach, by peft's names."""
         options = self.options
-        asked = {"r": options.rank, "lora_alpha": options.alpha, "target_modules": list(options.targets)}
+        asked = {"r": options.rank, "lora_alpha": options.alpha, "target_modules": options.named}
         return {**asked, **options.options}
 
     def train(

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 
 from glm4ft.data.encoded_row import IGNORED
+from glm4ft.model.tiny_tokenizer import Architecture
 from glm4ft.testing.subjects.plain_loop_data import Batch, Features
 from glm4ft.testing.subjects.plain_loop_evaluation import Evaluation
 from glm4ft.testing.subjects.plain_loop_model import Model
@@ -60,6 +61,7 @@ class Subject(Evaluation, Model):
 
     name = "plain loop"
     distributed = True
+    architecture: Architecture = "Glm4ForCausalLM"  # of the base on which the harness tries it
 
     # --- the loop ---
 

@@ -75,3 +75,39 @@ BANK = (
     TRAILING,
     MARKERS_TALK,
 )  # every assistant turn here is trained; loss flags have their own check
+
+
+def _calls(*named: tuple[str, str]) -> list[dict[str, Any]]:
+    """Tool calls as servers of the OpenAI API return them."""
+    return [{"type": "function", "function": {"name": name, "arguments": given}} for name, given in named]
+
+
+PARALLEL = Talk(
+    "reasoning and parallel calls",
+    (
+        user("weather in Rome and Oslo?"),
+        answer(
+            "let me ask.",
+            reasoning_content="two cities,\ntwo calls",
+            tool_calls=_calls(("get_weather", '{"city": "Rome", "days": 2}'), ("get_weather", '{"city": "Oslo"}')),
+        ),
+        {"role": "tool", "content": "31 degrees"},
+        {"role": "tool", "content": "12 degrees"},
+        answer("Rome is hot.", reasoning_content="31 is more"),
+    ),
+    (WEATHER,),
+)
+THOUGHT_TWICE = Talk(
+    "reasoning in two turns",
+    (
+        user("which river?"),
+        answer("the Rhine", reasoning_content="there are many"),
+        user("how long?"),
+        answer("long", reasoning_content="I know it"),
+    ),
+)
+THINKING = (
+    Talk("reasoning", (user("which?"), answer("that one", reasoning_content="there are two"))),
+    THOUGHT_TWICE,
+    PARALLEL,
+)  # for formats with reasoning; in the others there is no place for it

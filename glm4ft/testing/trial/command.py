@@ -23,6 +23,7 @@ from glm4ft.testing.trial.report import explain_trial, trial_content
 from glm4ft.testing.trial.runner import Result, results_record, run_checks, trial_of
 from glm4ft.testing.trial.stages import STAGES
 from glm4ft.testing.trial.verdicts import group_failures, stage_verdicts
+from glm4ft.testing.trial.wiring import unwired
 from glm4ft.text.safe_text import Ruled, visible
 
 STYLES = {"passed": "green", "failed": "bold red", "error": "bold red", "skipped": "dim", "expected-failure": "yellow"}
@@ -62,7 +63,10 @@ def show_checks(
             results = list(bar)
             card = explain_trial(spec, results, trial)
             content = trial_content(spec, results, trial, checks) if report else None
+        note = unwired(trial.subject)
     _print(console, spec, results)
+    if note:
+        console.print(Text(visible(note, newlines=False), style="yellow"), soft_wrap=True)
     if card:
         console.print(Text(f"\n{card}\n"), soft_wrap=True)
     if report and content:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from glm4ft.data.dataset import DEMO_DATA
+from glm4ft.data.inputs import DEMO_DATA
 
 Conversations = list[dict[str, Any]]
 

@@ -26,6 +26,7 @@ from glm4ft.testing.trial.registry import Check
 from glm4ft.testing.trial.runner import Result
 from glm4ft.testing.trial.runs import RecordedRun
 from glm4ft.testing.trial.trial import LOSS_LIMIT, Trial
+from glm4ft.testing.trial.wiring import unwired
 from glm4ft.testing.trial.wording import has_failed, headline, shown_check
 
 LOSSES = 20  # the number of steps whose loss is computed if the subject returns no log
@@ -46,7 +47,7 @@ def trial_content(spec: str, results: Sequence[Result], trial: Trial, checks: Se
     floor = diagnosis.evidence.floor if diagnosis else None
     return Content(
         title=f"glm4ft check · {spec}",
-        headline=headline(results, supervised_by(trial), diagnosis),
+        headline=headline(results, supervised_by(trial), diagnosis, unwired=unwired(trial.subject)),
         tokenizer=trial.subject.tokenizer,
         curves=_curves(run, floor.floor if floor else None) if run else Curves(),
         counts=part_counts(rows, trial.subject.tokenizer),

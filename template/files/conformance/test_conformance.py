@@ -1,3 +1,4 @@
+# Rendered by `glm4ft init`, which renders it again.
 """Runs every check of glm4ft on this repository's pipeline. Run: tox run -e conformance."""
 
 from glm4ft.testing.conformance import parametrize_with_checks

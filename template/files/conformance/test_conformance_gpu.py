@@ -1,3 +1,4 @@
+# Rendered by `glm4ft init`, which renders it again.
 """Runs every check of glm4ft on a GPU. Run: tox run -e conformance-gpu."""
 
 import pytest

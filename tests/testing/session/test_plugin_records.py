@@ -147,7 +147,8 @@ def test_a_report_of_the_session_is_written_where_it_is_asked_for(pytester: pyte
                  "ValueError: ::error::\\x1b[31m&lt;script&gt;", "step 2: loss", "2 failed"):  # fmt: skip
         assert text in page
     summary = (pytester.path / "out" / "summary.md").read_text("utf-8")
-    assert summary.startswith("### ❌ 1 of 1 claims fail, first at stage rows.")
+    assert summary.startswith("### ❌ At stage rows: &#60;b&#62;position 7.")
+    assert "- 1 of 1 claims fail, first at stage rows." in summary
     assert "\x1b" not in page + summary
     assert "<script" not in page + summary
 

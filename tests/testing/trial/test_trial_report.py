@@ -15,7 +15,7 @@ from glm4ft.report.html_page import render_page
 from glm4ft.testing.trial.report import explain_trial, trial_content
 from glm4ft.testing.trial.runner import Result, trial_of
 from glm4ft.testing.trial.trial import Trial
-from glm4ft.testing.trial.wording import headline
+from glm4ft.testing.trial.wording import LONGEST_CAUSE, headline
 
 FOUNDING_BUG = "glm4ft.testing.subjects.founding_bug:Subject"
 RESULTS = [
@@ -59,10 +59,21 @@ def test_losses_and_turns_are_those_of_the_recorded_run(content: Content) -> Non
 
 def test_the_first_stage_that_departs_comes_first() -> None:
     found = headline(RESULTS, "all of it.")
-    assert (found.tone, found.text) == ("bad", "2 of 2 claims fail, of 1 cause, first at stage rows.")
-    assert found.happened == ("mask is what the model must sample: position 11", "1 could not be judged.")
+    assert (found.tone, found.text) == ("bad", "At stage rows: position 11.")
+    assert found.happened == (
+        "2 of 2 claims fail, of 1 cause, first at stage rows.",
+        "mask is what the model must sample: position 11",
+        "1 could not be judged.",
+    )
     assert "Look at the code that turns a conversation into ids and labels." in found.remedies
     assert "failures at outcome may follow" in found.remedies[1]
+
+
+def test_the_headline_is_one_sentence_of_cause() -> None:
+    long = Result("c", "rows", "failed", "line 1 departs. " + "position 7, " * 50, 0.1)
+    assert headline([long], "").text == "At stage rows: line 1 departs."
+    endless = Result("c", "rows", "failed", "position 7, " * 50, 0.1)
+    assert len(headline([endless], "").text) <= LONGEST_CAUSE + len("At stage rows: .")
 
 
 def test_a_subject_without_a_failure_is_right_and_one_that_was_not_judged_is_unsure() -> None:

@@ -1,0 +1,63 @@
+"""The claims about rows hold for the formats with reasoning, and each known fault of such rows breaks one.
+
+Run: pytest tests/testing/checks/test_reasoning_checks.py
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from glm4ft.model.tiny import write_tiny_base
+from glm4ft.testing.checks import all_checks
+from glm4ft.testing.faults import rows_reasoning
+from glm4ft.testing.faults.registry import FAULTS
+from glm4ft.testing.subjects.reasoning_loop import Subject, Subject47
+from glm4ft.testing.trial.registry import Check
+from glm4ft.testing.trial.runner import run_check
+from glm4ft.testing.trial.trial import Trial
+
+# of rows, without those that train a model
+ROWS = [check for check in all_checks() if check.stage == "rows" and not {"train", "build_model"} & set(check.needs)]
+KNOWN = [fault for fault in FAULTS.values() if fault.subject.__module__ == rows_reasoning.__name__]
+UNUSED = {  # not applicable: the claim is about formats without reasoning, or needs more than rows
+    "reasoning_tags_are_encoded_as_text", "no_stale_ids_are_used",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trial_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[type[Any]], Trial]:
+    bases: dict[str, Path] = {}
+
+    def make(kind: type[Any]) -> Trial:
+        if kind.architecture not in bases:
+            bases[kind.architecture] = write_tiny_base(tmp_path_factory.mktemp("base"), architecture=kind.architecture)
+        base = bases[kind.architecture]
+        return Trial(kind(str(base)), base, tmp_path_factory.mktemp("trial"))
+
+    return make
+
+
+@pytest.mark.parametrize("kind", [Subject, Subject47])
+@pytest.mark.parametrize("check", ROWS, ids=lambda check: check.name)
+def test_holds_for_rows_with_reasoning(check: Check, kind: type[Any], trial_of: Any) -> None:
+    if check.name == "no_stale_ids_are_used":
+        pytest.skip("trains a model")
+    result = run_check(check, trial_of(kind))
+    assert result.status == ("skipped" if check.name in UNUSED else "passed"), result.message
+
+
+@pytest.mark.parametrize("fault", KNOWN, ids=lambda fault: fault.id)
+def test_each_fault_is_red_at_rows_and_names_its_cause(fault: Any, trial_of: Any) -> None:
+    trial = trial_of(fault.subject)
+    failed = next((r for c in ROWS if (r := run_check(c, trial)).status == "failed"), None)
+    assert failed is not None
+    assert re.search(fault.cause, failed.message), failed.message
+
+
+def test_ten_kinds_of_wrong_masks_are_known() -> None:
+    assert sum("supervised" in vars(fault.subject) for fault in KNOWN) >= 10

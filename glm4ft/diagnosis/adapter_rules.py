@@ -65,7 +65,7 @@ def reload_differs(evidence: Evidence) -> Finding | None:
     """The saved adapter on its base has a much larger loss than the run logged."""
     losses = evidence.losses
     measured = [token.loss for token in evidence.supervised if not math.isnan(token.loss)]
-    if evidence.adapters is None or not losses or not measured:
+    if not losses or not measured:
         return None
     now, logged = statistics.fmean(measured), statistics.median(losses[-max(1, len(losses) // LAST_SHARE) :])
     if not now > DIFFERENT_LOSS or not logged < LOGGED_SHARE * now:
@@ -84,7 +84,8 @@ def reload_differs(evidence: Evidence) -> Finding | None:
     return Finding(
         "reload-differs",
         "model",
-        "The log and the saved adapter on its base disagree: what was trained is not what was saved, or was trained on "
+        f"The log and the saved {'weights' if evidence.adapters is None else 'adapter on its base'} disagree: what was "
+        "trained is not what was saved, or was trained on other rows, or on "
         "a base that computes something else.",
         facts,
         "compare logits of the model in training with those of base and adapter in plain transformers and peft: the "

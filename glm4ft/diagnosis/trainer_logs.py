@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from glm4ft.errors import DataError
-from glm4ft.model.checkpoint import one_line, read_json
+from glm4ft.model.checkpoint import one_line
 from glm4ft.train.best import log_of_adapter
 from glm4ft.train.trajectory import FILE_NAME, read_trajectory
 
@@ -118,8 +118,11 @@ def _of_trajectory(path: Path) -> RunLog:
 
 
 def _of_state(path: Path) -> RunLog:
-    state = read_json(path)
-    history = state.get("log_history") or []
+    try:
+        state = json.loads(_text(path))  # not as strict JSON: where a run broke, transformers writes NaN into its state
+    except ValueError as error:
+        raise DataError("the file is not JSON", where=str(path), found=one_line(error)) from error
+    history = (state.get("log_history") or []) if isinstance(state, dict) else None
     if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
         raise DataError(
             "not a state of transformers' Trainer", where=f"{path}: log_history", expected="a list of objects"

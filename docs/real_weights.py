@@ -25,7 +25,7 @@ from glm4ft.testing.subjects.template_shapes import SHAPES, train_shape, write_c
 from glm4ft.train.config import TrainConfig
 
 HERE = Path(__file__).parent
-STEPS = {"right": 30, "header-in": 40, "no-terminator": 30, "dead-stop": 120}
+STEPS = {"right": 30, "header-in": 40, "no-terminator": 30, "dead-stop": 200}
 WORDS = {
     "right": "right mask",
     "header-in": "the founding shape: header in, stop out",
@@ -46,8 +46,8 @@ ChatML), two conversations, LoRA on the last two layers, AdamW at a constant 5e-
   expressible, and a model that is taught to write headers learns that too. Only the mask and the round trip show it:
   `glm4ft inspect DATA --model BASE` prints every target, and `glm4ft train --round_trip true` generates every turn.
 * **A stop token that was never trained is seen before training.** `glm4ft floor DATA --model BASE` certifies its
-  floor, and training ends within 1 % of it: 17 rows of the head have a cosine above 0.999 to its own, and no hidden
-  state singles one of them out.
+  floor, and training comes down to it and stays: 17 rows of the head have a cosine above 0.999 to its own, and no
+  hidden state singles one of them out.
 * **A missing terminator is seen by no loss.** The mask shows it, and the round trip: the model does not stop.
 
 Which of its control tokens a head can say is a question to `glm4ft floor`, and the answer is a certificate or

@@ -103,6 +103,7 @@ class TemplateFormat(ChatFormat):
         eos = tokenizer.eos_token_id
         self.stop_ids = list(dict.fromkeys([self.terminator_id, *([eos] if isinstance(eos, int) else [])]))
         self.headers = self._probe_headers()
+        self._require_joints()
 
     def encode(self, conversation: Conversation) -> EncodedRow:
         """Encode a conversation as token ids and a supervision mask.
@@ -304,6 +305,17 @@ class TemplateFormat(ChatFormat):
             if segment.part == "header" and (starts := [at for at, token in enumerate(ids) if token in markers]):
                 headers[segment.role] = tuple(ids[starts[-1] :])
         return headers
+
+    def _require_joints(self) -> None:
+        """Refuse a tokenizer that encodes an answer otherwise alone than behind its prompt, as by a space put first."""
+        try:
+            row, whole = self._row(_PROBE, frozenset(), str, 0), self._render(_PROBE, False, str)
+        except DataError as error:
+            raise ModelError(error.message, where=self._where, found=error.found) from error
+        self._require(
+            row.input_ids == self._joint(whole).ids, "the tokenizer joins an answer with its prompt",
+            str(self.tokenizer.decode(row.input_ids)), "the ids of the whole text to be those of its parts",
+        )  # fmt: skip
 
     @property
     def _where(self) -> str:

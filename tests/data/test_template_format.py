@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import normalizers
 
 from glm4ft.data.conversation import Conversation, Message
 from glm4ft.data.encoded_rows import token_origins, turn_markers
@@ -153,6 +154,14 @@ def test_text_that_the_template_changes_is_refused_with_its_message() -> None:
     with pytest.raises(DataError, match="changes the text") as caught:
         make_format("template", tokenizer).encode(Conversation(TALK))
     assert caught.value.where.endswith("messages[2]")
+
+
+def test_tokenizer_that_joins_prompt_and_answer_is_refused() -> None:
+    """Tokenizers of the first Llamas and Mistrals put a space before every text that they encode."""
+    tokenizer = chatml_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Prepend("a")
+    with pytest.raises(ModelError, match="joins an answer with its prompt"):
+        make_format("template", tokenizer)
 
 
 @pytest.mark.parametrize("option", [{"final_stop": "endoftext"}, {"reasoning": "none"}])

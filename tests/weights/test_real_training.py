@@ -34,7 +34,7 @@ pytestmark = pytest.mark.weights
 
 GATE = 0.01  # the loss limit of the overfit test
 PLATEAU = 0.01  # the largest relative distance of the plateau from the certified floor; measured: 0.003
-STEPS = {"right": 30, "header-in": 40, "no-terminator": 30, "dead-stop": 120}
+STEPS = {"right": 30, "header-in": 40, "no-terminator": 30, "dead-stop": 200}
 
 
 @pytest.fixture(scope="module")

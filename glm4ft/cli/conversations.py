@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from glm4ft.cli.options import Parser
@@ -53,9 +53,9 @@ def require_file(data: str) -> None:
     """
     from glm4ft.data.reader import read_conversations
 
-    path = Path(data)
-    if data != "demo" and (path.is_dir() or not path.exists()):
-        next(read_conversations(path))  # says what is wrong with the path
+    # os.path: a Path raises an error of its own for a name that is too long
+    if data != "demo" and (os.path.isdir(data) or not os.path.exists(data)):
+        next(read_conversations(data))  # says what is wrong with the path
 
 
 def chat_format_of(options: Namespace, name: str | None) -> ChatFormat:

@@ -176,7 +176,7 @@ def _config(run: Path) -> dict[str, Any]:
         return {}
     try:
         content = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError("cannot read the configuration", where=str(path), found=one_line(error)) from error
     known = content if isinstance(content, dict) else {}
     if (run / FILE_NAME).is_file():

@@ -140,7 +140,8 @@ def format_of(model: str) -> FormatName | None:
     if model == TINY:
         return None
     config = read_json(find_checkpoint(model) / "config.json")
-    return detect_format(config.get("architectures") or [], load_tokenizer(model).chat_template, where=model)
+    stated = config.get("architectures")
+    return detect_format(stated if isinstance(stated, list) else [], load_tokenizer(model).chat_template, where=model)
 
 
 def _weight_map(folder: Path, model: str) -> dict[str, str]:

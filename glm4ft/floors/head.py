@@ -224,8 +224,8 @@ def format_of(model: str) -> FormatName | None:
         return None
     if is_llama_like(model):
         return TEMPLATE
-    architectures = read_json(find_checkpoint(model) / "config.json").get("architectures") or []
-    return detect_format(architectures, load_tokenizer(model), where=model)
+    stated = read_json(find_checkpoint(model) / "config.json").get("architectures")
+    return detect_format(stated if isinstance(stated, list) else [], load_tokenizer(model), where=model)
 
 
 def _weight_map(folder: Path, model: str) -> dict[str, str]:

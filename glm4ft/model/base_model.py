@@ -132,7 +132,7 @@ def load_base(
         _require_room_for(tokenizer, architecture, folder)
         loaded = _read_weights(architecture, find_checkpoint(model, weights=True), torch_dtype)
         # peft writes this into adapter_config.json, where a folder must be found again from any working directory
-        loaded.name_or_path = str(folder) if Path(model).expanduser().is_dir() else model
+        loaded.name_or_path = str(folder) if os.path.isdir(os.path.expanduser(model)) else model
     warnings = _complete_stops(loaded, make_format(format_name, tokenizer).stop_ids, tokenizer, model)
     torch.nn.Module.to(loaded.requires_grad_(False).train(False), device)
     return Base(loaded, tokenizer, format_name, model, tuple(warnings), folder)
@@ -150,7 +150,7 @@ def require_loadable(model: str, dtype: str) -> None:
         ModelError: If a file of a local checkpoint is missing or truncated.
     """
     _torch_dtype(dtype, torch.device("cpu"))
-    if model == TINY or not Path(model).expanduser().is_dir():
+    if model == TINY or not os.path.isdir(os.path.expanduser(model)):
         return
     folder = find_checkpoint(model)
     _architecture(folder)
@@ -243,7 +243,8 @@ def _architecture(folder: Path) -> str:
         fix = "name the adapter's base, merge the two, or move the adapter into a folder of its own"
         raise ModelError("the folder holds an adapter, not a base alone", where=str(folder), fix=fix)
     config, where, expected = read_json(folder / "config.json"), str(folder / "config.json"), " or ".join(MODEL_CLASSES)
-    names = [str(name) for name in config.get("architectures") or ["no architectures"]]
+    stated = config.get("architectures")
+    names = [str(name) for name in stated] if isinstance(stated, list) and stated else ["no architectures"]
     found = ", ".join(names)
     if names[0].startswith("ChatGLM"):
         message = "the checkpoint needs remote code, which is never run here"

@@ -37,16 +37,16 @@ def find_checkpoint(model: str, *, weights: bool = False) -> Path:
     Raises:
         ModelError: If there is no such folder, or it cannot be downloaded from the hub.
     """
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     if not is_utf8(path):
         raise ModelError("the name of the folder is not UTF-8", where="--model", found=model, fix="rename the folder")
-    if path.is_dir():
+    if os.path.isdir(path):
         return path.absolute()  # so that ./tiny is not mistaken for the built-in base
-    if path.exists() or not re.fullmatch(HUB_ID, model):
+    if os.path.exists(path) or not re.fullmatch(HUB_ID, model):
         raise ModelError(
             "there is no such folder",
             where="--model",
-            found=f"{model}, a file" if path.exists() else model,
+            found=f"{model}, a file" if os.path.exists(path) else model,
             expected=f"a checkpoint's folder, a hub id such as zai-org/glm-4-9b-chat-hf, or {TINY!r}",
         )
     patterns = ["*.json", "*.jinja"] + ["*.safetensors"] * weights

@@ -178,6 +178,8 @@ def _run(
         run_folder.require_same_run(output, run.config, header)
         if not is_complete(output) and run.is_main_process:
             run_folder.rewind_run(output, say)
+            if run.base.is_built_in:
+                write_built_in_base(output / BASE_FOLDER)  # peft reads it when it saves: damaged, it would end the run
     elif run.is_main_process:
         run_folder.begin(output, run.config, header, lambda folder: _write_beginning(run, observers, folder))
     try:

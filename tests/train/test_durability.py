@@ -88,6 +88,7 @@ def test_no_file_of_a_checkpoint_can_be_damaged_unnoticed(harm: Callable[[Path],
 
 def test_damaged_checkpoint_is_passed_over_aloud_for_the_one_before(stopped: Path, whole: ObservedRun) -> None:
     flip(stopped / "checkpoint-4" / "optimizer.pt")
+    cut(stopped / "base" / "config.json")
     said: list[str] = []
     resumed = train(stopped, said, resume=True)
     assert figures(resumed) == figures(whole)

@@ -415,7 +415,7 @@ def test_peak_memory_is_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_step_without_targets_is_refused_with_its_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers would log 0.0 for it (TRL 6668). Rows without targets never get here, so they are forced in."""
-    monkeypatch.setattr("glm4ft.data.dataset.any", lambda _: True, raising=False)
+    monkeypatch.setattr("glm4ft.data.encoding.any", lambda _: True, raising=False)
     path = many_talks(tmp_path / "talks.jsonl", num_talks=25)
     records = [json.loads(line) for line in path.read_text().splitlines()]
     for record in records:

@@ -53,6 +53,9 @@ def require_adapter(adapter: Path) -> dict[str, Any]:
             found=f"no {CONFIG}" if adapter.is_dir() else "no such folder",
             fix=f"the run was not finished; it has {listed(checkpoints)}" if checkpoints else "",
         )
+    if (adapter / COMPLETE_MARKER).is_file() and (problem := damage(adapter, only=(CONFIG, WEIGHTS))):
+        fix = "copy it again, or take a checkpoint's; another base is named with --model, not in the file"
+        raise ModelError("the adapter is damaged", where=str(adapter), found=problem, fix=fix)
     config = read_json(adapter / CONFIG)
     if config.get("peft_type") != "LORA":
         found = str(config.get("peft_type"))
@@ -67,10 +70,6 @@ def require_adapter(adapter: Path) -> dict[str, Any]:
             where=str(adapter),
             found=PICKLE if is_pickle else "",
             expected=WEIGHTS,
-        )
-    if (adapter / COMPLETE_MARKER).is_file() and (problem := damage(adapter, only=(CONFIG, WEIGHTS))):
-        raise ModelError(
-            "the adapter is damaged", where=str(adapter), found=problem, fix="copy it again, or take a checkpoint's"
         )
     return config
 

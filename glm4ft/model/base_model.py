@@ -268,8 +268,8 @@ def _converted(folder: Path, config: dict[str, Any]) -> str:
         return "a model with vision is not supported"
     for name in (folder.as_posix(), config.get("_name_or_path"), *(config.get("auto_map") or {}).values()):
         # parts of a path, of a hub id, and of a folder of the hub's cache (models--zai-org--glm-4-9b-chat)
-        if known := re.search(r"(?:^|/|--)(glm-4-9b(?:-chat)?(?:-1m)?)(?=$|/|--)", str(name)):
-            return f"use the converted checkpoint, zai-org/{known[1]}-hf"
+        if known := re.search(r"(?:^|/|--)glm-?4-9b((?:-chat)?(?:-1m)?)(?=$|/|--)", str(name)):
+            return f"use the converted checkpoint, zai-org/glm-4-9b{known[1]}-hf"
     if config.get("padded_vocab_size") == GLM4_VOCAB_SIZE:
         return "of glm-4-9b, glm-4-9b-chat and glm-4-9b-chat-1m there are converted checkpoints (-hf); use one of those"
     return "not supported: ChatGLM models before GLM-4 and glm-4v-9b have no checkpoint without remote code"

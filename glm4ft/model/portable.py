@@ -30,9 +30,10 @@ _TOKENIZER_FILES = (
     "tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "chat_template.json", "vocab.json", "merges.txt", "tokenizer.model",
 )  # fmt: skip
-# What GlmConfig and Glm4Config of transformers 4 take for a name that is missing; the theta is that of Llama's too.
-# Source: transformers 4.51 to 4.57, models/glm/configuration_glm.py and models/glm4/configuration_glm4.py.
-_DEFAULT_THETA, _GLM_ROTARY_SHARE = 10000.0, 0.5
+# What the configurations of transformers 4 take for a name that is missing; the theta is that of Llama's too. The
+# architectures that are not listed rotate all dimensions (GLM-4.7-Flash: of the part of a head that is rotated).
+# Source: transformers 4.51 to 4.57, configuration_glm.py, configuration_glm4.py and configuration_glm4_moe.py.
+_DEFAULT_THETA, _ROTARY_SHARES = 10000.0, {"glm": 0.5, "glm4": 0.5, "glm4_moe": 0.5}
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def write_both_names(folder: Path) -> None:
     rope = dict(config["rope_parameters"])
     config["rope_theta"] = rope.pop("rope_theta")
     share = rope.pop("partial_rotary_factor", _rotary_share(config))
-    if share != 1:  # the other architectures rotate all dimensions, and know no such name
+    if share != 1 or config.get("model_type") in _ROTARY_SHARES:  # others need not know the name
         config["partial_rotary_factor"] = share
     if rope.get("rope_type", "default") != "default":
         config["rope_scaling"] = rope
@@ -173,7 +174,7 @@ def read_as_transformers_5(folder: Path) -> Reading:
 
 def _rotary_share(config: dict[str, Any]) -> float:
     """The share of rotated dimensions that an architecture takes for a name that is missing."""
-    return _GLM_ROTARY_SHARE if str(config.get("model_type")).startswith("glm") else 1.0
+    return _ROTARY_SHARES.get(str(config.get("model_type")), 1.0)
 
 
 def _portable_tokenizer(config: dict[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from glm4ft.model.merge import merge_adapter
 from glm4ft.model.tiny import tiny_tokenizer
 from glm4ft.text.safe_text import visible
 from glm4ft.text.token_stream import TokenStream
+from glm4ft.train.run_folder import complete
 
 DEMO = [
     json.loads(line)
@@ -109,6 +110,7 @@ def test_merged_folder_and_moved_run_say_the_same(
     moved = Path(shutil.copytree(learnt.output, tmp_path / "moved"))
     config = moved / "adapter_config.json"
     config.write_text(config.read_text("utf-8").replace(str(learnt.output), "/gone"), "utf-8")
+    complete(moved)
     for source in (tmp_path / "merged", moved):
         assert run(["chat", str(source), "--once", TALK[0]["content"]]) == 0
         assert capsys.readouterr().out == TALK[1]["content"] + "\n"

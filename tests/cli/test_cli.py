@@ -324,7 +324,7 @@ def test_template_without_end_is_stopped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its hundred million million rounds are stopped, not left running; the checkpoint is named."""
-    monkeypatch.setattr("glm4ft.data.chat_format.TEMPLATE_LIMIT_S", 0.2)
+    monkeypatch.setattr("glm4ft.data.format_check.TEMPLATE_LIMIT_S", 0.2)
     base = write_tiny_base(tmp_path / "base")
     loop = (
         "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(99999) %}{% endfor %}"
@@ -332,7 +332,7 @@ def test_template_without_end_is_stopped(
     )
     (base / "chat_template.jinja").write_text(loop)
     assert run(["inspect", "demo", f"--model={base}"]) == 2
-    assert re.search(rf"chat template fails(?s:.*){base}(?s:.*)stopped after 0\.2 s", capsys.readouterr().err)
+    assert re.search(rf"contradicts the chat format(?s:.*){base}(?s:.*)stopped after 0\.2 s", capsys.readouterr().err)
     deadline_s = time.monotonic() + 20
     while any("(run)" in thread.name for thread in threading.enumerate()) and time.monotonic() < deadline_s:
         time.sleep(0.01)

@@ -141,7 +141,7 @@ def test_bad_conversation_leaves_nothing_in_the_cache(chat_format: ChatFormat, t
 
 def test_cache_is_used_again(chat_format: ChatFormat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare_rows(DEMO_DATA, chat_format, max_length=600, cache=tmp_path)
-    monkeypatch.setattr("glm4ft.data.dataset._write_rows", lambda *_: pytest.fail("encoded again"))
+    monkeypatch.setattr("glm4ft.data.dataset._Encoder.write", lambda *_: pytest.fail("encoded again"))
     rows, _ = prepare_rows(DEMO_DATA, chat_format, max_length=600, cache=tmp_path)
     assert len(rows) == 2
 

@@ -193,7 +193,7 @@ def test_what_the_head_can_express_is_said_by_certificate_only(lowest: float, re
     """On a head that was trained on its headers, a supervised header leaves no plateau."""
     header = row(mask=(0, 0, 1, 1, 1, 1))
     token = TokenFloor(header.tokens[2].id, "t3", 1, lowest, lowest, reached, lowest > 0 or reached < 0.05)
-    floor = Floor(lowest / 4, 0.0, lowest / 4, 0.0, (token,), (), {}, "", np.zeros(4))
+    floor = Floor(lowest / 4, 0.0, lowest / 4, 0.0, (token,), (), {}, "", np.zeros(4), np.arange(4))
     known = evidence(header, floor=floor, has_head=True)
     assert says in diagnose(known).text
     assert diagnose(known).verdict == "header-supervised"

@@ -99,7 +99,7 @@ def test_token_without_a_floor_has_no_sign(with_head: bool, tokenizer: Any, head
 def test_entropy_of_contradictory_samples_is_the_closed_form(tmp_path: Path, tokenizer: Any, head: Head) -> None:
     """One prompt has two answers that differ from the first letter on, which costs ln 2 at one position of each."""
     data = conversations(tmp_path / "two.jsonl", "Hello", "Good day")
-    rows = list(encoded_rows(data, ChatFormat("glm-4-0414", tokenizer), 4096))
+    rows = list(encoded_rows(data_inputs(data), ChatFormat("glm-4-0414", tokenizer), 4096))
     num_targets = sum(label != -100 for row in rows for label in row.labels)
     floor = find_floor(rows, tokenizer, head)
     closed = 2 * math.log(2) / num_targets
@@ -110,7 +110,7 @@ def test_entropy_of_contradictory_samples_is_the_closed_form(tmp_path: Path, tok
 
 def test_trained_head_leaves_the_entropy_alone(tmp_path: Path, tokenizer: Any) -> None:
     data = conversations(tmp_path / "three.jsonl", "Hello", "Hello", "Good day")
-    floor = find_floor(encoded_rows(data, ChatFormat("glm-4-0414", tokenizer), 4096), tokenizer, None)
+    floor = find_floor(encoded_rows(data_inputs(data), ChatFormat("glm-4-0414", tokenizer), 4096), tokenizer, None)
     assert floor.head == 0
     assert floor.floor == floor.entropy > 0
     assert "entropy" in floor.label

@@ -21,6 +21,7 @@ from transformers import Glm4ForCausalLM, GlmForCausalLM, PreTrainedTokenizerFas
 from glm4ft.data.chat_format import ChatFormat
 from glm4ft.data.control_tokens import STOPS
 from glm4ft.data.conversation import Message
+from glm4ft.data.format_check import format_warnings
 from glm4ft.errors import ConfigError, ModelError
 from glm4ft.model import base_model, checkpoint
 from glm4ft.model.base_model import load_base, load_format, load_tokenizer
@@ -487,7 +488,7 @@ def test_format_that_the_template_contradicts_has_to_be_forced(folder: Path) -> 
 def test_base_without_a_template_is_taken_with_a_warning(folder: Path) -> None:
     (folder / "chat_template.jinja").unlink()
     base = load_base(str(folder))
-    (warning,) = base.warnings
+    (warning,) = format_warnings(base.format_name, base.tokenizer, where=str(folder))
     assert "no chat template" in warning
     assert "chat_template.jinja" in warning
     assert isinstance(base.tokenizer, PreTrainedTokenizerFast)

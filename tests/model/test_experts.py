@@ -144,7 +144,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(learnt: Any, tmp_path: Path) 
         shutil.rmtree(folder)
     (copy / "complete").unlink(missing_ok=True)
     config = yaml.safe_load((copy / "config.yaml").read_text())
-    options = {**config, "output": str(copy), "lora": LoraOptions(**config["lora"]), "round_trip": False}
+    options = {**config, "output": str(copy), "lora": LoraOptions(**config["lora"])}
     again = run_training(TrainConfig(**options), resume=True, say=lambda _: None)
     steps = [[(s["step"], s["loss"], s["grad_norm"]) for s in r.trajectory.steps] for r in (result, again)]
     assert steps[0] == steps[1]

@@ -105,7 +105,7 @@ def test_a_broken_run_leaves_a_report_too(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It says why it stopped and on which rows; what was supervised is there all the same."""
-    monkeypatch.setattr("glm4ft.train.trainer.get_total_norm", lambda gradients: torch.tensor(float("nan")))
+    monkeypatch.setattr("accelerate.Accelerator.clip_grad_norm_", lambda *_, **__: torch.tensor(float("nan")))
     output = tmp_path / "run"
     assert run(["train", f"--data={data}", f"--output={output}", "--max_steps=3"]) == 1
     assert "at step 1" in capsys.readouterr().err

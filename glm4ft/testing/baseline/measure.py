@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from glm4ft.testing.baseline.sign_flips import MAX_SEEDS, MIN_SEEDS
 from glm4ft.testing.session.gpu_lane import TINY, Bases
 from glm4ft.testing.subject import load_subject, make_plan
 from glm4ft.testing.trial.trial import Trial
+from glm4ft.train.trainer import peak_memory_bytes
 
 # What a baseline's runs do: accumulation, warm-up, decay of rate and weights, and clipping all take part.
 PLAN: Mapping[str, Any] = {
@@ -98,13 +98,7 @@ def measure_curve(trial: Trial, seed: int, plan: Mapping[str, Any]) -> Curve:
     run = trial.run_anew(**plan, seed=seed)
     seconds = time.perf_counter() - began_s
     steps = curve_of(run, trial)
-    return Curve(seed, steps, seconds / max(1, len(steps)), _peak_memory_bytes())
-
-
-def _peak_memory_bytes() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return Curve(seed, steps, seconds / max(1, len(steps)), peak_memory_bytes())
 
 
 def record_baseline(

@@ -13,6 +13,8 @@ from glm4ft.testing.baseline.environment import Tier
 from glm4ft.testing.baseline.measure import PLAN, measure, record_baseline, require_recordable
 from glm4ft.testing.subjects.plain_loop import Subject
 
+pytest_plugins = ["pytester"]
+
 PLAIN = "glm4ft.testing.subjects.plain_loop:Subject"
 HERE = "tests.testing.baseline.test_baseline"
 SHORT = {**PLAN, "steps": 4}
@@ -43,6 +45,12 @@ class SometimesOther(Subject):
     def epoch_order(self, num_items, epoch, seed, rank):
         SometimesOther.calls += 1
         return super().epoch_order(num_items, epoch, seed + SometimesOther.calls, rank)
+
+
+@pytest.fixture(autouse=True)
+def changed_repository(monkeypatch):
+    """Whether this repository has changes that are not committed would decide the tier."""
+    monkeypatch.setattr("glm4ft.testing.baseline.compare.uncommitted", lambda folder: ["train.py"])
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +100,7 @@ def test_another_row_is_told_as_data_with_the_row(healthy):
     ("change", "words"),
     [
         ({"plan": {"learning_rate": 1e-3}}, "another plan: learning_rate is 0.005, in the baseline 0.001"),
-        ({"config": {"rope_theta": 1.0}}, ""),  # a field that this version of transformers does not write
+        ({"config": {"a_field": 1.0}}, ""),  # one that this version of transformers does not write
         ({"config": {"hidden_size": 1}}, "another base: hidden_size of config.json"),
         ({"weights": {"model.norm.weight": (1.0, 0.0)}}, "another base: the weights of model.norm.weight differ"),
         ({"weights": {"model.extra": (1.0, 0.0)}}, "another base: model.extra is in the baseline alone"),

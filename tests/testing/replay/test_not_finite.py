@@ -76,6 +76,6 @@ def test_model_and_gradient_departures_of_one_scale_are_told_as_the_model_s() ->
 
     gradient = Departure("gradient", 1, "off", "something in words", 1.0, factor=0.5)
     verdict = Verdict({"gradient": gradient, "model": Departure("model", 2, "off", "", 0.1)})
-    _explain_by_scale(verdict)
+    _explain_by_scale(verdict, first_moved=2)
     assert list(verdict.departures) == ["model"]
     assert "0.5 times" in verdict.departures["model"].cause

@@ -129,6 +129,7 @@ def test_own_trainer_passes_every_check_and_the_results_keep_the_contract(
     of_reasoning = "the claim is about glm-z1-0414, glm-4.5, glm-4.7, whose turns have reasoning"
     assert others == [
         ("no_empty_reasoning_is_trained", of_reasoning),
+        ("reasoning_is_rendered_as_serving_renders_it", of_reasoning),
         ("requested_dropout_acts_in_training_alone", "the subject's lora requests no dropout"),
         ("accuracy_is_that_of_the_supervised_tokens", "evaluate returns no accuracy"),
         ("evaluation_generates_from_the_serving_prompt", "evaluate generates nothing"),

@@ -21,7 +21,6 @@ from safetensors import SafetensorError
 from glm4ft.errors import ConfigError, ModelError, RunError, show
 from glm4ft.files import write_atomically
 from glm4ft.folders import COMPLETE_MARKER, appearing_whole, damage, seal
-from glm4ft.model.checkpoint import read_json
 from glm4ft.reading import validated
 from glm4ft.train.config import TrainConfig
 from glm4ft.train.trajectory import FILE_NAME, append_row, read_trajectory, rewind
@@ -208,6 +207,8 @@ def checkpoint_step(checkpoint: Path) -> int:
 def is_last(checkpoint: Path, config: TrainConfig) -> bool:
     """Whether a run has nothing to train after a checkpoint; transformers would take one step more."""
     path = checkpoint / "trainer_state.json"
+    from glm4ft.model.checkpoint import read_json  # and with it the hub's client, which no usage error should wait for
+
     state = validated(TrainerState, read_json(path), where=str(path), error=ModelError, kind="the state of a trainer")
     steps = read_trajectory(checkpoint.parent / FILE_NAME).steps
     last_loss = steps[-1]["loss"] if steps else None

@@ -31,8 +31,8 @@ def answers(conversation: Conversation) -> list[Message]:
 KINDS: dict[str, Callable[[Conversation], bool]] = {
     "reasoning": lambda talk: any(m.reasoning for m in answers(talk)),
     "reasoning in tags": lambda talk: any(m.content.startswith("<think>") for m in answers(talk)),
-    "no reasoning": lambda talk: not any(
-        m.reasoning or (not m.is_call and "</think>" in m.content) for m in answers(talk)
+    "no reasoning": lambda talk: (
+        not any(m.reasoning or (not m.is_call and "</think>" in m.content) for m in answers(talk))
     ),
     "reasoning before a call": lambda talk: any(m.reasoning and m.is_call for m in answers(talk)),
     "text before a call": lambda talk: any(

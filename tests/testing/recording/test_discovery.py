@@ -34,7 +34,7 @@ def test_decoder_is_found_below_adapters_and_wrappers(family: str) -> None:
     found = decoder_of(model)
     names = {id(module): name for name, module in model.named_modules()}
     assert [names[id(m)] for m in (found.body, found.embedding, found.norm, found.head)] == [
-        body, f"{body}.{embedding}", f"{body}.{norm}", "lm_head",
+        body, f"{body}.{embedding}", f"{body}.{norm}", names[id(model.get_output_embeddings())],
     ]  # fmt: skip
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=1, target_modules="all-linear"))
     assert decoder_of(nn.Sequential(adapted)) == found

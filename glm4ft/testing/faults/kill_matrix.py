@@ -23,6 +23,7 @@ from glm4ft.testing.faults.results import Caught, Matrix, Silence
 from glm4ft.testing.faults.runner import require_known_ids, run_one
 from glm4ft.testing.faults.variations import all_variations
 from glm4ft.testing.faults.warm import in_parallel
+from glm4ft.testing.subjects.plain_loop import Subject
 from glm4ft.text.safe_text import visible
 
 LOG_WIDTH = 150
@@ -43,8 +44,9 @@ def try_all(ids: Sequence[str] = (), *, practices: bool = False, num_workers: in
     began_s, chosen = time.perf_counter(), list(ids) or [*all_faults(), *all_variations()]
     results = {r.id: r for r in _with_bar(in_parallel(run_one, chosen, num_workers), len(chosen), "fault")}
     faults = [id for id in all_faults() if id in chosen]
-    tried = in_parallel(try_practices, faults, num_workers) if practices else iter(())
-    noticed = {n.id: n for n in _with_bar(tried, len(faults) if practices else 0, "practice")}
+    # on the bases with experts the healthy loop itself needs more steps than the practices take
+    dense = [id for id in faults if all_faults()[id].subject.architecture == Subject.architecture] if practices else []
+    noticed = {n.id: n for n in _with_bar(in_parallel(try_practices, dense, num_workers), len(dense), "practice")}
     return Matrix(
         tuple(r for id in faults if isinstance(r := results[id], Caught)),
         tuple(r for id in all_variations() if isinstance(r := results.get(id), Silence)),

@@ -39,10 +39,11 @@ def matrix_page(matrix: Matrix) -> str:
 
 def practice_table(matrix: Matrix) -> str:
     """A Markdown table of the share of faults that each practice notices; the README shows it too."""
-    count, shares = len(matrix.faults), list[tuple[str, int]]()
+    # all columns on the same faults: those that the practices were tried on
+    count, shares = len(matrix.noticed), list[tuple[str, int]]()
     for i, practice in enumerate(PRACTICES):
         shares.append((practice, sum(noticed.by[i] for noticed in matrix.noticed.values())))
-    shares.append(("the whole suite", sum(bool(caught.caught_by) for caught in matrix.faults)))
+    shares.append(("the whole suite", sum(bool(c.caught_by) for c in matrix.faults if c.id in matrix.noticed)))
     rows = [(name, f"{n} of {count} ({n / count:.0%})") for name, n in shares]
     return table(("practice", "faults noticed"), rows)
 

@@ -62,7 +62,8 @@ class Matrix:
     Args:
         faults: The results of the faults, in the order of the stages.
         benign: The results of the benign variations, in the order of their module.
-        noticed: The practices that notice each fault, by its id; empty if they were not tried.
+        noticed: The practices that notice each fault, by its id; empty if they were not tried. They are tried on the
+            faults of the dense base alone.
         seconds: The time that the command took.
     """
 
@@ -91,6 +92,6 @@ class Matrix:
             lines.append(f"alarms on benign variations: {alarms} of {len(self.benign)}")
         if self.noticed and count:
             for i, practice in enumerate(PRACTICES):
-                n = sum(noticed.by[i] for noticed in self.noticed.values())
-                lines.append(f"noticed by {practice}: {n} of {count} ({n / count:.0%})")
+                n, tried = sum(noticed.by[i] for noticed in self.noticed.values()), len(self.noticed)
+                lines.append(f"noticed by {practice}: {n} of {tried} ({n / tried:.0%})")
         return lines

@@ -155,7 +155,7 @@ LAYOUTS = {
         "kept .github/workflows/conformance.yml",
     ),
     "conformance": (
-        {"conformance/README.md": "# About the C++ standard\n", "conformance/test_conformance.py": "assert True\n"},
+        {"conformance/README.md": "# About the C++ standard\n", "conformance/test_conformance.py": "import re\n"},
         "kept conformance/test_conformance.py",
     ),
     "project": (

@@ -28,7 +28,7 @@ def show_history(files: Sequence[Path], report: Path | None = None) -> None:
         DataError: If a file cannot be read, or the files are not of one subject and base.
     """
     baselines = sorted((read_baseline(file) for file in files), key=lambda baseline: baseline.recorded_at)
-    kinds = sorted({f"{b.subject} on {b.model}, packing={b.identity.plan.get('packing')}" for b in baselines})
+    kinds = sorted({f"{b.source}{', packed' * bool(b.identity.plan.get('packing'))}" for b in baselines})
     if len(kinds) > 1:
         raise DataError("the files are not recordings of one baseline", found="; ".join(kinds),
                         fix="give the files of one subject, base and plan")  # fmt: skip

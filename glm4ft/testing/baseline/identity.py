@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from safetensors import safe_open
 
 from glm4ft.testing.checks.model import NOT_ARITHMETIC
 from glm4ft.testing.specification.reference import LabelledIds
-from glm4ft.testing.trial.trial import Trial
 
 # Relative. Random weights are drawn with other last bits by other builds of torch; another seed changes them wholly.
 SAME_WEIGHTS = 1e-4
@@ -42,23 +41,26 @@ class Identity:
     rows: tuple[str, ...] = field(default=())
 
 
-def identity_of(trial: Trial, plan: Mapping[str, Any], rows: list[LabelledIds]) -> Identity:
+def identity_of(
+    base_dir: Path, tokenizer: Any, plan: Mapping[str, Any], adapters: Mapping[str, Any], rows: Sequence[LabelledIds]
+) -> Identity:
     """The identity of runs.
 
     Args:
-        trial: The subject on its base.
-        plan: The whole plan of the runs.
-        rows: The rows that the subject encodes its conversations as.
+        base_dir: The folder of the base.
+        tokenizer: The tokenizer of the rows.
+        plan: The plan of the runs; seed and folder do not take part.
+        adapters: The requested adapters, by peft's names.
+        rows: The rows, in their order.
     """
-    config = json.loads((trial.base_dir / "config.json").read_text("utf-8"))
-    tokenizer = trial.subject.tokenizer
+    config = json.loads((base_dir / "config.json").read_text("utf-8"))
     spelled = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template], ensure_ascii=False)
     return Identity(
         plan=_plain({name: value for name, value in plan.items() if name not in ("seed", "output_dir")}),
         config={name: value for name, value in sorted(config.items()) if name not in NOT_ARITHMETIC},
-        weights=dict(_weights(trial.base_dir)),
+        weights=dict(_weights(base_dir)),
         tokenizer=_digest(spelled),
-        adapters=_plain(getattr(trial.subject, "lora", None) or {}),
+        adapters=_plain(adapters),
         rows=tuple(_digest(json.dumps([list(ids), list(labels)])) for ids, labels in rows),
     )
 
@@ -83,7 +85,7 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def difference(before: Identity, now: Identity, rows: list[LabelledIds], tokenizer: Any) -> str:
+def difference(before: Identity, now: Identity, rows: Sequence[LabelledIds], tokenizer: Any) -> str:
     """What makes curves incomparable, in words; "" if nothing does.
 
     Args:
@@ -116,12 +118,12 @@ def _is_near(before: tuple[float, float], now: tuple[float, float]) -> bool:
     return all(abs(a - b) <= SAME_WEIGHTS * size for a, b in zip(before, now, strict=True)) and math.isfinite(size)
 
 
-def _other_row(before: tuple[str, ...], now: tuple[str, ...], rows: list[LabelledIds], tokenizer: Any) -> str:
-    for number, (old, new) in enumerate(zip(before, now, strict=False), start=1):
-        if old != new:
-            shown = tokenizer.decode(list(rows[number - 1][0]))
-            num_other = sum(a != b for a, b in zip(before, now, strict=False))
-            return f"other data: ids or labels of row {number} differ ({num_other} like it); it is now {shown!r}"
-    if len(before) != len(now):
+def _other_row(before: tuple[str, ...], now: tuple[str, ...], rows: Sequence[LabelledIds], tokenizer: Any) -> str:
+    known = set(before)
+    new = [number for number, digest in enumerate(now, start=1) if digest not in known]
+    if new:
+        shown = tokenizer.decode(list(rows[new[0] - 1][0]))
+        return f"other data: ids or labels of row {new[0]} differ ({len(new)} like it); it is now {shown!r}"
+    if sorted(before) != sorted(now):
         return f"other data: {len(now)} rows, in the baseline {len(before)}"
-    return ""
+    return "" if before == now else "other data: the same rows in another order"

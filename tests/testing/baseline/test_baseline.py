@@ -78,7 +78,7 @@ def test_figures_are_those_of_the_run(healthy):
     assert 0 < step.supervised_tokens < step.tokens < sum(len(ids) for ids, _ in rows)
     # an untouched base knows nothing of the words: its loss is near that of guessing
     assert 6 < step.loss < 12
-    assert [s.learning_rate for s in healthy.baseline.curves[0].steps] == pytest.approx([0, 5e-3 / 3, 1e-2 / 3, 5e-3])
+    assert [s.learning_rate for s in healthy.baseline.curves[0].steps] == pytest.approx([0, 2.5e-3, 5e-3, 2.5e-3])
 
 
 def test_a_systematic_change_is_an_alarm_that_names_step_and_size(healthy):
@@ -153,7 +153,7 @@ def test_a_missing_step_is_an_alarm(healthy):
 
 def test_a_run_that_does_not_repeat_is_refused():
     found = measure(f"{HERE}:SometimesOther", plan=SHORT, seeds=(0, 0)).baseline
-    with pytest.raises(RunError, match="two runs of seed 0 in one process differ, first at step 1"):
+    with pytest.raises(RunError, match="two runs of seed 0 in one environment differ, first at step 1"):
         require_recordable(found, found.curves[1])
 
 

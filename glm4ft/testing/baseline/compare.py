@@ -24,9 +24,7 @@ from glm4ft.testing.subject import PLAN
 Outcome = Literal["identical", "no difference", "differs", "not comparable"]
 FIGURES = ("loss", "grad_norm")
 WORDS = {"loss": "the loss", "grad_norm": "the gradient norm"}
-# The smallest mean difference of a figure's logarithm that matters, so 1e-3 is a tenth of a per cent. Chosen, not yet
-# measured: `tests/sweeps/baselines.py rounding` shows what pipelines that only round otherwise reach.
-SMALLEST_EFFECT = {Tier.SAME_LIBRARIES: 1e-4, Tier.OTHER: 1e-3}
+SMALLEST_EFFECT = {Tier.SAME_LIBRARIES: 1e-5, Tier.OTHER: 1e-4}
 RATE_LIMIT = 1e-6  # relative; a rate is a product of a few numbers in float64
 
 

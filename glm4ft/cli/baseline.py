@@ -117,13 +117,15 @@ def _record(options: Namespace) -> bool:
 
 def _run(output: Path, options: Namespace) -> Baseline:
     from glm4ft.testing.baseline.measure import PACKED, PLAN, SEEDS, record_baseline
+    from glm4ft.testing.session.gpu_lane import LARGE_PLAN, TINY, is_large
 
     if options.repeat:
         raise ConfigError("an option of recorded runs", where="--repeat", fix="name the recordings with --recordings")
-    plan = dict(PACKED if options.packing else PLAN)
+    model = options.model or TINY
+    plan = {**(PACKED if options.packing else PLAN), **(LARGE_PLAN if is_large(model) else {})}
     plan |= {} if options.steps is None else {"steps": options.steps}
     seeds = SEEDS if options.seeds is None else options.seeds
-    return record_baseline(output, options.subject or OWN, options.model or "tiny", plan, seeds, _progress)
+    return record_baseline(output, options.subject or OWN, model, plan, seeds, _progress)
 
 
 def _recorded(output: Path, options: Namespace) -> Baseline:

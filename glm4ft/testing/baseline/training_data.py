@@ -56,7 +56,14 @@ _REASONING = [
 
 
 def conversations_of(trial: Trial) -> Conversations:
-    """The conversations that the subject of a trial accepts; those with reasoning only if its format writes it."""
+    """The conversations that the subject of a trial accepts; with reasoning as far as its format writes or needs it."""
     turn_format = FORMATS.get(getattr(trial.subject, "chat_format", None) or "template")
-    reasoning = _REASONING if turn_format and turn_format.reasoning else []
-    return [talk for talk in (*_SHORT, *_KINDS, _FLAGGED, _TOOL, *reasoning) if trial.accepts(talk)]
+    reasoning = turn_format.reasoning if turn_format else None
+    talks = [*_SHORT, *_KINDS, _FLAGGED, _TOOL, *(_REASONING if reasoning else [])]
+    if reasoning and not reasoning.skipped:  # no prompt asks for an answer without it
+        talks = [{**talk, "messages": [_reasoned(message) for message in talk["messages"]]} for talk in talks]
+    return [talk for talk in talks if trial.accepts(talk)]
+
+
+def _reasoned(message: dict[str, Any]) -> dict[str, Any]:
+    return {"reasoning_content": "let me see", **message} if message["role"] == "assistant" else message

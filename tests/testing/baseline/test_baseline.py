@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -203,6 +204,8 @@ def test_compare_runs_the_baseline_again_and_history_draws_what_was_kept(healthy
     assert "page: " in capsys.readouterr().out
     page = (tmp_path / "history.html").read_text()
     assert page.count("<svg") == 4
+    assert re.search(r"loss of the last step, nats per supervised token: [\d.]+ throughout", page)
+    assert "<title>recording 2: largest memory, MiB" in page
     assert f"{PLAIN} on tiny" in page
 
 

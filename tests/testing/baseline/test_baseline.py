@@ -97,6 +97,16 @@ def test_another_row_is_told_as_data_with_the_row(healthy):
     assert "question 2" in found.text
 
 
+def test_the_command_names_the_row_in_which_a_character_changed(healthy, tmp_path, capsys):
+    file = tmp_path / "b.jsonl"
+    write_baseline(file, dataclasses.replace(healthy.baseline, subject=f"{HERE}:OneCharacterMore"))
+    assert run(["baseline", "compare", str(file)]) == 1
+    told = capsys.readouterr().out
+    assert told.startswith(f"{file}: not comparable (")
+    assert "other data: ids or labels of row 3 differ (1 like it); it is now '[gMASK]<sop><|user|>" in told
+    assert "question 2 why why why !" in told
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

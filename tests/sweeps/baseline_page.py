@@ -129,7 +129,7 @@ def interval(alarms: int, count: int) -> tuple[float, float]:
 def _limits(results: Sequence[Result]) -> list[str]:
     rows = []
     for found in results:
-        cells = {one["plan"]: f"{one['effect']:.2%}: {_first(one)}" for one in found["runs"]}
+        cells = {one["plan"]: f"{100 * one['effect']:.2g}%: {_first(one)}" for one in found["runs"]}
         rows.append((found["id"], cells.get("padded", ""), cells.get("packed", "")))
     told = "**Detection limits.** Each change alone, with the largest mean difference, and where it is first told."
     return [told, table(("change", "padded", "packed"), rows).strip()]

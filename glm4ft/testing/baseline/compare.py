@@ -201,4 +201,5 @@ def _tested(logs_SFT: np.ndarray, tier: Tier) -> Comparison:
 def _told(point: int, num_steps: int, mean: float) -> str:
     figure, step = divmod(point, num_steps)
     change = math.expm1(mean)
-    return f"at step {step + 1}, {WORDS[FIGURES[figure]]} is {abs(change):.2%} {'higher' if change > 0 else 'lower'}"
+    size = f"{100 * abs(change):#.3g}".rstrip(".")
+    return f"at step {step + 1}, {WORDS[FIGURES[figure]]} is {size}% {'higher' if change > 0 else 'lower'}"

@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 
 from glm4ft.testing.checks.model import NOT_ARITHMETIC
+from glm4ft.testing.recording.trace import Tensors
 from glm4ft.testing.specification.reference import LabelledIds
 
 # Relative. Random weights are drawn with other last bits by other builds of torch; another seed changes them wholly.
@@ -30,6 +31,7 @@ class Identity:
         weights: The norm of each tensor of the base, and its product with a fixed pattern of signs.
         tokenizer: The digest of the tokenizer's vocabulary and chat template.
         adapters: The requested adapters, by peft's names.
+        trained: The shape of each trained parameter: another version of peft may make others of the same request.
         rows: The digest of the ids and labels of each row.
     """
 
@@ -38,12 +40,14 @@ class Identity:
     weights: Mapping[str, tuple[float, float]]
     tokenizer: str
     adapters: Mapping[str, Any]
+    trained: Mapping[str, tuple[int, ...]]
     rows: tuple[str, ...] = field(default=())
 
 
 def identity_of(
-    base_dir: Path, tokenizer: Any, plan: Mapping[str, Any], adapters: Mapping[str, Any], rows: Sequence[LabelledIds]
-) -> Identity:
+    base_dir: Path, tokenizer: Any, plan: Mapping[str, Any], adapters: Mapping[str, Any], trained: Tensors,
+    rows: Sequence[LabelledIds],
+) -> Identity:  # fmt: skip
     """The identity of runs.
 
     Args:
@@ -51,6 +55,7 @@ def identity_of(
         tokenizer: The tokenizer of the rows.
         plan: The plan of the runs; seed and folder do not take part.
         adapters: The requested adapters, by peft's names.
+        trained: The trained parameters.
         rows: The rows, in their order.
     """
     config = json.loads((base_dir / "config.json").read_text("utf-8"))
@@ -61,6 +66,7 @@ def identity_of(
         weights=dict(_weights(base_dir)),
         tokenizer=_digest(spelled),
         adapters=_plain(adapters),
+        trained={name: tuple(parameter.shape) for name, parameter in sorted(trained.items())},
         rows=tuple(_digest(json.dumps([list(ids), list(labels)])) for ids, labels in rows),
     )
 
@@ -98,6 +104,10 @@ def difference(before: Identity, now: Identity, rows: Sequence[LabelledIds], tok
         for name in sorted(old.keys() | new.keys()):
             if old.get(name) != new.get(name):
                 return f"{what}: {name} is {new.get(name)}, in the baseline {old.get(name)}"
+    for name in sorted(before.trained.keys() | now.trained.keys()):
+        shapes = [list(side.trained[name]) if name in side.trained else "not there" for side in (now, before)]
+        if shapes[0] != shapes[1]:
+            return f"other adapters: the trained parameter {name} is {shapes[0]}, in the baseline {shapes[1]}"
     for name in sorted(before.config.keys() & now.config.keys()):  # other versions of transformers write more fields
         if before.config[name] != now.config[name]:
             found = f"{name} of config.json is {now.config[name]}, in the baseline {before.config[name]}"

@@ -22,10 +22,12 @@ from glm4ft.testing.baseline.identity import identity_of
 from glm4ft.testing.baseline.repository import commit, uncommitted
 from glm4ft.testing.baseline.sign_flips import MAX_SEEDS, MIN_SEEDS
 from glm4ft.testing.baseline.training_data import conversations_of
+from glm4ft.testing.recording.trace import Tensors
 from glm4ft.testing.session.gpu_lane import TINY, Bases
 from glm4ft.testing.specification.lora_spec import LoraSpec
 from glm4ft.testing.specification.reference import Reference
 from glm4ft.testing.subject import load_subject, make_plan
+from glm4ft.testing.trial.runs import RecordedRun
 from glm4ft.testing.trial.stages import NotApplicable
 from glm4ft.testing.trial.trial import Trial
 from glm4ft.train.trainer import peak_memory_bytes
@@ -90,12 +92,16 @@ def measure_trial(
     """
     trial.data[DATA] = conversations_of(trial)
     rows = trial.rows(trial.data[DATA])
-    curves = tuple(_curve(trial, seed, plan) for seed in progress(seeds))
+    curves, trained = list[Curve](), Tensors()
+    for seed in progress(seeds):
+        run, curve = _run(trial, seed, plan)
+        curves.append(curve)
+        trained = trained or (run.trace.steps[0].before if run.trace.steps else {})
     now = datetime.now(UTC).isoformat(timespec="seconds")
     subject = trial.subject
     adapters = getattr(subject, "lora", None) or {}
-    identity = identity_of(trial.base_dir, subject.tokenizer, make_plan(**plan), adapters, rows)
-    found = Baseline(trial.spec, model, identity, environment(), commit(Path.cwd()), now, curves)
+    identity = identity_of(trial.base_dir, subject.tokenizer, make_plan(**plan), adapters, trained, rows)
+    found = Baseline(trial.spec, model, identity, environment(), commit(Path.cwd()), now, tuple(curves))
     return Measured(found, rows, subject.tokenizer)
 
 
@@ -111,12 +117,12 @@ def _trial(subject: str, model: str) -> Iterator[Trial]:
         torch.set_num_threads(num_threads)
 
 
-def _curve(trial: Trial, seed: int, plan: Mapping[str, Any]) -> Curve:
+def _run(trial: Trial, seed: int, plan: Mapping[str, Any]) -> tuple[RecordedRun, Curve]:
     began_s = time.perf_counter()
     run = trial.run_anew(DATA, **plan, seed=seed)
     seconds = time.perf_counter() - began_s
     steps = steps_of(run.trace, run.known, _reference_of(trial))
-    return Curve(seed, steps, seconds / max(1, len(steps)), peak_memory_bytes())
+    return run, Curve(seed, steps, seconds / max(1, len(steps)), peak_memory_bytes())
 
 
 def _reference_of(trial: Trial) -> Reference:

@@ -19,7 +19,7 @@ from glm4ft.testing.baseline.identity import identity_of
 from glm4ft.testing.baseline.measure import Measured, Progress, require_num_seeds, require_recordable
 from glm4ft.testing.recording.environment import UNCOMMITTED
 from glm4ft.testing.recording.ranks import merge_ranks
-from glm4ft.testing.recording.trace import Trace
+from glm4ft.testing.recording.trace import Tensors, Trace
 from glm4ft.testing.replay.matching import KnownRows
 from glm4ft.testing.specification.reference import LabelledIds, Reference
 from glm4ft.testing.trial.recorded import read_recording, reference_of
@@ -53,13 +53,13 @@ def measure_recordings(folders: Sequence[Path], base_dir: str = "", progress: Pr
         _require_steps(trace, folders[number])
         if first is None:
             reference = reference_of(about, base_dir)
-            first = about, _plan(trace, about)
+            first = about, _plan(trace, about), trace.steps[0].before
         _require_equal(first[1], _plan(trace, about), folders[0], folders[number])
         trained: list[LabelledIds] = [(row.ids, row.labels) for row in trained_rows(trace, reference)]
         rows |= {ids: labels for ids, labels in trained if ids not in rows}
         curves.append(_curve(number, trace, about, trained, reference))
     assert first is not None
-    return _measured(first[0], first[1], curves, list(rows.items()), reference)
+    return _measured(*first, curves, list(rows.items()), reference)
 
 
 def record_recordings(
@@ -94,12 +94,12 @@ def record_recordings(
 
 
 def _measured(
-    about: Mapping[str, Any], plan: Mapping[str, Any], curves: Sequence[Curve], rows: list[LabelledIds],
-    reference: Reference,
+    about: Mapping[str, Any], plan: Mapping[str, Any], trained: Tensors, curves: Sequence[Curve],
+    rows: list[LabelledIds], reference: Reference,
 ) -> Measured:  # fmt: skip
     adapter = about["model"]["adapter"] or {}
     adapters = {name: adapter[name] for name in ADAPTER if adapter.get(name)}
-    identity = identity_of(Path(reference.base_dir), reference.tokenizer, plan, adapters, rows)
+    identity = identity_of(Path(reference.base_dir), reference.tokenizer, plan, adapters, trained, rows)
     where = {**about["versions"], **about["machine"]}
     found = Baseline("", str(reference.base_dir), identity, where, about["commit"], about["recorded_at"], tuple(curves))
     return Measured(found, rows, reference.tokenizer)

@@ -116,6 +116,7 @@ def test_the_command_names_the_row_in_which_a_character_changed(healthy, tmp_pat
         ({"weights": {"model.norm.weight": (1.0, 0.0)}}, "another base: the weights of model.norm.weight differ"),
         ({"weights": {"model.extra": (1.0, 0.0)}}, "another base: model.extra is in the baseline alone"),
         ({"adapters": {"r": 99}}, "other adapters: r is 8, in the baseline 99"),
+        ({"trained": {"lora_A": (8, 128)}}, "the trained parameter lora_A is not there, in the baseline [8, 128]"),
         ({"tokenizer": "0"}, "another tokenizer"),
         ({"rows": ("0",)}, "other data: ids or labels of row 1 differ"),
     ],

@@ -52,7 +52,7 @@ from glm4ft.testing.trial.trial import Trial
 ROOT = Path(__file__).parents[2]
 PLANS = {"padded": PLAN, "packed": PACKED}
 NOISE = 0.05  # relative, of the initial adapters: large beside rounding and beside the smallest effect that matters
-NOISY_STEPS = 6
+NOISY_STEPS = 4
 FAR = 0.01  # a distance of parameters that no rounding reaches
 LIMITS: dict[str, dict[str, Any]] = {
     "rate 2 % higher": {"learning_rate": 5.1e-3},

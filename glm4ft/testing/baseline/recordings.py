@@ -18,7 +18,7 @@ from glm4ft.testing.baseline.curves import Curve, steps_of
 from glm4ft.testing.baseline.identity import identity_of
 from glm4ft.testing.baseline.measure import Measured, Progress, require_num_seeds, require_recordable
 from glm4ft.testing.recording.environment import UNCOMMITTED
-from glm4ft.testing.recording.ranks import merge_ranks
+from glm4ft.testing.recording.merging import merge_ranks
 from glm4ft.testing.recording.trace import Tensors, Trace
 from glm4ft.testing.replay.matching import KnownRows
 from glm4ft.testing.specification.reference import LabelledIds, Reference
@@ -49,8 +49,8 @@ def measure_recordings(folders: Sequence[Path], base_dir: str = "", progress: Pr
     curves, rows, first = list[Curve](), dict[tuple[int, ...], tuple[int, ...]](), None  # rows as they first appear
     for number in progress(range(len(folders))):
         traces, about = read_recording(folders[number])
+        _require_whole(traces, about, folders[number])
         trace = merge_ranks(traces) if len(traces) > 1 else traces[0]
-        _require_steps(trace, folders[number])
         if first is None:
             reference = reference_of(about, base_dir)
             first = about, _plan(trace, about), trace.steps[0].before
@@ -121,9 +121,12 @@ def _plan(trace: Trace, about: Mapping[str, Any]) -> dict[str, Any]:
             **asked, **own}  # fmt: skip
 
 
-def _require_steps(trace: Trace, folder: Path) -> None:
-    if not trace.steps:
+def _require_whole(traces: Sequence[Trace], about: Mapping[str, Any], folder: Path) -> None:
+    if not traces[0].steps:
         raise DataError("the recorded run took no step of an optimizer that trains the model", where=str(folder))
+    if len(traces) < about["world_size"]:
+        raise DataError("not all processes of the run were recorded", where=str(folder), found=str(len(traces)),
+                        expected=str(about["world_size"]))  # fmt: skip
 
 
 def _require_equal(first: Mapping[str, Any], other: Mapping[str, Any], one: Path, another: Path) -> None:

@@ -165,6 +165,14 @@ def test_a_folder_without_a_recording_is_told(tmp_path: Path) -> None:
         measure_recordings([tmp_path])
 
 
+def test_a_process_that_was_not_recorded_is_missed(recorder: Callable[..., list[Path]]) -> None:
+    (folder,) = recorder("processes", seeds=[0])
+    about = json.loads((folder / "rank-0/trace.json").read_text("utf-8"))
+    (folder / "rank-0/trace.json").write_text(json.dumps({**about, "world_size": 2}), "utf-8")
+    with pytest.raises(DataError, match=r"not all processes(?s:.*)expected: 2"):
+        measure_recordings([folder])
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

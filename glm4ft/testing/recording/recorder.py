@@ -287,7 +287,5 @@ def split_dimension(name: str, parameter: nn.Parameter) -> int | None:
         return None
     (placement, *others), dim = parameter.placements, getattr(parameter.placements[0], "dim", None)
     if dim is None or others:
-        raise ValueError(
-            f"{name} is a distributed tensor with placements {parameter.placements}, not one split of FSDP2"
-        )
+        raise ValueError(f"{name} is a distributed tensor with placements {parameter.placements}, not one split of FSDP2")
     return int(dim)

@@ -25,6 +25,9 @@ OTHERWISE = {
     "adapter-on-the-head", "one-layer", "dora", "excluded-modules", "dropout-requested",
 }  # fmt: skip
 LOW_PRECISION = {"bf16-autocast"}  # rounds otherwise on purpose
+# Take a factor out of the gradient before the optimizer uses it; the recorded norm is that of the gradient as it
+# accumulates, so its curve has the factor, while the parameters are those of the plain loop.
+SCALED = {"loss-scaling", "gradient-divided-after-accumulation"}
 Result = Mapping[str, Any]
 
 
@@ -65,7 +68,7 @@ def _runs(results: Iterable[Result]) -> Iterator[tuple[str, Result]]:
 
 
 def _rounds_only(results: Iterable[Result]) -> list[Result]:
-    return [r for r in results if r["id"] not in OTHERWISE | LOW_PRECISION]
+    return [r for r in results if r["id"] not in OTHERWISE | LOW_PRECISION | SCALED]
 
 
 def farthest_rounding(results: Sequence[Result]) -> float:

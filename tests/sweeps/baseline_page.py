@@ -160,10 +160,10 @@ def _faults(all_results: Sequence[Result], farthest: float) -> list[str]:
     rows = [(stage, str(count[stage]), str(kept[stage]), str(seen[stage])) for stage in STAGES if count[stage]]
     share = f"{(len(changed) - len(missed)) / len(changed):.1%}"
     told = (
-        f"**Faults.** Of the {len(all_results)} faults of the [kill matrix](kill-matrix.md), {len(asking)} ask for other "
-        "adapters than the plain loop, so that there is no healthy curve to compare with: the identity tells them, and "
-        f"they are left out here. Of the other {len(noticed)}, {len(changed)} change the "
-        f"optimisation, and the comparison alone notices {len(changed) - len(missed)} of those ({share}). A fault "
+        f"**Faults.** Of the {len(all_results)} faults of the [kill matrix](kill-matrix.md), {len(asking)} ask for "
+        "other adapters than the plain loop, so that there is no healthy curve to compare with: the identity tells "
+        f"them, and they are left out here. Of the other {len(noticed)}, {len(changed)} change the optimisation, and "
+        f"the comparison alone notices {len(changed) - len(missed)} of those ({share}). A fault "
         "changes the optimisation if the trained parameters at the end of some run differ from those of the healthy "
         "pipeline with the same seed: their distance, as a share of the healthy run's way from its start, is larger "
         f"than that of any pipeline that only rounds otherwise ({farthest:.0e}), or they are other parameters. Neither "

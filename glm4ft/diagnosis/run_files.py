@@ -44,6 +44,7 @@ _OPTION_NAMES = {
     "train_batch_size": "micro_batch_size",
     "max_steps": "planned_steps",
     "save_steps": "save_steps",
+    "patience_ended": "patience_ended",
 }
 # Weights in formats that are not opened: pickles, and those of trainers' own.
 _CLOSED_WEIGHTS = (

@@ -107,7 +107,7 @@ def stopped_by_patience(evidence: Evidence) -> Finding | None:
         "stopped-by-patience",
         "outcome",
         f"Its own patience ended the run at step {ended}: the evaluation loss was lowest at step {best.step} "
-        f"({best.loss:.4g}), and {evidence.options.get('patience') or 'later'} evaluations after it were no lower.",
+        f"({best.loss:.4g}). {evidence.options.get('patience') or 'The'} evaluations after it were no lower.",
         ("the adapter is that of the best evaluation" if is_kept else "the adapter is that of the last step",),
         "more conversations would take it further, more steps on these would not"
         if is_kept

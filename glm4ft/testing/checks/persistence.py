@@ -200,13 +200,13 @@ def _merge_cause(trial: Trial) -> str:
         name: tensor for shard in _merged(trial).glob("*.safetensors") for name, tensor in load_file(shard).items()
     }
     deltas = trial.reference.deltas(trial.trained.trained)
-    others = [n for n in stored if n in trial.reference.weights and n.removesuffix(".weight") not in deltas]
+    others = [n for n in stored if n in trial.reference.weights and n not in deltas]
     base = {name: weight.cpu() for name, weight in trial.reference.weights.items() if name in others}
     foreign = [name for name in others if not _is_near(stored[name].float(), base[name])]
     if foreign:
         return f"it was merged onto another base: {foreign[0]}, which has no adapter, is not the base's"
-    for module, delta in deltas.items():
-        name = f"{module}.weight"
+    for name, delta in deltas.items():
+        module = name.removesuffix(".weight")
         if name not in stored or stored[name].shape != delta.shape:
             return f"the merged checkpoint has no {name} of the base's shape"
         got = stored[name].float() - trial.reference.weights[name].cpu()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -129,6 +130,28 @@ def fail(trial: Trial, row: BankRow, problem: str, position: int) -> NoReturn:
     """Raise ``CheckFailed`` with the problem and the tokens around a position."""
     shown = show_tokens(trial.subject.tokenizer, row.ids, position)
     raise CheckFailed(f"conversation {name_of(row.talk)}, {problem}\n  {shown}")
+
+
+def as_served(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages as a server of the OpenAI API passes them to a template of a format with reasoning.
+
+    Args:
+        messages: Messages of the bank.
+    Returns:
+        The messages, with calls whose arguments are objects.
+    """
+    return [_served(message) for message in messages]
+
+
+def _served(message: Mapping[str, Any]) -> dict[str, Any]:
+    calls = [call["function"] for call in message.get("tool_calls") or ()]
+    if message.get("metadata"):
+        calls = [{"name": message["metadata"], "arguments": message["content"]}]
+    decoded = [{"function": {**call, "arguments": json.loads(call["arguments"])}} for call in calls]
+    role = "tool" if message["role"] == "observation" else message["role"]
+    content = "" if message.get("metadata") else message["content"]
+    kept = {key: value for key, value in message.items() if key == "reasoning_content"}
+    return {"role": role, "content": content, **kept} | ({"tool_calls": decoded} if decoded else {})
 
 
 def value_at(values: Sequence[int], position: int) -> str:

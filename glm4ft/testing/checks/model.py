@@ -15,6 +15,7 @@ from glm4ft.testing.replay.step import LIMITS, relative
 from glm4ft.testing.replay.tolerances import within
 from glm4ft.testing.specification.lora_spec import LoraSpec, adapted_modules, base_name
 from glm4ft.testing.specification.reference import Reference
+from glm4ft.testing.specification.routed_experts import stored_in
 from glm4ft.testing.subject import make_plan
 from glm4ft.testing.trial.first_module import describe_first_differing_module
 from glm4ft.testing.trial.interventions import adapter_dropouts
@@ -80,9 +81,10 @@ def check_weights_equal_those_of_the_base(trial: Trial) -> None:
     for shard in sorted(trial.base_dir.glob("*.safetensors")):
         with safe_open(shard, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  # not a dict
-                if name not in weights:
+                found = stored_in(name, weights)
+                if found is None:
                     raise CheckFailed(f"the model has no {name}")
-                got, stored = weights[name].cpu(), file.get_tensor(name).to(weights[name].dtype)
+                got, stored = found[1].cpu(), file.get_tensor(name).to(found[1].dtype)
                 if not torch.equal(got, stored):
                     raise CheckFailed(f"{name} is not the base's{_weight_cause(got, stored)}")
 

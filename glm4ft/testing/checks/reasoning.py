@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 from glm4ft.data.control_tokens import common_prefix_length
-from glm4ft.testing.checks.encoding import bank_of, chat_format_of, fail, row_of
+from glm4ft.testing.checks.encoding import as_served, bank_of, chat_format_of, fail, row_of
 from glm4ft.testing.specification.mask_oracle import IGNORED, show_token
 from glm4ft.testing.specification.turn_text import THINKING_FORMATS, carries_reasoning
 from glm4ft.testing.trial.bank import MARKERS_TALK
@@ -48,7 +45,7 @@ def check_reasoning_is_rendered_as_serving_renders_it(trial: Trial) -> None:
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         thinks = any(carries_reasoning(messages, index) for index in answers)
         rendered = trial.base_tokenizer.apply_chat_template(
-            _as_served(messages), tools=list(talk.tools) if talk.tools else None, return_dict=False,
+            as_served(messages), tools=list(talk.tools) if talk.tools else None, return_dict=False,
             **({} if thinks else {"enable_thinking": False}),
         )  # fmt: skip
         expected = [int(token) for token in rendered]
@@ -61,19 +58,3 @@ def check_reasoning_is_rendered_as_serving_renders_it(trial: Trial) -> None:
 def _require_reasoning(trial: Trial) -> None:
     if chat_format_of(trial) not in THINKING_FORMATS:
         raise NotApplicable(f"the claim is about {', '.join(THINKING_FORMATS)}, whose turns have reasoning")
-
-
-def _as_served(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages as a server of the OpenAI API passes them to a template: calls with arguments as objects."""
-    return [_served(message) for message in messages]
-
-
-def _served(message: Mapping[str, Any]) -> dict[str, Any]:
-    calls = [call["function"] for call in message.get("tool_calls") or ()]
-    if message.get("metadata"):
-        calls = [{"name": message["metadata"], "arguments": message["content"]}]
-    decoded = [{"function": {**call, "arguments": json.loads(call["arguments"])}} for call in calls]
-    role = "tool" if message["role"] == "observation" else message["role"]
-    content = "" if message.get("metadata") else message["content"]
-    kept = {key: value for key, value in message.items() if key == "reasoning_content"}
-    return {"role": role, "content": content, **kept} | ({"tool_calls": decoded} if decoded else {})

@@ -27,7 +27,6 @@ from glm4ft.testing.checks.encoding import (
     value_at,
 )  # fmt: skip
 from glm4ft.testing.specification.mask_oracle import (
-    ALWAYS_THINKS,
     IGNORED,
     PREFIX,
     explain_mistakes,
@@ -35,7 +34,7 @@ from glm4ft.testing.specification.mask_oracle import (
     legal_stops,
     show_token,
 )
-from glm4ft.testing.specification.turn_text import THINKING_FORMATS, carries_reasoning, sampled_text
+from glm4ft.testing.specification.turn_text import ALWAYS_THINKS, THINKING_FORMATS, carries_reasoning, sampled_text
 from glm4ft.testing.trial.bank import BANK, FLAGGED, MARKERS_TALK, TRAILING, Talk
 from glm4ft.testing.trial.registry import check
 from glm4ft.testing.trial.stages import CheckFailed, NotApplicable

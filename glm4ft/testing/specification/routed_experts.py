@@ -13,6 +13,7 @@ router GLM-4.5 has, arXiv 2508.06471, section 2.1.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 BLOCKS = ("Glm4MoeMoE", "Glm4MoeLiteMoE")  # transformers' names of these layers
+_STORED = re.compile(r"(?P<experts>.+\.experts)\.(?P<number>\d+)\.(?P<part>gate|up|down)_proj\.weight")
 
 
 def specify_experts(model: torch.nn.Module) -> None:
@@ -77,6 +79,27 @@ def chosen_experts(preference_TE: torch.Tensor, config: Any) -> torch.Tensor:
         best_TG = groups_TGE.sort(dim=2, descending=True).values[:, :, :2].sum(2)
         groups_TGE = groups_TGE.masked_fill(~_largest(best_TG, config.topk_group)[:, :, None], -torch.inf)
     return _largest(groups_TGE.flatten(1), config.num_experts_per_tok)
+
+
+def stored_in(name: str, weights: Mapping[str, torch.Tensor]) -> tuple[str, torch.Tensor] | None:
+    """The weight of a model that a checkpoint's file has under a name, and the parameter that it is a part of.
+
+    The files have the matrices of each expert on their own, and transformers fuses them when it loads them.
+
+    Args:
+        name: The name in the file.
+        weights: The weights of a model by name.
+    Returns:
+        The name of the parameter and the part of it; None if there is none.
+    """
+    found = _STORED.fullmatch(name)
+    if name in weights or not found:
+        return (name, weights[name]) if name in weights else None
+    fused = f"{found['experts']}.{'down_proj' if found['part'] == 'down' else 'gate_up_proj'}"
+    if fused not in weights or int(found["number"]) >= len(weights[fused]):
+        return None
+    own = weights[fused][int(found["number"])]
+    return fused, own if found["part"] == "down" else own.chunk(2)[found["part"] == "up"]
 
 
 def fused_name(module: str, matrices: Mapping[str, torch.Size], weights: Mapping[str, torch.Tensor]) -> str:

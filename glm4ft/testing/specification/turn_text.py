@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 THINKING_FORMATS = ("glm-z1-0414", "glm-4.5", "glm-4.7")
+ALWAYS_THINKS = ("glm-z1-0414",)  # no prompt asks for a turn that begins otherwise
 
 
 def carries_reasoning(messages: Sequence[Mapping[str, Any]], index: int) -> bool:

@@ -39,13 +39,13 @@ def check_reasoning_is_rendered_as_serving_renders_it(trial: Trial) -> None:
     if not trial.base_tokenizer.chat_template:
         raise NotApplicable("the base has no chat template")
     for talk in bank_of(trial):
-        if talk is MARKERS_TALK:  # a template renders text, in which a marker becomes a control token
+        if talk.id == MARKERS_TALK.id:  # a template renders text, in which a marker becomes a control token
             continue
         row, messages = row_of(trial, talk), copy.deepcopy(list(talk.messages))
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         thinks = any(carries_reasoning(messages, index) for index in answers)
         rendered = trial.base_tokenizer.apply_chat_template(
-            as_served(messages), tools=list(talk.tools) if talk.tools else None, return_dict=False,
+            as_served(trial, messages), tools=list(talk.tools) if talk.tools else None, return_dict=False,
             **({} if thinks else {"enable_thinking": False}),
         )  # fmt: skip
         expected = [int(token) for token in rendered]

@@ -52,7 +52,7 @@ def require_trained_tokenizer(trial: Trial, folder: Path, where: str) -> None:
             raise CheckFailed(f"the tokenizer saved {where} has lost its chat template")
         return
     for talk in bank_of(trial):
-        if talk is not MARKERS_TALK:  # a template renders text, in which a marker becomes a control token
+        if talk.id != MARKERS_TALK.id:  # a template renders text, in which a marker becomes a control token
             _require_trained_prompts(trial, saved, talk, where)
 
 
@@ -66,9 +66,8 @@ def _require_trained_prompts(trial: Trial, saved: Any, talk: Talk, where: str) -
         options = {"enable_thinking": False} if is_silent else {}
         try:
             rendered = saved.apply_chat_template(
-                as_served(history) if can_think else history, tools=tools, add_generation_prompt=True,
-                return_dict=False, **options,
-            )  # fmt: skip
+                as_served(trial, history), tools=tools, add_generation_prompt=True, return_dict=False, **options
+            )
         except TemplateError:  # a template may refuse what it cannot render
             continue
         sent, expected = list(rendered), list(trained)

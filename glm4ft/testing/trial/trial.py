@@ -27,8 +27,8 @@ from glm4ft.testing.trial.same_run import describe_divergence
 from glm4ft.testing.trial.stages import CheckFailed, NotApplicable
 
 LOSS_LIMIT = 0.01  # the largest loss of two memorised conversations, in nats per supervised token
-# By whether the base has experts. A dense one needs 36. With experts the loss jumps whenever a token is given others: it
-# was below 0.01 after 95 (GLM-4.5) and 78 (GLM-4.7) steps, and for good after 110 (x86-64 CPU, 2026-11-27).
+# By whether the base has experts. A dense one needs 36. With experts the loss jumps whenever a token is given others:
+# it was below 0.01 after 95 (GLM-4.5) and 78 (GLM-4.7) steps, and for good after 130 (x86-64 CPU, 2026-11-27).
 OVERFIT_STEPS = {False: 60, True: 160}
 RECORDED_STEPS = 8  # two epochs of the short conversations
 DROPOUT: dict[str, Any] = {"dropout": 0.1}  # the rate of many LoRA recipes

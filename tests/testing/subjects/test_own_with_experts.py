@@ -1,4 +1,4 @@
-"""The own trainer is right on bases with experts, by the replay with routers; and a wrong model or adapter is red there.
+"""The own trainer is right on bases with experts, by the replay with routers; a wrong model or adapter is red there.
 
 The rest of the suite holds there too: ``tox run -e formats``.
 

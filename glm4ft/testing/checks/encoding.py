@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -17,7 +16,7 @@ from glm4ft.testing.specification.mask_oracle import (
     find_turns,
     show_tokens,
 )
-from glm4ft.testing.specification.turn_text import ALWAYS_THINKS, THINKING_FORMATS
+from glm4ft.testing.specification.turn_text import ALWAYS_THINKS, THINKING_FORMATS, openai_messages
 from glm4ft.testing.trial.bank import BANK, CALL_TALK, MARKERS_TALK, PARALLEL, THINKING, Talk, with_reasoning
 from glm4ft.testing.trial.stages import CheckFailed, NotApplicable
 from glm4ft.testing.trial.trial import Trial
@@ -151,18 +150,7 @@ def as_served(trial: Trial, messages: Sequence[Mapping[str, Any]]) -> list[dict[
     """
     if chat_format_of(trial) not in THINKING_FORMATS or chat_format_of(trial) in ALWAYS_THINKS:
         return [dict(message) for message in messages]
-    return [_served(message) for message in messages]
-
-
-def _served(message: Mapping[str, Any]) -> dict[str, Any]:
-    calls = [call["function"] for call in message.get("tool_calls") or ()]
-    if message.get("metadata"):
-        calls = [{"name": message["metadata"], "arguments": message["content"]}]
-    decoded = [{"function": {**call, "arguments": json.loads(call["arguments"])}} for call in calls]
-    role = "tool" if message["role"] == "observation" else message["role"]
-    content = "" if message.get("metadata") else message["content"]
-    kept = {key: value for key, value in message.items() if key == "reasoning_content"}
-    return {"role": role, "content": content, **kept} | ({"tool_calls": decoded} if decoded else {})
+    return openai_messages(messages)
 
 
 def value_at(values: Sequence[int], position: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 from glm4ft.data.control_tokens import common_prefix_length
 from glm4ft.testing.checks.encoding import as_served, bank_of, chat_format_of, fail, row_of
@@ -16,18 +17,24 @@ from glm4ft.testing.trial.trial import Trial
 
 @check(stage="rows", incident="NeMo AutoModel 3738 and 3739; TRL's training template of GLM-4.5 trains them")
 def check_no_empty_reasoning_is_trained(trial: Trial) -> None:
-    """An empty block in place of reasoning is no target: a model that learns to write it stops thinking."""
-    tokenizer = trial.subject.tokenizer
+    """A block of white space in place of reasoning is no target: a model that learns to write it stops thinking."""
     _require_reasoning(trial)
-    empty = tuple(tokenizer.encode("<think></think>", add_special_tokens=False))
-    closed = tuple(tokenizer.encode("<|assistant|></think>", add_special_tokens=False))
+    tokenizer = trial.subject.tokenizer
+    opened, closed, header = (
+        tuple(tokenizer.encode(text, add_special_tokens=False)) for text in ("<think>", "</think>", "<|assistant|>")
+    )
     for talk in bank_of(trial):
         row = row_of(trial, talk)
-        for block in (empty, closed):
-            for at in range(len(row.ids) - len(block) + 1):
-                last = at + len(block) - 1
-                if tuple(row.ids[at : last + 1]) == block and row.labels[last] != IGNORED:
-                    fail(trial, row, f"position {last}: the end of an empty block of reasoning is supervised", last)
+        for at in _ends(row.ids, closed):
+            begin = max([0, *(end for end in _ends(row.ids[: at - len(closed)], opened, header))])
+            inner = tokenizer.decode(row.ids[begin : at - len(closed)])
+            if not inner.strip() and row.labels[at - 1] != IGNORED:
+                fail(trial, row, f"position {at - 1}: the end of an empty block of reasoning is supervised", at - 1)
+
+
+def _ends(ids: Sequence[int], *texts: tuple[int, ...]) -> list[int]:
+    """The positions behind every occurrence of texts, given as their ids."""
+    return [at + len(text) for text in texts for at in range(len(ids)) if tuple(ids[at : at + len(text)]) == text]
 
 
 @check(stage="rows", incident="LLaMA-Factory 10770: blocks of reasoning stood where the checkpoint's template has none")

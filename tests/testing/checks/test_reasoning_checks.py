@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from glm4ft.data.encoded_row import EncodedRow
 from glm4ft.model.tiny import write_tiny_base
 from glm4ft.testing.checks import all_checks
 from glm4ft.testing.faults import rows_reasoning
@@ -65,6 +66,26 @@ def test_each_fault_is_red_at_rows_and_names_its_cause(fault: Any, trial_of: Any
     failed = next((r for c in ROWS if (r := run_check(c, trial)).status == "failed"), None)
     assert failed is not None
     assert re.search(fault.cause, failed.message), failed.message
+
+
+class BlankReasoning(Subject):
+    """Turns without reasoning begin with a block of line breaks, which is trained (LLaMA-Factory's glm4_moe)."""
+
+    def row(self, conversation: Any) -> EncodedRow:
+        row = super().row(conversation)
+        opened, closed = self.control_ids["<think>"], self.control_ids["</think>"]
+        ids, supervised = list[int](), list[bool]()
+        for at, (token, keep) in enumerate(zip(row.input_ids, row.supervised, strict=True)):
+            is_empty = row.input_ids[at - 1 : at + 1] == [opened, closed]
+            ids += [*self.tokenizer.encode("\n\n"), token] if is_empty else [token]
+            supervised += [True] * (len(ids) - len(supervised)) if is_empty else [keep]
+        return EncodedRow(ids, supervised, (), row.turns)
+
+
+def test_a_block_of_white_space_is_an_empty_block(trial_of: Any) -> None:
+    check = next(check for check in ROWS if check.name == "no_empty_reasoning_is_trained")
+    result = run_check(check, trial_of(BlankReasoning))
+    assert "the end of an empty block of reasoning is supervised" in result.message
 
 
 def test_ten_kinds_of_wrong_masks_are_known() -> None:

@@ -46,6 +46,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from glm4ft.data.turn_format import FormatName
 from glm4ft.model.portable import write_both_names, write_tokenizer
 from glm4ft.model.tiny_tokenizer import (
     CONTROL_TOKENS,
@@ -191,6 +192,7 @@ def write_tiny_base(
     seed: int = 0,
     *,
     architecture: Architecture = "Glm4ForCausalLM",
+    chat_format: FormatName | None = None,
     dtype: torch.dtype = torch.float32,
     max_shard_size: str = "5GB",
     glm4_ids: bool = False,
@@ -201,6 +203,7 @@ def write_tiny_base(
         folder: The folder to create, with config, safetensors, generation config, tokenizer and chat template.
         seed: The seed of the weights.
         architecture: The transformers class.
+        chat_format: The chat format of the template, if not the architecture's first.
         dtype: The dtype of the stored weights.
         max_shard_size: The size above which the weights are split into shards with an index.
         glm4_ids: Whether control tokens have the ids of GLM-4's own vocabulary, as for ``tiny_model``.
@@ -211,5 +214,6 @@ def write_tiny_base(
     nn.Module.to(model, dtype)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     write_both_names(Path(folder))
-    write_tokenizer(tiny_tokenizer(architecture, glm4_ids=glm4_ids), None, Path(folder))
+    tokenizer = tiny_tokenizer(architecture, chat_format=chat_format, glm4_ids=glm4_ids)
+    write_tokenizer(tokenizer, None, Path(folder))
     return Path(folder)

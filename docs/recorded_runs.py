@@ -90,7 +90,8 @@ RUNS = (
          "--bf16", "false"),
         ("ms-swift", *COMMON),
         {"rows": "the newline behind `<|assistant|>` is part of the prompt, in serving with ms-swift as well. A "
-                 "convention, as on the scoreboard; servers that follow the checkpoint's template leave the newline to the model."},
+                 "convention, as on the scoreboard; servers that follow the checkpoint's template leave it to the "
+                 "model."},
         "`fp16` is off: without it the arguments ask for fp16 beside `torch_dtype float32`, which is told at `model`.",
     ),
     Run(

@@ -203,7 +203,7 @@ def write_tiny_base(
         folder: The folder to create, with config, safetensors, generation config, tokenizer and chat template.
         seed: The seed of the weights.
         architecture: The transformers class.
-        chat_format: The chat format of the template, if not the architecture's first.
+        chat_format: The chat format of the template, if not the architecture's first; one with the same tokens.
         dtype: The dtype of the stored weights.
         max_shard_size: The size above which the weights are split into shards with an index.
         glm4_ids: Whether control tokens have the ids of GLM-4's own vocabulary, as for ``tiny_model``.

@@ -25,7 +25,7 @@ from typing import Any
 
 from glm4ft.errors import DataError
 from glm4ft.model.checkpoint import one_line
-from glm4ft.train.best import log_of_adapter
+from glm4ft.train.best import ended_by_patience, log_of_adapter
 from glm4ft.train.trajectory import FILE_NAME, read_trajectory
 
 STATE_FILE = "trainer_state.json"
@@ -114,7 +114,8 @@ def _continues(later: RunLog, before: RunLog) -> bool:
 
 def _of_trajectory(path: Path) -> RunLog:
     trajectory = read_trajectory(path)
-    return _log(path, log_of_adapter(path.parent), {"num_rows": int(trajectory.header.get("rows", 0))})
+    about = {"num_rows": int(trajectory.header.get("rows", 0)), "patience_ended": ended_by_patience(path.parent)}
+    return _log(path, log_of_adapter(path.parent), about)
 
 
 def _of_state(path: Path) -> RunLog:

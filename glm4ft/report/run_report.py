@@ -27,7 +27,7 @@ from glm4ft.report.costly_tokens import part_counts
 from glm4ft.report.files import HTML_FILE, write_report
 from glm4ft.report.run_card import write_run_card
 from glm4ft.report.wording import diagnosed_run, failed_run, finished_run, supervised_sentence
-from glm4ft.train.best import describe_evaluations, log_of_adapter, read_best
+from glm4ft.train.best import describe_evaluations, ended_by_patience, log_of_adapter, read_best
 from glm4ft.train.config import TrainConfig
 from glm4ft.train.run import PreparedRun, RunObserver
 from glm4ft.train.trajectory import FILE_NAME, Trajectory, read_trajectory
@@ -129,7 +129,11 @@ def _diagnose(
             log,
             round_trips=turns,
             target_loss=run.config.target,
-            options={**asdict(run.config), "target_modules": list(run.adapters.num_adapted)},
+            options={
+                **asdict(run.config),
+                "target_modules": list(run.adapters.num_adapted),
+                "patience_ended": ended_by_patience(run.output),
+            },
             num_dropped=sum(map(len, run.data.dropped.values())),
             num_cut=len(run.data.truncated),
             num_rows=run.data.rows,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import os
 import shlex
 from collections.abc import Callable, Sequence
@@ -14,8 +13,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import TrainingArguments
-from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from glm4ft.data.batching import Collator, PackedRows, RowSet
 from glm4ft.data.chat_format import ChatFormat
@@ -29,7 +26,9 @@ from glm4ft.model.base_model import Base, load_base, load_format, require_loadab
 from glm4ft.model.lora import AdapterReport, attach_lora, audit_lora
 from glm4ft.model.loss import install_supervised_loss
 from glm4ft.model.portable import write_beside_adapter
+from glm4ft.model.quantisation import QUANTISE, quantised_layers
 from glm4ft.train import run_folder
+from glm4ft.train.arguments import require_trackers, trainer_arguments
 from glm4ft.train.best import WatchEvaluations, is_exhausted, restore_best
 from glm4ft.train.config import TrainConfig
 from glm4ft.train.run_folder import BASE_FOLDER, CONFIG_FILE, is_complete, last_checkpoint
@@ -227,49 +226,6 @@ def make_trainer(
     )
 
 
-def trainer_arguments(config: TrainConfig, output: Path, *, has_eval: bool, bf16: bool) -> TrainingArguments:
-    """Our options as ``transformers.TrainingArguments``."""
-    # passed only where asked for: transformers is renaming the option, and says so at every mention
-    options: dict[str, Any] = {
-        "gradient_checkpointing": True,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
-    }
-    checkpointing = options if config.gradient_checkpointing else {}
-    with_warmup = config.schedule == "constant" and config.warmup_steps
-    args = TrainingArguments(
-        output_dir=str(output),
-        per_device_train_batch_size=config.micro_batch_size,
-        per_device_eval_batch_size=config.micro_batch_size,
-        gradient_accumulation_steps=config.accumulation,
-        learning_rate=config.peak_learning_rate,
-        lr_scheduler_type="constant_with_warmup" if with_warmup else config.schedule,
-        warmup_steps=config.warmup_steps,
-        weight_decay=config.weight_decay,
-        # clipping to an infinite norm changes nothing but still measures
-        max_grad_norm=config.max_grad_norm or math.inf,
-        num_train_epochs=config.epochs,
-        max_steps=config.max_steps or -1,
-        seed=config.seed,
-        bf16=bf16,
-        use_cpu=not torch.cuda.is_available(),
-        **checkpointing,
-        eval_strategy="steps" if has_eval else "no",
-        eval_steps=config.eval_every,
-        save_strategy="steps" if config.save_every else "no",
-        save_steps=config.save_every or 500,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        disable_tqdm=True,
-        ddp_find_unused_parameters=False,
-        report_to=config.report_to or "none",
-        remove_unused_columns=False,
-        label_names=["labels"],
-    )
-    # one process drives one device; transformers would split batches over all it sees, past our forward
-    args._n_gpu = min(args.n_gpu, 1)
-    return args
-
-
 def is_main_process() -> bool:
     """Whether this process writes files and talks to people: the first of several under torchrun, or the only one."""
     return int(os.environ.get("RANK", "0")) == 0
@@ -281,8 +237,8 @@ def _require_unused(output: Path) -> None:
 
 
 def _prepare(config: TrainConfig, output: Path, say: Callable[[str], object]) -> PreparedRun:
-    _require_trackers(config.report_to)
-    require_loadable(config.model, config.dtype)  # before hours may go into encoding
+    require_trackers(config.report_to)
+    require_loadable(config.model, config.dtype, config.quantise)  # before hours may go into encoding
     chat_format = chat_format_of(config)
     encode = functools.partial(
         prepare_rows, chat_format=chat_format, max_length=config.max_length, options=config.read_options
@@ -293,7 +249,13 @@ def _prepare(config: TrainConfig, output: Path, say: Callable[[str], object]) ->
     if config.eval_data:
         eval_rows, eval_data = encode(config.eval_data)
         say(eval_data.describe())
-    base = load_base(config.model, dtype=config.dtype, chat_format=chat_format.name, force_format=config.force_format)
+    base = load_base(
+        config.model,
+        dtype=config.dtype,
+        chat_format=chat_format.name,
+        force_format=config.force_format,
+        quantise=config.quantise,
+    )
     if base.is_built_in:
         # peft writes this into adapter_config.json: where whoever loads the adapter finds its base
         base.model.name_or_path = str((output / BASE_FOLDER).resolve())
@@ -337,6 +299,8 @@ def _train(run: PreparedRun, stop: StopRequest) -> None:
     run.is_distributed = trainer.args.world_size > 1
     run.is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     config, checkpoint = run.config, last_checkpoint(output)
+    if config.quantise and run.is_sharded:
+        raise ConfigError("quantised weights are not sharded", where=QUANTISE, fix="train without FSDP and DeepSpeed")
     if config.keep_best or config.patience:
         trainer.add_callback(WatchEvaluations(trainer, output, keep_best=config.keep_best, patience=config.patience))
     is_at_end = checkpoint and (
@@ -360,7 +324,8 @@ def _train(run: PreparedRun, stop: StopRequest) -> None:
 
 def _header(rows: Rows | JoinedRows, model: PeftModel) -> dict[str, Any]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    libraries = {name: version(name) for name in ("glm4ft", "torch", "transformers", "peft", "accelerate")}
+    names = ["glm4ft", "torch", "transformers", "peft", "accelerate"]
+    names += ["bitsandbytes"] * bool(quantised_layers(model))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {
         "type": "header",
@@ -368,7 +333,7 @@ def _header(rows: Rows | JoinedRows, model: PeftModel) -> dict[str, Any]:
         "rows": len(rows),
         "trained_parameters": trained,
         "device": device,
-        "libraries": libraries,
+        "libraries": {name: version(name) for name in names},
     }
 
 
@@ -377,19 +342,6 @@ def _require_room(run: PreparedRun) -> None:
     run_folder.require_disk_space(
         run.output, adapter_bytes, run.config.keep_checkpoints if run.config.save_every else 0
     )
-
-
-def _require_trackers(names: Sequence[str]) -> None:
-    available = get_available_reporting_integrations()
-    for name in names:
-        if name not in (*available, "all", "none"):
-            raise ConfigError(
-                "the experiment tracker is unknown or not installed",
-                where="--report_to",
-                found=name,
-                expected=", ".join(available) or "none: no tracker is installed",
-                fix="install the tracker's package, or leave it out",
-            )
 
 
 def _silent(_: object) -> None:

@@ -21,6 +21,7 @@ from glm4ft.data.encoded_row import IGNORED
 from glm4ft.diagnosis.evidence import (
     AdapterAudit,
     CurvePoint,
+    Evaluation,
     Evidence,
     FirstLoss,
     RenderingDifference,
@@ -112,6 +113,12 @@ CASES = {
         row(loss=2.0), losses=[8 * 0.8**i for i in range(7)] + [1.99, 2.0, 2.01] * 4, rates=[1e-3] * 7 + [0.0] * 12
     ),
     "still-falling": evidence(row(loss=DECAY[19]), losses=DECAY[:20]),
+    "stopped-by-patience": evidence(
+        row(loss=DECAY[19]),
+        losses=DECAY[:20],
+        evaluations=(Evaluation(10, 1.5), Evaluation(20, 1.51)),
+        options={"patience_ended": 20, "patience": 1},
+    ),
     "resting-above-floor": evidence(row(loss=0.4), losses=[8 * 0.6**i for i in range(7)] + [0.4, 0.41] * 10),
     "held-by-decay": evidence(
         row(loss=0.4), losses=[8 * 0.6**i for i in range(7)] + [0.4, 0.41] * 10, options={"weight_decay": 0.1}

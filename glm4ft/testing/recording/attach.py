@@ -99,7 +99,7 @@ class Attachment:
             if (self.folder / TRACE).exists():
                 raise ValueError("another process of this rank has been recorded")
             if any(type(part).__name__ == "FullyShardedDataParallel" for part in module.modules()):
-                raise ValueError("the parameters are split over the processes by FSDP's first version; FSDP2 is recorded")
+                raise ValueError("FSDP's first version splits the parameters over the processes; FSDP2 is recorded")
             self.about = describe(model, stated_configuration(sys._getframe(1)))
             self.recorder = QuietRecorder(model, self)
             self.why_not = ""

@@ -271,11 +271,11 @@ def _copy(tensor: Any) -> Any:
     if not isinstance(tensor, torch.Tensor):
         return None
     # a part of a sharded tensor is recorded as it is: gathering it would make one process wait for the others
-    own = tensor.detach().to_local() if hasattr(tensor, "to_local") else tensor.detach()
-    return own.cpu().clone()
+    own: Any = tensor.detach()
+    return (own.to_local() if hasattr(own, "to_local") else own).cpu().clone()
 
 
-def split_dimension(name: str, parameter: nn.Parameter) -> int | None:
+def split_dimension(name: str, parameter: Any) -> int | None:
     """The dimension along which FSDP2 splits a parameter over the processes; None if each process holds it whole.
 
     Raises:
@@ -285,7 +285,7 @@ def split_dimension(name: str, parameter: nn.Parameter) -> int | None:
         raise ValueError(f"{name} is split over the processes by FSDP's first version or DeepSpeed's third stage")
     if not hasattr(parameter, "to_local"):
         return None
-    (placement, *others), dim = parameter.placements, getattr(parameter.placements[0], "dim", None)
-    if dim is None or others:
-        raise ValueError(f"{name} is a distributed tensor with placements {parameter.placements}, not one split of FSDP2")
-    return int(dim)
+    placements = parameter.placements
+    if len(placements) != 1 or not placements[0].is_shard():
+        raise ValueError(f"{name} is a distributed tensor of placements {placements}, not split once as by FSDP2")
+    return int(placements[0].dim)

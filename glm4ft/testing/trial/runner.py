@@ -158,7 +158,7 @@ def trial_of(spec: str, base: str = TINY) -> Iterator[Trial]:
 
 @contextlib.contextmanager
 def _imports_kept_from_the_collector() -> Iterator[None]:
-    """accelerate collects garbage after every run, which took 20 s of a trial of 70 s for what the imports had made."""
+    """Accelerate collects garbage after every run, which took 20 s of a trial of 70 s for what the imports had made."""
     if gc.get_freeze_count():  # the caller did the same
         yield
         return

@@ -201,8 +201,8 @@ def _merge_cause(trial: Trial) -> str:
         name: tensor for shard in _merged(trial).glob("*.safetensors") for name, tensor in load_file(shard).items()
     }
     all_deltas = trial.reference.deltas(trial.trained.trained)
-    base = {name: weight[1].cpu() for name in stored if (weight := stored_in(name, trial.reference.weights))}
-    deltas = {name: delta for name in stored if (delta := stored_in(name, all_deltas))}
+    base = {name: held[1].cpu() for name in stored if (held := stored_in(name, trial.reference.weights))}
+    deltas = {name: held for name in stored if (held := stored_in(name, all_deltas))}
     foreign = [name for name in base.keys() - deltas.keys() if not _is_near(stored[name].float(), base[name])]
     if foreign:
         return f"it was merged onto another base: {min(foreign)}, which has no adapter, is not the base's"

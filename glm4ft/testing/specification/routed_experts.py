@@ -47,7 +47,8 @@ def experts_output(block: Any, hidden_BTD: torch.Tensor) -> torch.Tensor:
     experts = zip(block.experts.gate_up_proj, block.experts.down_proj, weights_TE.T, strict=True)
     for gate_up_ID, down_DI, weight_T in experts:
         own = weight_T.nonzero()[:, 0]
-        added = weight_T[own, None] * _gated(hidden_TD[own], *gate_up_ID.chunk(2), down_DI)
+        gate_ID, up_ID = gate_up_ID.chunk(2)
+        added = weight_T[own, None] * _gated(hidden_TD[own], gate_ID, up_ID, down_DI)
         output_TD = output_TD.index_add(0, own, added)
     return output_TD.reshape(hidden_BTD.shape)
 
@@ -64,7 +65,7 @@ def expert_weights(scores_TE: torch.Tensor, bias_E: torch.Tensor, config: Any) -
     weights_TE = scores_TE * chosen_TE
     if config.norm_topk_prob:
         weights_TE = weights_TE / weights_TE.sum(1, keepdim=True)
-    return weights_TE * config.routed_scaling_factor
+    return weights_TE * float(config.routed_scaling_factor)
 
 
 def chosen_experts(preference_TE: torch.Tensor, config: Any) -> torch.Tensor:

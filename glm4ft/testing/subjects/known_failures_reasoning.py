@@ -30,6 +30,18 @@ def _no_switch(rest: str, remedy: str) -> KnownFailure:
     )
 
 
+def _earlier_reasoning(remedy: str) -> KnownFailure:
+    return KnownFailure(
+        check="row_begins_with_the_serving_prompt",
+        kind="fault",
+        what="keeps the reasoning of earlier turns, which the checkpoint's template empties (LLaMA-Factory 10770) and "
+        "which its own inference empties or removes",
+        consequence="later answers are trained behind prompts that no server sends",
+        remedy=remedy,
+        messages=THOUGHT_TWICE,
+    )
+
+
 # Measured with TRL 1.16, as in NeMo AutoModel 3738.
 EMPTY_BLOCK = "trains the empty block that stands in place of reasoning, which serving sends"
 TRL_REASONING = (
@@ -73,15 +85,7 @@ LLAMA_FACTORY_REASONING = (
         for check in ("no_empty_reasoning_is_trained", "supervised_text_is_the_answer")
     ),
     _no_switch(", and have a block of their own wording", "none known"),
-    KnownFailure(
-        check="row_begins_with_the_serving_prompt",
-        kind="fault",
-        what="keeps the reasoning of earlier turns, which the checkpoint's template empties (LLaMA-Factory 10770); its "
-        "own inference removes it",
-        consequence="later answers are trained behind prompts that no server sends",
-        remedy="`mask_history: true`, which trains the last turn alone and removes the reasoning before it",
-        messages=THOUGHT_TWICE,
-    ),
+    _earlier_reasoning("`mask_history: true`, which trains the last turn alone and removes the reasoning before it"),
     *LLAMA_FACTORY[:2],
 )
 
@@ -93,10 +97,12 @@ _ALSO_DENSE = (
     "loss_flag_is_honoured",
     "loss_flag_means_the_same_in_every_spelling",
     "every_turn_ends_in_one_stop",
-    "row_begins_with_the_serving_prompt",
     "every_message_has_its_header",
 )
 MS_SWIFT_REASONING = (
     _no_switch("", "write `/nothink` behind the user's text in the data"),
+    _earlier_reasoning(
+        "`loss_scale: last_round`, which trains the last turn alone and empties the reasoning before it"
+    ),
     *(failure for failure in MS_SWIFT if failure.check in _ALSO_DENSE),
 )

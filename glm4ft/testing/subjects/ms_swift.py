@@ -36,8 +36,8 @@ class Subject(PeftSubject):
         self.stop_ids = self.tokenizer.convert_tokens_to_ids(template.template_meta.stop_words)
 
     @property
-    def types(self) -> dict[str, str]:
-        """The options that name model and template."""
+    def types(self) -> dict[str, Any]:
+        """The options that say which model it is and how it is asked."""
         return {"model_type": self.model_type, "template": self.template_name}
 
     def _pipeline(self, plan: Any, conversations: Any) -> Any:

@@ -85,7 +85,7 @@ def wrong(old: str, new: str) -> Any:
         ("torch.sigmoid(", "torch.softmax(dim=1, input="),
         ("weights_TE / weights_TE.sum(1, keepdim=True)", "weights_TE"),
         ("config.num_experts_per_tok)", "config.num_experts_per_tok - 1)"),
-        ("* config.routed_scaling_factor", ""),
+        ("* float(config.routed_scaling_factor)", ""),
     ],
 )
 def test_a_mistake_in_it_would_show(old: str, new: str) -> None:

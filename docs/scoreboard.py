@@ -56,7 +56,7 @@ class Peer:
 
 
 HF = ("transformers", "peft", "torch")
-ROWS_OF_GLM_45 = ("tiny-glm-4.5", ("rows",))
+ROWS_OF_GLM_45 = ("tiny:glm-4.5", ("rows",))
 PEERS = (
     Peer("glm4ft", f"{SUBJECTS}.own:Subject", "trl", ("glm4ft", *HF), about="This project's own trainer."),
     Peer(
@@ -125,9 +125,9 @@ PEERS = (
             base=base,
         )
         for name, base, about in (
-            ("GLM-Z1", "tiny-glm-z1-0414", ", which always thinks."),
-            ("GLM-4.5", "tiny-glm-4.5", ", which has experts."),
-            ("GLM-4.7", "tiny-glm-4.7", ", which has experts and the attention of GLM-4.7-Flash."),
+            ("GLM-Z1", "tiny:glm-z1-0414", ", which always thinks."),
+            ("GLM-4.5", "tiny:glm-4.5", ", which has experts."),
+            ("GLM-4.7", "tiny:glm-4.7", ", which has experts and the attention of GLM-4.7-Flash."),
         )
     ),
     Peer(

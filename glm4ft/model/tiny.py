@@ -47,9 +47,11 @@ from transformers import (
 )
 
 from glm4ft.data.turn_format import FormatName
+from glm4ft.model.checkpoint import TINY, TINY_GLM4_IDS
 from glm4ft.model.portable import write_both_names, write_tokenizer
 from glm4ft.model.tiny_tokenizer import (
     CONTROL_TOKENS,
+    FORMAT_OF,
     GLM4_ROWS,
     MARKER_TOKENS,
     SAMPLED_MARKERS,
@@ -185,6 +187,17 @@ def constructed_weights(
             yield name, weight
         else:
             yield name, normal(like, 1 / math.sqrt(hidden) if like.dim() > 1 else 0.02)
+
+
+# The built-in bases by name, each with the options of write_tiny_base.
+TINY_BASES: Mapping[str, Mapping[str, Any]] = {
+    TINY: {},
+    TINY_GLM4_IDS: {"glm4_ids": True},
+    **{
+        f"{TINY}:{name}": {"architecture": architecture, "chat_format": name}
+        for architecture, name in [*FORMAT_OF.items(), ("Glm4ForCausalLM", "glm-z1-0414")]
+    },
+}
 
 
 def write_tiny_base(

@@ -137,26 +137,13 @@ class Bases:
 
 def _write(spec: str, folder: Path, dtype: str) -> None:
     from glm4ft.model.base_model import DTYPES
-    from glm4ft.model.tiny import write_tiny_base
+    from glm4ft.model.tiny import TINY_BASES, write_tiny_base
     from glm4ft.testing.bases.random_base import write_random_base
 
     if spec.startswith(RANDOM_PREFIX):
         write_random_base(spec, folder, dtype=DTYPES[dtype])
+    elif spec in TINY_BASES:
+        write_tiny_base(folder, dtype=DTYPES[dtype], **TINY_BASES[spec])
     else:
-        write_tiny_base(folder, dtype=DTYPES[dtype], **_variant(spec))
-
-
-def _variant(spec: str) -> dict[str, Any]:
-    """The transformers class and the chat format of a built-in base."""
-    from glm4ft.data.turn_format import FORMATS
-    from glm4ft.model.tiny_tokenizer import FORMAT_OF
-
-    if spec == TINY:
-        return {}
-    name = spec.removeprefix(TINY_PREFIX)
-    for known, turn_format in FORMATS.items():
-        if known == name:  # the class whose first format it is, if there is one
-            kinds = [kind for kind, first in FORMAT_OF.items() if first == known]
-            return {"architecture": (*kinds, *turn_format.architectures)[0], "chat_format": known}
-    legal = ", ".join(TINY_PREFIX + known for known in FORMATS)
-    raise ConfigError("there is no such chat format", where="--glm4ft-model", found=spec, expected=legal)
+        legal = ", ".join(TINY_BASES)
+        raise ConfigError("there is no such built-in base", where="--glm4ft-model", found=spec, expected=legal)

@@ -13,22 +13,15 @@ from typing import Any, Literal
 
 import torch
 
-from glm4ft.data.turn_format import FormatName
 from glm4ft.errors import ConfigError, InputError, RunError
-from glm4ft.model.checkpoint import TINY, TINY_GLM4_IDS, find_checkpoint
-from glm4ft.model.tiny import write_tiny_base
-from glm4ft.model.tiny_tokenizer import FORMAT_OF, Architecture
+from glm4ft.model.checkpoint import TINY, find_checkpoint
+from glm4ft.model.tiny import TINY_BASES, write_tiny_base
 from glm4ft.testing.subject import load_subject, parts
 from glm4ft.testing.trial.registry import Check
 from glm4ft.testing.trial.stages import STAGES, CheckFailed, NotApplicable
 from glm4ft.testing.trial.trial import Trial
 from glm4ft.testing.trial.verdicts import group_failures
 
-# The built-in base for the checkpoints of each chat format, by its name.
-TINY_OF: dict[str, tuple[Architecture, FormatName]] = {
-    f"{TINY}-{name}": (architecture, name)
-    for architecture, name in [*FORMAT_OF.items(), ("Glm4ForCausalLM", "glm-z1-0414")]
-}
 Status = Literal["passed", "failed", "error", "skipped", "expected-failure"]
 
 
@@ -139,7 +132,7 @@ def trial_of(spec: str, base: str = TINY) -> Iterator[Trial]:
 
     Args:
         spec: The subject as ``MODULE:ATTR``.
-        base: The base: ``tiny``, ``tiny-glm4-ids`` (the same with GLM-4's own ids), ``tiny-`` and the name of another
+        base: The base: ``tiny``, ``tiny-glm4-ids`` (the same with GLM-4's own ids), ``tiny:`` and the name of a
             chat format (the same for its checkpoints), or a checkpoint's folder.
     """
     num_threads = torch.get_num_threads()
@@ -170,13 +163,7 @@ def _imports_kept_from_the_collector() -> Iterator[None]:
 
 
 def _base_dir(base: str, folder: Path) -> Path:
-    if base == TINY:
-        return write_tiny_base(folder)
-    if base == TINY_GLM4_IDS:
-        return write_tiny_base(folder, glm4_ids=True)
-    if base in TINY_OF:
-        return write_tiny_base(folder, architecture=TINY_OF[base][0], chat_format=TINY_OF[base][1])
-    return find_checkpoint(base)
+    return write_tiny_base(folder, **TINY_BASES[base]) if base in TINY_BASES else find_checkpoint(base)
 
 
 def known_failures(subject: Any) -> Mapping[str, str]:

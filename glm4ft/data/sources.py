@@ -18,12 +18,14 @@ from typing import Any, NamedTuple
 from glm4ft.data.conversation import Role
 from glm4ft.data.json_values import is_array, listed, says_nothing
 from glm4ft.data.known_keys import (
+    NO_CONVERSATION,
     RECORD_SHAPES,
     SYSTEM_KEYS,
     TOOL_KEYS,
     USED_IN_RECORD,
     refuse_flag_of_record,
     refuse_lost_meaning,
+    refused,
     unknown_keys,
 )
 from glm4ft.data.messages import is_message, read_messages, unknown_keys_of
@@ -122,6 +124,8 @@ def _shape_of(record: Record, place: Location, named: frozenset[str]) -> Shape:
     # Alpaca's records have all that a pair of input and output has
     fits = [s for s in fits if not any(set(s.keys) < {*other.keys, *other.optional} for other in fits if other != s)]
     if not fits:
+        for key in record.keys() & NO_CONVERSATION.keys():
+            raise refused(NO_CONVERSATION[key], record[key], place.key(key))
         begun = [shape for shape in shapes if record.get(shape.keys[0]) not in (None, "")]
         fits = (begun or [shape for shape in shapes if shape.keys[0] in record])[:1]
         others = [key for key in _ANSWERS if fits and key not in fits[0].keys and isinstance(record.get(key), str)]
@@ -146,6 +150,9 @@ def _no_shape(record: Record, place: Location) -> DataError:
     if texts == ["text"]:
         problem = "a record is one text, not a conversation"
         fix = "give the messages themselves: plain text has no answers to train on, and a rendered one has lost them"
+    elif any(isinstance(value, Mapping) and "file_name" in value for value in record.values()):
+        problem = "a file lists data sets, and holds no conversations"
+        fix = "name the files that it lists"
     elif wrapped is not None and is_message(record[wrapped][0]):
         fix = f"name the list of messages: --columns messages={wrapped}"
     elif wrapped is not None and len(record) == 1:

@@ -346,6 +346,7 @@ def test_without_datasets_the_way_out_is_named(tmp_path: Path, monkeypatch: pyte
     [
         ("org/talks", ("org/talks", None, "train")),
         ("org/talks:test", ("org/talks", None, "test")),
+        ("org/talks:train[5%:10%]", ("org/talks", None, "train[5%:10%]")),
         ("org/talks:polite:train[:2]", ("org/talks", "polite", "train[:2]")),
     ],
 )

@@ -7,13 +7,17 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from glm4ft.cli.libraries import quiet_libraries
 from glm4ft.cli.options import Parser
 from glm4ft.cli.wording import nearest
 from glm4ft.errors import ConfigError
 
+if TYPE_CHECKING:
+    from glm4ft.testing.baseline.baseline_file import Baseline
+
+OWN = "glm4ft.testing.subjects.own:Subject"
 ACTIONS = {
     "record": "Train with several seeds and keep the curves of loss, gradient norm and learning rate.",
     "compare": "Train again with the same seeds and say whether the curves are still the same.",
@@ -46,19 +50,31 @@ def parse(argv: Sequence[str]) -> Namespace:
 
 
 def _record_options(parser: Parser) -> None:
-    own = "glm4ft.testing.subjects.own:Subject"
     parser.add_argument("--output", annotation=str, required=True, help="File to write, ending in .jsonl.")
-    parser.add_argument("--subject", annotation=str, default=own, help="MODULE:ATTR of the pipeline.")
-    parser.add_argument("--model", annotation=str, default="tiny", help="Base: tiny, random:NAME, a folder or hub id.")
-    parser.add_argument("--seeds", annotation=int, default=8, help="Number of seeds, 5 to 14.")
-    parser.add_argument("--steps", annotation=int, default=20, help="Optimizer steps of each run.")
-    parser.add_argument("--packing", annotation=bool, default=False, help="Whether rows are packed.")
+    parser.add_argument("--subject", annotation=str | None, help=f"MODULE:ATTR of the pipeline; by default {OWN}.")
+    parser.add_argument(
+        "--model", annotation=str | None, help="Base: tiny (the default), tiny:FORMAT, random:NAME, a folder or hub id."
+    )
+    parser.add_argument("--seeds", annotation=int | None, help="Number of seeds, 5 to 14; 8 by default.")
+    parser.add_argument("--steps", annotation=int | None, help="Optimizer steps of each run; 10 by default.")
+    parser.add_argument("--packing", annotation=bool | None, help="Whether rows are packed; false by default.")
+    _recordings_option(parser)
+    parser.add_argument("--repeat", annotation=str | None, help="Folder of a second recording of the first run.")
+
+
+def _recordings_option(parser: Parser) -> None:
+    parser.add_argument(
+        "--recordings", annotation=str, nargs="+", default=[],
+        help="Folders of glm4ft record, one for each seed, in place of a subject.",
+    )  # fmt: skip
 
 
 def _compare_options(parser: Parser) -> None:
     parser.add_argument(
         "files", annotation=str, nargs="+", help="Files that glm4ft baseline record wrote, or folders of them."
     )
+    _recordings_option(parser)
+    parser.add_argument("--model", annotation=str, default="", help="Folder of the base that recorded runs loaded.")
     parser.add_argument("--keep", annotation=str | None, help="Folder for the curves of today, for the history.")
     parser.add_argument("--json", nargs="?", const="-", help="Write the results as JSON here, or to stdout.")
 
@@ -90,25 +106,49 @@ def run(options: Namespace) -> bool:
 
 
 def _record(options: Namespace) -> bool:
-    from glm4ft.testing.baseline.measure import PLAN, record_baseline
-
     output = Path(options.output)
-    plan = {**PLAN, "steps": options.steps, "packing": options.packing}
-    found = record_baseline(output, options.subject, options.model, plan, options.seeds, _progress)
+    found = _recorded(output, options) if options.recordings else _run(output, options)
     ends = [curve.steps[-1].loss for curve in found.curves]
-    print(f"{len(found.curves)} seeds of {options.steps} steps, loss at the end {min(ends):.4g} to {max(ends):.4g}")
+    steps = len(found.curves[0].steps)
+    print(f"{len(found.curves)} seeds of {steps} steps, loss at the end {min(ends):.4g} to {max(ends):.4g}")
     print(f"baseline: {output}")
     return True
+
+
+def _run(output: Path, options: Namespace) -> Baseline:
+    from glm4ft.testing.baseline.measure import PACKED, PLAN, SEEDS, record_baseline
+    from glm4ft.testing.session.gpu_lane import LARGE_PLAN, TINY, is_large
+
+    if options.repeat:
+        raise ConfigError("an option of recorded runs", where="--repeat", fix="name the recordings with --recordings")
+    model = options.model or TINY
+    plan = {**(PACKED if options.packing else PLAN), **(LARGE_PLAN if is_large(model) else {})}
+    plan |= {} if options.steps is None else {"steps": options.steps}
+    seeds = SEEDS if options.seeds is None else options.seeds
+    return record_baseline(output, options.subject or OWN, model, plan, seeds, _progress)
+
+
+def _recorded(output: Path, options: Namespace) -> Baseline:
+    from glm4ft.testing.baseline.recordings import record_recordings
+
+    for name in ("subject", "seeds", "steps", "packing"):
+        if getattr(options, name) is not None:
+            raise ConfigError("recorded runs state this themselves", where=f"--{name}", fix=f"leave --{name} out")
+    if not options.repeat:
+        raise ConfigError("nothing shows that the recorded runs repeat", where="--repeat",
+                          fix="record the first run once more and name the folder with --repeat")  # fmt: skip
+    folders = [Path(name) for name in options.recordings]
+    return record_recordings(output, folders, Path(options.repeat), options.model or "", _progress)
 
 
 def _compare(options: Namespace) -> bool:
     from glm4ft.files import write_atomically
     from glm4ft.testing.baseline.compare import compare_again
 
-    records, is_quiet = list[dict[str, Any]](), options.json == "-"
+    records, is_quiet, recordings = list[dict[str, Any]](), options.json == "-", [Path(n) for n in options.recordings]
     for file in _files(options.files):
         keep = Path(options.keep) / file.name if options.keep else None
-        comparison = compare_again(file, keep, _progress)
+        comparison = compare_again(file, keep, _progress, recordings=recordings, base=options.model)
         records.append({"file": str(file), **comparison.record()})
         if not is_quiet:
             print(f"{file}: {comparison}")

@@ -13,6 +13,7 @@ from pathlib import Path
 from glm4ft.cli.options import Parser
 from glm4ft.errors import ConfigError
 from glm4ft.folders import require_unused
+from glm4ft.testing.baseline.repository import commit, uncommitted
 from glm4ft.testing.recording import environment
 
 
@@ -56,6 +57,7 @@ def run(options: Namespace) -> bool:
     variables = {
         **os.environ, "PYTHONPATH": path, environment.FOLDER: str(folder), environment.STEPS: str(options.steps),
         environment.MODULES: options.modules, environment.COMMAND: shlex.join(options.command),
+        environment.COMMIT: _commit(),
     }  # fmt: skip
     try:
         status = subprocess.call(options.command, env=variables)
@@ -65,3 +67,9 @@ def run(options: Namespace) -> bool:
     say = f"recorded {len(ranks)} process{'es' * (len(ranks) != 1)} in {options.output}: glm4ft judge {options.output}"
     print(f"glm4ft: {say}" if ranks else f"glm4ft: nothing was recorded in {options.output}", file=sys.stderr)
     sys.exit(status if status >= 0 else 128 - status)
+
+
+def _commit() -> str:
+    """The commit of the working directory's repository, marked if files differ from it; "" without one."""
+    here = Path.cwd()
+    return commit(here) + environment.UNCOMMITTED * bool(uncommitted(here))

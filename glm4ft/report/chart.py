@@ -49,6 +49,7 @@ class Chart:
         points: The steps and values of a second, sparse series.
         points_name: The name of the second series.
         caption: What is said below the chart.
+        x_name: What is counted along the chart; its last word names a point.
     """
 
     name: str
@@ -59,6 +60,12 @@ class Chart:
     points: Sequence[tuple[int, float | None]] = ()
     points_name: str = ""
     caption: str = ""
+    x_name: str = X_NAME
+
+    @property
+    def point_name(self) -> str:
+        """The word before the number of a point, as in "step 3"."""
+        return self.x_name.split()[-1]
 
     @property
     def drawn_lines(self) -> list[Line]:
@@ -82,13 +89,13 @@ class Chart:
         if not known:
             return f"{self.name}: no finite value"
         (first, begin), (last, end) = known[0], known[-1]
-        text = f"{self.name}: {begin:.4g} at step {first}, {end:.4g} at step {last}"
+        text = f"{self.name}: {begin:.4g} at {self.point_name} {first}, {end:.4g} at {self.point_name} {last}"
         low, high = min(value for _, value in known), max(value for _, value in known)
         if low == high:
             return f"{self.name}: {low:.4g} throughout"
         text += f", between {low:.4g} and {high:.4g}" if len(known) > 2 else ""
         missing = [step for step, value in zip(self.steps, self.values, strict=True) if value is None]
-        return text + (f"; not finite at step {missing[0]}" if missing else "")
+        return text + (f"; not finite at {self.point_name} {missing[0]}" if missing else "")
 
     def svg(self) -> Markup:
         """Draw the chart as an ``svg`` element."""
@@ -170,7 +177,7 @@ def _grid(chart: Chart, scale: _Scale) -> list[Markup]:
         parts += [label.format(kind="tick y", x=LEFT - 8, y=y + 5, text=f"{value:.3g}")]
     for step in scale.step_ticks():
         parts += [label.format(kind="tick x", x=scale.x(step), y=bottom + 22, text=f"{step:,}")]
-    parts += [label.format(kind="tick x name", x=(LEFT + right) / 2, y=HEIGHT - 6, text=X_NAME)]
+    parts += [label.format(kind="tick x name", x=(LEFT + right) / 2, y=HEIGHT - 6, text=chart.x_name)]
     parts += [line.format(kind="axis", x1=LEFT, x2=right, y1=bottom, y2=bottom)]
     for reference in (line for line in chart.drawn_lines if line.value > 0 or not scale.is_log):
         y = scale.y(reference.value)
@@ -198,11 +205,12 @@ def _curve(chart: Chart, scale: _Scale) -> list[Markup]:
             path = " ".join(f"{scale.x(s):.1f},{scale.y(v):.1f}" for s, v in stretch)
             parts.append(Markup('<polyline class="curve" points="{}"/>').format(path))
         stretch = []
-    parts += [_missing(scale, step) for step, value in points if value is None]
+    parts += [_missing(chart.point_name, scale, step) for step, value in points if value is None]
     few = len(points) <= MAX_DOTS
-    parts += [_dot("dot" if few else "hover", scale, s, v, chart.name) for s, v in points if v is not None]
+    kind = "dot" if few else "hover"
+    parts += [_dot(kind, scale, s, v, f"{chart.point_name} {s:,}: {chart.name}") for s, v in points if v is not None]
     sparse = [(s, v) for s, v in chart.points if v is not None and (v > 0 or not scale.is_log)]
-    return parts + [_dot("point", scale, s, v, chart.points_name) for s, v in sparse]
+    return parts + [_dot("point", scale, s, v, f"{chart.point_name} {s:,}: {chart.points_name}") for s, v in sparse]
 
 
 def _series(chart: Chart) -> list[tuple[int, float | None]]:
@@ -226,12 +234,12 @@ def _value(point: tuple[int, float | None]) -> float:
 def _dot(kind: str, scale: _Scale, step: int, value: float, name: str) -> Markup:
     dot = Markup('<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="{r}"><title>{text}</title></circle>')
     radius = {"dot": 2.5, "hover": 5, "point": 4}[kind]
-    return dot.format(kind=kind, x=scale.x(step), y=scale.y(value), r=radius, text=f"step {step:,}: {name} {value:.5g}")
+    return dot.format(kind=kind, x=scale.x(step), y=scale.y(value), r=radius, text=f"{name} {value:.5g}")
 
 
-def _missing(scale: _Scale, step: int) -> Markup:
-    cross = Markup('<text class="missing" x="{x:.1f}" y="{y}">✕<title>step {step}: not finite</title></text>')
-    return cross.format(x=scale.x(step), y=TOP + 8, step=step)
+def _missing(name: str, scale: _Scale, step: int) -> Markup:
+    cross = Markup('<text class="missing" x="{x:.1f}" y="{y}">✕<title>{name} {step}: not finite</title></text>')
+    return cross.format(x=scale.x(step), y=TOP + 8, name=name, step=step)
 
 
 def _off(value: float) -> str:

@@ -20,7 +20,7 @@ class Recording:
         loss: The mean loss of the last step over the seeds, in nats per supervised token.
         grad_norm: The largest gradient norm, in the mean over the seeds.
         step_s: The median duration of a step, in seconds.
-        peak_memory_mib: The largest memory, in MiB.
+        peak_memory_mib: The largest memory, in MiB; 0 if it was not measured.
         curve: The mean loss of each step over the seeds.
     """
 
@@ -52,7 +52,11 @@ def render_history(title: str, recordings: Sequence[Recording]) -> str:
         A complete document with the style sheet and the security policy of the report.
     """
     numbers = list(range(1, len(recordings) + 1))
-    charts = [Chart(words, numbers, [getattr(r, name) for r in recordings]) for name, words in FIGURES]
+    charts = [
+        Chart(words, numbers, [getattr(r, name) for r in recordings], x_name="recording")
+        for name, words in FIGURES
+        if any(getattr(r, name) for r in recordings)
+    ]
     style, digest = style_and_digest()
     page = environment().get_template("history.html")
     return page.render(title=title, recordings=recordings, charts=charts, style=style, style_sha256=digest)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -246,20 +246,21 @@ def glm4ft_check(request: pytest.FixtureRequest, glm4ft_trials: Trials) -> Calla
 
 
 @pytest.fixture
-def glm4ft_baseline(pytestconfig: pytest.Config) -> Callable[[str], None]:
+def glm4ft_baseline(pytestconfig: pytest.Config) -> Callable[..., None]:
     """A function ``glm4ft_baseline(name)`` that fails if training no longer gives the curves of ``DIR/name.jsonl``.
 
     ``--glm4ft-baseline=DIR`` names the folder; without it the test is skipped. The file states subject, base, plan and
-    seeds; ``glm4ft baseline record`` writes it, a test never does.
+    seeds; ``glm4ft baseline record`` writes it, a test never does. For a file of recorded runs, the folders of today's
+    recordings are passed as ``recordings``.
     """
     folder = BASELINE.value(pytestconfig)
     if not folder:
         pytest.skip(f"needs recorded curves; found neither {BASELINE.flag} nor {BASELINE.variable}")
 
-    def require(name: str) -> None:
+    def require(name: str, recordings: Sequence[str | Path] = ()) -> None:
         from glm4ft.testing.baseline.compare import compare_again
 
-        comparison = compare_again(Path(folder) / f"{name}.jsonl")
+        comparison = compare_again(Path(folder) / f"{name}.jsonl", recordings=[Path(path) for path in recordings])
         if comparison.is_alarm:
             pytest.fail(f"{name}: {comparison}", pytrace=False)
 

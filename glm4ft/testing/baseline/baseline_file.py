@@ -24,7 +24,7 @@ class Baseline:
     """Recorded curves with their identity and origin.
 
     Args:
-        subject: The subject as ``MODULE:ATTR``.
+        subject: The subject as ``MODULE:ATTR``; "" for runs that ``glm4ft record`` recorded.
         model: The base, as for ``--glm4ft-model``.
         identity: What was trained, and how.
         environment: Where the curves were measured.
@@ -40,6 +40,11 @@ class Baseline:
     commit: str
     recorded_at: str
     curves: tuple[Curve, ...]
+
+    @property
+    def source(self) -> str:
+        """What was measured, in words."""
+        return f"{self.subject or 'recorded runs'} on {self.model}"
 
 
 @dataclass(frozen=True)

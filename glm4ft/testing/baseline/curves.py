@@ -10,12 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from glm4ft.data.encoded_row import IGNORED
-from glm4ft.testing.recording.trace import Step
-from glm4ft.testing.specification.lora_spec import LoraSpec
+from glm4ft.testing.recording.trace import Step, Trace
+from glm4ft.testing.replay.matching import KnownRows
 from glm4ft.testing.specification.reference import Reference, clip_factor
-from glm4ft.testing.trial.runs import RecordedRun
-from glm4ft.testing.trial.stages import NotApplicable
-from glm4ft.testing.trial.trial import Trial
 
 
 @dataclass(frozen=True)
@@ -61,30 +58,22 @@ class Curve:
         return all(math.isfinite(figure) for step in self.steps for figure in astuple(step))
 
 
-def curve_of(run: RecordedRun, trial: Trial) -> tuple[StepFigures, ...]:
+def steps_of(trace: Trace, known: KnownRows, base: Reference) -> tuple[StepFigures, ...]:
     """The figures of a recorded run, computed from what passed through the model; its log is not read.
 
     Args:
-        run: The recorded run.
-        trial: The trial that recorded it.
+        trace: The recording.
+        known: The rows of the run, with their labels.
+        base: The base, whose head makes logits of the recorded hidden states.
     """
-    base = _base_of(trial)
-    return tuple(_figures(number, step, run, base) for number, step in enumerate(run.trace.steps, start=1))
+    return tuple(_figures(number, step, known, base) for number, step in enumerate(trace.steps, start=1))
 
 
-def _base_of(trial: Trial) -> Reference:
-    """The base, for the rows of its head; adapters that the specification does not cover leave the head alone."""
-    try:
-        return trial.reference
-    except NotApplicable:
-        return Reference(trial.base_dir, LoraSpec(rank=1, alpha=1))
-
-
-def _figures(number: int, step: Step, run: RecordedRun, base: Reference) -> StepFigures:
+def _figures(number: int, step: Step, known: KnownRows, base: Reference) -> StepFigures:
     tokens, supervised, total = 0, 0, 0.0
     for forward in step.forwards:
-        for span in run.known.find_in(forward).rows:
-            labels = torch.tensor(run.known.labels[span.ids][1:])
+        for span in known.find_in(forward).rows:
+            labels = torch.tensor(known.labels[span.ids][1:])
             with torch.no_grad():
                 logits_TV = base.logits(forward.hidden_BTD[span.b][span.positions][: len(labels)].float(), step.before)
             tokens, supervised = tokens + len(span.ids), supervised + int((labels != IGNORED).sum())

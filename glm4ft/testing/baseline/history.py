@@ -28,18 +28,22 @@ def show_history(files: Sequence[Path], report: Path | None = None) -> None:
         DataError: If a file cannot be read, or the files are not of one subject and base.
     """
     baselines = sorted((read_baseline(file) for file in files), key=lambda baseline: baseline.recorded_at)
-    kinds = sorted({f"{b.subject} on {b.model}, packing={b.identity.plan.get('packing')}" for b in baselines})
+    kinds = sorted({f"{b.source}{', packed' * bool(b.identity.plan.get('packing'))}" for b in baselines})
     if len(kinds) > 1:
         raise DataError("the files are not recordings of one baseline", found="; ".join(kinds),
                         fix="give the files of one subject, base and plan")  # fmt: skip
     recordings = [recording_of(baseline) for baseline in baselines]
-    table = Table("recorded", "commit", "loss", "largest norm", "step", "memory", "device and versions", box=box.SIMPLE)
+    places = {device: number for number, device in enumerate(dict.fromkeys(r.device for r in recordings), start=1)}
+    table = Table("recorded", "commit", "loss", "norm", "step", "memory", "on", box=box.SIMPLE, padding=(0, 1))
     for r in recordings:
-        figures = sparkline(r.curve, width=16), f"{r.grad_norm:.3g}", f"{r.step_s * 1e3:.0f} ms"
-        table.add_row(r.recorded_at[:16], r.commit[:8], *figures, f"{r.peak_memory_mib:.0f} MiB", r.device)
+        memory = f"{r.peak_memory_mib:.0f} MiB" if r.peak_memory_mib else "–"
+        figures = sparkline(r.curve, width=10), f"{r.grad_norm:.3g}", f"{r.step_s * 1e3:.0f} ms", memory
+        table.add_row(r.recorded_at[:10], r.commit[:8] or "–", *figures, str(places[r.device]))
     console = Console(highlight=False, markup=False)
     console.print(visible(kinds[0], newlines=False))
     console.print(table)
+    for device, number in places.items():
+        console.print(f"on {number}: {visible(device, newlines=False)}", soft_wrap=True)
     if report:
         report.mkdir(parents=True, exist_ok=True)
         write_atomically(report / "history.html", render_history(kinds[0], recordings))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ import torch
 from safetensors import safe_open
 
 from glm4ft.testing.checks.model import NOT_ARITHMETIC
+from glm4ft.testing.recording.trace import Tensors
 from glm4ft.testing.specification.reference import LabelledIds
-from glm4ft.testing.trial.trial import Trial
 
 # Relative. Random weights are drawn with other last bits by other builds of torch; another seed changes them wholly.
 SAME_WEIGHTS = 1e-4
@@ -31,6 +31,7 @@ class Identity:
         weights: The norm of each tensor of the base, and its product with a fixed pattern of signs.
         tokenizer: The digest of the tokenizer's vocabulary and chat template.
         adapters: The requested adapters, by peft's names.
+        trained: The shape of each trained parameter: another version of peft may make others of the same request.
         rows: The digest of the ids and labels of each row.
     """
 
@@ -39,26 +40,33 @@ class Identity:
     weights: Mapping[str, tuple[float, float]]
     tokenizer: str
     adapters: Mapping[str, Any]
+    trained: Mapping[str, tuple[int, ...]]
     rows: tuple[str, ...] = field(default=())
 
 
-def identity_of(trial: Trial, plan: Mapping[str, Any], rows: list[LabelledIds]) -> Identity:
+def identity_of(
+    base_dir: Path, tokenizer: Any, plan: Mapping[str, Any], adapters: Mapping[str, Any], trained: Tensors,
+    rows: Sequence[LabelledIds],
+) -> Identity:  # fmt: skip
     """The identity of runs.
 
     Args:
-        trial: The subject on its base.
-        plan: The whole plan of the runs.
-        rows: The rows that the subject encodes its conversations as.
+        base_dir: The folder of the base.
+        tokenizer: The tokenizer of the rows.
+        plan: The plan of the runs; seed and folder do not take part.
+        adapters: The requested adapters, by peft's names.
+        trained: The trained parameters.
+        rows: The rows, in their order.
     """
-    config = json.loads((trial.base_dir / "config.json").read_text("utf-8"))
-    tokenizer = trial.subject.tokenizer
+    config = json.loads((base_dir / "config.json").read_text("utf-8"))
     spelled = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template], ensure_ascii=False)
     return Identity(
         plan=_plain({name: value for name, value in plan.items() if name not in ("seed", "output_dir")}),
         config={name: value for name, value in sorted(config.items()) if name not in NOT_ARITHMETIC},
-        weights=dict(_weights(trial.base_dir)),
+        weights=dict(_weights(base_dir)),
         tokenizer=_digest(spelled),
-        adapters=_plain(getattr(trial.subject, "lora", None) or {}),
+        adapters=_plain(adapters),
+        trained={name: tuple(parameter.shape) for name, parameter in sorted(trained.items())},
         rows=tuple(_digest(json.dumps([list(ids), list(labels)])) for ids, labels in rows),
     )
 
@@ -83,7 +91,7 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def difference(before: Identity, now: Identity, rows: list[LabelledIds], tokenizer: Any) -> str:
+def difference(before: Identity, now: Identity, rows: Sequence[LabelledIds], tokenizer: Any) -> str:
     """What makes curves incomparable, in words; "" if nothing does.
 
     Args:
@@ -96,6 +104,10 @@ def difference(before: Identity, now: Identity, rows: list[LabelledIds], tokeniz
         for name in sorted(old.keys() | new.keys()):
             if old.get(name) != new.get(name):
                 return f"{what}: {name} is {new.get(name)}, in the baseline {old.get(name)}"
+    for name in sorted(before.trained.keys() | now.trained.keys()):
+        shapes = [list(side.trained[name]) if name in side.trained else "not there" for side in (now, before)]
+        if shapes[0] != shapes[1]:
+            return f"other adapters: the trained parameter {name} is {shapes[0]}, in the baseline {shapes[1]}"
     for name in sorted(before.config.keys() & now.config.keys()):  # other versions of transformers write more fields
         if before.config[name] != now.config[name]:
             found = f"{name} of config.json is {now.config[name]}, in the baseline {before.config[name]}"
@@ -116,12 +128,12 @@ def _is_near(before: tuple[float, float], now: tuple[float, float]) -> bool:
     return all(abs(a - b) <= SAME_WEIGHTS * size for a, b in zip(before, now, strict=True)) and math.isfinite(size)
 
 
-def _other_row(before: tuple[str, ...], now: tuple[str, ...], rows: list[LabelledIds], tokenizer: Any) -> str:
-    for number, (old, new) in enumerate(zip(before, now, strict=False), start=1):
-        if old != new:
-            shown = tokenizer.decode(list(rows[number - 1][0]))
-            num_other = sum(a != b for a, b in zip(before, now, strict=False))
-            return f"other data: ids or labels of row {number} differ ({num_other} like it); it is now {shown!r}"
-    if len(before) != len(now):
+def _other_row(before: tuple[str, ...], now: tuple[str, ...], rows: Sequence[LabelledIds], tokenizer: Any) -> str:
+    known = set(before)
+    new = [number for number, digest in enumerate(now, start=1) if digest not in known]
+    if new:
+        shown = tokenizer.decode(list(rows[new[0] - 1][0]))
+        return f"other data: ids or labels of row {new[0]} differ ({len(new)} like it); it is now {shown!r}"
+    if sorted(before) != sorted(now):
         return f"other data: {len(now)} rows, in the baseline {len(before)}"
-    return ""
+    return "" if before == now else "other data: the same rows in another order"

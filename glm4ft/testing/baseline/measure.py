@@ -16,19 +16,28 @@ import torch
 from glm4ft.errors import ConfigError, RunError
 from glm4ft.model.checkpoint import find_checkpoint
 from glm4ft.testing.baseline.baseline_file import Baseline, write_baseline
-from glm4ft.testing.baseline.curves import Curve, curve_of, first_unequal
-from glm4ft.testing.baseline.environment import commit, environment, uncommitted
+from glm4ft.testing.baseline.curves import Curve, first_unequal, steps_of
+from glm4ft.testing.baseline.environment import environment
 from glm4ft.testing.baseline.identity import identity_of
+from glm4ft.testing.baseline.repository import commit, uncommitted
 from glm4ft.testing.baseline.sign_flips import MAX_SEEDS, MIN_SEEDS
+from glm4ft.testing.baseline.training_data import conversations_of
+from glm4ft.testing.recording.trace import Tensors
 from glm4ft.testing.session.gpu_lane import TINY, Bases
+from glm4ft.testing.specification.lora_spec import LoraSpec
+from glm4ft.testing.specification.reference import Reference
 from glm4ft.testing.subject import load_subject, make_plan
+from glm4ft.testing.trial.runs import RecordedRun
+from glm4ft.testing.trial.stages import NotApplicable
 from glm4ft.testing.trial.trial import Trial
 from glm4ft.train.trainer import peak_memory_bytes
 
 # What a baseline's runs do: accumulation, warm-up, decay of rate and weights, and clipping all take part.
 PLAN: Mapping[str, Any] = {
-    "steps": 20, "accumulation": 2, "schedule": "linear", "warmup_steps": 3, "weight_decay": 0.01,
+    "steps": 10, "accumulation": 2, "schedule": "linear", "warmup_steps": 2, "weight_decay": 0.01,
 }  # fmt: skip
+PACKED: Mapping[str, Any] = {**PLAN, "packing": True, "micro_batch_size": 1}
+DATA = "baseline"  # the name of the conversations in the trial
 SEEDS = 8
 Progress = Callable[[Sequence[int]], Iterable[int]]  # passes the seeds on, and shows how far it is
 
@@ -66,12 +75,34 @@ def measure(
         progress: A function that passes the seeds on and shows how far it is.
     """
     with _trial(subject, model) as trial:
-        curves = tuple(measure_curve(trial, seed, plan) for seed in progress(seeds))
-        rows = trial.rows(trial.conversations)
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        identity = identity_of(trial, make_plan(**plan), rows)
-        found = Baseline(subject, model, identity, environment(), commit(Path.cwd()), now, curves)
-        return Measured(found, rows, trial.subject.tokenizer)
+        return measure_trial(trial, model, plan=plan, seeds=seeds, progress=progress)
+
+
+def measure_trial(
+    trial: Trial, model: str, *, plan: Mapping[str, Any], seeds: Sequence[int], progress: Progress = iter
+) -> Measured:
+    """Run the subject of a trial once for each seed and collect its curves.
+
+    Args:
+        trial: The subject on its base.
+        model: What the base is called in the file.
+        plan: The changes of the standard plan.
+        seeds: The seeds.
+        progress: A function that passes the seeds on and shows how far it is.
+    """
+    trial.data[DATA] = conversations_of(trial)
+    rows = trial.rows(trial.data[DATA])
+    curves, trained = list[Curve](), Tensors()
+    for seed in progress(seeds):
+        run, curve = _run(trial, seed, plan)
+        curves.append(curve)
+        trained = trained or (run.trace.steps[0].before if run.trace.steps else {})
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    subject = trial.subject
+    adapters = getattr(subject, "lora", None) or {}
+    identity = identity_of(trial.base_dir, subject.tokenizer, make_plan(**plan), adapters, trained, rows)
+    found = Baseline(trial.spec, model, identity, environment(), commit(Path.cwd()), now, tuple(curves))
+    return Measured(found, rows, subject.tokenizer)
 
 
 @contextlib.contextmanager
@@ -86,19 +117,20 @@ def _trial(subject: str, model: str) -> Iterator[Trial]:
         torch.set_num_threads(num_threads)
 
 
-def measure_curve(trial: Trial, seed: int, plan: Mapping[str, Any]) -> Curve:
-    """Run the subject of a trial with one seed.
-
-    Args:
-        trial: The subject on its base.
-        seed: The seed of adapters and order of the data.
-        plan: The changes of the standard plan.
-    """
+def _run(trial: Trial, seed: int, plan: Mapping[str, Any]) -> tuple[RecordedRun, Curve]:
     began_s = time.perf_counter()
-    run = trial.run_anew(**plan, seed=seed)
+    run = trial.run_anew(DATA, **plan, seed=seed)
     seconds = time.perf_counter() - began_s
-    steps = curve_of(run, trial)
-    return Curve(seed, steps, seconds / max(1, len(steps)), peak_memory_bytes())
+    steps = steps_of(run.trace, run.known, _reference_of(trial))
+    return run, Curve(seed, steps, seconds / max(1, len(steps)), peak_memory_bytes())
+
+
+def _reference_of(trial: Trial) -> Reference:
+    """The base, for the rows of its head; adapters that the specification does not cover leave the head alone."""
+    try:
+        return trial.reference
+    except NotApplicable:
+        return Reference(trial.base_dir, LoraSpec(rank=1, alpha=1))
 
 
 def record_baseline(
@@ -120,9 +152,7 @@ def record_baseline(
             commit does not say what was measured.
         RunError: If a run is not finite, not whole, or does not repeat bit for bit.
     """
-    if not MIN_SEEDS <= num_seeds <= MAX_SEEDS:
-        raise ConfigError("a number of seeds that the test does not take", where="--seeds", found=str(num_seeds),
-                          expected=f"{MIN_SEEDS} to {MAX_SEEDS}")  # fmt: skip
+    require_num_seeds(num_seeds, "--seeds")
     changed = [name for name in uncommitted(Path.cwd()) if not _is_below(Path(name), output.parent)]
     if changed:
         raise ConfigError("the repository has changes that are not committed, so its commit does not say what is "
@@ -136,6 +166,20 @@ def record_baseline(
     return found
 
 
+def require_num_seeds(num_seeds: int, option: str) -> None:
+    """Refuse a number of seeds that the test of the curves does not take.
+
+    Args:
+        num_seeds: The number.
+        option: The option that gave it, for the message.
+    Raises:
+        ConfigError: If it is out of range.
+    """
+    if not MIN_SEEDS <= num_seeds <= MAX_SEEDS:
+        raise ConfigError("a number of seeds that the test does not take", where=option, found=str(num_seeds),
+                          expected=f"{MIN_SEEDS} to {MAX_SEEDS}")  # fmt: skip
+
+
 def _is_below(file: Path, folder: Path) -> bool:
     return file.absolute().is_relative_to(folder.absolute())
 
@@ -145,7 +189,7 @@ def require_recordable(found: Baseline, again: Curve) -> None:
 
     Args:
         found: The curves.
-        again: A second run of the first seed, in the same process.
+        again: A second run of the first seed, in the same environment.
     Raises:
         RunError: If a figure is not finite, a step is missing, or the second run differs.
     """
@@ -157,6 +201,6 @@ def require_recordable(found: Baseline, again: Curve) -> None:
             raise RunError(f"seed {curve.seed} has figures that are not finite: not a baseline")
     if words := first_unequal(found.curves[0].steps, again.steps):
         raise RunError(
-            f"two runs of seed {again.seed} in one process differ, {words}: the run does not repeat, so no later one "
-            "could be told from it; seed all random numbers from plan['seed']"
+            f"two runs of seed {again.seed} in one environment differ, {words}: the run does not repeat, so no later "
+            "one could be told from it; draw all random numbers from the seed"
         )

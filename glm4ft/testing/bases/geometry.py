@@ -77,11 +77,12 @@ def size_of(spec: str) -> float:
     """The number of parameters of a base, as far as it is known without a download.
 
     Args:
-        spec: The base, as for ``--glm4ft-model``: ``tiny``, ``random:NAME``, a folder or a hub id.
+        spec: The base, as for ``--glm4ft-model``: ``tiny``, ``tiny:FORMAT``, ``random:NAME``, a folder or a hub id.
     Returns:
-        The number; 0 for ``tiny``, infinite for a hub id and for a folder whose configuration does not determine it.
+        The number; 0 for ``tiny`` and its formats, infinite for a hub id and for a folder whose configuration does not
+        determine it.
     """
-    if spec == "tiny":
+    if spec.partition(":")[0] == "tiny":
         return 0
     if spec.startswith(RANDOM_PREFIX):
         return num_parameters(geometry(spec))

@@ -16,17 +16,20 @@ from glm4ft.floors.head import frozen_head
 from glm4ft.floors.target import describe_unreachable
 from glm4ft.model.generation import greedy
 from glm4ft.testing.checks.another_mean import explain_mean
+from glm4ft.testing.checks.encoding import chat_format_of
 from glm4ft.testing.recording.recorder import record
 from glm4ft.testing.recording.trace import Forward, Tensors
 from glm4ft.testing.replay.step import LIMITS
 from glm4ft.testing.replay.tolerances import within
-from glm4ft.testing.specification.mask_oracle import IGNORED
+from glm4ft.testing.specification.mask_oracle import IGNORED, TurnSpan, Undecidable
 from glm4ft.testing.specification.reference import LabelledIds
+from glm4ft.testing.specification.turn_text import THINKING_FORMATS, carries_reasoning
 from glm4ft.testing.stability import assert_few_steps_clipped, assert_grad_norms_decay, assert_grad_norms_stable
 from glm4ft.testing.trial.conversations import Conversations
 from glm4ft.testing.trial.registry import check
 from glm4ft.testing.trial.stages import CheckFailed, NotApplicable
 from glm4ft.testing.trial.trial import LOSS_LIMIT, Trial
+from glm4ft.testing.trial.turns import turns_in
 
 NEEDS = ("build_model", "train")
 # Accumulated, packed, and in batches that do not divide the rows.
@@ -63,7 +66,7 @@ def check_two_conversations_reach_a_loss_below_a_hundredth(trial: Trial) -> None
 @check(stage="outcome", needs=NEEDS, incident="zai-org/GLM-4 342: the terminator is not trained; TRL 6044")
 def check_every_turn_has_learned_to_stop(trial: Trial) -> None:
     """The model predicts the stop token of each assistant turn with near certainty (a loss below 0.1)."""
-    nll = [(row, at, _nll(trial, row)[at]) for row in trial.rows(trial.demo) for _, at in _turns(trial, row[0])]
+    nll = [(row, turn.end, _nll(trial, row)[turn.end]) for row, turn in _learnt_turns(trial)]
     row, at, worst = max(nll, key=lambda found: found[2])
     if not within("outcome: loss of a stop token", worst, 10 * LOSS_LIMIT):
         token = trial.subject.tokenizer.decode([row[0][at]])
@@ -74,9 +77,9 @@ def check_every_turn_has_learned_to_stop(trial: Trial) -> None:
 def check_header_is_not_learned(trial: Trial) -> None:
     """The mean loss of ``<|assistant|>`` does not fall, since inference provides it and it should not be trained."""
     falls = list[float]()
-    for row in trial.rows(trial.demo):
+    for row, turn in _learnt_turns(trial):
         before, after = _nll(trial, row, {}), _nll(trial, row)
-        falls += [before[header] - after[header] for header, _ in _turns(trial, row[0])]
+        falls.append(before[turn.header] - after[turn.header])
     if not falls:
         raise NotApplicable("no assistant turn of the two conversations has an end")
     if not within("outcome: fall of the headers' loss", statistics.fmean(falls), HEADER_FALL_LIMIT):
@@ -88,14 +91,16 @@ def check_header_is_not_learned(trial: Trial) -> None:
 
 @check(stage="outcome", needs=NEEDS, incident="TRL 6044, axolotl 3754: loss near zero, generation never stops")
 def check_every_turn_is_reproduced_and_stops(trial: Trial) -> None:
-    """From the serving prompt, greedy decoding generates each trained answer and then its stop token."""
+    """From the serving prompt, greedy decoding generates each trained answer and then its stop token.
+
+    If the model can think, one conversation is asked for with thinking, and the other without.
+    """
     model = trial.overfit.model.eval()
-    for row in trial.rows(trial.demo):
-        for header, end in _turns(trial, row[0]):
-            expected = list(row[0][header + 1 : end + 1])
-            stops = getattr(trial.subject, "stop_ids", None) or [expected[-1]]
-            got = greedy(model, list(row[0][: header + 1]), list(stops), len(expected) + 16)
-            _require_said(trial, got, expected)
+    for (ids, _), turn in _learnt_turns(trial):
+        expected = list(ids[turn.start : turn.end + 1])
+        stops = getattr(trial.subject, "stop_ids", None) or [expected[-1]]
+        got = greedy(model, list(ids[: turn.start]), list(stops), len(expected) + 16)
+        _require_said(trial, got, expected)
 
 
 @check(
@@ -104,13 +109,18 @@ def check_every_turn_is_reproduced_and_stops(trial: Trial) -> None:
     incident="axolotl 2019: no header in the prompt; open-r1 462: two prefixes",
 )
 def check_own_inference_reproduces_every_turn(trial: Trial) -> None:
-    """The subject's own inference code uses the trained prompt and generates each answer and its stop token."""
-    for conversation, row in zip(trial.demo, trial.rows(trial.demo), strict=True):
-        answers = [i for i, message in enumerate(conversation["messages"]) if message["role"] == "assistant"]
-        for index, (header, end) in zip(answers, _turns(trial, row[0]), strict=True):
-            expected = list(row[0][header + 1 : end + 1])
-            sent, got = _generate(trial, conversation, index, len(expected) + 16)
-            _require_prompt(trial, sent, list(row[0][: header + 1]))
+    """The subject's own inference code uses the trained prompt and generates each answer and its stop token.
+
+    If the model can think, of the turns that serving asks for by default: those with reasoning.
+    """
+    can_think = chat_format_of(trial) in THINKING_FORMATS
+    for conversation, (ids, _) in zip(trial.demo, trial.rows(trial.demo), strict=True):
+        for turn in _turns(trial, conversation, ids):
+            if can_think and not carries_reasoning(conversation["messages"], turn.message):
+                continue
+            expected = list(ids[turn.start : turn.end + 1])
+            sent, got = _generate(trial, conversation, turn.message, len(expected) + 16)
+            _require_prompt(trial, sent, list(ids[: turn.start]))
             _require_said(trial, got, expected)
 
 
@@ -123,10 +133,9 @@ def check_own_inference_keeps_the_prompt_and_the_length_limit(trial: Trial) -> N
     """Short and long prompts reach the model whole and are continued greedily, within the limit of new tokens."""
     model = trial.overfit.model.eval()
     for words in ("hi", "why is it so? " * 60 + "now"):
-        talk = {"messages": [{"role": "user", "content": words}, {"role": "assistant", "content": "sentinel"}]}
+        talk = _asked(trial, words)
         ((ids, _),) = trial.rows([talk])
-        header = _headers(trial, ids)[0]
-        prompt = list(ids[: header + 1])
+        prompt = list(ids[: _turns(trial, talk, ids)[0].start])
         sent, got = _generate(trial, talk, 1, NEW_TOKENS)
         _require_prompt(trial, sent, prompt)
         if not 1 <= len(got) <= NEW_TOKENS:
@@ -190,11 +199,12 @@ def check_accuracy_is_that_of_the_supervised_tokens(trial: Trial) -> None:
 def check_evaluation_generates_from_the_serving_prompt(trial: Trial) -> None:
     """If evaluation generates, its prompt is the trained one: without the answer, and with the whole question."""
     words = "why is it so? " * 60 + "now"
-    long = {"messages": [{"role": "user", "content": words}, {"role": "assistant", "content": "sentinel"}]}
-    rows = [ids for ids, _ in trial.rows([*trial.demo, long])]
-    prompts = [list(ids[: header + 1]) for ids in rows for header in _headers(trial, ids)]
+    long = _asked(trial, words)
+    talks = [*trial.demo, long]
+    rows = zip(talks, trial.rows(talks), strict=True)
+    prompts = [list(ids[: turn.start]) for talk, (ids, _) in rows for turn in _turns(trial, talk, ids)]
     with record(trial.overfit.model, 1) as trace:
-        trial.subject.evaluate(trial.overfit.model, [*trial.demo, long])
+        trial.subject.evaluate(trial.overfit.model, talks)
     sent = list(_continued([forward for _, forward in trace.evaluations]))
     if not sent:
         raise NotApplicable("evaluate generates nothing")
@@ -231,24 +241,33 @@ def _nll(trial: Trial, row: LabelledIds, trained: Tensors | None = None) -> list
         return [0.0, *trial.reference.nll(row[0], trial.overfit.trained if trained is None else trained).tolist()]
 
 
-def _turns(trial: Trial, ids: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Positions of header and terminator of each assistant turn; a turn without terminator is left out.
+def _learnt_turns(trial: Trial) -> Iterator[tuple[LabelledIds, TurnSpan]]:
+    """The turns of the two conversations, each with its row."""
+    for conversation, row in zip(trial.demo, trial.rows(trial.demo), strict=True):
+        for turn in _turns(trial, conversation, row[0]):
+            yield row, turn
 
-    The terminator is the first control token after the header.
+
+def _turns(trial: Trial, conversation: Mapping[str, Any], ids: Sequence[int]) -> list[TurnSpan]:
+    """The assistant turns of a row that serving asks for; one without terminator is left out.
+
+    Skips the check if the subject names no GLM-4 chat format.
     """
-    stops = set(trial.subject.tokenizer.get_added_vocab().values())
-    for start in _headers(trial, ids):
-        end = next((i for i in range(start + 1, len(ids)) if ids[i] in stops), None)
-        if end is not None:
-            yield start, end
-
-
-def _headers(trial: Trial, ids: Sequence[int]) -> list[int]:
-    """Positions of ``<|assistant|>``; skips the check if the subject names no GLM-4 chat format."""
-    header = trial.subject.tokenizer.get_added_vocab().get("<|assistant|>")
-    if header is None or not getattr(trial.subject, "chat_format", None):
+    if not getattr(trial.subject, "chat_format", None):
         raise NotApplicable("the subject names no GLM-4 chat format")
-    return [i for i, token in enumerate(ids) if token == header]
+    try:
+        turns = turns_in(trial, conversation, ids)
+    except Undecidable as error:
+        raise CheckFailed(str(error)) from error
+    return [turn for turn in turns if turn.asked and turn.end < len(ids)]
+
+
+def _asked(trial: Trial, words: str) -> dict[str, Any]:
+    """A conversation with a question, and an answer as serving asks for it by default."""
+    answer = {"role": "assistant", "content": "sentinel"}
+    if chat_format_of(trial) in THINKING_FORMATS:
+        answer["reasoning_content"] = "sentinel"
+    return {"messages": [{"role": "user", "content": words}, answer]}
 
 
 def _generate(trial: Trial, talk: Mapping[str, Any], index: int, limit: int) -> tuple[list[int], list[int]]:

@@ -27,7 +27,6 @@ from glm4ft.testing.checks.encoding import (
     value_at,
 )  # fmt: skip
 from glm4ft.testing.specification.mask_oracle import (
-    ALWAYS_THINKS,
     IGNORED,
     PREFIX,
     explain_mistakes,
@@ -35,7 +34,7 @@ from glm4ft.testing.specification.mask_oracle import (
     legal_stops,
     show_token,
 )
-from glm4ft.testing.specification.turn_text import THINKING_FORMATS, carries_reasoning, sampled_text
+from glm4ft.testing.specification.turn_text import ALWAYS_THINKS, THINKING_FORMATS, carries_reasoning, sampled_text
 from glm4ft.testing.trial.bank import BANK, FLAGGED, MARKERS_TALK, TRAILING, Talk
 from glm4ft.testing.trial.registry import check
 from glm4ft.testing.trial.stages import CheckFailed, NotApplicable
@@ -85,7 +84,7 @@ def check_prefix_occurs_once(trial: Trial) -> None:
         if begin != prefix:
             fail(trial, row, f"the row begins with {begin}, should begin with {''.join(PREFIX)} {prefix}", 0)
         again = [i for i, token in enumerate(row.ids) if token in prefix and i >= len(prefix)]
-        if again and talk is not MARKERS_TALK:
+        if again and talk.id != MARKERS_TALK.id:
             text = show_token(trial.subject.tokenizer, row.ids, again[0])
             fail(trial, row, f"position {again[0]}: {text} is a second prefix, should occur once", again[0])
 
@@ -99,7 +98,7 @@ def check_every_turn_ends_in_one_stop(trial: Trial) -> None:
     controls, stop_ids = controls_of(trial), getattr(trial.subject, "stop_ids", None)
     names = {token_id: token for token, token_id in controls.items()}
     for row, turns in rows_with_turns(trial):
-        for number, turn in enumerate(turns, 1):
+        for number, turn in [(n, turn) for n, turn in enumerate(turns, 1) if turn.asked]:
             where, legal = f"turn {number} (message {turn.message})", legal_stops(row.talk.messages, turn.message)
             if turn.end == len(row.ids):
                 fail(trial, row, f"{where}: no terminator; the row ends after the answer", turn.end)

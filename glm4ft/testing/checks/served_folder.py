@@ -12,8 +12,17 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from glm4ft.data.control_tokens import common_prefix_length
-from glm4ft.testing.checks.encoding import answer_starts, bank_of, controls_of, name_of, row_of
+from glm4ft.testing.checks.encoding import (
+    answer_starts,
+    as_served,
+    bank_of,
+    chat_format_of,
+    controls_of,
+    name_of,
+    row_of,
+)
 from glm4ft.testing.specification.mask_oracle import show_token
+from glm4ft.testing.specification.turn_text import THINKING_FORMATS, carries_reasoning
 from glm4ft.testing.trial.bank import MARKERS_TALK, Talk
 from glm4ft.testing.trial.stages import CheckFailed
 from glm4ft.testing.trial.trial import Trial
@@ -43,15 +52,22 @@ def require_trained_tokenizer(trial: Trial, folder: Path, where: str) -> None:
             raise CheckFailed(f"the tokenizer saved {where} has lost its chat template")
         return
     for talk in bank_of(trial):
-        if talk is not MARKERS_TALK:  # a template renders text, in which a marker becomes a control token
+        if talk.id != MARKERS_TALK.id:  # a template renders text, in which a marker becomes a control token
             _require_trained_prompts(trial, saved, talk, where)
 
 
 def _require_trained_prompts(trial: Trial, saved: Any, talk: Talk, where: str) -> None:
+    can_think = chat_format_of(trial) in THINKING_FORMATS
+    is_silent = can_think and not any(message.get("reasoning_content") for message in talk.messages)
     for number, (index, trained) in enumerate(_trained_prompts(trial, talk), start=1):
+        if can_think and not (is_silent or carries_reasoning(talk.messages, index)):
+            continue  # a later question has emptied its reasoning since serving asked for it
         history, tools = copy.deepcopy((list(talk.messages[:index]), list(talk.tools) if talk.tools else None))
+        options = {"enable_thinking": False} if is_silent else {}
         try:
-            rendered = saved.apply_chat_template(history, tools=tools, add_generation_prompt=True, return_dict=False)
+            rendered = saved.apply_chat_template(
+                as_served(trial, history), tools=tools, add_generation_prompt=True, return_dict=False, **options
+            )
         except TemplateError:  # a template may refuse what it cannot render
             continue
         sent, expected = list(rendered), list(trained)

@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from glm4ft.testing.recording.recorder import record
 from glm4ft.testing.specification.lora_spec import base_name
+from glm4ft.testing.specification.routed_experts import stored_in
 from glm4ft.testing.subject import make_plan
 from glm4ft.testing.trial.interventions import spoiling
 from glm4ft.testing.trial.plans import PLANS
@@ -37,10 +38,12 @@ def check_base_is_unchanged_by_training(trial: Trial) -> None:
     for shard in sorted(trial.base_dir.glob("*.safetensors")):
         with safe_open(shard, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  # not a dict
-                if name not in weights:
+                found = stored_in(name, weights)
+                if found is None:
                     raise CheckFailed(f"the trained model has no {name}")
-                stored = file.get_tensor(name).to(weights[name].dtype)
-                if name not in trained and not torch.equal(weights[name].cpu(), stored):
+                parameter, weight = found
+                stored = file.get_tensor(name).to(weight.dtype)
+                if parameter not in trained and not torch.equal(weight.cpu(), stored):
                     raise CheckFailed(f"{name} of the base has changed")
     if changed_after_last_step(trial.trained):
         raise CheckFailed("the parameters after training are not those of its last update")

@@ -11,6 +11,8 @@ FOLDER = "GLM4FT_RECORD"  # the folder of the recording
 STEPS = "GLM4FT_RECORD_STEPS"  # the number of optimizer steps to record
 MODULES = "GLM4FT_RECORD_MODULES"  # embedding, final norm and head by their names; unset: found by structure
 COMMAND = "GLM4FT_RECORD_COMMAND"  # the command, as one line of shell
+COMMIT = "GLM4FT_RECORD_COMMIT"  # the commit that is checked out, with UNCOMMITTED if files differ from it
+UNCOMMITTED = "+"
 DEFAULT_STEPS = 4
 NOTE = "not-recorded.txt"  # in the folder of a rank: why it was not recorded
 

@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from glm4ft.errors import ConfigError
 from glm4ft.testing.bases.geometry import RANDOM_PREFIX, size_of
 
 TINY = "tiny"
+TINY_PREFIX = "tiny:"  # before the name of a chat format, for the built-in base of the models that use it
 # The number of parameters from which a base counts as large: a run then loads gigabytes, and a GPU of 80 GB holds only
 # one model beside the specification.
 LARGE = 1e9
@@ -108,7 +110,7 @@ class Bases:
     """The base of a session, written once for each dtype that tests request.
 
     Args:
-        spec: The base: ``tiny``, ``random:NAME``, a folder or a hub id.
+        spec: The base: ``tiny``, ``tiny:FORMAT``, ``random:NAME``, a folder or a hub id.
         folder: The folder for the bases that are written; it is created.
     """
 
@@ -124,10 +126,10 @@ class Bases:
         Returns:
             The folder of the base; or the hub id, which is downloaded when it is loaded.
         """
-        if self.spec != TINY and not self.spec.startswith(RANDOM_PREFIX):
+        if self.spec != TINY and not self.spec.startswith((TINY_PREFIX, RANDOM_PREFIX)):
             return self.spec
         stored = dtype or ("bf16" if is_large(self.spec) else "fp32")
-        folder = self.folder / f"{self.spec.removeprefix(RANDOM_PREFIX)}-{stored}"
+        folder = self.folder / f"{self.spec.removeprefix(RANDOM_PREFIX).replace(':', '-')}-{stored}"
         if not folder.exists():
             _write(self.spec, folder, stored)
         return str(folder)
@@ -135,10 +137,13 @@ class Bases:
 
 def _write(spec: str, folder: Path, dtype: str) -> None:
     from glm4ft.model.base_model import DTYPES
-    from glm4ft.model.tiny import write_tiny_base
+    from glm4ft.model.tiny import TINY_BASES, write_tiny_base
     from glm4ft.testing.bases.random_base import write_random_base
 
-    if spec == TINY:
-        write_tiny_base(folder, dtype=DTYPES[dtype])
-    else:
+    if spec.startswith(RANDOM_PREFIX):
         write_random_base(spec, folder, dtype=DTYPES[dtype])
+    elif spec in TINY_BASES:
+        write_tiny_base(folder, dtype=DTYPES[dtype], **TINY_BASES[spec])
+    else:
+        legal = ", ".join(TINY_BASES)
+        raise ConfigError("there is no such built-in base", where="--glm4ft-model", found=spec, expected=legal)

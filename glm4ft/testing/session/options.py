@@ -71,8 +71,9 @@ class Option:
 
 
 MODEL = Option(
-    "model", "BASE", "tiny", "base model for the tests that need one: a folder, a hub id, tiny, or random:glm-4-9b"
-)
+    "model", "BASE", "tiny",
+    "base model for the tests that need one: a folder, a hub id, tiny, tiny:glm-4.5, or random:glm-4-9b",
+)  # fmt: skip
 TOKENIZER = Option(
     "tokenizer", "PATH", "", "folder of a real GLM-4 tokenizer, on which the format tests then run as well"
 )

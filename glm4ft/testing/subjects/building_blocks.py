@@ -134,6 +134,28 @@ def json_chat(conversation: Mapping[str, Any], *, call_role: str, result_role: s
     return {"messages": messages, "tools": json.dumps(tools, ensure_ascii=False) if tools else ""}
 
 
+def with_tags(conversation: Mapping[str, Any], wording: str) -> dict[str, Any]:
+    """Write reasoning into the answers, for trainers that have no field for it.
+
+    Args:
+        conversation: A conversation as ``train`` receives it.
+        wording: How the trainer's documentation writes it, with the field ``reasoning``.
+    Returns:
+        The conversation without ``reasoning_content``, and with each of ``tool_calls`` as a message of its own.
+    """
+    messages = list[dict[str, Any]]()
+    for message in conversation["messages"]:
+        rest = {key: value for key, value in message.items() if key not in ("reasoning_content", "tool_calls")}
+        reasoning = message.get("reasoning_content")
+        if reasoning:
+            rest["content"] = wording.format(reasoning=reasoning) + rest["content"]
+        messages.append({**rest, "role": "observation" if rest["role"] == "tool" else rest["role"]})
+        for call in message.get("tool_calls") or ():
+            given = call["function"]
+            messages.append({"role": "assistant", "metadata": given["name"], "content": given["arguments"]})
+    return {**conversation, "messages": messages}
+
+
 def sharegpt_chat(conversation: Mapping[str, Any]) -> dict[str, Any]:
     """Convert a conversation to the ShareGPT format: ``conversations`` with ``from`` and ``value``, tools as JSON text.
 

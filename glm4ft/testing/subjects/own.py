@@ -90,8 +90,9 @@ class Subject(EncodedHere):
     def lora(self) -> dict[str, Any]:
         """The options of the LoRA adapter that ``build_model`` must attach, by peft's names."""
         options = self.options.for_model(self._structure)
-        asked = {"r": options.rank, "lora_alpha": options.alpha, "target_modules": options.named}
-        return {**asked, **options.options}
+        named = options.peft_config()
+        asked = {"r": options.rank, "lora_alpha": options.alpha, "target_modules": sorted(named.target_modules or ())}
+        return {**asked, "target_parameters": named.target_parameters, **options.options}
 
     def train(
         self, model: PeftModel, conversations: Sequence[Mapping[str, Any]], plan: Mapping[str, Any]

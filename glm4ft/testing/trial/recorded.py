@@ -16,10 +16,11 @@ from typing import Any
 from glm4ft.errors import InputError
 from glm4ft.testing.recording.discovery import NotFound
 from glm4ft.testing.recording.environment import NOTE
-from glm4ft.testing.recording.ranks import first_difference, merge_ranks
+from glm4ft.testing.recording.merging import first_difference, merge_ranks
 from glm4ft.testing.recording.trace import Trace
 from glm4ft.testing.recording.trace_file import TRACE, read_trace
 from glm4ft.testing.replay.replay import JUDGES, Verdict, replay
+from glm4ft.testing.replay.rounding import measured_limits
 from glm4ft.testing.replay.step import Departure
 from glm4ft.testing.specification.chat_template import Marks, marks_of
 from glm4ft.testing.specification.lora_spec import LoraSpec
@@ -86,19 +87,26 @@ def judge_recording(folder: Path, base_dir: str = "", data: str | None = None) -
         DataError: If the conversations cannot be read.
     """
     began_s = time.perf_counter()
-    traces, about = _read(folder)
+    traces, about = read_recording(folder)
     if not traces[0].steps:
         return JudgedRecording(_without_a_step(traces[0], folder), about, num_processes=len(traces))
+    if traces[0].sharded and len(traces) < about["world_size"]:
+        raise InputError(
+            "the parameters are split over the processes, so the recording of each is needed", where=str(folder),
+            found=f"{len(traces)} recordings of {about['world_size']} processes: {'; '.join(about['not_recorded'])}",
+        )  # fmt: skip
     trace = merge_ranks(traces) if len(traces) > 1 else traces[0]
-    base = _base(base_dir or about["model"]["base"])
-    reference = _reference(base, about)
+    reference = reference_of(about, base_dir)
     rows, not_judged = trained_rows(trace, reference), unjudged(trace, about, len(traces))
-    marks, why = _marks(reference, base)
+    marks, why = _marks(reference)
     known, why = _known_rows(rows, reference, marks, data) if data else ([], why)
     if not known and not (marks and has_answers(rows, marks)):
         not_judged["rows"] = why or "no row has the assistant header of the base's chat template"
-    labelled = known or [(row.ids, row.labels) for row in rows]
-    verdict = replay(trace, reference, labelled, plan_of(trace, about["configuration"], len(traces)), skip=not_judged)
+    plan, own = plan_of(trace, about["configuration"], len(traces)), [(row.ids, row.labels) for row in rows]
+    limits = measured_limits(reference, trace, own)
+    verdict = replay(trace, reference, known or own, plan, not_judged, limits)
+    if known and "rows" in verdict.departures:
+        verdict = _rows_of(verdict, replay(trace, reference, own, plan, [*not_judged, "rows"], limits))
     more = [*settings_departures(trace, about, reference), *_ranks_differ(traces)]
     if marks and not known:
         more += template_departures(rows, reference, marks)
@@ -107,6 +115,13 @@ def judge_recording(folder: Path, base_dir: str = "", data: str | None = None) -
         verdict, about, rows, not_judged, len(trace.steps), len(traces), reference, marks,
         time.perf_counter() - began_s,
     )  # fmt: skip
+
+
+def _rows_of(told: Verdict, judged: Verdict) -> Verdict:
+    """The verdict on the rows that the run made of its data, with what that of the data says of the rows."""
+    judged.more["rows"] = told.at("rows")[1:]
+    judged.hidden.pop("rows", None)
+    return _with(judged, told.at("rows")[:1])
 
 
 def _with(verdict: Verdict, more: Sequence[Departure]) -> Verdict:
@@ -138,9 +153,9 @@ def _known_rows(
         return [], str(error)
 
 
-def _marks(reference: Reference, base: Path) -> tuple[Marks | None, str]:
+def _marks(reference: Reference) -> tuple[Marks | None, str]:
     try:
-        return marks_of(reference.tokenizer, stop_ids(base)), ""
+        return marks_of(reference.tokenizer, stop_ids(Path(reference.base_dir))), ""
     except (Undecidable, OSError) as error:
         return None, str(error)
 
@@ -153,8 +168,16 @@ def _without_a_step(trace: Trace, folder: Path) -> Verdict:
     return Verdict(departures={"update": Departure("update", 1, text)}, hidden=dict.fromkeys(JUDGES, "update"))
 
 
-def _read(folder: Path) -> tuple[list[Trace], dict[str, Any]]:
-    """The trace of each process, and what the first knew of its model."""
+def read_recording(folder: Path) -> tuple[list[Trace], dict[str, Any]]:
+    """Read what ``glm4ft record`` wrote.
+
+    Args:
+        folder: The folder that it wrote.
+    Returns:
+        The trace of each process, and what the first knew of its run.
+    Raises:
+        InputError: If nothing was recorded.
+    """
     ranks = sorted(folder.glob("rank-*"), key=lambda path: int(path.name.partition("-")[2]))
     notes = [(rank / NOTE).read_text("utf-8").strip() for rank in ranks if (rank / NOTE).exists()]
     found = [read_trace(rank) for rank in ranks if (rank / TRACE).exists()]
@@ -170,20 +193,25 @@ def _nothing(folder: Path, found: str) -> InputError:
     )  # fmt: skip
 
 
-def _base(name: str) -> Path:
+def reference_of(about: Mapping[str, Any], base_dir: str = "") -> Reference:
+    """The specification on the base of a recorded run.
+
+    Args:
+        about: What is known of the run.
+        base_dir: The model folder of the base; by default the one that the run loaded.
+    Raises:
+        InputError: If the base is not there, or the run's adapter is of a kind that the specification does not cover.
+    """
+    name = base_dir or about["model"]["base"]
     if not (name and Path(name, "config.json").is_file()):
         raise InputError(
             "the base is not a model folder on this machine", found=name or "nothing", expected="a model folder",
             fix="name it with --model",
         )  # fmt: skip
-    return Path(name)
-
-
-def _reference(base: Path, about: Mapping[str, Any]) -> Reference:
     try:
-        return Reference(base, LoraSpec.of(about["model"]["adapter"] or {"r": 1, "lora_alpha": 1}))
+        return Reference(Path(name), LoraSpec.of(about["model"]["adapter"] or {"r": 1, "lora_alpha": 1}))
     except NotFound as error:
-        raise InputError("the base cannot be judged", where=str(base), found=str(error)) from None
+        raise InputError("the base cannot be judged", where=name, found=str(error)) from None
     except ValueError as error:
         raise InputError(
             "the run's adapter cannot be judged", found=str(error), expected="LoRA, rsLoRA or DoRA"

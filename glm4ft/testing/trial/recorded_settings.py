@@ -10,7 +10,7 @@ import torch
 
 from glm4ft.testing.recording.trace import Trace
 from glm4ft.testing.replay.step import LIMITS, Departure
-from glm4ft.testing.specification.lora_spec import adapted_modules, base_name
+from glm4ft.testing.specification.lora_spec import base_name
 from glm4ft.testing.specification.reference import Reference, split_rows
 
 # The number of standard deviations by which the share of dropped entries may differ from the probability. Over all
@@ -60,9 +60,10 @@ def _wrong_precision(trace: Trace, configuration: Mapping[str, Any]) -> Iterator
 
 def _wrong_adapters(trace: Trace, model: Mapping[str, Any], reference: Reference) -> Iterator[Departure]:
     """The trained adapters, against the run's peft configuration: modules, ranks, dtype, and saved modules."""
-    spec, found = reference.lora_spec, adapted_modules(trace.trained)
-    targets = spec.targets if isinstance(spec.targets, tuple) else ()
-    every = [f".{name}" for name in reference.modules]
+    before = trace.steps[0].before
+    spec, found = reference.lora_spec, reference.adapters(before)
+    targets = (spec.targets if isinstance(spec.targets, tuple) else ()) + spec.parameters
+    every = [f".{name}" for name in (*reference.modules, *reference.weights)]
     for words, names in (
         ("is a target, but no module of the base has that name",
          {t for t in targets if not any(name.endswith(f".{t}") for name in every)}),
@@ -74,10 +75,9 @@ def _wrong_adapters(trace: Trace, model: Mapping[str, Any], reference: Reference
     ):  # fmt: skip
         if names:
             yield Departure("model", 1, f"{min(names)} {words} ({len(names)} like it)")
-    before = trace.steps[0].before
     for module, pair in found.items():
-        ranks = {before[pair["A"]].shape[0], before[pair["B"]].shape[1]} if {"A", "B"} <= pair.keys() else set()
-        if ranks and ranks != {spec.rank_of(module)}:
+        ranks = reference.rank_of(module, pair, before)
+        if ranks != {spec.rank_of(module)}:
             yield Departure("model", 1, f"the adapter of {module} has rank {min(ranks)}, not {spec.rank_of(module)}")
             return
         if "magnitude_vector" in pair and not model.get("quantised"):  # those of rounded weights are other ones

@@ -20,12 +20,13 @@ from glm4ft.report.content import Content, Curves, ShownRow, ShownTurn
 from glm4ft.report.costly_tokens import part_counts
 from glm4ft.report.failure_card import explain_failure
 from glm4ft.report.wording import parts_sentence
-from glm4ft.testing.specification.mask_oracle import IGNORED, Undecidable, control_ids, find_mistakes, find_turns
+from glm4ft.testing.specification.mask_oracle import IGNORED, Undecidable, control_ids, find_mistakes
 from glm4ft.testing.specification.reference import clip_factor
 from glm4ft.testing.trial.registry import Check
 from glm4ft.testing.trial.runner import Result
 from glm4ft.testing.trial.runs import RecordedRun
 from glm4ft.testing.trial.trial import LOSS_LIMIT, Trial
+from glm4ft.testing.trial.turns import turns_in
 from glm4ft.testing.trial.wiring import unwired
 from glm4ft.testing.trial.wording import has_failed, headline, shown_check
 
@@ -92,7 +93,7 @@ def _expected(trial: Trial, conversation: dict[str, Any], ids: Sequence[int], la
         return []
     try:
         controls = control_ids(trial.subject.tokenizer)
-        turns = find_turns(ids, conversation["messages"], controls)
+        turns = turns_in(trial, conversation, ids)
     except Undecidable:
         return []
     wrong = {mistake.position for mistake in find_mistakes(ids, labels, turns, controls)}
@@ -141,12 +142,11 @@ def _turns(trial: Trial, run: RecordedRun) -> Iterator[ShownTurn]:
     """Each assistant turn of the bundled conversations, with what the subject's model generates for it."""
     tokenizer, model = trial.subject.tokenizer, run.model.eval()
     with contextlib.suppress(Undecidable):
-        controls = control_ids(tokenizer)
         for number, (conversation, (ids, _)) in enumerate(zip(trial.demo, run.rows, strict=True), start=1):
-            for turn in find_turns(ids, conversation["messages"], controls):
-                expected = list(ids[turn.header + 1 : turn.end + 1])
+            for turn in [turn for turn in turns_in(trial, conversation, ids) if turn.asked]:
+                expected = list(ids[turn.start : turn.end + 1])
                 stops = list(getattr(trial.subject, "stop_ids", None) or expected[-1:])
-                got = greedy(model, list(ids[: turn.header + 1]), stops, len(expected) + OVERRUN)
+                got = greedy(model, list(ids[: turn.start]), stops, len(expected) + OVERRUN)
                 stop = tokenizer.convert_ids_to_tokens(got[-1]) if got and got[-1] in stops else None
                 yield ShownTurn(
                     f"bundled conversation {number}, messages[{turn.message}]",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -78,7 +79,7 @@ def test_figures_are_those_of_the_run(healthy):
     assert 0 < step.supervised_tokens < step.tokens < sum(len(ids) for ids, _ in rows)
     # an untouched base knows nothing of the words: its loss is near that of guessing
     assert 6 < step.loss < 12
-    assert [s.learning_rate for s in healthy.baseline.curves[0].steps] == pytest.approx([0, 5e-3 / 3, 1e-2 / 3, 5e-3])
+    assert [s.learning_rate for s in healthy.baseline.curves[0].steps] == pytest.approx([0, 2.5e-3, 5e-3, 2.5e-3])
 
 
 def test_a_systematic_change_is_an_alarm_that_names_step_and_size(healthy):
@@ -96,6 +97,16 @@ def test_another_row_is_told_as_data_with_the_row(healthy):
     assert "question 2" in found.text
 
 
+def test_the_command_names_the_row_in_which_a_character_changed(healthy, tmp_path, capsys):
+    file = tmp_path / "b.jsonl"
+    write_baseline(file, dataclasses.replace(healthy.baseline, subject=f"{HERE}:OneCharacterMore"))
+    assert run(["baseline", "compare", str(file)]) == 1
+    told = capsys.readouterr().out
+    assert told.startswith(f"{file}: not comparable (")
+    assert "other data: ids or labels of row 3 differ (1 like it); it is now '[gMASK]<sop><|user|>" in told
+    assert "question 2 why why why !" in told
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -105,6 +116,7 @@ def test_another_row_is_told_as_data_with_the_row(healthy):
         ({"weights": {"model.norm.weight": (1.0, 0.0)}}, "another base: the weights of model.norm.weight differ"),
         ({"weights": {"model.extra": (1.0, 0.0)}}, "another base: model.extra is in the baseline alone"),
         ({"adapters": {"r": 99}}, "other adapters: r is 8, in the baseline 99"),
+        ({"trained": {"lora_A": (8, 128)}}, "the trained parameter lora_A is not there, in the baseline [8, 128]"),
         ({"tokenizer": "0"}, "another tokenizer"),
         ({"rows": ("0",)}, "other data: ids or labels of row 1 differ"),
     ],
@@ -153,7 +165,7 @@ def test_a_missing_step_is_an_alarm(healthy):
 
 def test_a_run_that_does_not_repeat_is_refused():
     found = measure(f"{HERE}:SometimesOther", plan=SHORT, seeds=(0, 0)).baseline
-    with pytest.raises(RunError, match="two runs of seed 0 in one process differ, first at step 1"):
+    with pytest.raises(RunError, match="two runs of seed 0 in one environment differ, first at step 1"):
         require_recordable(found, found.curves[1])
 
 
@@ -203,6 +215,8 @@ def test_compare_runs_the_baseline_again_and_history_draws_what_was_kept(healthy
     assert "page: " in capsys.readouterr().out
     page = (tmp_path / "history.html").read_text()
     assert page.count("<svg") == 4
+    assert re.search(r"loss of the last step, nats per supervised token: [\d.]+ throughout", page)
+    assert "<title>recording 2: largest memory, MiB" in page
     assert f"{PLAIN} on tiny" in page
 
 

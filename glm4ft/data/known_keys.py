@@ -107,24 +107,6 @@ REFUSED = {
     "refusal": _REFUSAL,
     "documents": _DOCUMENTS,
 }
-# Keys of records that are no conversations, and hold none under another key.
-NO_CONVERSATION = {
-    "input_ids": Refusal(
-        "a record holds token ids, not a conversation",
-        "the conversation: whether ids and labels fit this tokenizer and its format cannot be seen from them",
-        "give the conversations that they were made from; glm4ft explain --rows looks at rows of another trainer",
-    ),
-    "segments": Refusal(
-        "a record is one rendered text in segments, not a conversation",
-        "the messages: the text was rendered for some template, and its segments are no turns",
-        "give the messages that it was rendered from",
-    ),
-    "completions": Refusal(
-        "a record holds steps, or several answers to one question",
-        "one answer: steps with labels are process supervision, several answers a choice",
-        "train a reward model on it with its own trainer, or write a record for each answer to be learnt",
-    ),
-}
 
 
 def refused(refusal: Refusal, value: Any, place: Location) -> DataError:

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 from glm4ft.data.conversation import Role
 from glm4ft.data.json_values import is_array, listed, says_nothing
 from glm4ft.data.known_keys import (
-    NO_CONVERSATION,
     RECORD_SHAPES,
     SYSTEM_KEYS,
     TOOL_KEYS,
     USED_IN_RECORD,
+    Refusal,
     refuse_flag_of_record,
     refuse_lost_meaning,
     refused,
@@ -42,6 +42,24 @@ SHAPES_IN_WORDS = (
 # Columns that hold questions and answers in common data sets; for hints, never read by themselves.
 _QUESTIONS = ("prompt", "question", "query", "instruction", "input", "content", "source", "user", "problem")
 _ANSWERS = ("completion", "answer", "response", "output", "summary", "target", "assistant", "solution")
+# Keys of records that are no conversations, and hold none under another key.
+NO_CONVERSATION = {
+    "input_ids": Refusal(
+        "a record holds token ids, not a conversation",
+        "the conversation: whether ids and labels fit this tokenizer and its format cannot be seen from them",
+        "give the conversations that they were made from; glm4ft explain --rows looks at rows of another trainer",
+    ),
+    "segments": Refusal(
+        "a record is one rendered text in segments, not a conversation",
+        "the messages: the text was rendered for some template, and its segments are no turns",
+        "give the messages that it was rendered from",
+    ),
+    "completions": Refusal(
+        "a record holds steps, or several answers to one question",
+        "one answer: steps with labels are process supervision, several answers a choice",
+        "train a reward model on it with its own trainer, or write a record for each answer to be learnt",
+    ),
+}
 
 
 @dataclass(frozen=True)

@@ -35,14 +35,7 @@ from glm4ft.data.formats import make_format
 from glm4ft.data.turn_format import TEMPLATE, FormatName
 from glm4ft.errors import ConfigError, ModelError, show
 from glm4ft.model.checkpoint import TINY, find_checkpoint, listed, one_line, read_json, require_whole_file, weight_files
-from glm4ft.model.quantisation import (
-    keep_layout,
-    loading_options,
-    read_again,
-    require_quantisable,
-    require_quantisation,
-)
-from glm4ft.model.stops import complete_stops
+from glm4ft.model.portable import complete_stops
 
 # An explicit list, so that code in a checkpoint (`auto_map`) is never loaded.
 GLM4_CLASSES: dict[str, Any] = {
@@ -132,20 +125,21 @@ def load_base(
     require_loadable(model, dtype, quantise)
     device = torch.device(device) if device is not None else _default_device()
     torch_dtype = _torch_dtype(dtype, device)
-    options = loading_options(torch_dtype, device) if quantise else {}
     if model == TINY:
         folder, loaded = None, _built_in_model(seed, torch_dtype)
-        loaded = read_again(loaded, options) if quantise else loaded
+        if quantise:
+            from glm4ft.model.quantisation import quantised_copy
+
+            loaded = quantised_copy(loaded, device)
         tokenizer, format_name = load_format(model, chat_format, force=force_format)
     else:
         folder = find_checkpoint(model)
         architecture = _architecture(folder)
         tokenizer, format_name = load_format(str(folder), chat_format, force=force_format)
         _require_room_for(tokenizer, architecture, folder)
-        loaded = _read_weights(architecture, find_checkpoint(model, weights=True), torch_dtype, options)
+        loaded = _read_weights(architecture, find_checkpoint(model, weights=True), torch_dtype, quantise, device)
         # peft writes this into adapter_config.json, where a folder must be found again from any working directory
         loaded.name_or_path = str(folder) if os.path.isdir(os.path.expanduser(model)) else model
-    keep_layout(loaded)
     warnings = complete_stops(loaded, make_format(format_name, tokenizer).stop_ids, tokenizer, model)
     torch.nn.Module.to(loaded.requires_grad_(False).train(False), device)
     return Base(loaded, tokenizer, format_name, model, tuple(warnings), folder)
@@ -165,6 +159,8 @@ def require_loadable(model: str, dtype: str, quantise: str | None = None) -> Non
     """
     _torch_dtype(dtype, torch.device("cpu"))
     if quantise:
+        from glm4ft.model.quantisation import require_quantisable, require_quantisation
+
         require_quantisation(_default_device())
     if model == TINY or not os.path.isdir(os.path.expanduser(model)):
         return
@@ -358,20 +354,27 @@ def _built_in_model(seed: int, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def _read_weights(architecture: str, folder: Path, dtype: torch.dtype, quantisation: dict[str, Any]) -> PreTrainedModel:
+def _read_weights(
+    architecture: str, folder: Path, dtype: torch.dtype, quantise: str | None, device: torch.device
+) -> PreTrainedModel:
     for shard in weight_files(folder):
         require_whole_file(shard)
     # by itself, transformers would load a kernel from the hub for a flash attention that is not installed
     stated = read_json(folder / "config.json").get("attn_implementation")
     attention = {"attn_implementation": "eager" if stated == "eager" else "sdpa"}
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True, **attention}
-    if quantisation:
+    if quantise:
+        from glm4ft.model.quantisation import keep_layout, loading_options, require_quantisable
+
         require_quantisable(architecture, folder)
+        options |= loading_options(dtype, device)
     try:
-        loaded = MODEL_CLASSES[architecture].from_pretrained(folder, **options, **quantisation)
+        loaded = MODEL_CLASSES[architecture].from_pretrained(folder, **options)
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         raise ModelError("the weights cannot be loaded", where=str(folder), found=one_line(error)) from error
     model: PreTrainedModel = loaded[0]
+    if quantise:
+        keep_layout(model)
     # transformers would continue, with random numbers in place of missing tensors
     for message, keys in (("tensors are missing", "missing_keys"), ("there are unknown tensors", "unexpected_keys")):
         if loaded[1][keys]:

@@ -119,7 +119,6 @@ class AdapterReport:
         num_total: The number of entries of all parameters, adapters included.
         warnings: Sentences about settings that are allowed but probably unintended.
         has_experts: Whether the model has routed experts.
-        quantised: What became of the base and what follows from it; "" if it is not quantised.
     """
 
     num_adapted: Mapping[str, int]
@@ -128,7 +127,6 @@ class AdapterReport:
     num_total: int
     warnings: tuple[str, ...]
     has_experts: bool = False
-    quantised: str = ""
 
     @property
     def share(self) -> float:
@@ -141,8 +139,8 @@ class AdapterReport:
         return (
             f"{adapters} adapter{'s' * (adapters != 1)} on {targets} target{'s' * (targets != 1)}, "
             f"{self.num_trained:,} trained of {self.num_total:,} parameters ({100 * self.share:.3g} %)"
-            + f" on {', '.join(self.num_adapted)}; routers are frozen, no auxiliary loss is added" * self.has_experts
-            + f"; {self.quantised}" * bool(self.quantised)
+            + f" on {', '.join(self.num_adapted)}; routers are frozen, no auxiliary loss is added"
+            * self.has_experts
         )
 
 
@@ -204,8 +202,6 @@ def audit_lora(model: PeftModel, options: LoraOptions) -> AdapterReport:
     import torch
     from peft.tuners.lora import LoraLayer
 
-    from glm4ft.model.quantisation import describe_quantised, num_entries
-
     options = options.for_model(model)
     adapted = [adapted_name(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
     num_adapted = {target: sum(_matches(name, target) for name in adapted) for target in options.named}
@@ -221,18 +217,10 @@ def audit_lora(model: PeftModel, options: LoraOptions) -> AdapterReport:
             f"{len(coarse)} trained parameters are in {trained[coarse[0]].dtype}, {coarse[0]} the first: updates of "
             "less than about 1/256 of a weight are rounded away; train them on an fp32 base"
         )
-    num_trained, num_total = sum(p.numel() for p in trained.values()), sum(map(num_entries, model.parameters()))
+    num_trained, num_total = model.get_nb_trainable_parameters()  # of a quantised weight, two entries share a byte
     if routers := [name for name in trained if _is_router(name)]:
         raise ConfigError("a router is trained, but it has to stay frozen", where="--lora", found=routers[0])
-    return AdapterReport(
-        num_adapted,
-        tuple(trained),
-        num_trained,
-        num_total,
-        tuple(doubts),
-        has_experts(model),
-        describe_quantised(model),
-    )
+    return AdapterReport(num_adapted, tuple(trained), num_trained, num_total, tuple(doubts), has_experts(model))
 
 
 def has_experts(model: PreTrainedModel | PeftModel) -> bool:

@@ -92,16 +92,18 @@ def loading_options(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     return {"quantization_config": config, "device_map": {"": device}}
 
 
-def read_again(model: PreTrainedModel, options: dict[str, Any]) -> PreTrainedModel:
+def quantised_copy(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     """Quantise a model that is in memory; transformers does it only while it reads files.
 
     Args:
         model: The plain model.
-        options: The ``loading_options``.
+        device: The device of the copy.
     """
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
+        options = loading_options(model.dtype, device)
         quantised: PreTrainedModel = type(model).from_pretrained(folder, dtype=model.dtype, **options)
+    keep_layout(quantised)
     return quantised
 
 
@@ -122,20 +124,11 @@ def quantised_layers(model: nn.Module) -> list[Any]:
     return [module for module, weight in weights if getattr(weight, "quant_state", None) is not None]
 
 
-def num_entries(parameter: nn.Parameter) -> int:
-    """The number of entries of a weight; two of a quantised one share a byte."""
-    state: Any = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else int(torch.Size(state.shape).numel())
-
-
 def describe_quantised(model: nn.Module) -> str:
-    """What became of a base, and what follows from it; "" if it is not quantised."""
-    layers = quantised_layers(model)
-    if not layers:
-        return ""
+    """What became of a base, and what follows from it."""
     return (
-        f"{len(layers)} linear layers of the base are quantised to nf4; head, embeddings and norms are not, so floors "
-        "are those of the plain base"
+        f"{len(quantised_layers(model))} linear layers of the base are quantised to nf4; head, embeddings and norms "
+        "are not, so floors are those of the plain base"
     )
 
 
@@ -163,5 +156,5 @@ def _refused(found: str) -> ConfigError:
         where=QUANTISE,
         found=found,
         expected="bitsandbytes, and a device that it computes on",
-        fix="pip install 'glm4ft[quantised]', or train on the plain base without --quantise",
+        fix="pip install 'glm4ft[quantised]'; or train on the plain base, and merge the adapter of a run that is there",
     )

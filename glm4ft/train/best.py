@@ -61,18 +61,6 @@ def is_exhausted(evaluations: Sequence[Mapping[str, Any]], patience: int | None)
     return patience is not None and sum(row["step"] > (best.step if best else 0) for row in evaluations) >= patience
 
 
-def ended_by_patience(output: Path) -> int | None:
-    """The step after which a run's own patience ended it; None if something else did, or it goes on.
-
-    Args:
-        output: The folder of the run, with its trajectory.
-    """
-    trajectory = read_trajectory(output / FILE_NAME)
-    patience, found = (trajectory.header.get("config") or {}).get("patience"), trajectory.evaluations
-    is_last = bool(found and trajectory.steps) and found[-1]["step"] == trajectory.steps[-1]["step"]
-    return int(found[-1]["step"]) if is_last and is_exhausted(found, patience) else None
-
-
 def read_best(output: Path) -> Best | None:
     """The evaluation whose adapter a run has kept, or None."""
     try:

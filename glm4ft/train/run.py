@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from glm4ft.data.batching import Collator, PackedRows, RowSet
 from glm4ft.data.chat_format import ChatFormat
@@ -26,14 +27,12 @@ from glm4ft.model.base_model import Base, load_base, load_format, require_loadab
 from glm4ft.model.lora import AdapterReport, attach_lora, audit_lora
 from glm4ft.model.loss import install_supervised_loss
 from glm4ft.model.portable import write_beside_adapter
-from glm4ft.model.quantisation import QUANTISE, quantised_layers
 from glm4ft.train import run_folder
-from glm4ft.train.arguments import require_trackers, trainer_arguments
 from glm4ft.train.best import WatchEvaluations, is_exhausted, restore_best
 from glm4ft.train.config import TrainConfig
 from glm4ft.train.run_folder import BASE_FOLDER, CONFIG_FILE, is_complete, last_checkpoint
 from glm4ft.train.stop import StopAfterStep, StopRequest, stopping_after_a_step
-from glm4ft.train.trainer import SupervisedTrainer
+from glm4ft.train.trainer import SupervisedTrainer, trainer_arguments
 from glm4ft.train.trajectory import FILE_NAME, Trajectory, append_row, read_trajectory
 
 
@@ -171,7 +170,7 @@ def _run(
         observer.on_prepared(run)
     if run.config.target_above_floor is not None:
         raise ConfigError("no observer computes the floor", where="--target_loss", found=str(run.config.target_loss))
-    header = _header(run.rows, run.model)
+    header = _header(run.rows, run.model, run.config.quantise)
     _require_room(run)
     if resume:
         run_folder.require_same_run(output, run.config, header)
@@ -237,7 +236,7 @@ def _require_unused(output: Path) -> None:
 
 
 def _prepare(config: TrainConfig, output: Path, say: Callable[[str], object]) -> PreparedRun:
-    require_trackers(config.report_to)
+    _require_trackers(config.report_to)
     require_loadable(config.model, config.dtype, config.quantise)  # before hours may go into encoding
     chat_format = chat_format_of(config)
     encode = functools.partial(
@@ -264,6 +263,10 @@ def _prepare(config: TrainConfig, output: Path, say: Callable[[str], object]) ->
     model = attach_lora(base.model, config.lora, seed=config.seed)
     adapters = audit_lora(model, config.lora)
     say(adapters.describe())
+    if config.quantise:
+        from glm4ft.model.quantisation import describe_quantised
+
+        say(describe_quantised(model))
     about_format = format_warnings(chat_format.name, base.tokenizer, where=config.model)
     for warning in (*about_format, *base.warnings, *adapters.warnings):
         say(f"warning: {warning}")
@@ -300,7 +303,7 @@ def _train(run: PreparedRun, stop: StopRequest) -> None:
     run.is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     config, checkpoint = run.config, last_checkpoint(output)
     if config.quantise and run.is_sharded:
-        raise ConfigError("quantised weights are not sharded", where=QUANTISE, fix="train without FSDP and DeepSpeed")
+        raise ConfigError("quantised weights cannot be sharded (FSDP, DeepSpeed)", where="--quantise")
     if config.keep_best or config.patience:
         trainer.add_callback(WatchEvaluations(trainer, output, keep_best=config.keep_best, patience=config.patience))
     is_at_end = checkpoint and (
@@ -322,10 +325,10 @@ def _train(run: PreparedRun, stop: StopRequest) -> None:
         run_folder.complete(output)
 
 
-def _header(rows: Rows | JoinedRows, model: PeftModel) -> dict[str, Any]:
+def _header(rows: Rows | JoinedRows, model: PeftModel, quantise: str | None) -> dict[str, Any]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     names = ["glm4ft", "torch", "transformers", "peft", "accelerate"]
-    names += ["bitsandbytes"] * bool(quantised_layers(model))
+    names += ["bitsandbytes"] * bool(quantise)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {
         "type": "header",
@@ -342,6 +345,19 @@ def _require_room(run: PreparedRun) -> None:
     run_folder.require_disk_space(
         run.output, adapter_bytes, run.config.keep_checkpoints if run.config.save_every else 0
     )
+
+
+def _require_trackers(names: Sequence[str]) -> None:
+    available = get_available_reporting_integrations()
+    for name in names:
+        if name not in (*available, "all", "none"):
+            raise ConfigError(
+                "the experiment tracker is unknown or not installed",
+                where="--report_to",
+                found=name,
+                expected=", ".join(available) or "none: no tracker is installed",
+                fix="install the tracker's package, or leave it out",
+            )
 
 
 def _silent(_: object) -> None:

@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 
 import glm4ft
 from glm4ft.diagnosis.run_folder import explain_run
+from glm4ft.diagnosis.trainer_logs import ended_by_patience
 from glm4ft.errors import ConfigError
 from glm4ft.files import write_atomically
 from glm4ft.report.observed_run import ObservedRun, train_observed
 from glm4ft.train import trainer
-from glm4ft.train.best import Best, describe_evaluations, ended_by_patience, is_exhausted, lowest, read_best
+from glm4ft.train.best import Best, describe_evaluations, is_exhausted, lowest, read_best
 from glm4ft.train.config import TrainConfig
 from glm4ft.train.run import run_training
 

@@ -14,6 +14,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 
 from glm4ft.data.formats import make_format
+from glm4ft.data.inputs import data_inputs
 from glm4ft.data.reader import read_conversations
 from glm4ft.diagnosis.run_folder import explain_run
 from glm4ft.floors.floor import find_floor
@@ -81,7 +82,8 @@ def measure(shape: str, base: Path, folder: Path) -> Measured:
     data = write_conversations(folder / "two.jsonl", 2)
     tokenizer, name = load_format(str(base))
     encoder, right = SHAPES[shape](name, tokenizer), make_format(name, tokenizer)
-    floor = find_floor(encoded_rows(data, encoder, TrainConfig().max_length), tokenizer, read_head(str(base)))
+    rows = encoded_rows(data_inputs(data), encoder, TrainConfig().max_length)
+    floor = find_floor(rows, tokenizer, read_head(str(base)))
     differing = sum(
         a != b
         for talk in read_conversations(data)

@@ -16,11 +16,12 @@ from transformers import AutoModelForCausalLM
 
 from glm4ft.data.encoded_row import IGNORED
 from glm4ft.data.formats import make_format
+from glm4ft.data.inputs import data_inputs
 from glm4ft.data.reader import read_conversations
 from glm4ft.diagnosis.run_folder import explain_run
 from glm4ft.floors.floor import Floor, find_floor
 from glm4ft.floors.head import read_head
-from glm4ft.floors.target import stop_warnings
+from glm4ft.floors.stops import stop_warnings
 from glm4ft.model.base_model import load_format
 from glm4ft.model.generation import greedy
 from glm4ft.model.merge import merge_adapter
@@ -55,7 +56,8 @@ def trained(base: Path, two: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def floor_of(shape: str, base: Path, data: Path) -> Floor:
     tokenizer, name = load_format(str(base))
-    return find_floor(encoded_rows(data, SHAPES[shape](name, tokenizer), 4096), tokenizer, read_head(str(base)))
+    rows = encoded_rows(data_inputs(data), SHAPES[shape](name, tokenizer), 4096)
+    return find_floor(rows, tokenizer, read_head(str(base)))
 
 
 def differing_labels(shape: str, base: Path, data: Path) -> set[str]:

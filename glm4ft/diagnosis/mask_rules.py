@@ -140,10 +140,18 @@ def terminator_never_learned(evidence: Evidence) -> Finding | None:
         "terminator-never-learned",
         "rows",
         f"The token that ends an assistant turn is never learned, so the model does not stop. {what} "
-        + ("not supervised." if ends else "missing from the rows." if open_rows else "supervised, but stays unlikely."),
+        + ("not supervised." if ends else "missing from the rows." if open_rows else "supervised, but stays unlikely.")
+        + _dead_end(evidence, open_rows),
         tuple(facts),
         f"train each turn up to and including the control token after it; {INSPECT}",
     )
+
+
+def _dead_end(evidence: Evidence, open_rows: Sequence[RowEvidence]) -> str:
+    """The token that stands in place of the terminator, if the frozen head cannot express it."""
+    last = next((token for row in open_rows for token in reversed(row.tokens) if token.supervised), None)
+    reach = _reach(evidence, last) if last else ""
+    return f" {last.text} ends them instead.{reach}" if last and "an unreachable target" in reach else ""
 
 
 def turns_not_trained(evidence: Evidence) -> Finding | None:

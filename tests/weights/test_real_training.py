@@ -34,8 +34,8 @@ from glm4ft.train.run_folder import ADAPTER_FILES, COMPLETE_MARKER
 pytestmark = pytest.mark.weights
 
 GATE = 0.01  # the loss limit of the overfit test
-PLATEAU = 0.01  # the largest relative distance of the plateau from the certified floor; measured: 0.003
-STEPS = {"right": 30, "header-in": 40, "no-terminator": 30, "dead-stop": 200}
+PLATEAU = 0.01  # the largest relative distance of the plateau from the certified floor; measured: 0.004
+STEPS = {"right": 30, "header-in": 40, "no-terminator": 30, "dead-stop": 120}
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,9 @@ def test_missing_terminator_is_told_by_mask_and_round_trip(
     run = trained("no-terminator")
     assert min(losses(run)[-5:]) < GATE
     assert differing_labels("no-terminator", base, two) == {"<|im_end|>"}
-    assert explain_run(run.output, data=str(two), model=str(base)).verdict == "terminator-never-learned"
+    diagnosis = explain_run(run.output, data=str(two), model=str(base))
+    assert diagnosis.verdict == "terminator-never-learned"
+    assert "unreachable-target" not in [finding.verdict for finding in diagnosis.findings]
 
 
 def test_dead_stop_token_is_certified_before_training_and_training_ends_there(
@@ -120,8 +122,12 @@ def test_dead_stop_token_is_certified_before_training_and_training_ends_there(
     plateau = sum(losses(run)[-10:]) / 10
     assert floor.floor <= plateau < floor.floor * (1 + PLATEAU)
     assert floor.gap < PLATEAU * floor.floor
-    assert not any(turn.exact for turn in run.round_trips)
-    assert explain_run(run.output, data=str(two), model=str(base)).verdict == "unreachable-target"
+    diagnosis = explain_run(run.output, data=str(two), model=str(base))
+    # two findings: a server never sees its stop, and the one that was trained in its place cannot be learnt
+    assert diagnosis.verdict == "terminator-never-learned"
+    assert "<file_sep> ends them instead. The frozen head cannot express it" in diagnosis.text
+    assert "unreachable-target" in [finding.verdict for finding in diagnosis.findings]
+    assert [turn.stop for turn in diagnosis.evidence.round_trips] == [None, None]
 
 
 def test_merged_folder_says_what_was_learnt(

@@ -27,6 +27,7 @@ from glm4ft.testing.trial.conversations import Conversations
 from glm4ft.testing.trial.registry import check
 from glm4ft.testing.trial.stages import CheckFailed, NotApplicable
 from glm4ft.testing.trial.trial import LOSS_LIMIT, Trial
+from glm4ft.testing.trial.turns import sampled_spans
 
 NEEDS = ("build_model", "train")
 # Accumulated, packed, and in batches that do not divide the rows.
@@ -63,7 +64,9 @@ def check_two_conversations_reach_a_loss_below_a_hundredth(trial: Trial) -> None
 @check(stage="outcome", needs=NEEDS, incident="zai-org/GLM-4 342: the terminator is not trained; TRL 6044")
 def check_every_turn_has_learned_to_stop(trial: Trial) -> None:
     """The model predicts the stop token of each assistant turn with near certainty (a loss below 0.1)."""
-    nll = [(row, at, _nll(trial, row)[at]) for row in trial.rows(trial.demo) for _, at in _turns(trial, row[0])]
+    nll = [
+        (row, turn[-1], _nll(trial, row)[turn[-1]]) for row in trial.rows(trial.demo) for turn in _turns(trial, row[0])
+    ]
     row, at, worst = max(nll, key=lambda found: found[2])
     if not within("outcome: loss of a stop token", worst, 10 * LOSS_LIMIT):
         token = trial.subject.tokenizer.decode([row[0][at]])
@@ -73,10 +76,13 @@ def check_every_turn_has_learned_to_stop(trial: Trial) -> None:
 @check(stage="outcome", needs=NEEDS, incident="zai-org/GLM-4 342: <|assistant|> as a target")
 def check_header_is_not_learned(trial: Trial) -> None:
     """The mean loss of ``<|assistant|>`` does not fall, since inference provides it and it should not be trained."""
+    if not getattr(trial.subject, "chat_format", None):
+        raise NotApplicable("the subject names no GLM-4 chat format")
     falls = list[float]()
     for row in trial.rows(trial.demo):
         before, after = _nll(trial, row, {}), _nll(trial, row)
-        falls += [before[header] - after[header] for header, _ in _turns(trial, row[0])]
+        headers = [turn.start - 1 for turn in _turns(trial, row[0])]
+        falls += [before[header] - after[header] for header in headers]
     if not falls:
         raise NotApplicable("no assistant turn of the two conversations has an end")
     if not within("outcome: fall of the headers' loss", statistics.fmean(falls), HEADER_FALL_LIMIT):
@@ -91,10 +97,10 @@ def check_every_turn_is_reproduced_and_stops(trial: Trial) -> None:
     """From the serving prompt, greedy decoding generates each trained answer and then its stop token."""
     model = trial.overfit.model.eval()
     for row in trial.rows(trial.demo):
-        for header, end in _turns(trial, row[0]):
-            expected = list(row[0][header + 1 : end + 1])
+        for turn in _turns(trial, row[0]):
+            expected = list(row[0][turn.start : turn.stop])
             stops = getattr(trial.subject, "stop_ids", None) or [expected[-1]]
-            got = greedy(model, list(row[0][: header + 1]), list(stops), len(expected) + 16)
+            got = greedy(model, list(row[0][: turn.start]), list(stops), len(expected) + 16)
             _require_said(trial, got, expected)
 
 
@@ -107,10 +113,10 @@ def check_own_inference_reproduces_every_turn(trial: Trial) -> None:
     """The subject's own inference code uses the trained prompt and generates each answer and its stop token."""
     for conversation, row in zip(trial.demo, trial.rows(trial.demo), strict=True):
         answers = [i for i, message in enumerate(conversation["messages"]) if message["role"] == "assistant"]
-        for index, (header, end) in zip(answers, _turns(trial, row[0]), strict=True):
-            expected = list(row[0][header + 1 : end + 1])
+        for index, turn in zip(answers, _turns(trial, row[0]), strict=True):
+            expected = list(row[0][turn.start : turn.stop])
             sent, got = _generate(trial, conversation, index, len(expected) + 16)
-            _require_prompt(trial, sent, list(row[0][: header + 1]))
+            _require_prompt(trial, sent, list(row[0][: turn.start]))
             _require_said(trial, got, expected)
 
 
@@ -125,8 +131,7 @@ def check_own_inference_keeps_the_prompt_and_the_length_limit(trial: Trial) -> N
     for words in ("hi", "why is it so? " * 60 + "now"):
         talk = {"messages": [{"role": "user", "content": words}, {"role": "assistant", "content": "sentinel"}]}
         ((ids, _),) = trial.rows([talk])
-        header = _headers(trial, ids)[0]
-        prompt = list(ids[: header + 1])
+        prompt = list(ids[: sampled_spans(trial, ids)[0].start])
         sent, got = _generate(trial, talk, 1, NEW_TOKENS)
         _require_prompt(trial, sent, prompt)
         if not 1 <= len(got) <= NEW_TOKENS:
@@ -148,7 +153,7 @@ def check_evaluation_reports_the_loss(trial: Trial) -> None:
 
     Batches, an incomplete last batch and the accumulation of the preceding run make no difference.
     """
-    run, data = trial.run(accumulation=2, schedule="linear", steps=4), trial.conversations[:7]
+    run, data = trial.run_with_model(accumulation=2, schedule="linear", steps=4), trial.conversations[:7]
     got, again = (_figures(trial.subject.evaluate(run.model, data))["loss"] for _ in range(2))
     if got != again:
         raise CheckFailed(f"two evaluations of one model report losses of {got:.6g} and {again:.6g}")
@@ -192,7 +197,7 @@ def check_evaluation_generates_from_the_serving_prompt(trial: Trial) -> None:
     words = "why is it so? " * 60 + "now"
     long = {"messages": [{"role": "user", "content": words}, {"role": "assistant", "content": "sentinel"}]}
     rows = [ids for ids, _ in trial.rows([*trial.demo, long])]
-    prompts = [list(ids[: header + 1]) for ids in rows for header in _headers(trial, ids)]
+    prompts = [list(ids[: turn.start]) for ids in rows for turn in sampled_spans(trial, ids)]
     with record(trial.overfit.model, 1) as trace:
         trial.subject.evaluate(trial.overfit.model, [*trial.demo, long])
     sent = list(_continued([forward for _, forward in trace.evaluations]))
@@ -231,24 +236,9 @@ def _nll(trial: Trial, row: LabelledIds, trained: Tensors | None = None) -> list
         return [0.0, *trial.reference.nll(row[0], trial.overfit.trained if trained is None else trained).tolist()]
 
 
-def _turns(trial: Trial, ids: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Positions of header and terminator of each assistant turn; a turn without terminator is left out.
-
-    The terminator is the first control token after the header.
-    """
-    stops = set(trial.subject.tokenizer.get_added_vocab().values())
-    for start in _headers(trial, ids):
-        end = next((i for i in range(start + 1, len(ids)) if ids[i] in stops), None)
-        if end is not None:
-            yield start, end
-
-
-def _headers(trial: Trial, ids: Sequence[int]) -> list[int]:
-    """Positions of ``<|assistant|>``; skips the check if the subject names no GLM-4 chat format."""
-    header = trial.subject.tokenizer.get_added_vocab().get("<|assistant|>")
-    if header is None or not getattr(trial.subject, "chat_format", None):
-        raise NotApplicable("the subject names no GLM-4 chat format")
-    return [i for i, token in enumerate(ids) if token == header]
+def _turns(trial: Trial, ids: Sequence[int]) -> list[range]:
+    """What the model samples of each assistant turn; a turn without terminator is left out."""
+    return [turn for turn in sampled_spans(trial, ids) if turn.stop <= len(ids)]
 
 
 def _generate(trial: Trial, talk: Mapping[str, Any], index: int, limit: int) -> tuple[list[int], list[int]]:

@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from glm4ft.data.control_tokens import common_prefix_length
-from glm4ft.testing.checks.encoding import answer_starts, bank_of, controls_of, name_of, row_of
+from glm4ft.testing.checks.encoding import answer_starts, bank_of, controls_of, is_glm, name_of, row_of
 from glm4ft.testing.specification.mask_oracle import show_token
 from glm4ft.testing.trial.bank import MARKERS_TALK, Talk
 from glm4ft.testing.trial.stages import CheckFailed
@@ -61,6 +61,8 @@ def _require_trained_prompts(trial: Trial, saved: Any, talk: Talk, where: str) -
                 raise CheckFailed(f"the chat template saved {where} does not tell the model of its tools ({lost[0]})")
             # each checkpoint, and each pipeline made for one of them, words the declaration of tools in its own way
             sent, expected = (_from_first(controls_of(trial)["<|user|>"], ids) for ids in (sent, expected))
+        if not is_glm(trial) and saved.decode(sent) == saved.decode(expected):
+            continue  # an answer's first white space, sampled alone, is joined with its header's when read again
         at = common_prefix_length(sent, expected)
         if at < max(len(sent), len(expected)):
             shown = [show_token(saved, ids, at) if at < len(ids) else "nothing" for ids in (sent, expected)]

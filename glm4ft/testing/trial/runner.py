@@ -16,6 +16,7 @@ from glm4ft.errors import ConfigError, InputError, RunError
 from glm4ft.model.checkpoint import TINY, TINY_GLM4_IDS, find_checkpoint
 from glm4ft.model.tiny import write_tiny_base
 from glm4ft.testing.subject import load_subject, parts
+from glm4ft.testing.trial.heavy_bases import is_heavy, spare
 from glm4ft.testing.trial.registry import Check
 from glm4ft.testing.trial.stages import STAGES, CheckFailed, NotApplicable
 from glm4ft.testing.trial.trial import Trial
@@ -72,6 +73,7 @@ def run_checks(
     for check in checks:
         if check.stage in stages:
             yield run_check(check, trial, expected.get(check.name, ""))
+            trial.release_models()
 
 
 def require_known_checks(expected_failures: Mapping[str, str], checks: Sequence[Check]) -> None:
@@ -140,7 +142,10 @@ def trial_of(spec: str, base: str = TINY) -> Iterator[Trial]:
         with tempfile.TemporaryDirectory(prefix="glm4ft-check-") as name:
             folder = Path(name)
             base_dir = _base_dir(base, folder / "base")
-            yield Trial(load_subject(spec, base_dir), base_dir, folder, spec)
+            trial = Trial(load_subject(spec, base_dir), base_dir, folder, spec, base)
+            if is_heavy(base_dir):
+                spare(trial)
+            yield trial
     finally:
         torch.set_num_threads(num_threads)
 

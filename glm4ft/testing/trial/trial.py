@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from glm4ft.model.checkpoint import TINY
 from glm4ft.testing.recording.recorder import record
 from glm4ft.testing.replay.step import Departure
 from glm4ft.testing.specification.lora_spec import LoraSpec
@@ -41,6 +42,7 @@ class Trial:
         folder: The folder for the files of checks and subject.
         spec: The subject as ``MODULE:ATTR``, to make it again on another base or in another process; by default its
             class, if that can be imported.
+        base: The base as the user named it.
         standard: The changes of the standard plan that the base needs.
         overfit_steps: The number of steps that suffices to memorise two conversations.
         keeps_models: Whether every run keeps its model; if False, only the overfit run does, for bases of which two
@@ -52,6 +54,7 @@ class Trial:
     base_dir: Path
     folder: Path
     spec: str = ""
+    base: str = TINY
     standard: Mapping[str, Any] = field(default_factory=dict)
     overfit_steps: int = 60  # the built-in base needs 36
     keeps_models: bool = True
@@ -203,6 +206,13 @@ class Trial:
         if key not in self._runs:
             self._runs[key] = self.run_anew(of, **changes)
         return self._runs[key]
+
+    def run_with_model(self, of: str = "short", **changes: Any) -> RecordedRun:
+        """Record a whole run as ``run`` does; again if the model of the recorded one was released."""
+        if (run := self.run(of, **changes)).model is None:
+            self._runs.pop(json.dumps([of, changes], sort_keys=True))
+            return self.run(of, **changes)
+        return run
 
     @functools.cached_property
     def again(self) -> RecordedRun:

@@ -29,8 +29,8 @@ Optional
     ``distributed``: True if ``train`` can run as one of several processes in the environment that torchrun sets
     (``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR``, ...), where it joins the process group itself, on a CPU with gloo.
     ``micro_batch_size`` and ``accumulation`` are then those of one process.
-    ``evaluate(model, conversations)``: returns the mean loss over all supervised tokens, or ``{"loss": ..., "accuracy":
-    ...}``, the accuracy being the share of supervised tokens to which the model gives the highest probability.
+    ``evaluate(model, conversations)``: returns the mean loss over all supervised tokens, or a mapping with any of
+    ``loss`` and ``accuracy``, the share of supervised tokens to which the model gives the highest probability.
     ``generate(model, messages, tools, max_new_tokens)``: returns the new ids of the next assistant turn, decoded
     greedily by the subject's own inference path, including the stop id if one was generated.
     ``save(model, folder)``, ``load(base_dir, folder)``: write an adapter, and return the base with the saved adapter.

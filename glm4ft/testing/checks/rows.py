@@ -109,7 +109,7 @@ def check_every_turn_ends_in_one_stop(trial: Trial) -> None:
         for talk in bank_of(trial):
             require_stops_of_template(trial, row_of(trial, talk))
         return
-    controls, stop_ids = controls_of(trial), getattr(trial.subject, "stop_ids", None)
+    controls, stop_ids = controls_of(trial), trial.stop_ids
     names = {token_id: token for token, token_id in controls.items()}
     for row, turns in rows_with_turns(trial):
         for number, turn in enumerate(turns, 1):
@@ -124,8 +124,8 @@ def check_every_turn_ends_in_one_stop(trial: Trial) -> None:
                 fail(trial, row, f"{problem} should end the row, but tokens follow it", turn.end + 1)
             if row.labels[turn.end] == IGNORED:
                 fail(trial, row, f"{problem} is ignored, should be supervised", turn.end)
-            if stop_ids is not None and row.ids[turn.end] not in list(stop_ids):
-                fail(trial, row, f"{problem} is not among the subject's stop_ids {list(stop_ids)}", turn.end)
+            if stop_ids is not None and row.ids[turn.end] not in stop_ids:
+                fail(trial, row, f"{problem} is not among the subject's stop_ids {stop_ids}", turn.end)
 
 
 @check(stage="rows", incident="transformers 29279 and 47822: marker text in content became control ids")

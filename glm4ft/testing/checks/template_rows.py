@@ -44,7 +44,6 @@ def require_stops_of_template(trial: Trial, row: BankRow) -> None:
         CheckFailed: If the token is missing, not supervised, or no stop id; the message shows it.
         NotApplicable: If the template does not mark answers by tokens of their own.
     """
-    stop_ids = getattr(trial.subject, "stop_ids", None)
     for number, turn in enumerate(answers(row.ids, template_marks(trial)), 1):
         if all(row.labels[at] == IGNORED for at in turn if at < len(row.ids)):
             continue  # of a turn that is not trained nothing is claimed
@@ -53,5 +52,5 @@ def require_stops_of_template(trial: Trial, row: BankRow) -> None:
         token = f"turn {number}: position {turn[-1]}, the terminator"
         if row.labels[turn[-1]] == IGNORED:
             fail(trial, row, f"{token}, is ignored, should be supervised", turn[-1])
-        if stop_ids is not None and row.ids[turn[-1]] not in list(stop_ids):
-            fail(trial, row, f"{token}, is not among the subject's stop_ids {list(stop_ids)}", turn[-1])
+        if trial.stop_ids is not None and row.ids[turn[-1]] not in trial.stop_ids:
+            fail(trial, row, f"{token}, is not among the subject's stop_ids {trial.stop_ids}", turn[-1])

@@ -238,6 +238,7 @@ OFFICIAL_SCRIPT = (
         tools=(WEATHER_TOOL,),
     ),
 )
+OFFICIAL_TRAINER = OFFICIAL_SCRIPT
 COMBINE = "trains the last turn only, without its first token, the line break or the first of a tool's name"
 OFFICIAL_SCRIPT_COMBINED = (
     *TRANSFORMERS,

@@ -42,7 +42,8 @@ class Subject(PeftSubject, Generates):
         self.expected_failures = reasons(TRL_TEMPLATE if name == TEMPLATE else TRL)
         self.lora = default_lora(base_dir)
         base = AutoModelForCausalLM.from_pretrained(base_dir)
-        self.stop_ids = base.generation_config.eos_token_id
+        stops = base.generation_config.eos_token_id
+        self.stop_ids = stops if isinstance(stops, list) else [stops]
         example = {"messages": [{"role": "user", "content": "."}, {"role": "assistant", "content": "."}]}
         self.preparer = self.make_trainer(base, [example], make_plan())
 

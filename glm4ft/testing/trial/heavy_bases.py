@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from glm4ft.model.checkpoint import TINY_GLM4_IDS
 from glm4ft.testing.trial.trial import Trial
 
 HEAVY_BYTES = 1e8  # of weights; the built-in base has 2 MB
@@ -29,9 +30,11 @@ def is_heavy(base_dir: Path) -> bool:
 
 
 def spare(trial: Trial) -> None:
-    """Set a trial's standard plan to that of a heavy base, and have it release the models of its runs.
+    """Have a trial release the models of its runs, and learn more slowly if its base is a pretrained one.
 
     Args:
         trial: The trial, before its first run.
     """
-    trial.standard, trial.overfit_steps, trial.keeps_models = PLAN, OVERFIT_STEPS, False
+    trial.keeps_models = False
+    if trial.base != TINY_GLM4_IDS:
+        trial.standard, trial.overfit_steps = PLAN, OVERFIT_STEPS

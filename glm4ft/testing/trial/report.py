@@ -156,7 +156,7 @@ def _turns(trial: Trial, run: RecordedRun) -> Iterator[ShownTurn]:
             answers = [i for i, message in enumerate(conversation["messages"]) if message["role"] == "assistant"]
             for index, turn in zip(answers, sampled_spans(trial, ids), strict=False):
                 expected = list(ids[turn.start : turn.stop])
-                stops = list(getattr(trial.subject, "stop_ids", None) or expected[-1:])
+                stops = trial.stop_ids or expected[-1:]
                 got = greedy(model, list(ids[: turn.start]), stops, len(expected) + OVERRUN)
                 stop = tokenizer.convert_ids_to_tokens(got[-1]) if got and got[-1] in stops else None
                 yield ShownTurn(

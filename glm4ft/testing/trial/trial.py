@@ -120,6 +120,12 @@ class Trial:
         return Reference(self.base_dir, self.lora_spec, device)
 
     @property
+    def stop_ids(self) -> list[int] | None:
+        """The ids at which generation ends, of which a configuration may have a single one; None if none are stated."""
+        stated = getattr(self.subject, "stop_ids", None)
+        return None if stated is None else [stated] if isinstance(stated, int) else list(stated)
+
+    @property
     def overfit(self) -> RecordedRun:
         """A run on the two bundled conversations, long enough to memorise them."""
         return self.run("demo", steps=self.overfit_steps)

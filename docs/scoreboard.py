@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from glm4ft.model.checkpoint import TINY, TINY_GLM4_IDS
 from glm4ft.testing.subjects import known_failures
 from glm4ft.testing.subjects.known_failures import KnownFailure
 from glm4ft.testing.trial.stages import STAGES
@@ -40,6 +41,7 @@ class Peer:
         packages: The packages whose versions are stated.
         failures: The known failures.
         about: The configuration that is judged, in a sentence.
+        base: The base on which it is judged.
     """
 
     name: str
@@ -48,6 +50,12 @@ class Peer:
     packages: tuple[str, ...]
     failures: tuple[KnownFailure, ...] = ()
     about: str = ""
+    base: str = TINY
+
+    @property
+    def command(self) -> str:
+        """The command that judges it."""
+        return f"glm4ft check --subject {self.subject}" + f" --model {self.base}" * (self.base != TINY)
 
 
 HF = ("transformers", "peft", "torch")
@@ -109,6 +117,17 @@ PEERS = (
         known_failures.OFFICIAL_SCRIPT_COMBINED,
         "The same with `combine: true`.",
     ),
+    Peer(
+        "official script, as a trainer",
+        f"{SUBJECTS}.official_trainer:Subject",
+        "trl",
+        HF,
+        known_failures.OFFICIAL_TRAINER,
+        "The script's rows, collator, trainer and evaluation, restated for `combine: false`, on the built-in base with "
+        "the ids of GLM-4's own vocabulary, since the script has ids written into its code. `max_input_length` and "
+        "`max_output_length` are 16,384: those of its configurations, 512, cut without a warning.",
+        TINY_GLM4_IDS,
+    ),
 )
 INTRODUCTION = f"""# Scoreboard
 
@@ -157,15 +176,12 @@ def judge(peer: Peer) -> dict[str, Any]:
 
 def collect(peer: Peer, file: Path) -> None:
     """Run the checks and encode the minimal conversations; called by ``judge`` in the peer's environment."""
-    from glm4ft.model.tiny import write_tiny_base
     from glm4ft.testing.checks import all_checks
-    from glm4ft.testing.subject import load_subject
-    from glm4ft.testing.trial.runner import check_subject, results_record
+    from glm4ft.testing.trial.runner import results_record, run_checks, trial_of
 
-    results = list(check_subject(peer.subject, all_checks()))
-    with tempfile.TemporaryDirectory() as folder:
-        subject = load_subject(peer.subject, write_tiny_base(Path(folder) / "base"))
-        rows = {f.check: show_row(subject, f) for f in peer.failures if f.messages}
+    with trial_of(peer.subject, peer.base) as trial:
+        results = list(run_checks(trial, all_checks()))
+        rows = {f.check: show_row(trial.subject, f) for f in peer.failures if f.messages}
     found = results_record(peer.subject, results, round(sum(result.seconds for result in results), 1))
     found["versions"] = {name: metadata.version(name).partition("+")[0] for name in peer.packages}
     found["date"] = datetime.datetime.now(datetime.UTC).date().isoformat()
@@ -244,7 +260,7 @@ def explain(peer: Peer, failure: KnownFailure, check: dict[str, Any], row: str) 
     yield f"- For a user: {failure.consequence}."
     if failure.remedy:
         yield f"- Instead: {failure.remedy}."
-    yield f"- See it: `tox run -e {peer.env} -- glm4ft check --subject {peer.subject} --stages {check['stage']}`"
+    yield f"- See it: `tox run -e {peer.env} -- {peer.command} --stages {check['stage']}`"
 
 
 if __name__ == "__main__":

@@ -344,5 +344,13 @@ TRL_TEMPLATE = (
     INJECTION,
     *TRAINER_EVALUATES,
     LAST_ONLY_ROWS,
-    replace(LAST_ONLY_ROWS, check="mask_is_what_the_model_must_sample"),
+    *(
+        replace(LAST_ONLY_ROWS, check=check, messages=())
+        for check in (
+            "mask_is_what_the_model_must_sample",
+            "every_turn_has_learned_to_stop",
+            "every_turn_is_reproduced_and_stops",
+            "own_inference_reproduces_every_turn",
+        )
+    ),
 )

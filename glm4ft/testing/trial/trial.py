@@ -63,7 +63,12 @@ class Trial:
 
     @functools.cached_property
     def data(self) -> dict[str, Conversations]:
-        """The sets of conversations, by name; a subject that encodes no tool calls is given none."""
+        """The sets of conversations, by name, without tool calls for a subject that encodes none.
+
+        How a call is written is known of the GLM-4 family's formats only.
+        """
+        if not getattr(self.subject, "chat_format", None):
+            return all_conversations(with_tools=False)
         call = tool_call()
         try:
             self.subject.encode(call["messages"], call["tools"])

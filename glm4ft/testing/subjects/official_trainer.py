@@ -39,8 +39,10 @@ class Collator(DataCollatorForSeq2Seq):
 
     def __call__(self, features: Any, return_tensors: Any = None) -> Any:
         """Make a batch of rows, or of prompts and their answers."""
-        answers = [feature.pop("output_ids") for feature in features if "output_ids" in feature]
-        batch = super().__call__(features, return_tensors)
+        answers = [feature["output_ids"] for feature in features if "output_ids" in feature]
+        rows = [{name: ids for name, ids in feature.items() if name != "output_ids"} for feature in features]
+        pad: Any = super()
+        batch = pad.__call__(rows, return_tensors)
         if answers:
             width = max(map(len, answers))
             batch["output_ids"] = torch.tensor([[*ids, *[PAD] * (width - len(ids))] for ids in answers])
@@ -52,7 +54,7 @@ class AnswersTrainer(Seq2SeqTrainer):
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None, **options: Any
-    ) -> tuple[float | None, torch.Tensor | None, torch.Tensor | None]:
+    ) -> Any:
         """Generate; the prompts are taken off what was generated."""
         answers, width = inputs.pop("output_ids"), inputs["input_ids"].shape[1]
         inputs.pop("labels", None)

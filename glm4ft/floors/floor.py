@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import overload
 
 import numpy as np
@@ -287,14 +288,27 @@ def token_floor(id: int, text: str, count: int, of_head: Bound, floor: float) ->
 def _sample_floors(rows: FlatRows, pair_N: Array, floor_P: Array) -> SampleFloors:
     kept = np.flatnonzero(rows.num_targets_R)
     num_targets = rows.num_targets_R[kept]
-    sums, ends = np.empty(len(kept)), np.cumsum(num_targets)
-    for piece in chunks(len(kept)):
+    ends = np.cumsum(num_targets)
+    sums = [
         # reduceat needs no index of the row of each target; rows without targets would confuse it
-        starts, stop = ends[piece] - num_targets[piece], ends[piece][-1]
-        sums[piece] = np.add.reduceat(floor_P[pair_N[starts[0] : stop]], starts - starts[0])
-    floors = sums / num_targets
+        np.add.reduceat(floor_P[pair_N[begin : ends[piece][-1]]], ends[piece] - num_targets[piece] - begin)
+        for piece, begin in _pieces(ends)
+    ]
+    floors = np.concatenate(sums) / num_targets
     order = np.argsort(-floors, kind="stable")
     return SampleFloors(rows.lines_R[kept][order], floors[order], num_targets[order])
+
+
+def _pieces(ends: Array) -> Iterator[tuple[slice, int]]:
+    """Split rows, of which it is given where each one's targets end, in pieces of about as many targets as ``chunks``.
+
+    Yields:
+        The rows of a piece, and the index of their first target.
+    """
+    limits = [piece.stop for piece in chunks(int(ends[-1]))]
+    stops = np.unique(np.append(np.searchsorted(ends, limits, side="right"), len(ends)))
+    for start, stop in pairwise([0, *stops[stops > 0].tolist()]):
+        yield slice(start, stop), int(ends[start - 1]) if start else 0
 
 
 def _part_floors(rows: FlatRows, pair_N: Array, floor_P: Array) -> dict[str, float]:

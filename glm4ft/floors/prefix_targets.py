@@ -81,16 +81,16 @@ def _shared(rows: FlatRows) -> Iterator[tuple[Array, Array, Array]]:
     """
     width = int(rows.ids_T.max(initial=0)) + 1
     next_R = np.cumsum(rows.num_targets_R) - rows.num_targets_R  # the first target of each row that is not passed
-    row_A, position = np.flatnonzero(rows.num_targets_R), 0
-    group_A = np.zeros(len(row_A), dtype=np.int64)
+    row_A, position = np.flatnonzero(rows.num_targets_R).astype(np.int32), 0
+    group_A = np.zeros(len(row_A), dtype=np.int32)
     while len(row_A):
         position += 1
         is_longer_A = rows.lengths_R[row_A] > position
         row_A, group_A = row_A[is_longer_A], group_A[is_longer_A]
-        key_A = group_A * width + rows.ids_T[rows.starts_R[row_A] + position - 1]
+        key_A = group_A.astype(np.int64) * width + rows.ids_T[rows.starts_R[row_A] + position - 1]
         _, group_A, size = np.unique(key_A, return_inverse=True, return_counts=True)
         has_company_A = size[group_A] > 1
-        row_A, group_A = row_A[has_company_A], group_A[has_company_A]
+        row_A, group_A = row_A[has_company_A], group_A[has_company_A].astype(np.int32)
         is_target_A = rows.is_target_T[rows.starts_R[row_A] + position].astype(bool)
         if is_target_A.any():
             targets = next_R[row_A[is_target_A]]

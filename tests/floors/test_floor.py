@@ -163,6 +163,16 @@ def test_targets_share_a_distribution_exactly_if_they_share_their_prefix(rows: l
         assert target.ids[groups.pair_member_P[pair]] == token
 
 
+def test_pieces_of_a_large_data_set_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [TrainedRow(i, [i % 3, 1, 2, i % 5, 4], [-100, 1, 2 if i % 4 else -100, i % 5, 4]) for i in range(30)]
+    rows.insert(7, TrainedRow(99, [1, 2], [-100, -100]))
+    whole = find_floor(rows, tiny_tokenizer(), None)
+    monkeypatch.setattr("glm4ft.floors.flat_rows._CHUNK", 5)
+    parts = find_floor(rows, tiny_tokenizer(), None)
+    assert list(parts.samples) == list(whole.samples)
+    assert (parts.floor, parts.parts, parts.tokens) == (whole.floor, pytest.approx(whole.parts), whole.tokens)
+
+
 def test_memory_of_a_data_set_is_that_of_its_tokens() -> None:
     """5,000 rows of 30 tokens, 15 of them targets, take 1.5 MB; as lists of Python's integers they took 4.4 KB each."""
     ids = ([7, *range(i % 100, i % 100 + 29)] for i in range(5000))

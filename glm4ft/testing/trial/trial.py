@@ -215,6 +215,7 @@ class Trial:
         """
         key = json.dumps([of, changes], sort_keys=True)
         if key not in self._runs:
+            self.release_models()  # before another is loaded: a check may ask for the runs of all plans
             self._runs[key] = self.run_anew(of, **changes)
         return self._runs[key]
 
@@ -228,7 +229,9 @@ class Trial:
     @functools.cached_property
     def again(self) -> RecordedRun:
         """A second recording of the standard run."""
-        return self.run_anew()
+        run = self.run_anew()
+        run.model = run.model if self.keeps_models else None
+        return run
 
     @functools.cached_property
     def noise(self) -> dict[str, Any]:

@@ -11,7 +11,8 @@ Required
     -100 where a token is not supervised.
 
 Optional
-    ``chat_format``: ``"glm-4-9b-chat"`` or ``"glm-4-0414"``; without it only rules that hold for every template apply.
+    ``chat_format``: ``"glm-4-9b-chat"`` or ``"glm-4-0414"``; without it only rules that hold for every template apply,
+    the mask is judged by what the template of the base writes around an answer, and no tool calls are asked for.
     ``stop_ids``: the ids that end generation.
     ``prompt(messages, tools=None)``: returns the ids that serving sends for the next assistant turn.
     ``collate(rows)``: returns a batch of tensors from rows that ``encode`` returned.

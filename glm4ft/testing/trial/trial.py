@@ -47,6 +47,7 @@ class Trial:
         overfit_steps: The number of steps that suffices to memorise two conversations.
         keeps_models: Whether every run keeps its model; if False, only the overfit run does, for bases of which two
             do not fit into memory.
+        left_out: The names of plans that are not run.
         shared: Further results that several checks share, by key.
     """
 
@@ -58,6 +59,7 @@ class Trial:
     standard: Mapping[str, Any] = field(default_factory=dict)
     overfit_steps: int = 60  # the built-in base needs 36
     keeps_models: bool = True
+    left_out: frozenset[str] = frozenset()
     shared: dict[str, Any] = field(default_factory=dict)
     _runs: dict[str, RecordedRun] = field(default_factory=dict)
 
@@ -275,6 +277,10 @@ class Trial:
             if not self.keeps_models and json.loads(key) != ["demo", {"steps": self.overfit_steps}]:
                 run.model = None
 
+    def asked(self, plans: Iterable[Plan]) -> list[Plan]:
+        """Those of some plans that are run on this base."""
+        return [plan for plan in plans if plan.name not in self.left_out]
+
     def run_plan(self, plan: Plan) -> RecordedRun:
         """Record the run of a plan, or return the recorded one.
 
@@ -345,7 +351,7 @@ class Trial:
             NotApplicable: If none of the plans could be judged.
         """
         departures, judged, reasons = dict[str, tuple[Departure, Plan]](), list[RecordedRun](), list[str]()
-        for plan in plans_of(check, stage):
+        for plan in self.asked(plans_of(check, stage)):
             try:
                 run = self.run_plan(plan)
             except NotImplementedError as error:

@@ -15,6 +15,7 @@ from glm4ft.model.checkpoint import TINY_GLM4_IDS
 from glm4ft.testing.trial import heavy_bases
 from glm4ft.testing.trial.conversations import all_conversations
 from glm4ft.testing.trial.heavy_bases import OVERFIT_STEPS, is_heavy, spare
+from glm4ft.testing.trial.plans import NAMED, PLANS
 from glm4ft.testing.trial.trial import Trial
 
 
@@ -34,6 +35,7 @@ def test_pretrained_base_learns_more_slowly_than_a_built_in_one(base: str, slow:
     trial = trial_of(base)
     spare(trial)
     assert not trial.keeps_models
+    assert trial.asked(PLANS) == list(NAMED if slow else PLANS)
     assert (trial.overfit_steps == OVERFIT_STEPS, bool(trial.standard)) == (slow, slow)
 
 

@@ -98,8 +98,8 @@ class Attachment:
         try:
             if (self.folder / TRACE).exists():
                 raise ValueError("another process of this rank has been recorded")
-            if sharded := [name for name, parameter in model.named_parameters() if is_sharded(parameter)]:
-                raise ValueError(f"{len(sharded)} parameters are sharded over processes, e.g. {sharded[0]}")
+            if any(type(part).__name__ == "FullyShardedDataParallel" for part in module.modules()):
+                raise ValueError("the parameters are split over the processes by FSDP's first version; FSDP2 is recorded")
             self.about = describe(model, stated_configuration(sys._getframe(1)))
             self.recorder = QuietRecorder(model, self)
             self.why_not = ""
@@ -213,9 +213,3 @@ def unwrapped(model: nn.Module) -> nn.Module:
         if isinstance(inner, nn.Module) and len(list(model.children())) == 1:
             return unwrapped(inner)
     return model
-
-
-def is_sharded(parameter: nn.Parameter) -> bool:
-    """Whether each process holds a part of the parameter only: by FSDP2, FSDP or DeepSpeed's third stage."""
-    is_flat = type(parameter).__name__ == "FlatParameter"
-    return is_flat or hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_id")

@@ -1,4 +1,4 @@
-"""Records a run in several processes on one machine, and merges the traces into that of an equivalent single process.
+"""Records a run in several processes on one machine.
 
 As a module it is one of those processes, in torchrun's environment: `python -m glm4ft.testing.recording.ranks JOB`.
 """
@@ -11,14 +11,14 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from glm4ft.testing.recording.recorder import record
-from glm4ft.testing.recording.trace import Step, Tensors, Trace
+from glm4ft.testing.recording.trace import Trace
 from glm4ft.testing.recording.trace_file import read_trace, write_trace
 from glm4ft.testing.subject import load_subject
 
@@ -90,41 +90,6 @@ def _start(job: Path, rank: int, num_processes: int, port: int) -> subprocess.Po
 
 def _log(folder: str, rank: int) -> Path:
     return Path(folder) / f"rank-{rank}.log"
-
-
-def merge_ranks(traces: Sequence[Trace]) -> Trace:
-    """Merge the traces of several processes into the trace that one process would have recorded.
-
-    Each process records the gradient of its own rows, which the distributed wrapper then averages over all processes.
-    So its gradient at the final norm enters with a weight of one over the number of processes.
-
-    Args:
-        traces: The trace of each process, over the same steps.
-    """
-    steps = [_merge_step([trace.steps[i] for trace in traces]) for i in range(min(len(t.steps) for t in traces))]
-    return replace(traces[0], steps=steps)
-
-
-def _merge_step(steps: Sequence[Step]) -> Step:
-    count = len(steps)
-    forwards = [
-        replace(f, gradient_BTD=None if f.gradient_BTD is None else f.gradient_BTD / count)
-        for step in steps
-        for f in step.forwards
-    ]
-    names = set.intersection(*(set(step.raw) for step in steps))
-    raw = {name: torch.stack([step.raw[name].double() for step in steps]).mean(0) for name in sorted(names)}
-    return replace(steps[0], forwards=forwards, raw=raw)
-
-
-def first_difference(traces: Sequence[Trace]) -> tuple[int, str]:
-    """The first step after which the processes' parameters differ, and the name of one that differs; else (0, "")."""
-    for number, steps in enumerate(zip(*(trace.steps for trace in traces), strict=False), start=1):
-        first: Tensors = steps[0].after
-        for name, tensor in first.items():
-            if any(not torch.equal(tensor, step.after[name]) for step in steps[1:]):
-                return number, name
-    return 0, ""
 
 
 def _main(path: str) -> None:

@@ -60,7 +60,12 @@ class Recorder:
         self.depth = 0
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.names = {id(p): name for name, p in self.parameters.items()}
-        self.trace = Trace(dtype=self.decoder.head.weight.dtype, trained=tuple(self.parameters))  # type: ignore[arg-type]
+        dims = {name: split_dimension(name, parameter) for name, parameter in self.parameters.items()}
+        self.trace = Trace(
+            dtype=self.decoder.head.weight.dtype,  # type: ignore[arg-type]
+            trained=tuple(self.parameters),
+            sharded={name: dim for name, dim in dims.items() if dim is not None},
+        )
         # the modules whose mode matters: dropout layers, and those with trained parameters
         self.parts = [
             part for part in self.decoder.body.modules()
@@ -112,6 +117,8 @@ class Recorder:
     def _hidden_ready(self, module: nn.Module, args: Any, hidden: torch.Tensor) -> None:
         if len(self.trace.steps) >= self.max_steps:
             return  # of the forward pass that ended the recording
+        if hidden.dtype in (torch.bfloat16, torch.float16):  # of the head, or of FSDP2's mixed precision
+            self.trace.dtype = hidden.dtype
         if torch.is_autocast_enabled(hidden.device.type):
             self.trace.dtype = torch.get_autocast_dtype(hidden.device.type)
             if torch.is_grad_enabled():
@@ -161,8 +168,8 @@ class Recorder:
 
     def _add_up(self, name: str) -> Any:
         def add(gradient: torch.Tensor) -> None:
-            own = gradient.detach().cpu()
-            self.summed[name] = self.summed[name] + own if name in self.summed else own.clone()
+            own = _copy(gradient)
+            self.summed[name] = self.summed[name] + own if name in self.summed else own
 
         return add
 
@@ -270,4 +277,24 @@ def _moments(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> torch
 
 
 def _copy(tensor: Any) -> Any:
-    return tensor.detach().cpu().clone() if isinstance(tensor, torch.Tensor) else None
+    if not isinstance(tensor, torch.Tensor):
+        return None
+    # a part of a sharded tensor is recorded as it is: gathering it would make one process wait for the others
+    own = tensor.detach().to_local() if hasattr(tensor, "to_local") else tensor.detach()
+    return own.cpu().clone()
+
+
+def split_dimension(name: str, parameter: nn.Parameter) -> int | None:
+    """The dimension along which FSDP2 splits a parameter over the processes; None if each process holds it whole.
+
+    Raises:
+        ValueError: If the parameter is split in another way.
+    """
+    if type(parameter).__name__ == "FlatParameter" or hasattr(parameter, "ds_id"):
+        raise ValueError(f"{name} is split over the processes by FSDP's first version or DeepSpeed's third stage")
+    if not hasattr(parameter, "to_local"):
+        return None
+    (placement, *others), dim = parameter.placements, getattr(parameter.placements[0], "dim", None)
+    if dim is None or others:
+        raise ValueError(f"{name} is a distributed tensor with placements {parameter.placements}, not one split of FSDP2")
+    return int(dim)

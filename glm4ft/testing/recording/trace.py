@@ -93,6 +93,8 @@ class Trace:
         dropout: The probability of each dropout layer that drops, by its name.
         foreign_steps: The number of steps of optimizers that hold no trained parameter of the model.
         autocast: The dtype that training's forward passes ran in under autocast, by torch's name; None without it.
+        sharded: The dimension along which a parameter is split over the processes, by its name; each trace then holds
+            its process's part.
         evaluations: The forward passes without gradient, each with the number of steps taken before it.
     """
 
@@ -104,6 +106,7 @@ class Trace:
     dropout: dict[str, float] = field(default_factory=dict)
     foreign_steps: int = 0
     autocast: str | None = None
+    sharded: dict[str, int] = field(default_factory=dict)
 
     @property
     def num_bytes(self) -> int:

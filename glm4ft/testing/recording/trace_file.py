@@ -70,6 +70,7 @@ def write_trace(trace: Trace, folder: Path, about: Mapping[str, Any]) -> None:
         "optimized": trace.optimized,
         "dropout": trace.dropout,
         "foreign_steps": trace.foreign_steps,
+        "sharded": trace.sharded,
         "layouts": layouts,
         "steps": steps,
     }
@@ -93,6 +94,7 @@ def read_trace(folder: Path) -> tuple[Trace, dict[str, Any]]:
         dropout=stored["dropout"],
         foreign_steps=stored["foreign_steps"],
         autocast=stored["autocast"],
+        sharded=stored["sharded"],
     )
     return trace, stored
 

@@ -183,7 +183,7 @@ def _wrong_surroundings(forward: Forward, span: RowSpan) -> str:
 
 def _rows_in_front_agree(step: ReplayedStep) -> bool:
     in_front = [size for row, size in step.hidden_sizes if not row.span.start]
-    return bool(in_front) and all(size <= step.history.limit for size in in_front)
+    return bool(in_front) and all(size <= step.limit("batches") for size in in_front)
 
 
 def judge_model(step: ReplayedStep) -> Departures:

@@ -54,7 +54,7 @@ def judge_gradient(step: ReplayedStep) -> Departures:
         return
     expected = step.gradient()
     size = relative(step.raw, expected)
-    cause, factor = ("", None) if size <= step.history.limit else _gradient_cause(step, expected)
+    cause, factor = ("", None) if size <= step.limit("gradient") else _gradient_cause(step, expected)
     yield step.depart("gradient", f"the gradient is {size:.1e} off the token mean", cause, size, factor=factor)
 
 

@@ -82,6 +82,7 @@ def replay(
     rows: Sequence[LabelledIds],
     plan: Mapping[str, Any],
     skip: Collection[str] = (),
+    limits: Mapping[str, float] | None = None,
 ) -> Verdict:
     """Compare a recorded run with the specification.
 
@@ -94,10 +95,12 @@ def replay(
         rows: The rows that the data should be encoded as; no two have the same ids.
         plan: The plan that the trainer was given.
         skip: The judges that have nothing to compare with.
+        limits: The largest relative departure that counts as rounding, for stages where the usual one is not right.
     Returns:
         The verdict.
     """
-    verdict, history = Verdict(), History(reference, KnownRows(rows), plan, trace.dtype, dropout=trace.dropout)
+    verdict = Verdict()
+    history = History(reference, KnownRows(rows), plan, trace.dtype, dropout=trace.dropout, limits=limits or {})
     history.rates = [next((float(g.settings["lr"]) for g in s.groups if g.size), math.nan) for s in trace.steps]
     judged, hidden_from_now_on = set[str](), dict.fromkeys(skip, "")
     if not trace.steps:

@@ -81,6 +81,7 @@ class History:
         seen: The number of times that each row has been seen, by its ids.
         previous: The previous step; None before the first.
         dropout: The probability of each dropout layer, by its name; those whose choices were recorded are replayed.
+        limits: The limit of each stage for which it was measured on the run itself.
     """
 
     reference: Reference
@@ -91,16 +92,12 @@ class History:
     previous: Step | None = None
     rates: list[float] = field(default_factory=list)
     dropout: Mapping[str, float] = field(default_factory=dict)
+    limits: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.dtype == torch.float16:
             self.dtype = torch.bfloat16  # whose limits are the wider ones
         self.optimizer = AdamW(self.plan["betas"], self.plan["eps"], self.plan["weight_decay"])
-
-    @property
-    def limit(self) -> float:
-        """The largest relative departure of a forward or backward pass that counts as rounding."""
-        return LIMITS[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -149,8 +146,8 @@ class ReplayedStep:
         """
         if stage in ("clipping", "schedule", "update"):
             is_fp32 = all(t.dtype in (torch.float32, torch.float64) for t in self.step.before.values())
-            return LIMITS[torch.float32] if is_fp32 else self.history.limit
-        return self.history.limit
+            return LIMITS[torch.float32] if is_fp32 else LIMITS[self.history.dtype]
+        return self.history.limits.get(stage, LIMITS[self.history.dtype])
 
     @cached_property
     def row_matches(self) -> list[RowMatches]:

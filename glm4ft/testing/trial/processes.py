@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from glm4ft.testing.recording.ranks import Job, first_difference, merge_ranks, run_ranks
+from glm4ft.testing.recording.merging import first_difference, merge_ranks
+from glm4ft.testing.recording.ranks import Job, run_ranks
 from glm4ft.testing.recording.trace import Trace
 from glm4ft.testing.subject import make_plan
 from glm4ft.testing.trial.runs import RecordedRun

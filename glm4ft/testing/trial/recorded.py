@@ -16,10 +16,11 @@ from typing import Any
 from glm4ft.errors import InputError
 from glm4ft.testing.recording.discovery import NotFound
 from glm4ft.testing.recording.environment import NOTE
-from glm4ft.testing.recording.ranks import first_difference, merge_ranks
+from glm4ft.testing.recording.merging import first_difference, merge_ranks
 from glm4ft.testing.recording.trace import Trace
 from glm4ft.testing.recording.trace_file import TRACE, read_trace
 from glm4ft.testing.replay.replay import JUDGES, Verdict, replay
+from glm4ft.testing.replay.rounding import measured_limits
 from glm4ft.testing.replay.step import Departure
 from glm4ft.testing.specification.chat_template import Marks, marks_of
 from glm4ft.testing.specification.lora_spec import LoraSpec
@@ -89,6 +90,11 @@ def judge_recording(folder: Path, base_dir: str = "", data: str | None = None) -
     traces, about = _read(folder)
     if not traces[0].steps:
         return JudgedRecording(_without_a_step(traces[0], folder), about, num_processes=len(traces))
+    if traces[0].sharded and len(traces) < about["world_size"]:
+        raise InputError(
+            "the parameters are split over the processes, so the recording of each is needed", where=str(folder),
+            found=f"{len(traces)} recordings of {about['world_size']} processes: {'; '.join(about['not_recorded'])}",
+        )  # fmt: skip
     trace = merge_ranks(traces) if len(traces) > 1 else traces[0]
     base = _base(base_dir or about["model"]["base"])
     reference = _reference(base, about)
@@ -97,8 +103,11 @@ def judge_recording(folder: Path, base_dir: str = "", data: str | None = None) -
     known, why = _known_rows(rows, reference, marks, data) if data else ([], why)
     if not known and not (marks and has_answers(rows, marks)):
         not_judged["rows"] = why or "no row has the assistant header of the base's chat template"
-    labelled = known or [(row.ids, row.labels) for row in rows]
-    verdict = replay(trace, reference, labelled, plan_of(trace, about["configuration"], len(traces)), skip=not_judged)
+    plan, own = plan_of(trace, about["configuration"], len(traces)), [(row.ids, row.labels) for row in rows]
+    limits = measured_limits(reference, trace, own)
+    verdict = replay(trace, reference, known or own, plan, not_judged, limits)
+    if known and "rows" in verdict.departures:
+        verdict = _rows_of(verdict, replay(trace, reference, own, plan, [*not_judged, "rows"], limits))
     more = [*settings_departures(trace, about, reference), *_ranks_differ(traces)]
     if marks and not known:
         more += template_departures(rows, reference, marks)
@@ -107,6 +116,13 @@ def judge_recording(folder: Path, base_dir: str = "", data: str | None = None) -
         verdict, about, rows, not_judged, len(trace.steps), len(traces), reference, marks,
         time.perf_counter() - began_s,
     )  # fmt: skip
+
+
+def _rows_of(told: Verdict, judged: Verdict) -> Verdict:
+    """The verdict on the rows that the run made of its data, with what that of the data says of the rows."""
+    judged.more["rows"] = told.at("rows")[1:]
+    judged.hidden.pop("rows", None)
+    return _with(judged, told.at("rows")[:1])
 
 
 def _with(verdict: Verdict, more: Sequence[Departure]) -> Verdict:

@@ -42,6 +42,8 @@ def lines(judged: JudgedRecording) -> Iterator[str]:
     for stage in JUDGED_STAGES:
         for departure in judged.verdict.at(stage):
             yield f"{stage:9} DEPARTS  {visible(str(departure), newlines=False)}"
+            if departure.size is not None and (limit := judged.verdict.limits.get(stage)):
+                yield f"{'':9} rounding  explains a relative difference of at most {limit:.1e}"
         if judged.verdict.at(stage):
             yield f"{'':9} look at  {LOOK_AT[stage]}"
         else:
@@ -55,7 +57,9 @@ def _state(judged: JudgedRecording, stage: str) -> str:
         loss = "the weights of tokens in the loss agree; the rest is " if _judges_loss_alone(judged, stage) else ""
         return f"{loss}not judged: {why}"
     size = judged.verdict.largest.get(stage)
-    return "agrees" + (f"   largest relative difference {size:.1e}" if size is not None else "")
+    if size is None:
+        return "agrees"
+    return f"agrees   largest relative difference {size:.1e}, limit {judged.verdict.limits[stage]:.1e}"
 
 
 def _judges_loss_alone(judged: JudgedRecording, stage: str) -> bool:

@@ -77,8 +77,8 @@ def _forward_cause(run: RecordedRun, step: Step) -> str:
     if run.dropout:
         return ""  # the specification drops nothing
     history = History(run.reference, run.known, run.plan, run.trace.dtype)
-    sizes = [size for _, size in ReplayedStep(1, step, history).hidden_sizes]
-    if all(size <= history.limit for size in sizes):
+    replayed = ReplayedStep(1, step, history)
+    if all(size <= replayed.limit("model") for _, size in replayed.hidden_sizes):
         return ""
     return ": the model does not compute what its base and adapters say, e.g. dropout acts, or another LoRA scale"
 

@@ -61,9 +61,28 @@ def test_every_stage_is_judged_where_configuration_and_data_are_known(healthy: T
     assert found.verdict.largest["schedule"] <= 1e-6
 
 
+def test_wrong_row_hides_nothing_that_follows(healthy: Trial, tmp_path: Path) -> None:
+    """The later stages are judged on the rows that the run made of its data."""
+    trained = judged(healthy, tmp_path).rows
+    data = tmp_path / "data.jsonl"
+    data.write_text(data.read_text("utf-8").replace('"content": "', '"content": "another ', 1), "utf-8")
+    found = judge_recording(tmp_path / "recording", data=data)
+    assert list(found.verdict.departures) == ["rows"]
+    assert found.verdict.hidden == {}
+    assert {"model", "gradient"} <= found.verdict.largest.keys()
+    assert len(found.rows) == len(trained)
+
+
 @pytest.mark.parametrize("id", ["assistant-header-trained", "mean-of-micro-means", "warmup-skipped"])
 def test_fault_in_a_recorded_script_is_told_at_its_stage(id: str) -> None:
     outcome = try_one((id, False, 0))
+    assert outcome.is_right, outcome
+
+
+@pytest.mark.parametrize("id", ["healthy", "mean-of-micro-means", "rslora-scale-mixed"])
+def test_limits_of_low_precision_are_measured_on_the_run(id: str) -> None:
+    """Rounding of bf16 is no alarm, and hides neither a wrong loss nor a wrong model."""
+    outcome = try_one((id, True, 0))
     assert outcome.is_right, outcome
 
 

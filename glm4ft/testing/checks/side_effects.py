@@ -194,8 +194,8 @@ def _require_reporting_evaluation(trial: Trial) -> None:
             result = trial.subject.evaluate(model, trial.conversations)
         except Exception:
             return
-    loss = result["loss"] if isinstance(result, Mapping) else result
-    if happened and math.isfinite(float(loss)):
+    loss = result.get("loss") if isinstance(result, Mapping) else result
+    if happened and loss is not None and math.isfinite(float(loss)):
         raise CheckFailed(
             f"the forward passes of an evaluation were made NaN from outside, and it reports a loss of {loss:.4g}"
         )

@@ -208,8 +208,8 @@ def _require_memory(model: nn.Module, steps: int) -> None:
     needed, memory = COPIES * steps * trained, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory / 2:
         raise ValueError(
-            f"recording {steps} steps of {trained / 1e9:.3g} GB of trained parameters takes {needed / 1e9:.3g} GB, over "
-            f"half of this machine's memory of {memory / 1e9:.3g} GB; record fewer steps (--steps 1)"
+            f"recording {steps} steps of {trained / 1e9:.3g} GB of trained parameters takes {needed / 1e9:.3g} GB, "
+            f"over half of this machine's memory of {memory / 1e9:.3g} GB; record fewer steps (--steps 1)"
         )
 
 

@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from glm4ft.model.checkpoint import TINY
+from glm4ft.model.checkpoint import TINY, TINY_GLM4_IDS
 from glm4ft.testing.subjects import known_failures, known_failures_reasoning
 from glm4ft.testing.subjects.known_failures import KnownFailure
 from glm4ft.testing.trial.stages import STAGES
@@ -53,6 +53,11 @@ class Peer:
     about: str = ""
     base: str = TINY
     stages: Sequence[str] = STAGES
+
+    @property
+    def command(self) -> str:
+        """The command that judges it."""
+        return f"glm4ft check --subject {self.subject}" + f" --model {self.base}" * (self.base != TINY)
 
 
 HF = ("transformers", "peft", "torch")
@@ -158,6 +163,17 @@ PEERS = (
         known_failures_reasoning.MS_SWIFT_REASONING,
         "Model type `glm4_moe`, template `glm4_5`; reasoning stands in tags before the answer.",
         *ROWS_OF_GLM_45,
+    ),
+    Peer(
+        "official script, as a trainer",
+        f"{SUBJECTS}.official_trainer:Subject",
+        "trl",
+        HF,
+        known_failures.OFFICIAL_TRAINER,
+        "The script's rows, collator, trainer and evaluation, restated for `combine: false`, on the built-in base with "
+        "the ids of GLM-4's own vocabulary, since the script has ids written into its code. `max_input_length` and "
+        "`max_output_length` are 16,384: those of its configurations, 512, cut without a warning.",
+        TINY_GLM4_IDS,
     ),
 )
 INTRODUCTION = f"""# Scoreboard
@@ -292,8 +308,7 @@ def explain(peer: Peer, failure: KnownFailure, check: dict[str, Any], row: str) 
     yield f"- For a user: {failure.consequence}."
     if failure.remedy:
         yield f"- Instead: {failure.remedy}."
-    model = f" --model {peer.base}" if peer.base != TINY else ""
-    yield f"- See it: `tox run -e {peer.env} -- glm4ft check --subject {peer.subject}{model} --stages {check['stage']}`"
+    yield f"- See it: `tox run -e {peer.env} -- {peer.command} --stages {check['stage']}`"
 
 
 if __name__ == "__main__":

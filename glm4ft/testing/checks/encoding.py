@@ -20,6 +20,7 @@ from glm4ft.testing.specification.turn_text import ALWAYS_THINKS, THINKING_FORMA
 from glm4ft.testing.trial.bank import BANK, CALL_TALK, MARKERS_TALK, PARALLEL, THINKING, Talk, with_reasoning
 from glm4ft.testing.trial.stages import CheckFailed, NotApplicable
 from glm4ft.testing.trial.trial import Trial
+from glm4ft.testing.trial.turns import sampled_spans
 
 DENSE_FORMATS = ("glm-4-9b-chat", "glm-4-0414")
 GLM_FORMATS = (*DENSE_FORMATS, *THINKING_FORMATS)
@@ -122,10 +123,16 @@ def rows_with_turns(trial: Trial) -> Iterator[tuple[BankRow, list[TurnSpan]]]:
 
 
 def answer_starts(trial: Trial, row: BankRow) -> list[int]:
-    """First position of each answer: where a GLM-4 model begins to sample, else the start of each supervised run."""
+    """First position of each answer: where the model begins to sample by its format or template.
+
+    Of a template that does not tell it is the start of each supervised run.
+    """
     if is_glm(trial):
         return [turn.start for turn in turns_of(trial, row, controls_of(trial))]
-    return [run.start for run in row.runs]
+    try:
+        return [turn.start for turn in sampled_spans(trial, row.ids)]
+    except NotApplicable:
+        return [run.start for run in row.runs]
 
 
 def name_of(talk: Talk) -> str:

@@ -76,6 +76,8 @@ def check_every_turn_has_learned_to_stop(trial: Trial) -> None:
 @check(stage="outcome", needs=NEEDS, incident="zai-org/GLM-4 342: <|assistant|> as a target")
 def check_header_is_not_learned(trial: Trial) -> None:
     """The mean loss of ``<|assistant|>`` does not fall, since inference provides it and it should not be trained."""
+    if not getattr(trial.subject, "chat_format", None):
+        raise NotApplicable("the subject names no GLM-4 chat format")
     falls = list[float]()
     for row, turn in _learnt_turns(trial):
         before, after = _nll(trial, row, {}), _nll(trial, row)
@@ -98,8 +100,7 @@ def check_every_turn_is_reproduced_and_stops(trial: Trial) -> None:
     model = trial.overfit.model.eval()
     for (ids, _), turn in _learnt_turns(trial):
         expected = list(ids[turn.start : turn.end + 1])
-        stops = getattr(trial.subject, "stop_ids", None) or [expected[-1]]
-        got = greedy(model, list(ids[: turn.start]), list(stops), len(expected) + 16)
+        got = greedy(model, list(ids[: turn.start]), trial.stop_ids or [expected[-1]], len(expected) + 16)
         _require_said(trial, got, expected)
 
 
@@ -141,7 +142,7 @@ def check_own_inference_keeps_the_prompt_and_the_length_limit(trial: Trial) -> N
         if not 1 <= len(got) <= NEW_TOKENS:
             found = f"{len(got)} new tokens for a prompt of {len(prompt)} ids"
             raise CheckFailed(f"{found}, where at most {NEW_TOKENS} were asked for")
-        likeliest = greedy(model, prompt, list(getattr(trial.subject, "stop_ids", None) or ids[-1:]), NEW_TOKENS)
+        likeliest = greedy(model, prompt, trial.stop_ids or list(ids[-1:]), NEW_TOKENS)
         if got != likeliest:
             said, meant = (trial.subject.tokenizer.decode(tokens) for tokens in (got, likeliest))
             raise CheckFailed(
@@ -157,8 +158,11 @@ def check_evaluation_reports_the_loss(trial: Trial) -> None:
 
     Batches, an incomplete last batch and the accumulation of the preceding run make no difference.
     """
-    run, data = trial.run(accumulation=2, schedule="linear", steps=4), trial.conversations[:7]
-    got, again = (_figures(trial.subject.evaluate(run.model, data))["loss"] for _ in range(2))
+    run, data = trial.run_with_model(accumulation=2, schedule="linear", steps=4), trial.conversations[:7]
+    both = [_figures(trial.subject.evaluate(run.model, data)) for _ in range(2)]
+    if "loss" not in both[0]:
+        raise NotApplicable("evaluate returns no loss")
+    got, again = (figures["loss"] for figures in both)
     if got != again:
         raise CheckFailed(f"two evaluations of one model report losses of {got:.6g} and {again:.6g}")
     _require_loss(trial, got, trial.rows(data), run.trained, "evaluate reports a loss of")
@@ -249,12 +253,7 @@ def _learnt_turns(trial: Trial) -> Iterator[tuple[LabelledIds, TurnSpan]]:
 
 
 def _turns(trial: Trial, conversation: Mapping[str, Any], ids: Sequence[int]) -> list[TurnSpan]:
-    """The assistant turns of a row that serving asks for; one without terminator is left out.
-
-    Skips the check if the subject names no GLM-4 chat format.
-    """
-    if not getattr(trial.subject, "chat_format", None):
-        raise NotApplicable("the subject names no GLM-4 chat format")
+    """The assistant turns of a row that serving asks for; one without terminator is left out."""
     try:
         turns = turns_in(trial, conversation, ids)
     except Undecidable as error:

@@ -253,7 +253,7 @@ def _changed(conversation: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_other_ids(trial: Trial) -> Path:
-    """A copy of the base whose tokenizer has the ids of two letters swapped."""
+    """A copy of the base whose tokenizer has the ids of two tokens swapped in each set of texts that is encoded."""
     folder = trial.copy_of_base("other-ids")
     file = folder / "tokenizer.json"
     if not file.exists():
@@ -262,6 +262,13 @@ def _with_other_ids(trial: Trial) -> Path:
     vocab = stored["model"]["vocab"]
     if not isinstance(vocab, dict):
         raise NotApplicable("the base's tokenizer has no vocabulary by token")
-    vocab["e"], vocab["o"] = vocab["o"], vocab["e"]
+    tokens = {token_id: token for token, token_id in vocab.items()}
+    swapped: set[int] = set()
+    for messages in (SEVERAL, trial.conversations[0]["messages"]):
+        text = " ".join(message["content"] for message in messages)
+        found = dict.fromkeys(trial.base_tokenizer.encode(text, add_special_tokens=False))
+        one, other = [token_id for token_id in found if token_id in tokens and token_id not in swapped][-2:]
+        vocab[tokens[one]], vocab[tokens[other]] = other, one
+        swapped |= {one, other}
     file.write_text(json.dumps(stored, ensure_ascii=False), "utf-8")
     return folder

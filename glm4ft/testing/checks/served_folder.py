@@ -18,6 +18,7 @@ from glm4ft.testing.checks.encoding import (
     bank_of,
     chat_format_of,
     controls_of,
+    is_glm,
     name_of,
     row_of,
 )
@@ -77,6 +78,8 @@ def _require_trained_prompts(trial: Trial, saved: Any, talk: Talk, where: str) -
                 raise CheckFailed(f"the chat template saved {where} does not tell the model of its tools ({lost[0]})")
             # each checkpoint, and each pipeline made for one of them, words the declaration of tools in its own way
             sent, expected = (_from_first(controls_of(trial)["<|user|>"], ids) for ids in (sent, expected))
+        if not is_glm(trial) and saved.decode(sent) == saved.decode(expected):
+            continue  # an answer's first white space, sampled alone, is joined with its header's when read again
         at = common_prefix_length(sent, expected)
         if at < max(len(sent), len(expected)):
             shown = [show_token(saved, ids, at) if at < len(ids) else "nothing" for ids in (sent, expected)]

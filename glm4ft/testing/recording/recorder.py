@@ -229,9 +229,9 @@ class Recorder:
         self.trace.steps.append(
             Step(
                 forwards=forwards,
-                raw=dict(self._accumulated(received)),
+                raw=_sharing(self._accumulated(received), received),
                 clipped=received,
-                before={n: _copy(p) for n, p in self.parameters.items()},
+                before=_sharing({n: _copy(p) for n, p in self.parameters.items()}, self._left()),
                 groups=groups,
                 optimizer=type(optimizer).__name__,
                 num_detached=self.num_detached,
@@ -239,6 +239,10 @@ class Recorder:
         )
         self.num_detached = 0
         self.pending, self.last, self.summed = [], {}, {}
+
+    def _left(self) -> Tensors:
+        """The trained parameters as the last step left them."""
+        return self.trace.steps[-1].after if self.trace.steps else {}
 
     def _step_ended(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self.depth -= 1
@@ -249,6 +253,11 @@ class Recorder:
         step.after = {n: _copy(p) for n, p in self.parameters.items()}
         step.state_dtypes |= {n: found for n in held if (found := _moments(optimizer, self.parameters[n]))}
         self.step_recorded()
+
+
+def _sharing(tensors: Tensors, others: Tensors) -> Tensors:
+    """The tensors, those that equal another of their name replaced by it: half of a trace is there twice."""
+    return {n: others[n] if n in others and torch.equal(t, others[n]) else t for n, t in tensors.items()}
 
 
 def _is_multiple(received: Tensors, gradient: Tensors) -> bool:

@@ -6,9 +6,7 @@ The header of every test run imports this module, so heavy imports wait until a 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from glm4ft.errors import ConfigError
 from glm4ft.testing.bases.geometry import RANDOM_PREFIX, size_of
@@ -56,11 +54,6 @@ REDUCED = frozenset(
         "gradient_norms_are_stable",
     }
 )
-# The learning rate and the steps of the overfit run for a large base. A learning rate of 1e-3 memorises the two
-# conversations in 37 steps at hidden size 512 with 8 layers (random:glm-4-9b-0414 scaled down, x86-64 CPU, 2026-11-25);
-# at the true size this is not measured yet.
-LARGE_PLAN: Mapping[str, Any] = {"learning_rate": 1e-3}
-LARGE_OVERFIT_STEPS = 150
 
 
 def is_large(spec: str) -> bool:

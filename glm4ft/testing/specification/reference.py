@@ -244,7 +244,10 @@ def split_rows(forward: Forward) -> list[tuple[int, torch.Tensor]]:
     rows = []
     for b, ids_T in enumerate(forward.input_ids_BT):
         mask = forward.attention_mask
-        real = mask[b].bool() if mask is not None and mask.dim() == 2 else torch.ones(len(ids_T), dtype=torch.bool)
+        if mask is not None and mask.dim() == 2:
+            real = mask[b, -len(ids_T) :].bool()  # with a cache it begins with the tokens of earlier passes
+        else:
+            real = torch.ones(len(ids_T), dtype=torch.bool)
         used = real.nonzero()[:, 0]
         if forward.positions_BT is None:
             rows.append((b, used))

@@ -17,6 +17,7 @@ from glm4ft.errors import ConfigError, InputError, RunError
 from glm4ft.model.checkpoint import TINY, find_checkpoint
 from glm4ft.model.tiny import TINY_BASES, write_tiny_base
 from glm4ft.testing.subject import load_subject, parts
+from glm4ft.testing.trial.heavy_bases import is_heavy, spare
 from glm4ft.testing.trial.registry import Check
 from glm4ft.testing.trial.stages import STAGES, CheckFailed, NotApplicable
 from glm4ft.testing.trial.trial import Trial
@@ -73,6 +74,7 @@ def run_checks(
     for check in checks:
         if check.stage in stages:
             yield run_check(check, trial, expected.get(check.name, ""))
+            trial.release_models()
 
 
 def require_known_checks(expected_failures: Mapping[str, str], checks: Sequence[Check]) -> None:
@@ -142,7 +144,9 @@ def trial_of(spec: str, base: str = TINY) -> Iterator[Trial]:
         with tempfile.TemporaryDirectory(prefix="glm4ft-check-") as name:
             folder = Path(name)
             base_dir = _base_dir(base, folder / "base")
-            trial = Trial(load_subject(spec, base_dir), base_dir, folder, spec)
+            trial = Trial(load_subject(spec, base_dir), base_dir, folder, spec, base)
+            if is_heavy(base_dir):
+                spare(trial)
             with _imports_kept_from_the_collector():
                 yield trial
     finally:

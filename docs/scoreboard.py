@@ -19,7 +19,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from glm4ft.testing.subjects import known_failures
+from glm4ft.model.checkpoint import TINY, TINY_GLM4_IDS
+from glm4ft.testing.subjects import known_failures, known_failures_reasoning
 from glm4ft.testing.subjects.known_failures import KnownFailure
 from glm4ft.testing.trial.stages import STAGES
 
@@ -40,6 +41,8 @@ class Peer:
         packages: The packages whose versions are stated.
         failures: The known failures.
         about: The configuration that is judged, in a sentence.
+        base: The base, as ``glm4ft check --model`` takes it.
+        stages: The stages that are judged.
     """
 
     name: str
@@ -48,9 +51,17 @@ class Peer:
     packages: tuple[str, ...]
     failures: tuple[KnownFailure, ...] = ()
     about: str = ""
+    base: str = TINY
+    stages: Sequence[str] = STAGES
+
+    @property
+    def command(self) -> str:
+        """The command that judges it."""
+        return f"glm4ft check --subject {self.subject}" + f" --model {self.base}" * (self.base != TINY)
 
 
 HF = ("transformers", "peft", "torch")
+ROWS_OF_GLM_45 = ("tiny:glm-4.5", ("rows",))
 PEERS = (
     Peer("glm4ft", f"{SUBJECTS}.own:Subject", "trl", ("glm4ft", *HF), about="This project's own trainer."),
     Peer(
@@ -109,13 +120,69 @@ PEERS = (
         known_failures.OFFICIAL_SCRIPT_COMBINED,
         "The same with `combine: true`.",
     ),
+    *(
+        Peer(
+            f"glm4ft, {name}",
+            f"{SUBJECTS}.own:Subject",
+            "trl",
+            ("glm4ft", *HF),
+            about="This project's own trainer, on the built-in base of that format" + about,
+            base=base,
+        )
+        for name, base, about in (
+            ("GLM-Z1", "tiny:glm-z1-0414", ", which always thinks."),
+            ("GLM-4.5", "tiny:glm-4.5", ", which has experts."),
+            ("GLM-4.7", "tiny:glm-4.7", ", which has experts and the attention of GLM-4.7-Flash."),
+        )
+    ),
+    Peer(
+        "TRL, GLM-4.5",
+        f"{SUBJECTS}.trl_reasoning:Subject",
+        "trl",
+        ("trl", *HF),
+        known_failures_reasoning.TRL_REASONING,
+        "`SFTTrainer` with `assistant_only_loss: true`: TRL recognises the template of GLM-4.5, as it has it, and "
+        "replaces it with a training template of its own, whose marked parts are trained.",
+        *ROWS_OF_GLM_45,
+    ),
+    Peer(
+        "LLaMA-Factory, GLM-4.5",
+        f"{SUBJECTS}.llamafactory_reasoning:Subject",
+        "llamafactory",
+        ("llamafactory", *HF, "trl"),
+        known_failures_reasoning.LLAMA_FACTORY_REASONING,
+        "`template: glm4_moe` with its default `enable_thinking: true`; reasoning stands in tags before the answer. A "
+        "text and calls in one turn cannot be written in its format, so that such turns are not judged.",
+        *ROWS_OF_GLM_45,
+    ),
+    Peer(
+        "ms-swift, GLM-4.5",
+        f"{SUBJECTS}.ms_swift_reasoning:Subject",
+        "ms-swift",
+        ("ms-swift", *HF),
+        known_failures_reasoning.MS_SWIFT_REASONING,
+        "Model type `glm4_moe`, template `glm4_5`; reasoning stands in tags before the answer.",
+        *ROWS_OF_GLM_45,
+    ),
+    Peer(
+        "official script, as a trainer",
+        f"{SUBJECTS}.official_trainer:Subject",
+        "trl",
+        HF,
+        known_failures.OFFICIAL_TRAINER,
+        "The script's rows, collator, trainer and evaluation, restated for `combine: false`, on the built-in base with "
+        "the ids of GLM-4's own vocabulary, since the script has ids written into its code. `max_input_length` and "
+        "`max_output_length` are 16,384: those of its configurations, 512, cut without a warning.",
+        TINY_GLM4_IDS,
+    ),
 )
 INTRODUCTION = f"""# Scoreboard
 
 Trainers by others, and ours for comparison, judged by `glm4ft check` on the built-in base, on a CPU, in fp32. Each runs
 with the library versions that it requires, with its own encoding, collation and training code, in the configuration
 that it documents for dense GLM-4; the peer's section states every departure from a default. No code of a peer is
-patched. `python docs/scoreboard.py` writes this page.
+patched. `python docs/scoreboard.py` writes this page. Of those that know GLM-4.5 the rows are judged too, on the
+built-in base of that format, whose turns have reasoning and parallel calls.
 
 {SIGNS["passed"]} all checks of the stage passed · {SIGNS["fault"]} a fault, with the number of checks that see it ·
 {SIGNS["alternative"]} a convention that differs from the suite's and works · {SIGNS["skipped"]} not judged: the peer
@@ -157,15 +224,12 @@ def judge(peer: Peer) -> dict[str, Any]:
 
 def collect(peer: Peer, file: Path) -> None:
     """Run the checks and encode the minimal conversations; called by ``judge`` in the peer's environment."""
-    from glm4ft.model.tiny import write_tiny_base
     from glm4ft.testing.checks import all_checks
-    from glm4ft.testing.subject import load_subject
-    from glm4ft.testing.trial.runner import check_subject, results_record
+    from glm4ft.testing.trial.runner import results_record, run_checks, trial_of
 
-    results = list(check_subject(peer.subject, all_checks()))
-    with tempfile.TemporaryDirectory() as folder:
-        subject = load_subject(peer.subject, write_tiny_base(Path(folder) / "base"))
-        rows = {f.check: show_row(subject, f) for f in peer.failures if f.messages}
+    with trial_of(peer.subject, peer.base) as trial:
+        results = list(run_checks(trial, all_checks(), stages=peer.stages))
+        rows = {f.check: show_row(trial.subject, f) for f in peer.failures if f.messages}
     found = results_record(peer.subject, results, round(sum(result.seconds for result in results), 1))
     found["versions"] = {name: metadata.version(name).partition("+")[0] for name in peer.packages}
     found["date"] = datetime.datetime.now(datetime.UTC).date().isoformat()
@@ -244,7 +308,7 @@ def explain(peer: Peer, failure: KnownFailure, check: dict[str, Any], row: str) 
     yield f"- For a user: {failure.consequence}."
     if failure.remedy:
         yield f"- Instead: {failure.remedy}."
-    yield f"- See it: `tox run -e {peer.env} -- glm4ft check --subject {peer.subject} --stages {check['stage']}`"
+    yield f"- See it: `tox run -e {peer.env} -- {peer.command} --stages {check['stage']}`"
 
 
 if __name__ == "__main__":

@@ -117,12 +117,13 @@ def _record(options: Namespace) -> bool:
 
 def _run(output: Path, options: Namespace) -> Baseline:
     from glm4ft.testing.baseline.measure import PACKED, PLAN, SEEDS, record_baseline
-    from glm4ft.testing.session.gpu_lane import LARGE_PLAN, TINY, is_large
+    from glm4ft.testing.session.gpu_lane import TINY, is_large
+    from glm4ft.testing.trial import heavy_bases
 
     if options.repeat:
         raise ConfigError("an option of recorded runs", where="--repeat", fix="name the recordings with --recordings")
     model = options.model or TINY
-    plan = {**(PACKED if options.packing else PLAN), **(LARGE_PLAN if is_large(model) else {})}
+    plan = {**(PACKED if options.packing else PLAN), **(heavy_bases.PLAN if is_large(model) else {})}
     plan |= {} if options.steps is None else {"steps": options.steps}
     seeds = SEEDS if options.seeds is None else options.seeds
     return record_baseline(output, options.subject or OWN, model, plan, seeds, _progress)

@@ -24,7 +24,10 @@ def parse(argv: Sequence[str]) -> Namespace:
         help="MODULE:ATTR of the pipeline.",
     )
     parser.add_argument(
-        "--model", annotation=str, default="tiny", help="Base: tiny, tiny-glm4-ids (with GLM-4's ids), or a folder."
+        "--model",
+        annotation=str,
+        default="tiny",
+        help="Base: tiny, tiny-glm4-ids (with GLM-4's ids), tiny:FORMAT (of a chat format: tiny:glm-4.7), or a folder.",
     )
     parser.add_argument("--stages", annotation=str | None, help="Stages to judge, as rows,outcome; by default all.")
     parser.add_argument("--json", nargs="?", const="-", help="Write the results as JSON here, or to stdout.")

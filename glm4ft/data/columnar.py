@@ -7,11 +7,13 @@ includes the arguments of calls; where a null is an argument, store the argument
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
 from glm4ft.errors import DataError, Location
 
+_COLON = re.compile(r":(?![^\[]*\])")  # not the one of a slice: train[:100]
 _INSTALL = "install it: pip install 'glm4ft[data]'"
 
 
@@ -38,7 +40,8 @@ def read_set(name: str) -> Iterator[tuple[Location, Any]]:
     """Read the rows of a data set of the hub, or of a folder.
 
     Args:
-        name: The folder, or the id: ``org/name``, ``org/name:split`` or ``org/name:config:split``.
+        name: The folder, or the id: ``org/name``, ``org/name:split`` or ``org/name:config:split``; a split may be
+            a slice, ``train[:100]``.
     Raises:
         DataError: If datasets is not installed, or cannot read the data set.
     """
@@ -47,7 +50,7 @@ def read_set(name: str) -> Iterator[tuple[Location, Any]]:
 
 def load_set(name: str) -> Any:
     """The data set of the hub or of a folder, as datasets holds it: mapped from disk."""
-    path, *options = [name] if os.path.exists(name) else name.split(":")
+    path, *options = [name] if os.path.exists(name) else _COLON.split(name)
     what = "a folder" if os.path.isdir(path) else "a data set of the hub"
     datasets = _datasets(name, f"{what} is read with datasets, which is not installed")
     config, split = (options[0] if len(options) > 1 else None), (options[-1] if options else "train")

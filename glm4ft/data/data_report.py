@@ -100,7 +100,8 @@ class DataReport:
         """The report as text: one line of totals, then one line per thing worth a look."""
         share = f" ({self.supervised_tokens / self.tokens:.0%})" if self.tokens else ""
         lines = [
-            f"{self.path}: {self.conversations:,} conversations, {self.rows:,} rows, {self.tokens:,} tokens, "
+            f"{self.path}: {self.conversations:,} conversation{'s' * (self.conversations != 1)}, "
+            f"{self.rows:,} row{'s' * (self.rows != 1)}, {self.tokens:,} tokens, "
             f"{self.supervised_tokens:,} supervised{share}"
         ]
         if self.weight != 1:

@@ -79,6 +79,7 @@ def is_set(name: str) -> bool:
         return True
     parts = path.split("/")
     looks_like_an_id = len(parts) == 2 and all(part[:1].isalnum() for part in parts) and "\0" not in name
+    looks_like_an_id = looks_like_an_id and not _PATTERN.search(path)  # unlike behind the colon: org/name:train[:100]
     looks_like_a_file = path.lower().endswith(_FILE_SUFFIXES) or os.path.lexists(name) or os.path.lexists(parts[0])
     return looks_like_an_id and not looks_like_a_file
 
@@ -91,7 +92,7 @@ def _inputs(text: str) -> list[DataInput]:
             raise ConfigError("a weight out of range", where="--data", found=text, expected="above 0, at most 1000")
     if name == "demo":
         return [DataInput(str(DEMO_DATA), weight)]
-    if not os.path.lexists(name) and _PATTERN.search(name):
+    if not os.path.lexists(name) and _PATTERN.search(name) and not is_set(name):
         found = sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path))
         if not found:
             raise Location(name).wrong("no file fits this pattern", name, "a pattern such as data/*.jsonl")

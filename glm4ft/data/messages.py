@@ -142,7 +142,8 @@ def _turns(message: Mapping[str, Any], place: Location) -> Iterator[SourceMessag
                 answers="" if metadata else str(message.get("name") or ""),
             )
         turns.insert(0, turn)
-    yield replace(turns[0], reasoning=_reasoning(message, place) if role == "assistant" else "")
+    reasoning = _reasoning(message, place) if role == "assistant" else ""
+    yield replace(turns[0], reasoning=reasoning) if reasoning else turns[0]
     yield from (replace(call, continues=True) for call in turns[1:])
 
 

@@ -22,8 +22,10 @@ from glm4ft.data.known_keys import (
     SYSTEM_KEYS,
     TOOL_KEYS,
     USED_IN_RECORD,
+    Refusal,
     refuse_flag_of_record,
     refuse_lost_meaning,
+    refused,
     unknown_keys,
 )
 from glm4ft.data.messages import is_message, read_messages, unknown_keys_of
@@ -40,6 +42,24 @@ SHAPES_IN_WORDS = (
 # Columns that hold questions and answers in common data sets; for hints, never read by themselves.
 _QUESTIONS = ("prompt", "question", "query", "instruction", "input", "content", "source", "user", "problem")
 _ANSWERS = ("completion", "answer", "response", "output", "summary", "target", "assistant", "solution")
+# Keys of records that are no conversations, and hold none under another key.
+NO_CONVERSATION = {
+    "input_ids": Refusal(
+        "a record holds token ids, not a conversation",
+        "the conversation: whether ids and labels fit this tokenizer and its format cannot be seen from them",
+        "give the conversations that they were made from; glm4ft explain --rows looks at rows of another trainer",
+    ),
+    "segments": Refusal(
+        "a record is one rendered text in segments, not a conversation",
+        "the messages: the text was rendered for some template, and its segments are no turns",
+        "give the messages that it was rendered from",
+    ),
+    "completions": Refusal(
+        "a record holds steps, or several answers to one question",
+        "one answer: steps with labels are process supervision, several answers a choice",
+        "train a reward model on it with its own trainer, or write a record for each answer to be learnt",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -122,6 +142,8 @@ def _shape_of(record: Record, place: Location, named: frozenset[str]) -> Shape:
     # Alpaca's records have all that a pair of input and output has
     fits = [s for s in fits if not any(set(s.keys) < {*other.keys, *other.optional} for other in fits if other != s)]
     if not fits:
+        for key in record.keys() & NO_CONVERSATION.keys():
+            raise refused(NO_CONVERSATION[key], record[key], place.key(key))
         begun = [shape for shape in shapes if record.get(shape.keys[0]) not in (None, "")]
         fits = (begun or [shape for shape in shapes if shape.keys[0] in record])[:1]
         others = [key for key in _ANSWERS if fits and key not in fits[0].keys and isinstance(record.get(key), str)]
@@ -146,6 +168,9 @@ def _no_shape(record: Record, place: Location) -> DataError:
     if texts == ["text"]:
         problem = "a record is one text, not a conversation"
         fix = "give the messages themselves: plain text has no answers to train on, and a rendered one has lost them"
+    elif any(isinstance(value, Mapping) and "file_name" in value for value in record.values()):
+        problem = "a file lists data sets, and holds no conversations"
+        fix = "name the files that it lists"
     elif wrapped is not None and is_message(record[wrapped][0]):
         fix = f"name the list of messages: --columns messages={wrapped}"
     elif wrapped is not None and len(record) == 1:

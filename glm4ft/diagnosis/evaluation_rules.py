@@ -1,4 +1,4 @@
-"""Rules about the evaluations that a log has: not finite, unmoved, or rising while the training loss falls."""
+"""Rules about the evaluations that a log has: not finite, unmoved, rising, or no lower for as long as patience was."""
 
 from __future__ import annotations
 
@@ -96,6 +96,26 @@ def over_fitting(evidence: Evidence) -> Finding | None:
     )
 
 
+def stopped_by_patience(evidence: Evidence) -> Finding | None:
+    """The run ended as it was asked to, after evaluations that were no better than the best."""
+    ended = int(evidence.options.get("patience_ended") or 0)
+    best = min((e for e in evidence.evaluations if math.isfinite(e.loss)), key=lambda e: e.loss, default=None)
+    if not ended or best is None:
+        return None
+    is_kept = bool(evidence.options.get("keep_best"))
+    return Finding(
+        "stopped-by-patience",
+        "outcome",
+        f"Its own patience ended the run at step {ended}: the evaluation loss was lowest at step {best.step} "
+        f"({best.loss:.4g}). {evidence.options.get('patience') or 'The'} evaluations after it were no lower.",
+        ("the adapter is that of the best evaluation" if is_kept else "the adapter is that of the last step",),
+        "more conversations would take it further, more steps on these would not"
+        if is_kept
+        else _best_checkpoint(evidence, best),
+        0.6,
+    )
+
+
 def _change(evidence: Evidence, since: int) -> float:
     """The change of the training loss from a step to the end, as a share; NaN if nothing is logged after it."""
     known = [(p.step, p.loss) for p in evidence.curve if p.loss is not None and math.isfinite(p.loss)]
@@ -123,4 +143,5 @@ def _best_checkpoint(evidence: Evidence, best: Evaluation) -> str:
         return f"take checkpoint-{best.step}, the best one"
     near = min(saved, key=lambda step: abs(step - best.step), default=None)
     nearest = f" (the nearest that is there is checkpoint-{near})" if near is not None else ""
-    return f"the best checkpoint is that of step {best.step}{nearest}: keep it with load_best_model_at_end"
+    option = "--keep_best true, or load_best_model_at_end"
+    return f"the best checkpoint is that of step {best.step}{nearest}: keep it with {option}"

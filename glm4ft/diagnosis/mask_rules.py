@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from glm4ft.diagnosis.evidence import Evidence, RowEvidence, TokenEvidence
 from glm4ft.diagnosis.finding import Finding
@@ -85,7 +85,7 @@ def _reach(evidence: Evidence, token: TokenEvidence) -> str:
 
 def prompt_supervised(evidence: Evidence) -> Finding | None:
     """Text of a system, user or tool message is a target."""
-    wrong = [token for token in evidence.supervised if token.role != "assistant"]
+    wrong = [token for row in evidence.rows for token in _outside(row)]
     if not wrong:
         return None
     roles = ", ".join(sorted({token.role or "prefix" for token in wrong}))
@@ -100,6 +100,15 @@ def prompt_supervised(evidence: Evidence) -> Finding | None:
         # roles cannot be identified in a row whose headers are missing
         0.4 if evidence.differences else 1.0,
     )
+
+
+def _outside(row: RowEvidence) -> Iterator[TokenEvidence]:
+    """The targets that are not the assistant's; what a template writes behind a terminator is trained in vain only."""
+    ends = {token.position for token in row.tokens if token.part == "terminator"}
+    for token in row.tokens:
+        is_behind = not token.role and token.position - 1 in ends
+        if token.supervised and token.role != "assistant" and not is_behind:
+            yield token
 
 
 def truncated_answers(evidence: Evidence) -> Finding | None:
@@ -140,10 +149,18 @@ def terminator_never_learned(evidence: Evidence) -> Finding | None:
         "terminator-never-learned",
         "rows",
         f"The token that ends an assistant turn is never learned, so the model does not stop. {what} "
-        + ("not supervised." if ends else "missing from the rows." if open_rows else "supervised, but stays unlikely."),
+        + ("not supervised." if ends else "missing from the rows." if open_rows else "supervised, but stays unlikely.")
+        + _dead_end(evidence, open_rows),
         tuple(facts),
         f"train each turn up to and including the control token after it; {INSPECT}",
     )
+
+
+def _dead_end(evidence: Evidence, open_rows: Sequence[RowEvidence]) -> str:
+    """The token that stands in place of the terminator, if the frozen head cannot express it."""
+    last = next((token for row in open_rows for token in reversed(row.tokens) if token.supervised), None)
+    reach = _reach(evidence, last) if last else ""
+    return f" {last.text} ends them instead.{reach}" if last and "an unreachable target" in reach else ""
 
 
 def turns_not_trained(evidence: Evidence) -> Finding | None:

@@ -26,7 +26,12 @@ from glm4ft.diagnosis.curve_rules import (
     schedule_ended_early,
     still_falling,
 )
-from glm4ft.diagnosis.evaluation_rules import evaluation_not_finite, evaluation_unmoved, over_fitting
+from glm4ft.diagnosis.evaluation_rules import (
+    evaluation_not_finite,
+    evaluation_unmoved,
+    over_fitting,
+    stopped_by_patience,
+)
 from glm4ft.diagnosis.evidence import Evidence
 from glm4ft.diagnosis.finding import CERTAIN, Finding, Rule
 from glm4ft.diagnosis.mask_rules import (
@@ -80,6 +85,7 @@ RULES: tuple[Rule, ...] = (
     schedule_ended_early,
     rate_too_low,
     held_by_decay,
+    stopped_by_patience,
     memorised,
     still_falling,
     not_falling,
@@ -96,7 +102,8 @@ EXPLAINED: Mapping[str, frozenset[str]] = {
     "loss-not-a-mean": frozenset({"wrong-start", "still-falling"}),
     "wrong-start": frozenset({"still-falling"}),
     "resume-lost-state": frozenset({"rate-too-high", "not-falling"}),
-    "over-fitting": frozenset({"still-falling", "memorised"}),
+    "over-fitting": frozenset({"stopped-by-patience", "still-falling", "memorised"}),
+    "stopped-by-patience": frozenset({"still-falling", "memorised", "not-falling"}),
     "rate-too-high": frozenset({"not-falling"}),
     "rate-too-low": frozenset({"not-falling", "still-falling"}),
     "schedule-ended-early": frozenset({"not-falling"}),

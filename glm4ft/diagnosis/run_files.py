@@ -44,6 +44,7 @@ _OPTION_NAMES = {
     "train_batch_size": "micro_batch_size",
     "max_steps": "planned_steps",
     "save_steps": "save_steps",
+    "patience_ended": "patience_ended",
 }
 # Weights in formats that are not opened: pickles, and those of trainers' own.
 _CLOSED_WEIGHTS = (
@@ -116,6 +117,8 @@ def find_files(named: Path) -> RunFiles:
         folders = [run, *checkpoints]
         # the log of the last checkpoint holds those of the checkpoints before
         state = next((folder for folder in checkpoints if (folder / STATE_FILE).is_file()), None)
+        if (run / FILE_NAME).is_file():  # one of ours, whose adapter may be an earlier one than its last checkpoint's
+            state = None
         log = join_logs([*find_logs(run), *(find_logs(state) if state else [])])
         adapter = next((folder for folder in folders if (folder / ADAPTER_CONFIG).is_file()), None)
         weights = next((folder for folder in folders if _holds_weights(folder)), None)

@@ -271,8 +271,8 @@ def _load(files: RunFiles, base_name: str, format_name: str) -> tuple[Any, Train
 
     def load(source: str) -> Any:
         # load_format has compared the format with the base's template
-        dtype = str(files.config.get("dtype") or "auto")
-        return load_base(source, dtype=dtype, chat_format=format_name, force_format=True).model
+        dtype, quantise = str(files.config.get("dtype") or "auto"), files.config.get("quantise")
+        return load_base(source, dtype=dtype, chat_format=format_name, force_format=True, quantise=quantise).model
 
     if files.adapter is None and files.weights is not None:
         return load(str(files.weights)), Trained.WEIGHTS

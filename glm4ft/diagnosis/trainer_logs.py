@@ -25,7 +25,7 @@ from typing import Any
 
 from glm4ft.errors import DataError
 from glm4ft.model.checkpoint import one_line
-from glm4ft.train.best import log_of_adapter
+from glm4ft.train.best import is_exhausted, log_of_adapter
 from glm4ft.train.trajectory import FILE_NAME, read_trajectory
 
 STATE_FILE = "trainer_state.json"
@@ -112,9 +112,22 @@ def _continues(later: RunLog, before: RunLog) -> bool:
     return has_more and bool(common) and all(math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-3) for a, b in common)
 
 
+def ended_by_patience(output: Path) -> int | None:
+    """The step after which a run's own patience ended it; None if something else did, or it goes on.
+
+    Args:
+        output: The folder of the run, with its trajectory.
+    """
+    trajectory = read_trajectory(output / FILE_NAME)
+    patience, found = (trajectory.header.get("config") or {}).get("patience"), trajectory.evaluations
+    is_last = bool(found and trajectory.steps) and found[-1]["step"] == trajectory.steps[-1]["step"]
+    return int(found[-1]["step"]) if is_last and is_exhausted(found, patience) else None
+
+
 def _of_trajectory(path: Path) -> RunLog:
     trajectory = read_trajectory(path)
-    return _log(path, log_of_adapter(path.parent), {"num_rows": int(trajectory.header.get("rows", 0))})
+    about = {"num_rows": int(trajectory.header.get("rows", 0)), "patience_ended": ended_by_patience(path.parent)}
+    return _log(path, log_of_adapter(path.parent), about)
 
 
 def _of_state(path: Path) -> RunLog:

@@ -29,6 +29,7 @@ _SCANNED = 256  # distributions in one pass over the head
 _CANDIDATES = 512  # rows that a pass over the head proposes for each distribution
 _MAX_SUBSET = 8192  # rows: 256 MiB in float64 at D = 4,096, and as much again while solving
 _GROUPS, _GROUP_WIDTH = 96, 0.25  # of logits, nats: the rows outside the subset, down to e^-24 of the probability
+_SIDE_BY_SIDE = 32  # hidden states in one product with rows of the head
 _GROUPED = 32  # targets whose groups are summed in one pass: 3 MiB each at D = 4,096
 _MAX_ROUNDS = 16
 _PROGRESS, _PATIENCE = 0.9, 2  # a target is given up after this many rounds that leave more than this share of its gap
@@ -165,7 +166,7 @@ class _Search:
         total_K = torch.full((len(hidden_KD),), -math.inf, dtype=torch.float64)
         likeliest, nearest = _Top(len(hidden_KD)), _Top(len(hidden_KD))
         for start, rows_CD in self.head.chunks("first look at the head"):
-            logits_KC = scaled_KD @ rows_CD.T
+            logits_KC = _logits(scaled_KD, rows_CD)
             total_K = torch.logaddexp(total_K, torch.logsumexp(logits_KC.double(), dim=1))
             likeliest.add(logits_KC, start)
             nearest.add(logits_KC / self.head.lengths(rows_CD).clamp_min(1e-30), start)
@@ -174,7 +175,7 @@ class _Search:
     def _scan(self, hidden_KD: torch.Tensor) -> torch.Tensor:
         """Return the logits of the whole head at the hidden states, K x V in fp32."""
         scaled_KD = (hidden_KD * self.head.norm_D).float()
-        return torch.cat([scaled_KD @ rows_CD.T for _, rows_CD in self.head.chunks("whole head")], dim=1)
+        return torch.cat([_logits(scaled_KD, rows_CD) for _, rows_CD in self.head.chunks("whole head")], dim=1)
 
     def _solve_all(
         self, targets: Sequence[Target], subsets: dict[int, set[int]], groups_V: dict[int, torch.Tensor]
@@ -285,6 +286,17 @@ class _Top:
         all_KM, ids_KM = torch.cat([self.best_KM, scores_KC], dim=1), torch.cat([self.ids_KM, ids_KC], dim=1)
         self.best_KM, at_KM = all_KM.topk(min(_CANDIDATES, all_KM.shape[1]), dim=1)
         self.ids_KM = ids_KM.gather(1, at_KM)
+
+
+def _logits(hidden_KD: torch.Tensor, rows_CD: torch.Tensor) -> torch.Tensor:
+    """Return the logits of C rows, K x C, computed 32 hidden states at a time.
+
+    Products of other shapes round otherwise, and rounding decides which rows join a subset: a target's bound would
+    depend on how many targets are asked for with it.
+    """
+    missing = -len(hidden_KD) % _SIDE_BY_SIDE
+    padded = torch.cat([hidden_KD, hidden_KD.new_zeros(missing, hidden_KD.shape[1])])
+    return torch.cat([block @ rows_CD.T for block in padded.split(_SIDE_BY_SIDE)])[: len(hidden_KD)]
 
 
 def _candidates(head: Head) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import overload
 
 import numpy as np
@@ -19,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from glm4ft.data.encoded_rows import TrainedRow, turn_markers
 from glm4ft.errors import DataError
 from glm4ft.floors.bounds import Bound, Target, bound_targets
-from glm4ft.floors.flat_rows import Array, FlatRows
+from glm4ft.floors.flat_rows import Array, FlatRows, chunks, counts
 from glm4ft.floors.head import Head
 from glm4ft.floors.prefix_targets import PrefixTargets, group_targets
 from glm4ft.floors.solver import EXACT, Precision
@@ -204,9 +205,8 @@ def find_floor(
     targets = group_targets(flat)
     bounds = _bounds(targets.distributions, head, precision)
     floor_P, gap_P, entropy_P = _of_pairs(targets, bounds)
-    count_P = np.bincount(targets.pair_N, minlength=len(floor_P))
+    count_P = counts(targets.pair_N)
     share_P = count_P / len(targets.pair_N)
-    floor_N = floor_P[targets.pair_N]
     entropy = float(share_P @ entropy_P)
     above = float(share_P @ floor_P) - entropy
     part = above if above > _ROUNDING else 0.0
@@ -216,8 +216,8 @@ def find_floor(
         head=part,
         gap=float(share_P @ gap_P),
         tokens=_token_floors(targets, floor_P, count_P, bounds, tokenizer),
-        samples=_sample_floors(flat, floor_N),
-        parts=_part_floors(flat, floor_N),
+        samples=_sample_floors(flat, targets.pair_N, floor_P),
+        parts=_part_floors(flat, targets.pair_N, floor_P),
         label=_label(head, precision),
         floor_P=floor_P,
         pair_N=targets.pair_N,
@@ -285,18 +285,37 @@ def token_floor(id: int, text: str, count: int, of_head: Bound, floor: float) ->
     return TokenFloor(id, text, count, floor, of_head.lower, of_head.upper, of_head.is_decided)
 
 
-def _sample_floors(rows: FlatRows, floor_N: Array) -> SampleFloors:
+def _sample_floors(rows: FlatRows, pair_N: Array, floor_P: Array) -> SampleFloors:
     kept = np.flatnonzero(rows.num_targets_R)
     num_targets = rows.num_targets_R[kept]
-    # reduceat needs no index of the row of each target; rows without targets would confuse it
-    floors = np.add.reduceat(floor_N, np.cumsum(num_targets) - num_targets) / num_targets
+    ends = np.cumsum(num_targets)
+    sums = [
+        # reduceat needs no index of the row of each target; rows without targets would confuse it
+        np.add.reduceat(floor_P[pair_N[begin : ends[piece][-1]]], ends[piece] - num_targets[piece] - begin)
+        for piece, begin in _pieces(ends)
+    ]
+    floors = np.concatenate(sums) / num_targets
     order = np.argsort(-floors, kind="stable")
     return SampleFloors(rows.lines_R[kept][order], floors[order], num_targets[order])
 
 
-def _part_floors(rows: FlatRows, floor_N: Array) -> dict[str, float]:
-    means = np.bincount(rows.part_N, weights=floor_N) / np.bincount(rows.part_N)
-    return dict(zip(rows.parts, means.tolist(), strict=True))
+def _pieces(ends: Array) -> Iterator[tuple[slice, int]]:
+    """Split rows, of which it is given where each one's targets end, in pieces of about as many targets as ``chunks``.
+
+    Yields:
+        The rows of a piece, and the index of their first target.
+    """
+    limits = [piece.stop for piece in chunks(int(ends[-1]))]
+    stops = np.unique(np.append(np.searchsorted(ends, limits, side="right"), len(ends)))
+    for start, stop in pairwise([0, *stops[stops > 0].tolist()]):
+        yield slice(start, stop), int(ends[start - 1]) if start else 0
+
+
+def _part_floors(rows: FlatRows, pair_N: Array, floor_P: Array) -> dict[str, float]:
+    sums = np.zeros(len(rows.parts))
+    for piece in chunks(len(pair_N)):
+        sums += np.bincount(rows.part_N[piece], weights=floor_P[pair_N[piece]], minlength=len(sums))
+    return dict(zip(rows.parts, (sums / counts(rows.part_N)).tolist(), strict=True))
 
 
 def _label(head: Head | None, precision: Precision) -> str:

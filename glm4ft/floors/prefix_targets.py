@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from glm4ft.floors.bounds import Target
-from glm4ft.floors.flat_rows import Array, FlatRows
+from glm4ft.floors.flat_rows import Array, FlatRows, chunks, counts
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,12 @@ def group_targets(rows: FlatRows) -> PrefixTargets:
         The pairs and distributions.
     """
     # most prefixes are followed by one token only; that is the pair of a token until a group of rows disagrees
-    distinct = np.flatnonzero(np.bincount(rows.token_N, minlength=1))
+    distinct = np.flatnonzero(counts(rows.token_N))
     number_of = np.zeros(int(distinct.max(initial=0)) + 1, dtype=np.int32)
     number_of[distinct] = np.arange(len(distinct))
-    pair_N = number_of[rows.token_N]
+    pair_N = np.empty_like(rows.token_N)
+    for piece in chunks(len(pair_N)):
+        pair_N[piece] = number_of[rows.token_N[piece]]
     numbers = {Target((token,), (1.0,)): u for u, token in enumerate(distinct.tolist())}
     first_pair = list(range(len(numbers)))
     num_pairs = len(numbers)
@@ -78,24 +80,22 @@ def _shared(rows: FlatRows) -> Iterator[tuple[Array, Array, Array]]:
         The indices of the targets at the position, the number of the group of each, and its token.
     """
     width = int(rows.ids_T.max(initial=0)) + 1
-    ends_R = np.cumsum(rows.num_targets_R)
-    next_R = ends_R - rows.num_targets_R  # the first target of each row that has not been passed
-    last = max(len(rows.token_N) - 1, 0)
-    row_A, group_A, position = np.flatnonzero(rows.num_targets_R), np.zeros(1, dtype=np.int64), 0
-    group_A = np.zeros(len(row_A), dtype=np.int64)
+    next_R = np.cumsum(rows.num_targets_R) - rows.num_targets_R  # the first target of each row that is not passed
+    row_A: Array = np.flatnonzero(rows.num_targets_R).astype(np.int32)
+    group_A: Array = np.zeros(len(row_A), dtype=np.int32)
+    position = 0
     while len(row_A):
         position += 1
         is_longer_A = rows.lengths_R[row_A] > position
         row_A, group_A = row_A[is_longer_A], group_A[is_longer_A]
-        key_A = group_A * width + rows.ids_T[rows.starts_R[row_A] + position - 1]
+        key_A = group_A.astype(np.int64) * width + rows.ids_T[rows.starts_R[row_A] + position - 1]
         _, group_A, size = np.unique(key_A, return_inverse=True, return_counts=True)
         has_company_A = size[group_A] > 1
-        row_A, group_A = row_A[has_company_A], group_A[has_company_A]
-        target_A = next_R[row_A]
-        is_target_A = (target_A < ends_R[row_A]) & (rows.position_N[np.minimum(target_A, last)] == position)
+        row_A, group_A = row_A[has_company_A], group_A[has_company_A].astype(np.int32)
+        is_target_A = rows.is_target_T[rows.starts_R[row_A] + position].astype(bool)
         if is_target_A.any():
+            targets = next_R[row_A[is_target_A]]
             next_R[row_A[is_target_A]] += 1
-            targets = target_A[is_target_A]
             yield targets, group_A[is_target_A], rows.token_N[targets]
 
 

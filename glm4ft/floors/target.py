@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from peft import PeftModel
 
 from glm4ft.data.chat_format import ChatFormat
-from glm4ft.data.control_tokens import STOPS
 from glm4ft.data.dataset import JoinedRows, Rows
 from glm4ft.data.encoded_rows import rows_of
 from glm4ft.floors.bounds import Target, bound_targets
-from glm4ft.floors.floor import HARD_TO_REACH, Floor, TokenFloor, find_floor, token_floor
+from glm4ft.floors.floor import Floor, TokenFloor, find_floor, token_floor
 from glm4ft.floors.head import Head, frozen_head
 from glm4ft.floors.solver import BF16, EXACT, Precision
+from glm4ft.floors.stops import stop_warnings
 from glm4ft.train.config import TrainConfig
 from glm4ft.train.run import PreparedRun, RunObserver
 
 _NAMED = 5
-_REMEDIES = (
-    "train the head row of {0} (--lora.options '{{modules_to_save: [lm_head]}}'), end turns with a stop token that the "
-    "head can express{1}, or start from a chat checkpoint, which has learnt to say it"
-)
 
 
 class FloorObserver(RunObserver):
@@ -98,25 +93,3 @@ def _stop_floors(
     found = [(token_id, count) for token_id, count in sorted(rows.target_counts().items()) if token_id in names]
     bounds = bound_targets(head, [Target((i,), (1.0,)) for i, _ in found], precision=precision) if found else []
     return [token_floor(i, names[i], n, b, b.lower) for (i, n), b in zip(found, bounds, strict=True)]
-
-
-def stop_warnings(tokens: Iterable[TokenFloor], stop_ids: Collection[int]) -> Iterator[str]:
-    """The loudest warnings: a model that cannot express its stop token never stops.
-
-    Args:
-        tokens: The floors of tokens.
-        stop_ids: The ids that end a turn.
-    """
-    for token in tokens:
-        if token.id in stop_ids and not token.is_decided and not token.head > HARD_TO_REACH:
-            yield (
-                f"WARNING: {token.text} ends turns here, and it is undecided whether the frozen head can say it: its "
-                f"smallest loss lies between {token.head:.2f} and {token.head_reaches:.2f} nats"
-            )
-        if token.id in stop_ids and token.head > HARD_TO_REACH:
-            remedies = _REMEDIES.format(token.text, " (--final_stop endoftext)" if token.text in STOPS else "")
-            yield (
-                f"WARNING: {token.text} ends turns here, but the frozen head cannot say it: its loss stays above "
-                f"{token.head:.2f} nats (a probability of {math.exp(-token.head):.1%} at most), so the model will "
-                f"not stop. Remedies: {remedies}"
-            )

@@ -35,6 +35,7 @@ from glm4ft.data.formats import make_format
 from glm4ft.data.turn_format import TEMPLATE, FormatName
 from glm4ft.errors import ConfigError, ModelError, show
 from glm4ft.model.checkpoint import TINY, find_checkpoint, listed, one_line, read_json, require_whole_file, weight_files
+from glm4ft.model.portable import complete_stops
 
 # An explicit list, so that code in a checkpoint (`auto_map`) is never loaded.
 GLM4_CLASSES: dict[str, Any] = {
@@ -99,6 +100,7 @@ def load_base(
     dtype: str = "auto",
     chat_format: str | None = None,
     force_format: bool = False,
+    quantise: str | None = None,
     device: str | torch.device | None = None,
     seed: int = 0,
 ) -> Base:
@@ -109,6 +111,7 @@ def load_base(
         dtype: The dtype of the weights: ``bf16``, ``fp32``, or ``auto`` for bf16 on CUDA and fp32 elsewhere.
         chat_format: The name of the chat format; by default chosen from the checkpoint.
         force_format: Whether to go on with a format that the checkpoint's own chat template contradicts.
+        quantise: ``nf4`` to keep the weights of the linear layers in four bits; None for plain weights.
         device: The device of the model; by default this process's CUDA device if there is one, else the CPU.
         seed: The seed of the built-in base's weights; ignored for a checkpoint.
 
@@ -116,44 +119,55 @@ def load_base(
         The base; its model and generation configs contain all three stop tokens.
 
     Raises:
-        ConfigError: If the dtype is not supported.
+        ConfigError: If the dtype is not supported, or the weights cannot be quantised here.
         ModelError: If the checkpoint is damaged or not supported.
     """
-    require_loadable(model, dtype)
+    require_loadable(model, dtype, quantise)
     device = torch.device(device) if device is not None else _default_device()
     torch_dtype = _torch_dtype(dtype, device)
     if model == TINY:
         folder, loaded = None, _built_in_model(seed, torch_dtype)
+        if quantise:
+            from glm4ft.model.quantisation import quantised_copy
+
+            loaded = quantised_copy(loaded, device)
         tokenizer, format_name = load_format(model, chat_format, force=force_format)
     else:
         folder = find_checkpoint(model)
         architecture = _architecture(folder)
         tokenizer, format_name = load_format(str(folder), chat_format, force=force_format)
         _require_room_for(tokenizer, architecture, folder)
-        loaded = _read_weights(architecture, find_checkpoint(model, weights=True), torch_dtype)
+        loaded = _read_weights(architecture, find_checkpoint(model, weights=True), torch_dtype, quantise, device)
         # peft writes this into adapter_config.json, where a folder must be found again from any working directory
         loaded.name_or_path = str(folder) if os.path.isdir(os.path.expanduser(model)) else model
-    warnings = _complete_stops(loaded, make_format(format_name, tokenizer).stop_ids, tokenizer, model)
+    warnings = complete_stops(loaded, make_format(format_name, tokenizer).stop_ids, tokenizer, model)
     torch.nn.Module.to(loaded.requires_grad_(False).train(False), device)
     return Base(loaded, tokenizer, format_name, model, tuple(warnings), folder)
 
 
-def require_loadable(model: str, dtype: str) -> None:
+def require_loadable(model: str, dtype: str, quantise: str | None = None) -> None:
     """Refuse a checkpoint whose local files show that ``load_base`` cannot load it; no weight is read.
 
     Args:
         model: The base, as for ``load_base``; the files of a hub id are not checked.
         dtype: The dtype of the weights, as for ``load_base``.
+        quantise: How the weights are quantised, as for ``load_base``.
 
     Raises:
-        ConfigError: If the dtype is not supported.
+        ConfigError: If the dtype is not supported, or the weights cannot be quantised here.
         ModelError: If a file of a local checkpoint is missing or truncated.
     """
     _torch_dtype(dtype, torch.device("cpu"))
+    if quantise:
+        from glm4ft.model.quantisation import require_quantisable, require_quantisation
+
+        require_quantisation(_default_device())
     if model == TINY or not os.path.isdir(os.path.expanduser(model)):
         return
     folder = find_checkpoint(model)
-    _architecture(folder)
+    architecture = _architecture(folder)
+    if quantise:
+        require_quantisable(architecture, folder)
     for shard in weight_files(folder):
         require_whole_file(shard)
 
@@ -340,18 +354,27 @@ def _built_in_model(seed: int, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def _read_weights(architecture: str, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+def _read_weights(
+    architecture: str, folder: Path, dtype: torch.dtype, quantise: str | None, device: torch.device
+) -> PreTrainedModel:
     for shard in weight_files(folder):
         require_whole_file(shard)
     # by itself, transformers would load a kernel from the hub for a flash attention that is not installed
     stated = read_json(folder / "config.json").get("attn_implementation")
     attention = {"attn_implementation": "eager" if stated == "eager" else "sdpa"}
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True, **attention}
+    if quantise:
+        from glm4ft.model.quantisation import keep_layout, loading_options, require_quantisable
+
+        require_quantisable(architecture, folder)
+        options |= loading_options(dtype, device)
     try:
         loaded = MODEL_CLASSES[architecture].from_pretrained(folder, **options)
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         raise ModelError("the weights cannot be loaded", where=str(folder), found=one_line(error)) from error
     model: PreTrainedModel = loaded[0]
+    if quantise:
+        keep_layout(model)
     # transformers would continue, with random numbers in place of missing tensors
     for message, keys in (("tensors are missing", "missing_keys"), ("there are unknown tensors", "unexpected_keys")):
         if loaded[1][keys]:
@@ -363,32 +386,3 @@ def _read_weights(architecture: str, folder: Path, dtype: torch.dtype) -> PreTra
                 fix="compare config.json with the original checkpoint's, or download it again",
             )
     return model
-
-
-def _complete_stops(
-    model: PreTrainedModel, stop_ids: list[int], tokenizer: PreTrainedTokenizerBase, source: str
-) -> list[str]:
-    """Add missing stop tokens to both configs, since engines differ in which one they read; return the warnings."""
-    warnings = []
-    configs: list[tuple[str, Any]] = [("generation_config", model.generation_config), ("config", model.config)]
-    for name, config in configs:
-        stated = config.eos_token_id
-        known = stated if isinstance(stated, list) else [] if stated is None else [stated]
-        lacking = [str(tokenizer.convert_ids_to_tokens(i)) for i in stop_ids if i not in known]
-        if lacking:
-            others = [i for i in known if i < model.config.vocab_size]  # a default of the config class can exceed it
-            config.eos_token_id = list(dict.fromkeys([*stop_ids, *others]))
-            warnings.append(
-                f"{source}: eos_token_id of {name} lacks {' and '.join(lacking)}, so a server would not stop there; "
-                "here, and in what is merged from it, it has all of them"
-            )
-    _drop_unused_sampling(model.generation_config)
-    return warnings
-
-
-def _drop_unused_sampling(config: Any) -> None:
-    """Remove settings of a sampling that is off: transformers refuses to save them once anything else has changed."""
-    if not config.do_sample:
-        for name in ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"):
-            if getattr(config, name, None) is not None:
-                setattr(config, name, None)

@@ -18,6 +18,7 @@ from glm4ft.model.adapter import CONFIG, base_of, load_adapter, require_adapter
 from glm4ft.model.base_model import load_base
 from glm4ft.model.checkpoint import TINY
 from glm4ft.model.generation import generate
+from glm4ft.model.quantisation import quantisation_of_run
 
 
 @dataclass(frozen=True)
@@ -104,12 +105,17 @@ class Chat:
 
 
 def load_chat(
-    source: str, *, model: str | None = None, dtype: str = "auto", chat_format: str | None = None
+    source: str,
+    *,
+    model: str | None = None,
+    dtype: str = "auto",
+    chat_format: str | None = None,
 ) -> tuple[PreTrainedModel | PeftModel, ChatFormat, tuple[str, ...]]:
     """Load what one can talk to.
 
     Args:
-        source: The folder of a run or of another adapter, a checkpoint's folder or hub id, or ``tiny``.
+        source: The folder of a run or of another adapter, a checkpoint's folder or hub id, or ``tiny``. The base of a
+            run is quantised as it was in training.
         model: The base of an adapter; by default the one that it names.
         dtype: The dtype of the weights, as for ``load_base``.
         chat_format: The name of the chat format; by default chosen from the base.
@@ -122,7 +128,7 @@ def load_chat(
     is_unfinished_run = any(folder.glob(f"checkpoint-*/{CONFIG}")) and not (folder / "config.json").exists()
     if source != TINY and ((folder / CONFIG).is_file() or is_unfinished_run):
         named = model or base_of(folder, require_adapter(folder))
-        base = load_base(named, dtype=dtype, chat_format=chat_format)
+        base = load_base(named, dtype=dtype, chat_format=chat_format, quantise=quantisation_of_run(folder))
         return load_adapter(base.model, folder), make_format(base.format_name, base.tokenizer), base.warnings
     base = load_base(source, dtype=dtype, chat_format=chat_format)
     return base.model, make_format(base.format_name, base.tokenizer), base.warnings

@@ -217,7 +217,7 @@ def audit_lora(model: PeftModel, options: LoraOptions) -> AdapterReport:
             f"{len(coarse)} trained parameters are in {trained[coarse[0]].dtype}, {coarse[0]} the first: updates of "
             "less than about 1/256 of a weight are rounded away; train them on an fp32 base"
         )
-    num_trained, num_total = sum(p.numel() for p in trained.values()), sum(p.numel() for p in model.parameters())
+    num_trained, num_total = model.get_nb_trainable_parameters()  # of a quantised weight, two entries share a byte
     if routers := [name for name in trained if _is_router(name)]:
         raise ConfigError("a router is trained, but it has to stay frozen", where="--lora", found=routers[0])
     return AdapterReport(num_adapted, tuple(trained), num_trained, num_total, tuple(doubts), has_experts(model))

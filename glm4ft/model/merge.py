@@ -27,6 +27,7 @@ from glm4ft.model.base_model import Base, is_llama_like, load_base
 from glm4ft.model.checkpoint import TINY, find_checkpoint, one_line, read_json
 from glm4ft.model.model_card import own_body, shown_base, table, write_card
 from glm4ft.model.portable import require_same_reading, write_both_names, write_tokenizer
+from glm4ft.model.quantisation import quantisation_of_run
 from glm4ft.text.markdown_text import code
 
 # Largest difference of a logit between adapter and merged weights, relative to the largest logit. Measured on an AMD
@@ -109,7 +110,7 @@ def _merge_into(output: Path, adapter: Path, model: str | None, dtype: str) -> M
     adapted_BTV = _logits(adapted, probe_BT)
     merged = _merge(adapted, adapter)
     effect, error = _compare(before_BTV, adapted_BTV, _logits(merged, probe_BT), TOLERANCES[dtype])
-    warnings = (*base.warnings, *_doubts(effect, error))
+    warnings = (*base.warnings, *_doubts(effect, error), *_about_training(adapter))
     report = MergeReport(output, base.source, dtype, effect, error, warnings)
     _write(merged, base, report, adapter)
     return report
@@ -185,6 +186,15 @@ def _doubts(effect: float, error: float) -> list[str]:
     if error >= effect:
         return ["rounding changes the logits as much as the adapter does; a merge with --dtype fp32 would preserve it"]
     return []
+
+
+def _about_training(adapter: Path) -> list[str]:
+    quantised = quantisation_of_run(adapter)
+    return [
+        f"the adapter was trained on weights quantised to {name} and is merged into the plain ones, which it has not "
+        "seen: losses differ from the run's by the rounding; compare the merged model's answers, with glm4ft chat"
+        for name in [quantised] * bool(quantised)
+    ]
 
 
 def _write(merged: PreTrainedModel, base: Base, report: MergeReport, adapter: Path) -> None:

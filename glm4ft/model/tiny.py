@@ -47,9 +47,11 @@ from transformers import (
 )
 
 from glm4ft.data.turn_format import FormatName
+from glm4ft.model.checkpoint import TINY, TINY_GLM4_IDS
 from glm4ft.model.portable import write_both_names, write_tokenizer
 from glm4ft.model.tiny_tokenizer import (
     CONTROL_TOKENS,
+    FORMAT_OF,
     GLM4_ROWS,
     MARKER_TOKENS,
     SAMPLED_MARKERS,
@@ -187,6 +189,17 @@ def constructed_weights(
             yield name, normal(like, 1 / math.sqrt(hidden) if like.dim() > 1 else 0.02)
 
 
+# The built-in bases by name, each with the options of write_tiny_base.
+TINY_BASES: Mapping[str, Mapping[str, Any]] = {
+    TINY: {},
+    TINY_GLM4_IDS: {"glm4_ids": True},
+    **{
+        f"{TINY}:{name}": {"architecture": architecture, "chat_format": name}
+        for architecture, name in [*FORMAT_OF.items(), ("Glm4ForCausalLM", "glm-z1-0414")]
+    },
+}
+
+
 def write_tiny_base(
     folder: str | os.PathLike[str],
     seed: int = 0,
@@ -203,7 +216,7 @@ def write_tiny_base(
         folder: The folder to create, with config, safetensors, generation config, tokenizer and chat template.
         seed: The seed of the weights.
         architecture: The transformers class.
-        chat_format: The chat format, if not the architecture's first; one with the same tokens.
+        chat_format: The chat format of the template, if not the architecture's first; one with the same tokens.
         dtype: The dtype of the stored weights.
         max_shard_size: The size above which the weights are split into shards with an index.
         glm4_ids: Whether control tokens have the ids of GLM-4's own vocabulary, as for ``tiny_model``.

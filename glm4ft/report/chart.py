@@ -16,6 +16,7 @@ WIDTH, HEIGHT = 640, 280
 LEFT, RIGHT, TOP, BOTTOM = 76, 16, 16, 58
 X_NAME = "optimiser step"
 MAX_STRETCH = 100.0  # a line this many times below or above all values is not drawn: the curve would be flat beside it
+NEGLIGIBLE = 5e-4  # nats: a bound below this keeps no loss up
 MAX_POINTS = 400  # longer curves are drawn by the extremes of their stretches, so that no spike is lost
 MAX_DOTS = 80
 
@@ -79,7 +80,7 @@ class Chart:
     def note(self) -> str:
         """The caption, and the reference lines that are not drawn."""
         drawn = self.drawn_lines
-        left_out = [f"The {line.name}, {line.value:.2g}, is off the chart." for line in self.lines if line not in drawn]
+        left_out = [f"The {line.name} is {_off(line.value)}." for line in self.lines if line not in drawn]
         return " ".join(filter(None, [self.caption, *left_out]))
 
     def describe(self) -> str:
@@ -239,3 +240,8 @@ def _dot(kind: str, scale: _Scale, step: int, value: float, name: str) -> Markup
 def _missing(name: str, scale: _Scale, step: int) -> Markup:
     cross = Markup('<text class="missing" x="{x:.1f}" y="{y}">✕<title>{name} {step}: not finite</title></text>')
     return cross.format(x=scale.x(step), y=TOP + 8, name=name, step=step)
+
+
+def _off(value: float) -> str:
+    """Where a line is that is not drawn; what no loss is ever read to counts as 0."""
+    return f"{value:.2g}, off the chart" if value >= NEGLIGIBLE else "practically 0"

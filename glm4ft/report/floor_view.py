@@ -23,7 +23,7 @@ from glm4ft.floors.bounds import UNDECIDED
 from glm4ft.floors.floor import Floor, TokenFloor, find_floor
 from glm4ft.floors.head import Head
 from glm4ft.floors.solver import BF16, EXACT
-from glm4ft.floors.target import stop_warnings
+from glm4ft.floors.stops import stop_warnings
 from glm4ft.text.safe_text import Ruled, visible
 
 _SHOWN = 10

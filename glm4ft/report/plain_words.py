@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 NOTHING_WRONG = ("learnt", "trained")  # verdicts of a diagnosis
-OPEN_VERDICTS = ("unexplained", "undecided", "still-falling", "memorised", "not-falling")  # verdicts that name no fault
+# verdicts that name no fault
+OPEN_VERDICTS = ("unexplained", "undecided", "still-falling", "memorised", "not-falling", "stopped-by-patience")
 
 
 def sentence(text: str) -> str:

@@ -54,6 +54,8 @@ def _body(run: PreparedRun, content: Content, trajectory: Trajectory, base: str)
 def _figures(run: PreparedRun, trajectory: Trajectory) -> Iterator[tuple[str, str]]:
     config, lora, steps = run.config, run.config.lora, trajectory.steps
     yield "base", shown_base(str(config.model))
+    if config.quantise:
+        yield "base while training", f"quantised to {config.quantise}; on the plain base, losses differ by the rounding"
     yield "chat format", code(run.chat_format.name, in_table=True)
     supervised = f"{run.data.supervised_tokens:,} of {run.data.tokens:,} tokens supervised"
     yield "data", f"{_file(config.data)}: {run.data.rows:,} rows, {supervised}"

@@ -19,9 +19,11 @@ from glm4ft.diagnosis.evidence import RowEvidence
 from glm4ft.diagnosis.measure import gather_evidence
 from glm4ft.diagnosis.round_trip import RoundTripObserver
 from glm4ft.diagnosis.rules import Diagnosis, diagnose
+from glm4ft.diagnosis.trainer_logs import ended_by_patience
 from glm4ft.errors import RunError
 from glm4ft.floors.floor import Floor
 from glm4ft.model.generation import TurnRoundTrip
+from glm4ft.model.quantisation import describe_quantised
 from glm4ft.report.content import Content, Curves, Headline, ShownOption, ShownRow, ShownTurn
 from glm4ft.report.costly_tokens import part_counts
 from glm4ft.report.files import HTML_FILE, write_report
@@ -129,7 +131,11 @@ def _diagnose(
             log,
             round_trips=turns,
             target_loss=run.config.target,
-            options={**asdict(run.config), "target_modules": list(run.adapters.num_adapted)},
+            options={
+                **asdict(run.config),
+                "target_modules": list(run.adapters.num_adapted),
+                "patience_ended": ended_by_patience(run.output),
+            },
             num_dropped=sum(map(len, run.data.dropped.values())),
             num_cut=len(run.data.truncated),
             num_rows=run.data.rows,
@@ -160,6 +166,8 @@ def _facts(run: PreparedRun, trajectory: Trajectory) -> Iterator[tuple[str, str]
     header, steps = trajectory.header, trajectory.steps
     yield "data", run.data.describe()
     yield "adapter", run.adapters.describe()
+    if run.config.quantise:
+        yield "base", describe_quantised(run.model)
     if steps:
         seconds, tokens = sum(step["step_s"] for step in steps), sum(step["tokens"] for step in steps)
         yield "steps", f"{len(steps):,} in {seconds:.1f} s, {tokens / max(seconds, 1e-9):,.0f} tokens/s"

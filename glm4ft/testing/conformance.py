@@ -24,9 +24,10 @@ import pytest
 
 from glm4ft.model.checkpoint import find_checkpoint
 from glm4ft.testing.checks import all_checks
-from glm4ft.testing.session.gpu_lane import LARGE_OVERFIT_STEPS, LARGE_PLAN, Bases, is_large, why_left_out
+from glm4ft.testing.session.gpu_lane import Bases, is_large, why_left_out
 from glm4ft.testing.session.records import attach_check
 from glm4ft.testing.subject import load_subject
+from glm4ft.testing.trial.heavy_bases import is_heavy, spare
 from glm4ft.testing.trial.registry import Check
 from glm4ft.testing.trial.report import explain_trial, supervised_by
 from glm4ft.testing.trial.runner import Result, known_failures, require_known_checks, run_check
@@ -70,9 +71,9 @@ class Trials:
     def _make(self, spec: str, dtype: str) -> Trial:
         folder, base_dir = self.folder / str(len(self._trials)), find_checkpoint(self.bases.get(dtype), weights=True)
         folder.mkdir()
-        trial = Trial(load_subject(spec, base_dir), base_dir, folder, spec)
-        if is_large(self.bases.spec):
-            trial.standard, trial.overfit_steps, trial.keeps_models = LARGE_PLAN, LARGE_OVERFIT_STEPS, False
+        trial = Trial(load_subject(spec, base_dir), base_dir, folder, spec, self.bases.spec)
+        if is_large(self.bases.spec) or is_heavy(base_dir):
+            spare(trial)
         return trial
 
     def run(self, check: Check, spec: str, dtype: str, expected_failures: Mapping[str, str]) -> Result:

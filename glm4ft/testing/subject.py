@@ -11,7 +11,8 @@ Required
     -100 where a token is not supervised.
 
 Optional
-    ``chat_format``: ``"glm-4-9b-chat"`` or ``"glm-4-0414"``; without it only rules that hold for every template apply.
+    ``chat_format``: ``"glm-4-9b-chat"`` or ``"glm-4-0414"``; without it only rules that hold for every template apply,
+    the mask is judged by what the template of the base writes around an answer, and no tool calls are asked for.
     ``stop_ids``: the ids that end generation.
     ``prompt(messages, tools=None)``: returns the ids that serving sends for the next assistant turn.
     ``collate(rows)``: returns a batch of tensors from rows that ``encode`` returned.
@@ -29,8 +30,8 @@ Optional
     ``distributed``: True if ``train`` can run as one of several processes in the environment that torchrun sets
     (``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR``, ...), where it joins the process group itself, on a CPU with gloo.
     ``micro_batch_size`` and ``accumulation`` are then those of one process.
-    ``evaluate(model, conversations)``: returns the mean loss over all supervised tokens, or ``{"loss": ..., "accuracy":
-    ...}``, the accuracy being the share of supervised tokens to which the model gives the highest probability.
+    ``evaluate(model, conversations)``: returns the mean loss over all supervised tokens, or a mapping with any of
+    ``loss`` and ``accuracy``, the share of supervised tokens to which the model gives the highest probability.
     ``generate(model, messages, tools, max_new_tokens)``: returns the new ids of the next assistant turn, decoded
     greedily by the subject's own inference path, including the stop id if one was generated.
     ``save(model, folder)``, ``load(base_dir, folder)``: write an adapter, and return the base with the saved adapter.

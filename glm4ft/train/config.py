@@ -37,6 +37,8 @@ class TrainConfig:
         reasoning: The turns that carry their reasoning: those that the checkpoint's template gives it by default, all
             (``kept``, where serving can be told so), or none.
         dtype: The dtype of the base; ``auto`` is bf16 on CUDA and fp32 elsewhere. Adapters are always fp32.
+        quantise: The base's linear layers in four bits (``nf4``), which takes a quarter of bf16's memory (QLoRA); needs
+            the extra ``quantised``. A merge goes into the plain weights, beside which the adapter was not trained.
         max_length: The longest row in tokens; longer conversations lose their oldest turns.
         packing: Whether rows are joined into packs of max_length instead of padded; samples stay isolated.
         train_on: The assistant turns to train: all of them, or the last one only.
@@ -78,6 +80,7 @@ class TrainConfig:
     force_format: bool = False
     reasoning: Literal["template", "kept", "none"] = "template"
     dtype: str = "auto"
+    quantise: Literal["nf4"] | None = None
     max_length: int = 4096
     packing: bool = False
     train_on: Literal["all", "last"] = "all"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import os
 import shlex
 from collections.abc import Callable, Sequence
@@ -14,7 +13,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import TrainingArguments
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from glm4ft.data.batching import Collator, PackedRows, RowSet
@@ -34,7 +32,7 @@ from glm4ft.train.best import WatchEvaluations, is_exhausted, restore_best
 from glm4ft.train.config import TrainConfig
 from glm4ft.train.run_folder import BASE_FOLDER, CONFIG_FILE, is_complete, last_checkpoint
 from glm4ft.train.stop import StopAfterStep, StopRequest, stopping_after_a_step
-from glm4ft.train.trainer import SupervisedTrainer
+from glm4ft.train.trainer import SupervisedTrainer, trainer_arguments
 from glm4ft.train.trajectory import FILE_NAME, Trajectory, append_row, read_trajectory
 
 
@@ -172,7 +170,7 @@ def _run(
         observer.on_prepared(run)
     if run.config.target_above_floor is not None:
         raise ConfigError("no observer computes the floor", where="--target_loss", found=str(run.config.target_loss))
-    header = _header(run.rows, run.model)
+    header = _header(run.rows, run.model, run.config.quantise)
     _require_room(run)
     if resume:
         run_folder.require_same_run(output, run.config, header)
@@ -227,49 +225,6 @@ def make_trainer(
     )
 
 
-def trainer_arguments(config: TrainConfig, output: Path, *, has_eval: bool, bf16: bool) -> TrainingArguments:
-    """Our options as ``transformers.TrainingArguments``."""
-    # passed only where asked for: transformers is renaming the option, and says so at every mention
-    options: dict[str, Any] = {
-        "gradient_checkpointing": True,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
-    }
-    checkpointing = options if config.gradient_checkpointing else {}
-    with_warmup = config.schedule == "constant" and config.warmup_steps
-    args = TrainingArguments(
-        output_dir=str(output),
-        per_device_train_batch_size=config.micro_batch_size,
-        per_device_eval_batch_size=config.micro_batch_size,
-        gradient_accumulation_steps=config.accumulation,
-        learning_rate=config.peak_learning_rate,
-        lr_scheduler_type="constant_with_warmup" if with_warmup else config.schedule,
-        warmup_steps=config.warmup_steps,
-        weight_decay=config.weight_decay,
-        # clipping to an infinite norm changes nothing but still measures
-        max_grad_norm=config.max_grad_norm or math.inf,
-        num_train_epochs=config.epochs,
-        max_steps=config.max_steps or -1,
-        seed=config.seed,
-        bf16=bf16,
-        use_cpu=not torch.cuda.is_available(),
-        **checkpointing,
-        eval_strategy="steps" if has_eval else "no",
-        eval_steps=config.eval_every,
-        save_strategy="steps" if config.save_every else "no",
-        save_steps=config.save_every or 500,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        disable_tqdm=True,
-        ddp_find_unused_parameters=False,
-        report_to=config.report_to or "none",
-        remove_unused_columns=False,
-        label_names=["labels"],
-    )
-    # one process drives one device; transformers would split batches over all it sees, past our forward
-    args._n_gpu = min(args.n_gpu, 1)
-    return args
-
-
 def is_main_process() -> bool:
     """Whether this process writes files and talks to people: the first of several under torchrun, or the only one."""
     return int(os.environ.get("RANK", "0")) == 0
@@ -282,7 +237,7 @@ def _require_unused(output: Path) -> None:
 
 def _prepare(config: TrainConfig, output: Path, say: Callable[[str], object]) -> PreparedRun:
     _require_trackers(config.report_to)
-    require_loadable(config.model, config.dtype)  # before hours may go into encoding
+    require_loadable(config.model, config.dtype, config.quantise)  # before hours may go into encoding
     chat_format = chat_format_of(config)
     encode = functools.partial(
         prepare_rows, chat_format=chat_format, max_length=config.max_length, options=config.read_options
@@ -293,7 +248,13 @@ def _prepare(config: TrainConfig, output: Path, say: Callable[[str], object]) ->
     if config.eval_data:
         eval_rows, eval_data = encode(config.eval_data)
         say(eval_data.describe())
-    base = load_base(config.model, dtype=config.dtype, chat_format=chat_format.name, force_format=config.force_format)
+    base = load_base(
+        config.model,
+        dtype=config.dtype,
+        chat_format=chat_format.name,
+        force_format=config.force_format,
+        quantise=config.quantise,
+    )
     if base.is_built_in:
         # peft writes this into adapter_config.json: where whoever loads the adapter finds its base
         base.model.name_or_path = str((output / BASE_FOLDER).resolve())
@@ -302,6 +263,10 @@ def _prepare(config: TrainConfig, output: Path, say: Callable[[str], object]) ->
     model = attach_lora(base.model, config.lora, seed=config.seed)
     adapters = audit_lora(model, config.lora)
     say(adapters.describe())
+    if config.quantise:
+        from glm4ft.model.quantisation import describe_quantised
+
+        say(describe_quantised(model))
     about_format = format_warnings(chat_format.name, base.tokenizer, where=config.model)
     for warning in (*about_format, *base.warnings, *adapters.warnings):
         say(f"warning: {warning}")
@@ -337,6 +302,8 @@ def _train(run: PreparedRun, stop: StopRequest) -> None:
     run.is_distributed = trainer.args.world_size > 1
     run.is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     config, checkpoint = run.config, last_checkpoint(output)
+    if config.quantise and run.is_sharded:
+        raise ConfigError("quantised weights cannot be sharded (FSDP, DeepSpeed)", where="--quantise")
     if config.keep_best or config.patience:
         trainer.add_callback(WatchEvaluations(trainer, output, keep_best=config.keep_best, patience=config.patience))
     is_at_end = checkpoint and (
@@ -358,9 +325,10 @@ def _train(run: PreparedRun, stop: StopRequest) -> None:
         run_folder.complete(output)
 
 
-def _header(rows: Rows | JoinedRows, model: PeftModel) -> dict[str, Any]:
+def _header(rows: Rows | JoinedRows, model: PeftModel, quantise: str | None) -> dict[str, Any]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    libraries = {name: version(name) for name in ("glm4ft", "torch", "transformers", "peft", "accelerate")}
+    names = ["glm4ft", "torch", "transformers", "peft", "accelerate"]
+    names += ["bitsandbytes"] * bool(quantise)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {
         "type": "header",
@@ -368,7 +336,7 @@ def _header(rows: Rows | JoinedRows, model: PeftModel) -> dict[str, Any]:
         "rows": len(rows),
         "trained_parameters": trained,
         "device": device,
-        "libraries": libraries,
+        "libraries": {name: version(name) for name in names},
     }
 
 

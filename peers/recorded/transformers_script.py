@@ -1,11 +1,18 @@
-"""A plain training script of transformers and peft, as its users write them: python transformers_script.py BASE DATA OUT."""
+"""A plain script of transformers and peft, as its users write them: python transformers_script.py BASE DATA OUT."""
 
 import json
 import sys
 from pathlib import Path
 
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 base, data, output = sys.argv[1:]
 set_seed(0)

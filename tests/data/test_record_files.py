@@ -21,7 +21,10 @@ from typing import Any
 
 import pytest
 
+from glm4ft.data.chat_format import ChatFormat
 from glm4ft.data.conversation import Conversation
+from glm4ft.data.dataset import prepare_rows
+from glm4ft.data.inputs import data_inputs
 from glm4ft.data.read_options import ReadOptions
 from glm4ft.data.reader import parse_conversation, read_conversations
 from glm4ft.data.refusals import ManyErrors, Refusals
@@ -336,3 +339,60 @@ def test_without_datasets_the_way_out_is_named(tmp_path: Path, monkeypatch: pyte
     for name in (str(tmp_path / "x.parquet"), str(tmp_path), "org/name:train"):
         with pytest.raises(DataError, match=r"pip install 'glm4ft\[data\]'"):
             list(read_conversations(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("org/talks", ("org/talks", None, "train")),
+        ("org/talks:test", ("org/talks", None, "test")),
+        ("org/talks:train[5%:10%]", ("org/talks", None, "train[5%:10%]")),
+        ("org/talks:polite:train[:2]", ("org/talks", "polite", "train[:2]")),
+    ],
+)
+def test_a_data_set_of_the_hub_is_asked_for_by_its_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chat_format: ChatFormat, name: str, asked: tuple[str, ...]
+) -> None:
+    """With a stand-in for the hub: what the library is asked for, and what becomes of the rows that it gives."""
+    datasets = pytest.importorskip("datasets", reason="needs datasets, which the extra data installs")
+    talks, calls = datasets.Dataset.from_list([answered(system="Be brief."), answered()]), list[tuple[Any, ...]]()
+
+    def load(path: str, config: str | None = None, *, split: str) -> Any:
+        calls.append((path, config, split))
+        return talks
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.chdir(tmp_path)
+    found = list(read_conversations(name))
+    assert [len(conversation.messages) for conversation in found] == [3, 2]
+    assert found[1].where() == f"{name}: record 2"
+    rows, report = prepare_rows(f"{name}=2", chat_format=chat_format, max_length=4096)
+    assert (len(rows), report.conversations) == (4, 2)
+    assert set(calls) == {asked}
+    again, _ = prepare_rows(f"{name}=2", chat_format=chat_format, max_length=4096)
+    assert again.sha256() == rows.sha256()
+
+
+@pytest.mark.parametrize("name", ["org/nothing", "org/nothing:test"])
+def test_a_data_set_that_the_hub_does_not_give_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    datasets = pytest.importorskip("datasets", reason="needs datasets, which the extra data installs")
+
+    def load(*_: Any, **__: Any) -> Any:
+        raise ConnectionError("Couldn't reach 'org/nothing' on the Hub\n(LocalEntryNotFoundError)")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="datasets cannot read this data set") as caught:
+        list(read_conversations(name))
+    assert caught.value.where == name
+    assert "Couldn't reach" in caught.value.found
+    assert "org/name:split" in caught.value.fix
+
+
+@pytest.mark.parametrize("name", ["hf://datasets/org/talks", "https://example.org/datasets/org/talks"])
+def test_the_address_of_a_data_set_is_answered_with_its_id(name: str) -> None:
+    with pytest.raises(DataError) as caught:
+        data_inputs(name)
+    assert "a data set of the hub is named org/name" in caught.value.fix

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from glm4ft.data.chat_format import ChatFormat
 from glm4ft.data.json_stream import JsonStream
+from glm4ft.data.read_options import ReadOptions
 from glm4ft.data.reader import from_messages, parse_conversation
 from glm4ft.testing.strategies import MARKERS, text_contents
 
@@ -61,6 +62,28 @@ def list_of_messages(system: str, turns: list[Turn]) -> Any:
     return messages(system, turns)
 
 
+def roles_as_keys(system: str, turns: list[Turn]) -> Any:
+    return {"messages": [{message["role"]: message["content"]} for message in messages(system, turns)]}
+
+
+def lists_of_role_and_text(system: str, turns: list[Turn]) -> Any:
+    return {"messages": [[message["role"], message["content"]] for message in messages(system, turns)]}
+
+
+def prompt_completion(system: str, turns: list[Turn]) -> Any:
+    said = messages(system, turns)
+    return {"prompt": said[:-1], "completion": said[-1:]}
+
+
+def xtuner(system: str, turns: list[Turn]) -> Any:
+    said = [{"input": question, "output": answer} for question, answer in turns]
+    return {"conversation": [{"system": system, **said[0]}, *said[1:]]}
+
+
+def columns_of_other_names(system: str, turns: list[Turn]) -> Any:
+    return {"dialog": [{"speaker": message["role"], "said": message["content"]} for message in messages(system, turns)]}
+
+
 def in_csv(system: str, turns: list[Turn]) -> Any:
     """As a cell of CSV gives it back."""
     file = io.StringIO(newline="")
@@ -84,7 +107,8 @@ def messages(system: str, turns: list[Turn]) -> list[dict[str, str]]:
 
 
 SHAPES = (
-    alpaca, query_response, pairs, sharegpt, responses, messages_in_text, list_of_messages, in_csv, in_array,
+    alpaca, query_response, pairs, sharegpt, responses, messages_in_text, list_of_messages, roles_as_keys,
+    lists_of_role_and_text, prompt_completion, xtuner, columns_of_other_names, in_csv, in_array,
 )  # fmt: skip
 TEXTS = text_contents() | st.sampled_from(MARKERS)
 
@@ -97,7 +121,8 @@ def test_control_ids_follow_from_the_roles_in_every_shape(
     in_each_lane: InEachLane, shape: Callable[[str, list[Turn]], Any], system: str, turns: list[Turn]
 ) -> None:
     """The row is that of the plain messages, and its control ids are the prefix, a header a message and the stop."""
-    conversation = parse_conversation(shape(system, turns))
+    named = {"messages": "dialog", "role": "speaker", "content": "said"} if shape is columns_of_other_names else {}
+    conversation = parse_conversation(shape(system, turns), options=ReadOptions(columns=named))
     for chat_format in in_each_lane():
         row = chat_format.encode(conversation)
         assert row.input_ids == chat_format.encode(from_messages(messages(system, turns))).input_ids
@@ -133,3 +158,29 @@ def test_control_ids_follow_from_the_roles_of_calls(
         expected = [*chat_format.prefix_ids, *(header[role] for role in roles)]
         assert [token for token in row.input_ids if token in control] == expected
         assert sum(row.supervised) == sum(turn.end - turn.start + 1 for turn in row.turns)
+
+
+@settings(max_examples=50, suppress_health_check=[HealthCheck.too_slow])
+@given(stop=TEXTS, answer=TEXTS)
+@example(stop="<|observation|>", answer="<|endoftext|>")
+def test_control_ids_follow_from_the_roles_of_calls_in_the_content(
+    in_each_lane: InEachLane, stop: str, answer: str
+) -> None:
+    """A call that was written into an answer's text, and is read as one."""
+    record = {
+        "tools": TOOLS,
+        "messages": [
+            {"role": "user", "content": "Tram?"},
+            {"role": "assistant", "content": "find_tram\n" + json.dumps({"stop": stop})},
+            {"role": "observation", "content": "3"},
+            {"role": "assistant", "content": f"It is {answer}"},
+        ],
+    }
+    conversation = parse_conversation(record, options=ReadOptions(calls_in_content=True))
+    assert conversation.messages[1].metadata == "find_tram"
+    for chat_format in in_each_lane():
+        row = chat_format.encode(conversation)
+        header, control = chat_format.header_ids, set(chat_format.tokenizer.get_added_vocab().values())
+        roles = ["system", "user", "assistant", "observation", "assistant", "user"]
+        expected = [*chat_format.prefix_ids, *(header[role] for role in roles)]
+        assert [token for token in row.input_ids if token in control] == expected

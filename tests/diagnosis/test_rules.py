@@ -21,6 +21,7 @@ from glm4ft.data.encoded_row import IGNORED
 from glm4ft.diagnosis.evidence import (
     AdapterAudit,
     CurvePoint,
+    Evaluation,
     Evidence,
     FirstLoss,
     RenderingDifference,
@@ -112,6 +113,12 @@ CASES = {
         row(loss=2.0), losses=[8 * 0.8**i for i in range(7)] + [1.99, 2.0, 2.01] * 4, rates=[1e-3] * 7 + [0.0] * 12
     ),
     "still-falling": evidence(row(loss=DECAY[19]), losses=DECAY[:20]),
+    "stopped-by-patience": evidence(
+        row(loss=DECAY[19]),
+        losses=DECAY[:20],
+        evaluations=(Evaluation(10, 1.5), Evaluation(20, 1.51)),
+        options={"patience_ended": 20, "patience": 1},
+    ),
     "resting-above-floor": evidence(row(loss=0.4), losses=[8 * 0.6**i for i in range(7)] + [0.4, 0.41] * 10),
     "held-by-decay": evidence(
         row(loss=0.4), losses=[8 * 0.6**i for i in range(7)] + [0.4, 0.41] * 10, options={"weight_decay": 0.1}
@@ -198,6 +205,25 @@ def test_what_the_head_can_express_is_said_by_certificate_only(lowest: float, re
     assert says in diagnose(known).text
     assert diagnose(known).verdict == "header-supervised"
     assert "express" not in diagnose(replace(known, has_head=False)).text
+
+
+@pytest.mark.parametrize(("at", "verdict"), [(7, "learnt"), (9, "prompt-supervised")], ids=["behind", "elsewhere"])
+def test_line_end_that_a_template_writes_behind_a_terminator_is_no_part_of_a_prompt(at: int, verdict: str) -> None:
+    """Generation has stopped there, so a trainer that trains it as well trains it in vain, and does no harm."""
+    whole = row()
+    line_end = replace(whole.tokens[-1], position=at, role="", part="prefix", turn=None)
+    assert diagnose(evidence(replace(whole, tokens=(*whole.tokens, line_end)))).verdict == verdict
+
+
+@pytest.mark.parametrize("lowest", [2.7, 0.0], ids=["unreachable", "reachable"])
+def test_token_that_stands_in_the_place_of_the_terminator_is_named_if_the_head_cannot_express_it(lowest: float) -> None:
+    """A never-trained control token as stop: no server stops there, and no training makes it likely."""
+    ends_otherwise = row(mask=RIGHT[:5])
+    token = TokenFloor(ends_otherwise.tokens[4].id, "t5", 1, lowest, lowest, lowest, True)
+    floor = Floor(lowest / 2, 0.0, lowest / 2, 0.0, (token,), (), {}, "", np.zeros(2), np.arange(2))
+    found = diagnose(evidence(ends_otherwise, floor=floor, has_head=True))
+    assert found.verdict == "terminator-never-learned"
+    assert ("t5 ends them instead. The frozen head cannot express it" in found.text) == (lowest > 0)
 
 
 def test_known_terminator_may_go_untrained() -> None:

@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -34,7 +33,7 @@ from glm4ft.floors.floor import Floor, find_floor
 from glm4ft.floors.head import HEAD, NORM, Head, frozen_head, read_head
 from glm4ft.floors.prefix_targets import group_targets
 from glm4ft.floors.solver import BF16
-from glm4ft.floors.target import stop_warnings
+from glm4ft.floors.stops import stop_warnings
 from glm4ft.model.base_model import load_base
 from glm4ft.model.lora import LoraOptions, attach_lora
 from glm4ft.model.tiny import write_tiny_base
@@ -152,14 +151,26 @@ def test_targets_share_a_distribution_exactly_if_they_share_their_prefix(rows: l
                 following.setdefault(tuple(row.input_ids[:at]), []).append(row.labels[at])
     flat = FlatRows.of(trained, TurnMarkers({}))
     groups = group_targets(flat)
-    rows = np.repeat(np.arange(len(trained)), flat.num_targets_R)
+    places = [
+        (row, at) for row, ids in enumerate(trained) for at in range(1, len(ids.labels)) if ids.labels[at] != -100
+    ]
     assert len(groups.pair_N) == sum(map(len, following.values()))
-    for row, at, token, pair in zip(rows, flat.position_N, flat.token_N, groups.pair_N, strict=True):
+    for (row, at), token, pair in zip(places, flat.token_N, groups.pair_N, strict=True):
         tokens = following[tuple(trained[row].input_ids[:at])]
         target = groups.distributions[groups.pair_distribution_P[pair]]
         assert target.ids == tuple(sorted(set(tokens)))
         assert target.weights == pytest.approx([tokens.count(i) / len(tokens) for i in target.ids])
         assert target.ids[groups.pair_member_P[pair]] == token
+
+
+def test_pieces_of_a_large_data_set_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [TrainedRow(i, [i % 3, 1, 2, i % 5, 4], [-100, 1, 2 if i % 4 else -100, i % 5, 4]) for i in range(30)]
+    rows.insert(7, TrainedRow(99, [1, 2], [-100, -100]))
+    whole = find_floor(rows, tiny_tokenizer(), None)
+    monkeypatch.setattr("glm4ft.floors.flat_rows._CHUNK", 5)
+    parts = find_floor(rows, tiny_tokenizer(), None)
+    assert list(parts.samples) == list(whole.samples)
+    assert (parts.floor, parts.parts, parts.tokens) == (whole.floor, pytest.approx(whole.parts), whole.tokens)
 
 
 def test_memory_of_a_data_set_is_that_of_its_tokens() -> None:
@@ -171,7 +182,7 @@ def test_memory_of_a_data_set_is_that_of_its_tokens() -> None:
     kept, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert floor.num_targets == 5000 * 15
-    assert peak < 5000 * 2000  # lists of the rows alone: 5000 * 2500
+    assert peak < 5000 * 700  # lists of the rows alone: 5000 * 2500
     assert kept < 5000 * 200
 
 

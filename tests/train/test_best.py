@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 import glm4ft
+from glm4ft.diagnosis.run_folder import explain_run
+from glm4ft.diagnosis.trainer_logs import ended_by_patience
 from glm4ft.errors import ConfigError
 from glm4ft.files import write_atomically
 from glm4ft.report.observed_run import ObservedRun, train_observed
@@ -86,6 +88,19 @@ def test_evaluation_stands_in_the_last_lines_the_report_and_the_card(stopped: Ob
     assert "whose adapter is kept" in (stopped.output / "README.md").read_text("utf-8")
 
 
+def test_run_that_its_patience_ended_is_told_as_such(stopped: ObservedRun) -> None:
+    """Its training loss was still falling, but it was not asked to go on."""
+    best, last = read_best(stopped.output), stopped.trajectory.evaluations[-1]
+    assert ended_by_patience(stopped.output) == last["step"]
+    told = f"Its own patience ended the run at step {last['step']}: the evaluation loss was lowest at step {best.step}"
+    assert stopped.content is not None
+    assert stopped.content.headline.text.startswith(told)
+    assert stopped.content.headline.tone == "unsure"
+    explained = explain_run(stopped.output)
+    assert explained.verdict == "stopped-by-patience"
+    assert explained.text.startswith(told)
+
+
 def test_resumed_run_ends_with_the_same_adapter(stopped: ObservedRun, options: dict[str, Any], tmp_path: Path) -> None:
     """Resumed from before the best evaluation, after it, and from the very step at which patience ended."""
     best = read_best(stopped.output)
@@ -130,6 +145,7 @@ def test_without_patience_all_steps_are_run_and_the_last_adapter_stays(options: 
     config = TrainConfig(**{**options, "max_steps": 18, "save_every": 0}, output=str(tmp_path / "run"))
     result = train_observed(config, say=lambda _: None)
     assert len(result.trajectory.steps) == 18
+    assert ended_by_patience(tmp_path / "run") is None
     assert not (tmp_path / "run" / "best.json").exists()
     assert "which --keep_best true would have kept" in result.describe()
 

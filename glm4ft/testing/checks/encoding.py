@@ -16,10 +16,11 @@ from glm4ft.testing.specification.mask_oracle import (
     find_turns,
     show_tokens,
 )
-from glm4ft.testing.specification.turn_text import THINKING_FORMATS
-from glm4ft.testing.trial.bank import BANK, MARKERS_TALK, THINKING, Talk
+from glm4ft.testing.specification.turn_text import ALWAYS_THINKS, THINKING_FORMATS, openai_messages
+from glm4ft.testing.trial.bank import BANK, CALL_TALK, MARKERS_TALK, PARALLEL, THINKING, Talk, with_reasoning
 from glm4ft.testing.trial.stages import CheckFailed, NotApplicable
 from glm4ft.testing.trial.trial import Trial
+from glm4ft.testing.trial.turns import sampled_spans
 
 DENSE_FORMATS = ("glm-4-9b-chat", "glm-4-0414")
 GLM_FORMATS = (*DENSE_FORMATS, *THINKING_FORMATS)
@@ -45,10 +46,17 @@ def bank_of(trial: Trial) -> list[Talk]:
     """The conversations of the bank that the subject accepts; those with tools if the base's template renders tools."""
     knows_tools = is_glm(trial) and "tools" in str(trial.base_tokenizer.chat_template or "")
     bank = BANK + THINKING * (chat_format_of(trial) in THINKING_FORMATS)
-    talks = [talk for talk in bank if (knows_tools or not talk.tools) and trial.accepts(conversation_of(talk))]
+    if chat_format_of(trial) in ALWAYS_THINKS:  # which no prompt asks for a call
+        bank = tuple(talk for talk in bank if talk not in (CALL_TALK, PARALLEL))
+    talks = [talk for talk in bank if (knows_tools or not talk.tools) and trial.accepts(conversation_of(trial, talk))]
     if not talks:
         raise NotApplicable("not judged: the subject refuses every conversation of the bank")
-    return [talk for talk in talks if talk is not MARKERS_TALK or _keeps_markers(trial)]
+    return [as_asked(trial, talk) for talk in talks if talk.id != MARKERS_TALK.id or _keeps_markers(trial)]
+
+
+def as_asked(trial: Trial, talk: Talk) -> Talk:
+    """A conversation as serving asks for its last answer: with reasoning if the model always thinks."""
+    return with_reasoning(talk) if chat_format_of(trial) in ALWAYS_THINKS else talk
 
 
 def _keeps_markers(trial: Trial) -> bool:
@@ -56,24 +64,25 @@ def _keeps_markers(trial: Trial) -> bool:
     if not is_glm(trial):
         return True
     try:
-        ((ids, _),) = trial.rows([conversation_of(MARKERS_TALK)])
+        ((ids, _),) = trial.rows([conversation_of(trial, MARKERS_TALK)])
         find_turns(ids, MARKERS_TALK.messages, control_ids(trial.subject.tokenizer))
     except Undecidable:
         return False
     return True
 
 
-def conversation_of(talk: Talk) -> dict[str, Any]:
+def conversation_of(trial: Trial, talk: Talk) -> dict[str, Any]:
     """A copy of a conversation in the form that ``encode`` accepts."""
+    talk = as_asked(trial, talk)
     return copy.deepcopy({"messages": list(talk.messages), "tools": list(talk.tools) if talk.tools else None})
 
 
 def row_of(trial: Trial, talk: Talk) -> BankRow:
     """A conversation encoded by the subject; skips the check if ids and labels differ in length."""
-    ((ids, labels),) = trial.rows([conversation_of(talk)])
+    ((ids, labels),) = trial.rows([conversation_of(trial, talk)])
     if len(ids) != len(labels):
         raise NotApplicable("not judged: ids and labels differ in length")
-    return BankRow(talk, ids, labels)
+    return BankRow(as_asked(trial, talk), ids, labels)
 
 
 def is_glm(trial: Trial) -> bool:
@@ -114,10 +123,16 @@ def rows_with_turns(trial: Trial) -> Iterator[tuple[BankRow, list[TurnSpan]]]:
 
 
 def answer_starts(trial: Trial, row: BankRow) -> list[int]:
-    """First position of each answer: where a GLM-4 model begins to sample, else the start of each supervised run."""
+    """First position of each answer: where the model begins to sample by its format or template.
+
+    Of a template that does not tell it is the start of each supervised run.
+    """
     if is_glm(trial):
         return [turn.start for turn in turns_of(trial, row, controls_of(trial))]
-    return [run.start for run in row.runs]
+    try:
+        return [turn.start for turn in sampled_spans(trial, row.ids)]
+    except NotApplicable:
+        return [run.start for run in row.runs]
 
 
 def name_of(talk: Talk) -> str:
@@ -129,6 +144,20 @@ def fail(trial: Trial, row: BankRow, problem: str, position: int) -> NoReturn:
     """Raise ``CheckFailed`` with the problem and the tokens around a position."""
     shown = show_tokens(trial.subject.tokenizer, row.ids, position)
     raise CheckFailed(f"conversation {name_of(row.talk)}, {problem}\n  {shown}")
+
+
+def as_served(trial: Trial, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages as a server passes them to the template of the subject's chat format.
+
+    Args:
+        trial: The trial of the subject.
+        messages: Messages of the bank.
+    Returns:
+        The messages; those of the OpenAI API, calls with objects as arguments, where the format came after GLM-Z1.
+    """
+    if chat_format_of(trial) not in THINKING_FORMATS or chat_format_of(trial) in ALWAYS_THINKS:
+        return [dict(message) for message in messages]
+    return openai_messages(messages)
 
 
 def value_at(values: Sequence[int], position: int) -> str:

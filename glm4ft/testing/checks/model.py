@@ -15,6 +15,7 @@ from glm4ft.testing.replay.step import LIMITS, relative
 from glm4ft.testing.replay.tolerances import within
 from glm4ft.testing.specification.lora_spec import LoraSpec, adapted_modules, base_name
 from glm4ft.testing.specification.reference import Reference
+from glm4ft.testing.specification.routed_experts import stored_in
 from glm4ft.testing.subject import make_plan
 from glm4ft.testing.trial.first_module import describe_first_differing_module
 from glm4ft.testing.trial.interventions import adapter_dropouts
@@ -80,9 +81,10 @@ def check_weights_equal_those_of_the_base(trial: Trial) -> None:
     for shard in sorted(trial.base_dir.glob("*.safetensors")):
         with safe_open(shard, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  # not a dict
-                if name not in weights:
+                found = stored_in(name, weights)
+                if found is None:
                     raise CheckFailed(f"the model has no {name}")
-                got, stored = weights[name].cpu(), file.get_tensor(name).to(weights[name].dtype)
+                got, stored = found[1].cpu(), file.get_tensor(name).to(found[1].dtype)
                 if not torch.equal(got, stored):
                     raise CheckFailed(f"{name} is not the base's{_weight_cause(got, stored)}")
 
@@ -103,10 +105,10 @@ def check_adapters_are_on_the_requested_modules(trial: Trial) -> None:
     """Exactly the requested modules have adapters, each with its requested rank."""
     asked, model = trial.lora_spec, _built(trial)
     parameters = dict(model.named_parameters())
-    found = adapted_modules(list(parameters))
+    found = trial.reference.adapters(parameters)
     wanted = asked.modules_of(trial.reference.model)
-    targets = asked.targets if isinstance(asked.targets, tuple) else ()
-    every = [f".{name}" for name, _ in trial.reference.model.named_modules()]
+    targets = (asked.targets if isinstance(asked.targets, tuple) else ()) + asked.parameters
+    every = [f".{name}" for name in (*trial.reference.modules, *trial.reference.weights)]
     unmatched = [target for target in targets if not any(name.endswith(f".{target}") for name in every)]
     if unmatched:
         raise CheckFailed(f"{', '.join(unmatched)} was asked for, but no module of the base has that name")
@@ -114,9 +116,9 @@ def check_adapters_are_on_the_requested_modules(trial: Trial) -> None:
         if names:
             raise CheckFailed(f"{min(names)} {words} ({len(names)} like it; {len(found)} adapters for {len(wanted)})")
     for module, pair in found.items():
-        shapes = parameters[pair["A"]].shape[0], parameters[pair["B"]].shape[1]
-        if set(shapes) != {asked.rank_of(module)}:
-            raise CheckFailed(f"the adapter of {module} has rank {shapes[0]}, not {asked.rank_of(module)}")
+        ranks = trial.reference.rank_of(module, pair, parameters)
+        if ranks != {asked.rank_of(module)}:
+            raise CheckFailed(f"the adapter of {module} has rank {max(ranks)}, not {asked.rank_of(module)}")
         if ("magnitude_vector" in pair) != asked.decomposed:
             words = "no magnitude, though DoRA was" if asked.decomposed else "a magnitude, though DoRA was not"
             raise CheckFailed(f"the adapter of {module} has {words} requested")
@@ -162,7 +164,7 @@ def check_adapters_act_at_the_requested_scale(trial: Trial) -> None:
     """With random A and B, each adapter adds alpha / r times ``B A x``, one at a time and all together."""
     model, base = _built(trial).eval(), trial.reference
     parameters = dict(model.named_parameters())
-    found = adapted_modules(list(parameters))
+    found = base.adapters(parameters)
     if not found:
         raise NotApplicable("the model has no LoRA matrices by peft's names")
     ids = trial.rows(trial.conversations)[0][0]

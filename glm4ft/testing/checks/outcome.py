@@ -16,17 +16,20 @@ from glm4ft.floors.head import frozen_head
 from glm4ft.floors.target import describe_unreachable
 from glm4ft.model.generation import greedy
 from glm4ft.testing.checks.another_mean import explain_mean
+from glm4ft.testing.checks.encoding import chat_format_of
 from glm4ft.testing.recording.recorder import record
 from glm4ft.testing.recording.trace import Forward, Tensors
 from glm4ft.testing.replay.step import LIMITS
 from glm4ft.testing.replay.tolerances import within
-from glm4ft.testing.specification.mask_oracle import IGNORED
+from glm4ft.testing.specification.mask_oracle import IGNORED, TurnSpan, Undecidable
 from glm4ft.testing.specification.reference import LabelledIds
+from glm4ft.testing.specification.turn_text import THINKING_FORMATS, carries_reasoning
 from glm4ft.testing.stability import assert_few_steps_clipped, assert_grad_norms_decay, assert_grad_norms_stable
 from glm4ft.testing.trial.conversations import Conversations
 from glm4ft.testing.trial.registry import check
 from glm4ft.testing.trial.stages import CheckFailed, NotApplicable
 from glm4ft.testing.trial.trial import LOSS_LIMIT, Trial
+from glm4ft.testing.trial.turns import turns_in
 
 NEEDS = ("build_model", "train")
 # Accumulated, packed, and in batches that do not divide the rows.
@@ -63,7 +66,7 @@ def check_two_conversations_reach_a_loss_below_a_hundredth(trial: Trial) -> None
 @check(stage="outcome", needs=NEEDS, incident="zai-org/GLM-4 342: the terminator is not trained; TRL 6044")
 def check_every_turn_has_learned_to_stop(trial: Trial) -> None:
     """The model predicts the stop token of each assistant turn with near certainty (a loss below 0.1)."""
-    nll = [(row, at, _nll(trial, row)[at]) for row in trial.rows(trial.demo) for _, at in _turns(trial, row[0])]
+    nll = [(row, turn.end, _nll(trial, row)[turn.end]) for row, turn in _learnt_turns(trial)]
     row, at, worst = max(nll, key=lambda found: found[2])
     if not within("outcome: loss of a stop token", worst, 10 * LOSS_LIMIT):
         token = trial.subject.tokenizer.decode([row[0][at]])
@@ -73,10 +76,12 @@ def check_every_turn_has_learned_to_stop(trial: Trial) -> None:
 @check(stage="outcome", needs=NEEDS, incident="zai-org/GLM-4 342: <|assistant|> as a target")
 def check_header_is_not_learned(trial: Trial) -> None:
     """The mean loss of ``<|assistant|>`` does not fall, since inference provides it and it should not be trained."""
+    if not getattr(trial.subject, "chat_format", None):
+        raise NotApplicable("the subject names no GLM-4 chat format")
     falls = list[float]()
-    for row in trial.rows(trial.demo):
+    for row, turn in _learnt_turns(trial):
         before, after = _nll(trial, row, {}), _nll(trial, row)
-        falls += [before[header] - after[header] for header, _ in _turns(trial, row[0])]
+        falls.append(before[turn.header] - after[turn.header])
     if not falls:
         raise NotApplicable("no assistant turn of the two conversations has an end")
     if not within("outcome: fall of the headers' loss", statistics.fmean(falls), HEADER_FALL_LIMIT):
@@ -88,14 +93,15 @@ def check_header_is_not_learned(trial: Trial) -> None:
 
 @check(stage="outcome", needs=NEEDS, incident="TRL 6044, axolotl 3754: loss near zero, generation never stops")
 def check_every_turn_is_reproduced_and_stops(trial: Trial) -> None:
-    """From the serving prompt, greedy decoding generates each trained answer and then its stop token."""
+    """From the serving prompt, greedy decoding generates each trained answer and then its stop token.
+
+    If the model can think, one conversation is asked for with thinking, and the other without.
+    """
     model = trial.overfit.model.eval()
-    for row in trial.rows(trial.demo):
-        for header, end in _turns(trial, row[0]):
-            expected = list(row[0][header + 1 : end + 1])
-            stops = getattr(trial.subject, "stop_ids", None) or [expected[-1]]
-            got = greedy(model, list(row[0][: header + 1]), list(stops), len(expected) + 16)
-            _require_said(trial, got, expected)
+    for (ids, _), turn in _learnt_turns(trial):
+        expected = list(ids[turn.start : turn.end + 1])
+        got = greedy(model, list(ids[: turn.start]), trial.stop_ids or [expected[-1]], len(expected) + 16)
+        _require_said(trial, got, expected)
 
 
 @check(
@@ -104,13 +110,18 @@ def check_every_turn_is_reproduced_and_stops(trial: Trial) -> None:
     incident="axolotl 2019: no header in the prompt; open-r1 462: two prefixes",
 )
 def check_own_inference_reproduces_every_turn(trial: Trial) -> None:
-    """The subject's own inference code uses the trained prompt and generates each answer and its stop token."""
-    for conversation, row in zip(trial.demo, trial.rows(trial.demo), strict=True):
-        answers = [i for i, message in enumerate(conversation["messages"]) if message["role"] == "assistant"]
-        for index, (header, end) in zip(answers, _turns(trial, row[0]), strict=True):
-            expected = list(row[0][header + 1 : end + 1])
-            sent, got = _generate(trial, conversation, index, len(expected) + 16)
-            _require_prompt(trial, sent, list(row[0][: header + 1]))
+    """The subject's own inference code uses the trained prompt and generates each answer and its stop token.
+
+    If the model can think, of the turns that serving asks for by default: those with reasoning.
+    """
+    can_think = chat_format_of(trial) in THINKING_FORMATS
+    for conversation, (ids, _) in zip(trial.demo, trial.rows(trial.demo), strict=True):
+        for turn in _turns(trial, conversation, ids):
+            if can_think and not carries_reasoning(conversation["messages"], turn.message):
+                continue
+            expected = list(ids[turn.start : turn.end + 1])
+            sent, got = _generate(trial, conversation, turn.message, len(expected) + 16)
+            _require_prompt(trial, sent, list(ids[: turn.start]))
             _require_said(trial, got, expected)
 
 
@@ -123,16 +134,15 @@ def check_own_inference_keeps_the_prompt_and_the_length_limit(trial: Trial) -> N
     """Short and long prompts reach the model whole and are continued greedily, within the limit of new tokens."""
     model = trial.overfit.model.eval()
     for words in ("hi", "why is it so? " * 60 + "now"):
-        talk = {"messages": [{"role": "user", "content": words}, {"role": "assistant", "content": "sentinel"}]}
+        talk = _asked(trial, words)
         ((ids, _),) = trial.rows([talk])
-        header = _headers(trial, ids)[0]
-        prompt = list(ids[: header + 1])
+        prompt = list(ids[: _turns(trial, talk, ids)[0].start])
         sent, got = _generate(trial, talk, 1, NEW_TOKENS)
         _require_prompt(trial, sent, prompt)
         if not 1 <= len(got) <= NEW_TOKENS:
             found = f"{len(got)} new tokens for a prompt of {len(prompt)} ids"
             raise CheckFailed(f"{found}, where at most {NEW_TOKENS} were asked for")
-        likeliest = greedy(model, prompt, list(getattr(trial.subject, "stop_ids", None) or ids[-1:]), NEW_TOKENS)
+        likeliest = greedy(model, prompt, trial.stop_ids or list(ids[-1:]), NEW_TOKENS)
         if got != likeliest:
             said, meant = (trial.subject.tokenizer.decode(tokens) for tokens in (got, likeliest))
             raise CheckFailed(
@@ -148,8 +158,11 @@ def check_evaluation_reports_the_loss(trial: Trial) -> None:
 
     Batches, an incomplete last batch and the accumulation of the preceding run make no difference.
     """
-    run, data = trial.run(accumulation=2, schedule="linear", steps=4), trial.conversations[:7]
-    got, again = (_figures(trial.subject.evaluate(run.model, data))["loss"] for _ in range(2))
+    run, data = trial.run_with_model(accumulation=2, schedule="linear", steps=4), trial.conversations[:7]
+    both = [_figures(trial.subject.evaluate(run.model, data)) for _ in range(2)]
+    if "loss" not in both[0]:
+        raise NotApplicable("evaluate returns no loss")
+    got, again = (figures["loss"] for figures in both)
     if got != again:
         raise CheckFailed(f"two evaluations of one model report losses of {got:.6g} and {again:.6g}")
     _require_loss(trial, got, trial.rows(data), run.trained, "evaluate reports a loss of")
@@ -190,11 +203,12 @@ def check_accuracy_is_that_of_the_supervised_tokens(trial: Trial) -> None:
 def check_evaluation_generates_from_the_serving_prompt(trial: Trial) -> None:
     """If evaluation generates, its prompt is the trained one: without the answer, and with the whole question."""
     words = "why is it so? " * 60 + "now"
-    long = {"messages": [{"role": "user", "content": words}, {"role": "assistant", "content": "sentinel"}]}
-    rows = [ids for ids, _ in trial.rows([*trial.demo, long])]
-    prompts = [list(ids[: header + 1]) for ids in rows for header in _headers(trial, ids)]
+    long = _asked(trial, words)
+    talks = [*trial.demo, long]
+    rows = zip(talks, trial.rows(talks), strict=True)
+    prompts = [list(ids[: turn.start]) for talk, (ids, _) in rows for turn in _turns(trial, talk, ids)]
     with record(trial.overfit.model, 1) as trace:
-        trial.subject.evaluate(trial.overfit.model, [*trial.demo, long])
+        trial.subject.evaluate(trial.overfit.model, talks)
     sent = list(_continued([forward for _, forward in trace.evaluations]))
     if not sent:
         raise NotApplicable("evaluate generates nothing")
@@ -231,24 +245,28 @@ def _nll(trial: Trial, row: LabelledIds, trained: Tensors | None = None) -> list
         return [0.0, *trial.reference.nll(row[0], trial.overfit.trained if trained is None else trained).tolist()]
 
 
-def _turns(trial: Trial, ids: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Positions of header and terminator of each assistant turn; a turn without terminator is left out.
-
-    The terminator is the first control token after the header.
-    """
-    stops = set(trial.subject.tokenizer.get_added_vocab().values())
-    for start in _headers(trial, ids):
-        end = next((i for i in range(start + 1, len(ids)) if ids[i] in stops), None)
-        if end is not None:
-            yield start, end
+def _learnt_turns(trial: Trial) -> Iterator[tuple[LabelledIds, TurnSpan]]:
+    """The turns of the two conversations, each with its row."""
+    for conversation, row in zip(trial.demo, trial.rows(trial.demo), strict=True):
+        for turn in _turns(trial, conversation, row[0]):
+            yield row, turn
 
 
-def _headers(trial: Trial, ids: Sequence[int]) -> list[int]:
-    """Positions of ``<|assistant|>``; skips the check if the subject names no GLM-4 chat format."""
-    header = trial.subject.tokenizer.get_added_vocab().get("<|assistant|>")
-    if header is None or not getattr(trial.subject, "chat_format", None):
-        raise NotApplicable("the subject names no GLM-4 chat format")
-    return [i for i, token in enumerate(ids) if token == header]
+def _turns(trial: Trial, conversation: Mapping[str, Any], ids: Sequence[int]) -> list[TurnSpan]:
+    """The assistant turns of a row that serving asks for; one without terminator is left out."""
+    try:
+        turns = turns_in(trial, conversation, ids)
+    except Undecidable as error:
+        raise CheckFailed(str(error)) from error
+    return [turn for turn in turns if turn.asked and turn.end < len(ids)]
+
+
+def _asked(trial: Trial, words: str) -> dict[str, Any]:
+    """A conversation with a question, and an answer as serving asks for it by default."""
+    answer = {"role": "assistant", "content": "sentinel"}
+    if chat_format_of(trial) in THINKING_FORMATS:
+        answer["reasoning_content"] = "sentinel"
+    return {"messages": [{"role": "user", "content": words}, answer]}
 
 
 def _generate(trial: Trial, talk: Mapping[str, Any], index: int, limit: int) -> tuple[list[int], list[int]]:

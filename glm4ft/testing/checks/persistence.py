@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from glm4ft.testing.checks.served_folder import require_trained_tokenizer, stop_ids
 from glm4ft.testing.replay.tolerances import within
 from glm4ft.testing.specification.lora_spec import LoraSpec, adapted_modules, base_name
+from glm4ft.testing.specification.routed_experts import stored_in
 from glm4ft.testing.trial.registry import check
 from glm4ft.testing.trial.same_run import describe_divergence, explain_by_noise
 from glm4ft.testing.trial.stages import CheckFailed, NotApplicable
@@ -199,17 +200,19 @@ def _merge_cause(trial: Trial) -> str:
     stored = {
         name: tensor for shard in _merged(trial).glob("*.safetensors") for name, tensor in load_file(shard).items()
     }
-    deltas = trial.reference.deltas(trial.trained.trained)
-    others = [n for n in stored if n in trial.reference.weights and n.removesuffix(".weight") not in deltas]
-    base = {name: weight.cpu() for name, weight in trial.reference.weights.items() if name in others}
-    foreign = [name for name in others if not _is_near(stored[name].float(), base[name])]
+    all_deltas = trial.reference.deltas(trial.trained.trained)
+    base = {name: held[1].cpu() for name in stored if (held := stored_in(name, trial.reference.weights))}
+    deltas = {name: held for name in stored if (held := stored_in(name, all_deltas))}
+    foreign = [name for name in base.keys() - deltas.keys() if not _is_near(stored[name].float(), base[name])]
     if foreign:
-        return f"it was merged onto another base: {foreign[0]}, which has no adapter, is not the base's"
-    for module, delta in deltas.items():
-        name = f"{module}.weight"
-        if name not in stored or stored[name].shape != delta.shape:
+        return f"it was merged onto another base: {min(foreign)}, which has no adapter, is not the base's"
+    if missing := all_deltas.keys() - {parameter for parameter, _ in deltas.values()}:
+        return f"the merged checkpoint has no {min(missing)}"
+    for name, (_, delta) in deltas.items():
+        module = name.removesuffix(".weight")
+        if name not in base or stored[name].shape != delta.shape:
             return f"the merged checkpoint has no {name} of the base's shape"
-        got = stored[name].float() - trial.reference.weights[name].cpu()
+        got = stored[name].float() - base[name]
         factor = float((got * delta).sum() / (delta * delta).sum())
         if not float((got - factor * delta).norm()) <= 1e-2 * float(delta.norm()):
             is_transposed = delta.shape == delta.T.shape and torch.allclose(got, delta.T, atol=1e-5)

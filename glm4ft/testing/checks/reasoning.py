@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from glm4ft.data.control_tokens import common_prefix_length
-from glm4ft.testing.checks.encoding import bank_of, chat_format_of, fail, row_of
+from glm4ft.testing.checks.encoding import as_served, bank_of, chat_format_of, fail, row_of
 from glm4ft.testing.specification.mask_oracle import IGNORED, show_token
 from glm4ft.testing.specification.turn_text import THINKING_FORMATS, carries_reasoning
 from glm4ft.testing.trial.bank import MARKERS_TALK
@@ -19,18 +17,24 @@ from glm4ft.testing.trial.trial import Trial
 
 @check(stage="rows", incident="NeMo AutoModel 3738 and 3739; TRL's training template of GLM-4.5 trains them")
 def check_no_empty_reasoning_is_trained(trial: Trial) -> None:
-    """An empty block in place of reasoning is no target: a model that learns to write it stops thinking."""
-    tokenizer = trial.subject.tokenizer
+    """A block of white space in place of reasoning is no target: a model that learns to write it stops thinking."""
     _require_reasoning(trial)
-    empty = tuple(tokenizer.encode("<think></think>", add_special_tokens=False))
-    closed = tuple(tokenizer.encode("<|assistant|></think>", add_special_tokens=False))
+    tokenizer = trial.subject.tokenizer
+    opened, closed, header = (
+        tuple(tokenizer.encode(text, add_special_tokens=False)) for text in ("<think>", "</think>", "<|assistant|>")
+    )
     for talk in bank_of(trial):
         row = row_of(trial, talk)
-        for block in (empty, closed):
-            for at in range(len(row.ids) - len(block) + 1):
-                last = at + len(block) - 1
-                if tuple(row.ids[at : last + 1]) == block and row.labels[last] != IGNORED:
-                    fail(trial, row, f"position {last}: the end of an empty block of reasoning is supervised", last)
+        for at in _ends(row.ids, closed):
+            begin = max([0, *(end for end in _ends(row.ids[: at - len(closed)], opened, header))])
+            inner = tokenizer.decode(row.ids[begin : at - len(closed)])
+            if not inner.strip() and row.labels[at - 1] != IGNORED:
+                fail(trial, row, f"position {at - 1}: the end of an empty block of reasoning is supervised", at - 1)
+
+
+def _ends(ids: Sequence[int], *texts: tuple[int, ...]) -> list[int]:
+    """The positions behind every occurrence of texts, given as their ids."""
+    return [at + len(text) for text in texts for at in range(len(ids)) if tuple(ids[at : at + len(text)]) == text]
 
 
 @check(stage="rows", incident="LLaMA-Factory 10770: blocks of reasoning stood where the checkpoint's template has none")
@@ -42,13 +46,13 @@ def check_reasoning_is_rendered_as_serving_renders_it(trial: Trial) -> None:
     if not trial.base_tokenizer.chat_template:
         raise NotApplicable("the base has no chat template")
     for talk in bank_of(trial):
-        if talk is MARKERS_TALK:  # a template renders text, in which a marker becomes a control token
+        if talk.id == MARKERS_TALK.id:  # a template renders text, in which a marker becomes a control token
             continue
         row, messages = row_of(trial, talk), copy.deepcopy(list(talk.messages))
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         thinks = any(carries_reasoning(messages, index) for index in answers)
         rendered = trial.base_tokenizer.apply_chat_template(
-            _as_served(messages), tools=list(talk.tools) if talk.tools else None, return_dict=False,
+            as_served(trial, messages), tools=list(talk.tools) if talk.tools else None, return_dict=False,
             **({} if thinks else {"enable_thinking": False}),
         )  # fmt: skip
         expected = [int(token) for token in rendered]
@@ -61,19 +65,3 @@ def check_reasoning_is_rendered_as_serving_renders_it(trial: Trial) -> None:
 def _require_reasoning(trial: Trial) -> None:
     if chat_format_of(trial) not in THINKING_FORMATS:
         raise NotApplicable(f"the claim is about {', '.join(THINKING_FORMATS)}, whose turns have reasoning")
-
-
-def _as_served(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages as a server of the OpenAI API passes them to a template: calls with arguments as objects."""
-    return [_served(message) for message in messages]
-
-
-def _served(message: Mapping[str, Any]) -> dict[str, Any]:
-    calls = [call["function"] for call in message.get("tool_calls") or ()]
-    if message.get("metadata"):
-        calls = [{"name": message["metadata"], "arguments": message["content"]}]
-    decoded = [{"function": {**call, "arguments": json.loads(call["arguments"])}} for call in calls]
-    role = "tool" if message["role"] == "observation" else message["role"]
-    content = "" if message.get("metadata") else message["content"]
-    kept = {key: value for key, value in message.items() if key == "reasoning_content"}
-    return {"role": role, "content": content, **kept} | ({"tool_calls": decoded} if decoded else {})

@@ -95,7 +95,7 @@ def check_encoding_depends_on_the_conversation_alone(trial: Trial) -> None:
         if twin:
             raise CheckFailed(f"conversations {name_of(twin.talk)} and {name_of(row.talk)} became the same row")
     for talk, before in [*zip(talks, first, strict=True)][::-1]:
-        conversation = conversation_of(talk)
+        conversation = conversation_of(trial, talk)
         given = copy.deepcopy(conversation)
         ((ids, labels),) = trial.rows([conversation])
         if conversation != given:
@@ -124,7 +124,7 @@ def check_tools_of_other_conversations_are_not_rendered(trial: Trial) -> None:
 def check_long_conversations_are_not_cut(trial: Trial) -> None:
     """A conversation longer than common default limits is encoded whole."""
     talk = Talk("a long one", (user(LONG_TEXT), answer("the end of it")))
-    ((ids, labels),) = trial.rows([conversation_of(talk)])
+    ((ids, labels),) = trial.rows([conversation_of(trial, talk)])
     if len(ids) != len(labels):
         raise CheckFailed(f"a long conversation has {len(ids)} input_ids but {len(labels)} labels")
     text = trial.subject.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
@@ -139,15 +139,15 @@ def _require_limit_is_told(trial: Trial) -> None:
     longest = getattr(trial.subject, "max_length", None)
     if not isinstance(longest, int):
         return
-    per_word = len(trial.rows([_long_talk(20)])[0][0]) - len(trial.rows([_long_talk(19)])[0][0])
-    fixed = len(trial.rows([_long_talk(1)])[0][0]) - per_word
+    per_word = len(trial.rows([_long_talk(trial, 20)])[0][0]) - len(trial.rows([_long_talk(trial, 19)])[0][0])
+    fixed = len(trial.rows([_long_talk(trial, 1)])[0][0]) - per_word
     num_fitting = (longest - fixed) // per_word
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         for num_words, fits in ((num_fitting, True), (num_fitting + 1, False)):
             expected = fixed + num_words * per_word
             try:
-                ((ids, _),) = trial.rows([_long_talk(num_words)])
+                ((ids, _),) = trial.rows([_long_talk(trial, num_words)])
             except Exception as error:
                 if fits:
                     raise CheckFailed(
@@ -158,8 +158,8 @@ def _require_limit_is_told(trial: Trial) -> None:
                 raise CheckFailed(f"a row of {expected:,} tokens is cut to {len(ids):,}, and nothing says so")
 
 
-def _long_talk(num_words: int) -> dict[str, Any]:
-    return conversation_of(Talk("a very long one", (user("why " * num_words), answer("the end of it"))))
+def _long_talk(trial: Trial, num_words: int) -> dict[str, Any]:
+    return conversation_of(trial, Talk("a very long one", (user("why " * num_words), answer("the end of it"))))
 
 
 @check(stage="rows", incident="ms-swift 9266: turns were joined, and the flags of one taken for both")
@@ -210,8 +210,8 @@ def check_no_stale_ids_are_used(trial: Trial) -> None:
     """If tokenizer or conversations change while the output folder stays, the new rows are trained, not cached ones."""
     base = _with_other_ids(trial)
     other = trial.subject_on(base)
-    talk = {"messages": [dict(message) for message in SEVERAL], "tools": None}
-    ((before, _),), row = trial.rows([talk]), other.encode([dict(message) for message in SEVERAL], None)
+    talk = conversation_of(trial, Talk("several turns", SEVERAL))
+    ((before, _),), row = trial.rows([talk]), other.encode(copy.deepcopy(talk["messages"]), None)
     if tuple(row["input_ids"]) == before:
         raise CheckFailed("with another tokenizer the ids are still those of the first one")
     if not {"train", "build_model"} <= parts(trial.subject):
@@ -253,7 +253,7 @@ def _changed(conversation: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_other_ids(trial: Trial) -> Path:
-    """A copy of the base whose tokenizer has the ids of two letters swapped."""
+    """A copy of the base whose tokenizer has the ids of two tokens swapped in each set of texts that is encoded."""
     folder = trial.copy_of_base("other-ids")
     file = folder / "tokenizer.json"
     if not file.exists():
@@ -262,6 +262,13 @@ def _with_other_ids(trial: Trial) -> Path:
     vocab = stored["model"]["vocab"]
     if not isinstance(vocab, dict):
         raise NotApplicable("the base's tokenizer has no vocabulary by token")
-    vocab["e"], vocab["o"] = vocab["o"], vocab["e"]
+    tokens = {token_id: token for token, token_id in vocab.items()}
+    swapped: set[int] = set()
+    for messages in (SEVERAL, trial.conversations[0]["messages"]):
+        text = " ".join(message["content"] for message in messages)
+        found = dict.fromkeys(trial.base_tokenizer.encode(text, add_special_tokens=False))
+        one, other = [token_id for token_id in found if token_id in tokens and token_id not in swapped][-2:]
+        vocab[tokens[one]], vocab[tokens[other]] = other, one
+        swapped |= {one, other}
     file.write_text(json.dumps(stored, ensure_ascii=False), "utf-8")
     return folder

@@ -26,8 +26,8 @@ from glm4ft.testing.checks.encoding import (
     rows_with_turns,
     value_at,
 )  # fmt: skip
+from glm4ft.testing.checks.template_rows import require_mask_of_template, require_stops_of_template
 from glm4ft.testing.specification.mask_oracle import (
-    ALWAYS_THINKS,
     IGNORED,
     PREFIX,
     explain_mistakes,
@@ -35,7 +35,7 @@ from glm4ft.testing.specification.mask_oracle import (
     legal_stops,
     show_token,
 )
-from glm4ft.testing.specification.turn_text import THINKING_FORMATS, carries_reasoning, sampled_text
+from glm4ft.testing.specification.turn_text import ALWAYS_THINKS, THINKING_FORMATS, carries_reasoning, sampled_text
 from glm4ft.testing.trial.bank import BANK, FLAGGED, MARKERS_TALK, TRAILING, Talk
 from glm4ft.testing.trial.registry import check
 from glm4ft.testing.trial.stages import CheckFailed, NotApplicable
@@ -65,7 +65,14 @@ def check_lists_have_one_length_and_labels_equal_ids_where_supervised(trial: Tri
 
 @check(stage="rows", incident="GLM-4 issue 342: header trained, stop token not; TRL 6044 and 4201")
 def check_mask_is_what_the_model_must_sample(trial: Trial) -> None:
-    """Exactly the tokens after ``<|assistant|>``, up to and including the next control token, are supervised."""
+    """Exactly the tokens after ``<|assistant|>``, up to and including the next control token, are supervised.
+
+    In another template than GLM-4's, those from behind a turn's prompt up to and including what ends the turn.
+    """
+    if not is_glm(trial):
+        for talk in bank_of(trial):
+            require_mask_of_template(trial, row_of(trial, talk))
+        return
     controls = controls_of(trial)
     for row, turns in rows_with_turns(trial):
         mistakes = list(find_mistakes(row.ids, row.labels, turns, controls))
@@ -85,7 +92,7 @@ def check_prefix_occurs_once(trial: Trial) -> None:
         if begin != prefix:
             fail(trial, row, f"the row begins with {begin}, should begin with {''.join(PREFIX)} {prefix}", 0)
         again = [i for i, token in enumerate(row.ids) if token in prefix and i >= len(prefix)]
-        if again and talk is not MARKERS_TALK:
+        if again and talk.id != MARKERS_TALK.id:
             text = show_token(trial.subject.tokenizer, row.ids, again[0])
             fail(trial, row, f"position {again[0]}: {text} is a second prefix, should occur once", again[0])
 
@@ -94,12 +101,17 @@ def check_prefix_occurs_once(trial: Trial) -> None:
 def check_every_turn_ends_in_one_stop(trial: Trial) -> None:
     """Every assistant turn ends in one supervised stop token, at which generation stops.
 
-    It is the header of the next role, or one stop token appended to the conversation's last answer.
+    It is the header of the next role, or one stop token appended to the conversation's last answer; in another template
+    than GLM-4's, the token that the template writes behind an answer.
     """
-    controls, stop_ids = controls_of(trial), getattr(trial.subject, "stop_ids", None)
+    if not is_glm(trial):
+        for talk in bank_of(trial):
+            require_stops_of_template(trial, row_of(trial, talk))
+        return
+    controls, stop_ids = controls_of(trial), trial.stop_ids
     names = {token_id: token for token, token_id in controls.items()}
     for row, turns in rows_with_turns(trial):
-        for number, turn in enumerate(turns, 1):
+        for number, turn in [(n, turn) for n, turn in enumerate(turns, 1) if turn.asked]:
             where, legal = f"turn {number} (message {turn.message})", legal_stops(row.talk.messages, turn.message)
             if turn.end == len(row.ids):
                 fail(trial, row, f"{where}: no terminator; the row ends after the answer", turn.end)
@@ -111,8 +123,8 @@ def check_every_turn_ends_in_one_stop(trial: Trial) -> None:
                 fail(trial, row, f"{problem} should end the row, but tokens follow it", turn.end + 1)
             if row.labels[turn.end] == IGNORED:
                 fail(trial, row, f"{problem} is ignored, should be supervised", turn.end)
-            if stop_ids is not None and row.ids[turn.end] not in list(stop_ids):
-                fail(trial, row, f"{problem} is not among the subject's stop_ids {list(stop_ids)}", turn.end)
+            if stop_ids is not None and row.ids[turn.end] not in stop_ids:
+                fail(trial, row, f"{problem} is not among the subject's stop_ids {stop_ids}", turn.end)
 
 
 @check(stage="rows", incident="transformers 29279 and 47822: marker text in content became control ids")

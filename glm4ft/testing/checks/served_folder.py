@@ -12,8 +12,18 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from glm4ft.data.control_tokens import common_prefix_length
-from glm4ft.testing.checks.encoding import answer_starts, bank_of, controls_of, name_of, row_of
+from glm4ft.testing.checks.encoding import (
+    answer_starts,
+    as_served,
+    bank_of,
+    chat_format_of,
+    controls_of,
+    is_glm,
+    name_of,
+    row_of,
+)
 from glm4ft.testing.specification.mask_oracle import show_token
+from glm4ft.testing.specification.turn_text import THINKING_FORMATS, carries_reasoning
 from glm4ft.testing.trial.bank import MARKERS_TALK, Talk
 from glm4ft.testing.trial.stages import CheckFailed
 from glm4ft.testing.trial.trial import Trial
@@ -43,15 +53,22 @@ def require_trained_tokenizer(trial: Trial, folder: Path, where: str) -> None:
             raise CheckFailed(f"the tokenizer saved {where} has lost its chat template")
         return
     for talk in bank_of(trial):
-        if talk is not MARKERS_TALK:  # a template renders text, in which a marker becomes a control token
+        if talk.id != MARKERS_TALK.id:  # a template renders text, in which a marker becomes a control token
             _require_trained_prompts(trial, saved, talk, where)
 
 
 def _require_trained_prompts(trial: Trial, saved: Any, talk: Talk, where: str) -> None:
+    can_think = chat_format_of(trial) in THINKING_FORMATS
+    is_silent = can_think and not any(message.get("reasoning_content") for message in talk.messages)
     for number, (index, trained) in enumerate(_trained_prompts(trial, talk), start=1):
+        if can_think and not (is_silent or carries_reasoning(talk.messages, index)):
+            continue  # a later question has emptied its reasoning since serving asked for it
         history, tools = copy.deepcopy((list(talk.messages[:index]), list(talk.tools) if talk.tools else None))
+        options = {"enable_thinking": False} if is_silent else {}
         try:
-            rendered = saved.apply_chat_template(history, tools=tools, add_generation_prompt=True, return_dict=False)
+            rendered = saved.apply_chat_template(
+                as_served(trial, history), tools=tools, add_generation_prompt=True, return_dict=False, **options
+            )
         except TemplateError:  # a template may refuse what it cannot render
             continue
         sent, expected = list(rendered), list(trained)
@@ -61,6 +78,8 @@ def _require_trained_prompts(trial: Trial, saved: Any, talk: Talk, where: str) -
                 raise CheckFailed(f"the chat template saved {where} does not tell the model of its tools ({lost[0]})")
             # each checkpoint, and each pipeline made for one of them, words the declaration of tools in its own way
             sent, expected = (_from_first(controls_of(trial)["<|user|>"], ids) for ids in (sent, expected))
+        if not is_glm(trial) and saved.decode(sent) == saved.decode(expected):
+            continue  # an answer's first white space, sampled alone, is joined with its header's when read again
         at = common_prefix_length(sent, expected)
         if at < max(len(sent), len(expected)):
             shown = [show_token(saved, ids, at) if at < len(ids) else "nothing" for ids in (sent, expected)]

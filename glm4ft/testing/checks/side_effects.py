@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from glm4ft.testing.recording.recorder import record
 from glm4ft.testing.specification.lora_spec import base_name
+from glm4ft.testing.specification.routed_experts import stored_in
 from glm4ft.testing.subject import make_plan
 from glm4ft.testing.trial.interventions import spoiling
 from glm4ft.testing.trial.plans import PLANS
@@ -37,10 +38,12 @@ def check_base_is_unchanged_by_training(trial: Trial) -> None:
     for shard in sorted(trial.base_dir.glob("*.safetensors")):
         with safe_open(shard, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  # not a dict
-                if name not in weights:
+                found = stored_in(name, weights)
+                if found is None:
                     raise CheckFailed(f"the trained model has no {name}")
-                stored = file.get_tensor(name).to(weights[name].dtype)
-                if name not in trained and not torch.equal(weights[name].cpu(), stored):
+                parameter, weight = found
+                stored = file.get_tensor(name).to(weight.dtype)
+                if parameter not in trained and not torch.equal(weight.cpu(), stored):
                     raise CheckFailed(f"{name} of the base has changed")
     if changed_after_last_step(trial.trained):
         raise CheckFailed("the parameters after training are not those of its last update")
@@ -112,7 +115,7 @@ def check_logging_and_saving_do_not_change_the_run(trial: Trial) -> None:
 def check_evaluating_and_saving_change_no_other_plan(trial: Trial) -> None:
     """No plan with evaluations or saves departs from the specification where the same plan without them does not."""
     judged = 0
-    for plan in PLANS:
+    for plan in trial.asked(PLANS):
         if plan.uninterrupted() is None:
             continue
         with contextlib.suppress(NotImplementedError):
@@ -194,8 +197,8 @@ def _require_reporting_evaluation(trial: Trial) -> None:
             result = trial.subject.evaluate(model, trial.conversations)
         except Exception:
             return
-    loss = result["loss"] if isinstance(result, Mapping) else result
-    if happened and math.isfinite(float(loss)):
+    loss = result.get("loss") if isinstance(result, Mapping) else result
+    if happened and loss is not None and math.isfinite(float(loss)):
         raise CheckFailed(
             f"the forward passes of an evaluation were made NaN from outside, and it reports a loss of {loss:.4g}"
         )

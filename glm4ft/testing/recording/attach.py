@@ -30,6 +30,8 @@ from glm4ft.testing.recording.recorder import Recorder
 from glm4ft.testing.recording.trace import Trace
 from glm4ft.testing.recording.trace_file import TRACE, replace_trace
 
+COPIES = 4  # of the trained parameters that a step keeps: before, gradient, clipped gradient, after
+
 
 def start() -> None:
     """Record this process as the environment asks; called by ``sitecustomize`` after torch was imported."""
@@ -99,7 +101,8 @@ class Attachment:
             if (self.folder / TRACE).exists():
                 raise ValueError("another process of this rank has been recorded")
             if any(type(part).__name__ == "FullyShardedDataParallel" for part in module.modules()):
-                raise ValueError("the parameters are split over the processes by FSDP's first version; FSDP2 is recorded")
+                raise ValueError("FSDP's first version splits the parameters over the processes; FSDP2 is recorded")
+            _require_memory(model, self.steps)
             self.about = describe(model, stated_configuration(sys._getframe(1)))
             self.recorder = QuietRecorder(model, self)
             self.why_not = ""
@@ -195,6 +198,19 @@ class QuietRecorder(Recorder):
             **{name: [round(x, 6) for x in seconds] for name, seconds in named},
             "trace_bytes": self.trace.num_bytes,
         }
+
+
+def _require_memory(model: nn.Module, steps: int) -> None:
+    """Raise ValueError if the copies of the trained parameters would take half of this machine's memory."""
+    if not hasattr(os, "sysconf"):  # Windows
+        return
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    needed, memory = COPIES * steps * trained, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory / 2:
+        raise ValueError(
+            f"recording {steps} steps of {trained / 1e9:.3g} GB of trained parameters takes {needed / 1e9:.3g} GB, "
+            f"over half of this machine's memory of {memory / 1e9:.3g} GB; record fewer steps (--steps 1)"
+        )
 
 
 def held_modules(frame: FrameType | None) -> Iterator[nn.Module]:

@@ -25,7 +25,15 @@ class RecordingCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Wait for the first forward pass."""
-        self.attachment = Attachment(Path(self.folder or Path(args.output_dir, "recording")), self.steps)
+        self.attachment = Attachment(self.path(args), self.steps)
+
+    def path(self, args: Any) -> Path:
+        """The folder for the traces.
+
+        Args:
+            args: The trainer's ``TrainingArguments``.
+        """
+        return Path(self.folder or Path(args.output_dir, "recording"))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Remove all hooks."""

@@ -46,6 +46,7 @@ def describe(model: nn.Module, configuration: Mapping[str, Any]) -> dict[str, An
             "class": type(model).__name__,
             "type": str(getattr(config, "model_type", "")),
             "adapter": None if adapter is None else json.loads(json.dumps(adapter.to_dict(), default=_as_list)),
+            "quantised": sum(hasattr(p, "quant_state") for p in model.parameters()),
             "factors": {name: value for name in FACTORS if (value := getattr(config, name, None))},
         },
         "configuration": dict(configuration),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -33,7 +34,7 @@ def _merge_step(steps: Sequence[Step], sharded: Mapping[str, int]) -> Step:
     ]
     names = set.intersection(*(set(step.raw) for step in steps))
     raw = {n: torch.stack([s.raw[n].double() for s in steps]).mean(0) for n in sorted(names - sharded.keys())}
-    whole = {
+    whole: dict[str, Any] = {
         part: {**getattr(steps[0], part), **_joined([getattr(step, part) for step in steps], sharded)}
         for part in ("clipped", "before", "after")
     }

@@ -229,9 +229,9 @@ class Recorder:
         self.trace.steps.append(
             Step(
                 forwards=forwards,
-                raw=dict(self._accumulated(received)),
+                raw=_sharing(self._accumulated(received), received),
                 clipped=received,
-                before={n: _copy(p) for n, p in self.parameters.items()},
+                before=_sharing({n: _copy(p) for n, p in self.parameters.items()}, self._left()),
                 groups=groups,
                 optimizer=type(optimizer).__name__,
                 num_detached=self.num_detached,
@@ -239,6 +239,10 @@ class Recorder:
         )
         self.num_detached = 0
         self.pending, self.last, self.summed = [], {}, {}
+
+    def _left(self) -> Tensors:
+        """The trained parameters as the last step left them."""
+        return self.trace.steps[-1].after if self.trace.steps else {}
 
     def _step_ended(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self.depth -= 1
@@ -249,6 +253,11 @@ class Recorder:
         step.after = {n: _copy(p) for n, p in self.parameters.items()}
         step.state_dtypes |= {n: found for n in held if (found := _moments(optimizer, self.parameters[n]))}
         self.step_recorded()
+
+
+def _sharing(tensors: Tensors, others: Tensors) -> Tensors:
+    """The tensors, those that equal another of their name replaced by it: half of a trace is there twice."""
+    return {n: others[n] if n in others and torch.equal(t, others[n]) else t for n, t in tensors.items()}
 
 
 def _is_multiple(received: Tensors, gradient: Tensors) -> bool:
@@ -271,11 +280,11 @@ def _copy(tensor: Any) -> Any:
     if not isinstance(tensor, torch.Tensor):
         return None
     # a part of a sharded tensor is recorded as it is: gathering it would make one process wait for the others
-    own = tensor.detach().to_local() if hasattr(tensor, "to_local") else tensor.detach()
-    return own.cpu().clone()
+    own: Any = tensor.detach()
+    return (own.to_local() if hasattr(own, "to_local") else own).cpu().clone()
 
 
-def split_dimension(name: str, parameter: nn.Parameter) -> int | None:
+def split_dimension(name: str, parameter: Any) -> int | None:
     """The dimension along which FSDP2 splits a parameter over the processes; None if each process holds it whole.
 
     Raises:
@@ -285,7 +294,7 @@ def split_dimension(name: str, parameter: nn.Parameter) -> int | None:
         raise ValueError(f"{name} is split over the processes by FSDP's first version or DeepSpeed's third stage")
     if not hasattr(parameter, "to_local"):
         return None
-    (placement, *others), dim = parameter.placements, getattr(parameter.placements[0], "dim", None)
-    if dim is None or others:
-        raise ValueError(f"{name} is a distributed tensor with placements {parameter.placements}, not one split of FSDP2")
-    return int(dim)
+    placements = parameter.placements
+    if len(placements) != 1 or not placements[0].is_shard():
+        raise ValueError(f"{name} is a distributed tensor of placements {placements}, not split once as by FSDP2")
+    return int(placements[0].dim)

@@ -157,7 +157,7 @@ class ReplayedStep:
     @cached_property
     def targets(self) -> list[list[Targets]]:
         """The recovered targets of each sequence of each forward pass."""
-        weight_VD = self.reference.head_weight(self.step.before)
+        weight_VD = self.reference.head_weight(self.step.before).double()  # once for all sequences
         found = []
         for forward in self.step.forwards:
             assert forward.gradient_BTD is not None

@@ -6,9 +6,7 @@ The header of every test run imports this module, so heavy imports wait until a 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from glm4ft.errors import ConfigError
 from glm4ft.testing.bases.geometry import RANDOM_PREFIX, size_of
@@ -56,11 +54,6 @@ REDUCED = frozenset(
         "gradient_norms_are_stable",
     }
 )
-# The learning rate and the steps of the overfit run for a large base. A learning rate of 1e-3 memorises the two
-# conversations in 37 steps at hidden size 512 with 8 layers (random:glm-4-9b-0414 scaled down, x86-64 CPU, 2026-11-25);
-# at the true size this is not measured yet.
-LARGE_PLAN: Mapping[str, Any] = {"learning_rate": 1e-3}
-LARGE_OVERFIT_STEPS = 150
 
 
 def is_large(spec: str) -> bool:
@@ -137,26 +130,13 @@ class Bases:
 
 def _write(spec: str, folder: Path, dtype: str) -> None:
     from glm4ft.model.base_model import DTYPES
-    from glm4ft.model.tiny import write_tiny_base
+    from glm4ft.model.tiny import TINY_BASES, write_tiny_base
     from glm4ft.testing.bases.random_base import write_random_base
 
     if spec.startswith(RANDOM_PREFIX):
         write_random_base(spec, folder, dtype=DTYPES[dtype])
+    elif spec in TINY_BASES:
+        write_tiny_base(folder, dtype=DTYPES[dtype], **TINY_BASES[spec])
     else:
-        write_tiny_base(folder, dtype=DTYPES[dtype], **_variant(spec))
-
-
-def _variant(spec: str) -> dict[str, Any]:
-    """The transformers class and the chat format of a built-in base."""
-    from glm4ft.data.turn_format import FORMATS
-    from glm4ft.model.tiny_tokenizer import FORMAT_OF
-
-    if spec == TINY:
-        return {}
-    name = spec.removeprefix(TINY_PREFIX)
-    for known, turn_format in FORMATS.items():
-        if known == name:  # the class whose first format it is, if there is one
-            kinds = [kind for kind, first in FORMAT_OF.items() if first == known]
-            return {"architecture": (*kinds, *turn_format.architectures)[0], "chat_format": known}
-    legal = ", ".join(TINY_PREFIX + known for known in FORMATS)
-    raise ConfigError("there is no such chat format", where="--glm4ft-model", found=spec, expected=legal)
+        legal = ", ".join(TINY_BASES)
+        raise ConfigError("there is no such built-in base", where="--glm4ft-model", found=spec, expected=legal)

@@ -22,6 +22,7 @@ class LoraSpec:
         alpha: The numerator of the scale.
         targets: Endings of module names, or one regular expression for whole names; ``all-linear`` is every linear
             layer but the head.
+        parameters: Endings of the names of parameters of three dimensions, the fused weights of experts.
         rank_pattern: The rank of modules whose name matches a pattern, by pattern; ``rank`` applies to all others.
         alpha_pattern: The alpha of modules whose name matches a pattern, by pattern; ``alpha`` applies to all others.
         rank_stabilised: Whether the scale is divided by the square root of the rank (rsLoRA) and not by the rank.
@@ -33,6 +34,7 @@ class LoraSpec:
     rank: int
     alpha: float
     targets: tuple[str, ...] | str = "all-linear"
+    parameters: tuple[str, ...] = ()
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     rank_stabilised: bool = False
@@ -47,7 +49,7 @@ class LoraSpec:
         Raises:
             ValueError: If an option asks for a kind of adapter that this specification does not cover.
         """
-        for option in ("use_bdlora", "target_parameters", "trainable_token_indices"):
+        for option in ("use_bdlora", "trainable_token_indices"):
             if asked.get(option):
                 raise ValueError(f"{option} is not covered by the reference")
         if asked.get("init_lora_weights", True) not in (True, "gaussian"):
@@ -57,6 +59,7 @@ class LoraSpec:
             rank=asked.get("r", 8),
             alpha=asked.get("lora_alpha", 8),
             targets=targets if isinstance(targets, str) else tuple(sorted(targets)),
+            parameters=tuple(sorted(asked.get("target_parameters") or ())),
             rank_pattern=asked.get("rank_pattern") or {},
             alpha_pattern=asked.get("alpha_pattern") or {},
             rank_stabilised=bool(asked.get("use_rslora")),
@@ -82,9 +85,10 @@ class LoraSpec:
         return self.alpha_of(module) / (math.sqrt(rank) if self.rank_stabilised else rank)
 
     def modules_of(self, base: nn.Module) -> list[str]:
-        """The names of the base's modules that get an adapter."""
+        """The names of the base's modules, and of fused parameters, that get an adapter."""
         linear = [name for name, module in base.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))]
-        return [n for n in linear if self._is_target(n) and self._is_in_layers(n) and not _selects(self.excluded, n)]
+        chosen = [n for n in linear if self._is_target(n) and self._is_in_layers(n) and not _selects(self.excluded, n)]
+        return chosen + [n for n, p in base.named_parameters() if p.dim() == 3 and _selects(self.parameters, n)]
 
     def _is_target(self, name: str) -> bool:
         if self.targets == "all-linear":

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from glm4ft.testing.specification.turn_text import ALWAYS_THINKS
+
 IGNORED = -100
 PREFIX = ("[gMASK]", "<sop>")
 HEADERS = {
@@ -26,7 +28,6 @@ GIVEN = {
     "glm-4.5": ("\n<think></think>",),
     "glm-4.7": ("<think>", "</think>"),
 }
-ALWAYS_THINKS = ("glm-z1-0414",)  # no prompt asks for a turn that begins otherwise
 
 WHY = {
     "prefix": "a prefix token, which serving sends",

@@ -24,6 +24,7 @@ from glm4ft.data.encoded_row import IGNORED
 from glm4ft.testing.recording.discovery import decoder_of
 from glm4ft.testing.recording.trace import Forward, Tensors
 from glm4ft.testing.specification.lora_spec import LoraSpec, adapted_modules, base_name
+from glm4ft.testing.specification.routed_experts import fused_delta, fused_name, specify_experts
 
 LabelledIds = tuple[tuple[int, ...], tuple[int, ...]]  # input ids and unshifted labels
 
@@ -53,7 +54,7 @@ class Targets:
 
 
 class Reference:
-    """The base loaded from its files in fp32, with an independent implementation of adapters and loss.
+    """The base loaded from its files in fp32, with an independent implementation of experts, adapters and loss.
 
     The methods accept CPU tensors and return CPU tensors on any device, except where they state otherwise.
 
@@ -66,6 +67,7 @@ class Reference:
     def __init__(self, base_dir: str | Path, lora_spec: LoraSpec, device: torch.device = CPU) -> None:
         self.model: Any = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32).eval()
         torch.nn.Module.to(self.model.requires_grad_(False), device)
+        specify_experts(self.model)
         self.base_dir, self.lora_spec, self.device = base_dir, lora_spec, device
         self.weights: Tensors = dict(self.model.named_parameters())
         self.modules = dict(self.model.named_modules())
@@ -97,6 +99,7 @@ class Reference:
             ValueError: If a trained parameter is neither a LoRA matrix nor a weight of the base.
         """
         replaced = self._replaced(trained)
+        replaced |= self._fused(trained)
         changed = {n.removeprefix(self.prefix): weight for n, weight in replaced.items() if n.startswith(self.prefix)}
         ids = torch.tensor([list(input_ids)], device=self.device)
         with self._adapters(trained, kept or {}):
@@ -107,13 +110,30 @@ class Reference:
     def head_weight(self, trained: Tensors) -> torch.Tensor:
         """The weight (V, D) of the output head with its adapter merged, on the base's device."""
         weight = self._replaced(trained).get(self.head_name, self.weights[self.head_name])
-        pair = adapted_modules(list(trained)).get(self.head)
+        pair = self.adapters(trained).get(self.head)
         return weight + self._delta(pair, trained, self.head) if pair else weight
 
+    def adapters(self, trained: Tensors) -> dict[str, dict[str, str]]:
+        """The LoRA matrices among parameters, by the name in the base of the module or fused parameter they adapt."""
+        found = {}
+        for module, pair in adapted_modules(list(trained)).items():
+            shapes = {matrix: trained[name].shape for matrix, name in pair.items()}
+            found[fused_name(base_name(module), shapes, self.weights) or module] = pair
+        return found
+
+    def rank_of(self, adapted: str, pair: Mapping[str, str], trained: Tensors) -> set[int]:
+        """The ranks of a pair's matrices, by which one says: one if they fit each other."""
+        ranks = {trained[pair[m]].shape[axis] for m, axis in (("A", 0), ("B", 1)) if m in pair}
+        return {rank // len(self.weights[adapted]) for rank in ranks} if adapted in self.weights else ranks
+
     def deltas(self, trained: Tensors) -> Tensors:
-        """What each adapter adds to its weight (out, in), by its module's name in the base."""
-        pairs = adapted_modules(list(trained))
-        return {module: self._delta(pair, trained, module).cpu() for module, pair in pairs.items()}
+        """What each adapter adds to its weight, by the weight's name in the base."""
+        pairs = self.adapters(trained)
+        return {self.weight_name(name): self._delta(pair, trained, name).cpu() for name, pair in pairs.items()}
+
+    def weight_name(self, adapted: str) -> str:
+        """The name of the weight that an adapter of a module or fused parameter changes."""
+        return adapted if adapted in self.weights else f"{adapted}.weight"
 
     def logits(self, hidden_TD: torch.Tensor, trained: Tensors) -> torch.Tensor:
         """The logits (T, V) of hidden states (T, D)."""
@@ -154,14 +174,19 @@ class Reference:
                 raise ValueError(f"{name} is trained, but is neither a LoRA matrix nor a weight of the base")
         return {base_name(name): trained[name].float().to(self.device) for name in trained if name not in matrices}
 
+    def _fused(self, trained: Tensors) -> Tensors:
+        """The fused parameters with their adapters merged, by their names in the base."""
+        pairs = {name: pair for name, pair in self.adapters(trained).items() if name in self.weights}
+        return {name: self.weights[name] + self._delta(pair, trained, name) for name, pair in pairs.items()}
+
     @contextmanager
     def _adapters(self, trained: Tensors, kept: Tensors) -> Iterator[None]:
-        """Apply the adapters as hooks while the context is open: merging would need a second copy of the weights."""
+        """Apply the adapters of modules as hooks while it is open: merging would need a second copy of the weights."""
         hooks, factors = [], {base_name(name): factor_TD.to(self.device) for name, factor_TD in kept.items()}
         for name in factors.keys() & self.modules.keys():  # a dropout layer of the base itself, which is in eval mode
             hooks.append(self.modules[name].register_forward_hook(_times(factors[name])))
-        for name, pair in adapted_modules(list(trained)).items():
-            if name == self.head:
+        for name, pair in self.adapters(trained).items():
+            if name == self.head or name in self.weights:
                 continue
             a, b = (trained[pair[matrix]].float().to(self.device) for matrix in "AB")
             is_decomposed = "magnitude_vector" in pair
@@ -181,6 +206,8 @@ class Reference:
             constant in the backward pass.
         """
         parts = {name: trained[parameter].float().to(self.device) for name, parameter in pair.items()}
+        if module in self.weights:
+            return self.lora_spec.scale_of(module) * fused_delta(parts["A"], parts["B"], len(self.weights[module]))
         added = self.lora_spec.scale_of(module) * (parts["B"] @ parts["A"])
         if "magnitude_vector" not in parts:
             return added
@@ -217,7 +244,10 @@ def split_rows(forward: Forward) -> list[tuple[int, torch.Tensor]]:
     rows = []
     for b, ids_T in enumerate(forward.input_ids_BT):
         mask = forward.attention_mask
-        real = mask[b].bool() if mask is not None and mask.dim() == 2 else torch.ones(len(ids_T), dtype=torch.bool)
+        if mask is not None and mask.dim() == 2:
+            real = mask[b, -len(ids_T) :].bool()  # with a cache it begins with the tokens of earlier passes
+        else:
+            real = torch.ones(len(ids_T), dtype=torch.bool)
         used = real.nonzero()[:, 0]
         if forward.positions_BT is None:
             rows.append((b, used))

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 THINKING_FORMATS = ("glm-z1-0414", "glm-4.5", "glm-4.7")
+ALWAYS_THINKS = ("glm-z1-0414",)  # no prompt asks for a turn that begins otherwise
 
 
 def carries_reasoning(messages: Sequence[Mapping[str, Any]], index: int) -> bool:
@@ -44,6 +45,28 @@ def sampled_text(message: Mapping[str, Any], chat_format: str, *, carries: bool)
     opened = "\n<think>" if chat_format == "glm-4.5" else ""
     text = f"{opened}{reasoning}</think>" if carries else ""
     return text + gap * bool(answer) + answer + "".join(_call(name, given, gap) for name, given in calls)
+
+
+def openai_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages in the form of the OpenAI API, with objects as the arguments of calls, as templates want them.
+
+    Args:
+        messages: Messages with ``tool_calls`` or ``metadata``, and results of either role.
+    Raises:
+        json.JSONDecodeError: If the arguments of a call are not valid JSON.
+    """
+    return [_openai_message(message) for message in messages]
+
+
+def _openai_message(message: Mapping[str, Any]) -> dict[str, Any]:
+    calls = [call["function"] for call in message.get("tool_calls") or ()]
+    if message.get("metadata"):
+        calls = [{"name": message["metadata"], "arguments": message["content"]}]
+    decoded = [{"function": {**call, "arguments": json.loads(call["arguments"])}} for call in calls]
+    role = "tool" if message["role"] == "observation" else message["role"]
+    content = "" if message.get("metadata") else message["content"]
+    kept = {key: value for key, value in message.items() if key == "reasoning_content"}
+    return {"role": role, "content": content, **kept} | ({"tool_calls": decoded} if decoded else {})
 
 
 def _call(name: str, arguments: str, gap: str) -> str:

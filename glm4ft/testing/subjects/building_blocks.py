@@ -1,8 +1,8 @@
 """Base classes and functions from which a subject can be built; all of them are optional.
 
 ``PeftSubject`` provides ``build_model``, ``save``, ``load`` and ``merge``; ``EncodedHere`` provides ``encode`` and
-``prompt``; ``Generates`` provides ``generate``. ``training_arguments`` translates a plan, ``json_chat`` and
-``sharegpt_chat`` translate a conversation.
+``prompt``; ``Generates`` provides ``generate``. ``default_lora`` names the adapters of a base, ``training_arguments``
+translates a plan, ``json_chat`` and ``sharegpt_chat`` translate a conversation.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 from glm4ft.data.chat_format import ChatFormat
 from glm4ft.data.reader import from_messages
+from glm4ft.data.turn_format import TEMPLATE
+from glm4ft.model.lora import LoraOptions
 
 
 class PeftSubject:
@@ -54,6 +56,8 @@ class EncodedHere:
 
     def encode(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> dict[str, list[int]]:
         """Encode one conversation as ``input_ids`` and ``labels``."""
+        if self.format.name == TEMPLATE and (tools or any(m["role"] in ("observation", "tool") for m in messages)):
+            raise NotImplementedError(f"chat format {TEMPLATE} has no tools")
         row = self.format.encode(from_messages(messages, tools))
         return {"input_ids": row.input_ids, "labels": row.labels}
 
@@ -79,6 +83,21 @@ class Generates:
         finally:
             model.train(was_training)
         return list(output[0, ids.shape[1] :].tolist())
+
+
+def default_lora(base_dir: str, options: LoraOptions | None = None) -> dict[str, Any]:
+    """The adapters on all linear layers of a base's decoder layers, by peft's names.
+
+    Args:
+        base_dir: The Hugging Face model folder of the base.
+        options: The options, without targets; by default rank 8 and alpha 16.
+    """
+    with torch.device("meta"):  # the modules without their weights
+        structure = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base_dir))
+    filled = (options or LoraOptions()).for_model(structure)
+    named = filled.peft_config()
+    asked = {"r": filled.rank, "lora_alpha": filled.alpha, "target_modules": sorted(named.target_modules or ())}
+    return {**asked, "target_parameters": named.target_parameters, **filled.options}
 
 
 def training_arguments(plan: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,6 +151,28 @@ def json_chat(conversation: Mapping[str, Any], *, call_role: str, result_role: s
     messages = [_json_message(message, call_role, result_role) for message in conversation["messages"]]
     tools = conversation.get("tools")
     return {"messages": messages, "tools": json.dumps(tools, ensure_ascii=False) if tools else ""}
+
+
+def with_tags(conversation: Mapping[str, Any], wording: str) -> dict[str, Any]:
+    """Write reasoning into the answers, for trainers that have no field for it.
+
+    Args:
+        conversation: A conversation as ``train`` receives it.
+        wording: How the trainer's documentation writes it, with the field ``reasoning``.
+    Returns:
+        The conversation without ``reasoning_content``, and with each of ``tool_calls`` as a message of its own.
+    """
+    messages = list[dict[str, Any]]()
+    for message in conversation["messages"]:
+        rest = {key: value for key, value in message.items() if key not in ("reasoning_content", "tool_calls")}
+        reasoning = message.get("reasoning_content")
+        if reasoning:
+            rest["content"] = wording.format(reasoning=reasoning) + rest["content"]
+        messages.append({**rest, "role": "observation" if rest["role"] == "tool" else rest["role"]})
+        for call in message.get("tool_calls") or ():
+            given = call["function"]
+            messages.append({"role": "assistant", "metadata": given["name"], "content": given["arguments"]})
+    return {**conversation, "messages": messages}
 
 
 def sharegpt_chat(conversation: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ If a listed check passes, ``glm4ft check`` fails: when a peer is fixed, its CI l
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 
@@ -238,6 +238,7 @@ OFFICIAL_SCRIPT = (
         tools=(WEATHER_TOOL,),
     ),
 )
+OFFICIAL_TRAINER = OFFICIAL_SCRIPT
 COMBINE = "trains the last turn only, without its first token, the line break or the first of a tool's name"
 OFFICIAL_SCRIPT_COMBINED = (
     *TRANSFORMERS,
@@ -308,6 +309,13 @@ NO_STOP_REMEDY = (
     "and `labels` as they are"
 )
 LAST_ONLY = "only the last answer is the completion: earlier answers belong to the prompt and are not trained"
+LAST_ONLY_ROWS = KnownFailure(
+    check="earlier_turns_do_not_change",
+    kind="alternative",
+    what=LAST_ONLY,
+    consequence="as intended by this data format: make one row per answer to train all answers",
+    messages=TWO_TURNS,
+)
 TRL = (
     INJECTION,
     *(
@@ -329,11 +337,20 @@ TRL = (
         )
     ),
     *TRAINER_EVALUATES,
-    KnownFailure(
-        check="earlier_turns_do_not_change",
-        kind="alternative",
-        what=LAST_ONLY,
-        consequence="as intended by this data format: make one row per answer to train all answers",
-        messages=TWO_TURNS,
+    LAST_ONLY_ROWS,
+)
+# On a base whose template ends every answer with a token of its own, as ChatML's does
+TRL_TEMPLATE = (
+    INJECTION,
+    *TRAINER_EVALUATES,
+    LAST_ONLY_ROWS,
+    *(
+        replace(LAST_ONLY_ROWS, check=check, messages=())
+        for check in (
+            "mask_is_what_the_model_must_sample",
+            "every_turn_has_learned_to_stop",
+            "every_turn_is_reproduced_and_stops",
+            "own_inference_reproduces_every_turn",
+        )
     ),
 )

@@ -30,6 +30,7 @@ class Subject(PeftSubject):
     """
 
     name, chat_format, expected_failures = "LLaMA-Factory", "glm-4-0414", reasons(LLAMA_FACTORY)
+    template_name = "glm4"
 
     def __init__(self, base_dir: str) -> None:
         self.folder = Path(tempfile.mkdtemp())
@@ -38,8 +39,9 @@ class Subject(PeftSubject):
         self.stop_ids = self.template.get_stop_token_ids(self.tokenizer)
 
     def _configure(self, base_dir: str, plan: Any) -> None:
-        data = {"dataset": "chats", "dataset_dir": str(self.folder), "template": "glm4", "overwrite_cache": True}
+        data = {"dataset": "chats", "dataset_dir": str(self.folder), "overwrite_cache": True}
         job = {**training_arguments(plan), "neat_packing": plan["packing"], "eval_strategy": "no", "do_train": True}
+        data["template"] = self.template_name
         data["cutoff_len"] = 2048 if plan["packing"] else 32_768  # the default cuts; a pack is filled up to it
         self.args = get_train_args({"model_name_or_path": base_dir, **LORA, **data, **job})
         self.modules = load_tokenizer(self.args[0])
@@ -85,4 +87,4 @@ class Subject(PeftSubject):
     def merge(self, base_dir: str, folder: str, output: str) -> None:
         """Write a merged checkpoint with ``llamafactory-cli export``."""
         model = {"model_name_or_path": base_dir, "adapter_name_or_path": folder, "infer_dtype": "float32"}
-        export_model({**model, "template": "glm4", "export_dir": output})
+        export_model({**model, "template": self.template_name, "export_dir": output})

@@ -25,6 +25,7 @@ class Subject(PeftSubject):
     """
 
     name, chat_format = "ms-swift", "glm-4-0414"
+    model_type = template_name = "glm4"
     expected_failures = reasons(MS_SWIFT)
 
     def __init__(self, base_dir: str) -> None:
@@ -34,11 +35,16 @@ class Subject(PeftSubject):
         self.tokenizer = template.tokenizer
         self.stop_ids = self.tokenizer.convert_tokens_to_ids(template.template_meta.stop_words)
 
+    @property
+    def types(self) -> dict[str, Any]:
+        """The options that say which model it is and how it is asked."""
+        return {"model_type": self.model_type, "template": self.template_name}
+
     def _pipeline(self, plan: Any, conversations: Any) -> Any:
         if plan["packing"]:
             raise NotImplementedError("packing needs flash attention, which needs a CUDA GPU")
         self.data.write_text("".join(json.dumps(_chat(c)) + "\n" for c in conversations), "utf-8")
-        base = {"model": self.base, "model_type": "glm4", "template": "glm4", "torch_dtype": "float32"}
+        base = {"model": self.base, **self.types, "torch_dtype": "float32"}
         lora = {"tuner_type": "lora", "lora_rank": 8, "lora_dropout": 0.0, "target_modules": ["all-linear"]}
         data = {"dataset": [str(self.data)], "split_dataset_ratio": 0.0, "load_from_cache_file": False}
         job = {**training_arguments(plan), "data_seed": plan["seed"], "add_version": False, "check_model": False}
@@ -72,7 +78,7 @@ class Subject(PeftSubject):
 
     def merge(self, base_dir: str, folder: str, output: str) -> None:
         """Write a merged checkpoint as ``swift export --merge_lora true`` does."""
-        base = {"model": base_dir, "model_type": "glm4", "template": "glm4", "torch_dtype": "float32"}
+        base = {"model": base_dir, **self.types, "torch_dtype": "float32"}
         merge_lora(ExportArguments(**base, adapters=[folder], output_dir=output, merge_lora=True))
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from glm4ft.data.batching import Collator, Item, RowSet
 from glm4ft.data.formats import make_format
@@ -22,7 +21,7 @@ from glm4ft.model.generation import greedy
 from glm4ft.model.lora import LoraOptions, attach_lora
 from glm4ft.model.loss import install_supervised_loss
 from glm4ft.model.merge import merge_adapter
-from glm4ft.testing.subjects.building_blocks import EncodedHere
+from glm4ft.testing.subjects.building_blocks import EncodedHere, default_lora
 from glm4ft.train.config import TrainConfig
 from glm4ft.train.run import make_trainer
 
@@ -61,12 +60,6 @@ class Subject(EncodedHere):
         self.stop_ids = self.format.stop_ids
         self.autocast = "bf16" if _stored_dtype(base_dir) == "bf16" else None
 
-    def encode(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> dict[str, list[int]]:
-        """Encode one conversation as ``input_ids`` and ``labels``."""
-        if self.chat_format is None and (tools or any(m["role"] in ("observation", "tool") for m in messages)):
-            raise NotImplementedError(f"chat format {TEMPLATE} has no tools")
-        return super().encode(messages, tools)
-
     def collate(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, torch.Tensor]:
         """A padded batch, without the line numbers that the project's collator adds."""
         items = MemoryRows(rows)
@@ -80,18 +73,9 @@ class Subject(EncodedHere):
         return attach_lora(base.model, self.options, seed=seed)
 
     @functools.cached_property
-    def _structure(self) -> PreTrainedModel:
-        """The base's modules without their weights, which decide the default targets."""
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.base_dir))
-        return model
-
-    @property
     def lora(self) -> dict[str, Any]:
         """The options of the LoRA adapter that ``build_model`` must attach, by peft's names."""
-        options = self.options.for_model(self._structure)
-        asked = {"r": options.rank, "lora_alpha": options.alpha, "target_modules": options.named}
-        return {**asked, **options.options}
+        return default_lora(self.base_dir, self.options)
 
     def train(
         self, model: PeftModel, conversations: Sequence[Mapping[str, Any]], plan: Mapping[str, Any]

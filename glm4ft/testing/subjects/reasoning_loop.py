@@ -45,6 +45,14 @@ class Subject(EncodedHere, plain_loop.Subject):
         return row.supervised
 
 
+class SubjectZ1(Subject):
+    """A training loop on rows of GLM-Z1."""
+
+    name = "reasoning loop Z1"
+    chat_format = "glm-z1-0414"
+    architecture: Architecture = "Glm4ForCausalLM"
+
+
 class Subject47(Subject):
     """A training loop on rows of GLM-4.7-Flash."""
 

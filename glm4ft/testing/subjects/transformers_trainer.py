@@ -14,11 +14,18 @@ from transformers import (
     TrainingArguments,
 )
 
-from glm4ft.data.chat_format import ChatFormat
 from glm4ft.data.encoded_row import IGNORED
-from glm4ft.model.lora import GLM4_TARGETS
+from glm4ft.data.formats import make_format
+from glm4ft.data.turn_format import TEMPLATE
+from glm4ft.model.base_model import load_format
 from glm4ft.testing.subject import make_plan
-from glm4ft.testing.subjects.building_blocks import EncodedHere, Generates, PeftSubject, training_arguments
+from glm4ft.testing.subjects.building_blocks import (
+    EncodedHere,
+    Generates,
+    PeftSubject,
+    default_lora,
+    training_arguments,
+)
 from glm4ft.testing.subjects.known_failures import TRANSFORMERS, reasons
 
 
@@ -30,14 +37,15 @@ class Subject(EncodedHere, PeftSubject, Generates):
     """
 
     name = "transformers.Trainer"
-    chat_format = "glm-4-0414"
     distributed = True
-    lora: Mapping[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": list(GLM4_TARGETS)}
     expected_failures = reasons(TRANSFORMERS)
 
     def __init__(self, base_dir: str) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(base_dir)
-        self.format = ChatFormat(self.chat_format, self.tokenizer)
+        _, name = load_format(base_dir)
+        self.chat_format = None if name == TEMPLATE else name
+        self.format = make_format(name, self.tokenizer)
+        self.lora = default_lora(base_dir)
         self.stop_ids = self.format.stop_ids
 
     def collate(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, torch.Tensor]:

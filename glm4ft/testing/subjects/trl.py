@@ -15,10 +15,11 @@ from datasets import Dataset, disable_progress_bars
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from glm4ft.model.lora import GLM4_TARGETS
+from glm4ft.data.turn_format import TEMPLATE
+from glm4ft.model.base_model import load_format
 from glm4ft.testing.subject import make_plan
-from glm4ft.testing.subjects.building_blocks import Generates, PeftSubject, training_arguments
-from glm4ft.testing.subjects.known_failures import TRL, reasons
+from glm4ft.testing.subjects.building_blocks import Generates, PeftSubject, default_lora, training_arguments
+from glm4ft.testing.subjects.known_failures import TRL, TRL_TEMPLATE, reasons
 
 MAX_LENGTH = 32_768  # the context of GLM-4-0414; TRL's default of 1,024 cuts without a warning
 
@@ -31,16 +32,18 @@ class Subject(PeftSubject, Generates):
     """
 
     name = "trl"
-    chat_format = "glm-4-0414"
     distributed = True
-    lora: Mapping[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": list(GLM4_TARGETS)}
-    expected_failures = reasons(TRL)
 
     def __init__(self, base_dir: str) -> None:
         disable_progress_bars()
         self.tokenizer = AutoTokenizer.from_pretrained(base_dir)
+        _, name = load_format(base_dir)
+        self.chat_format = None if name == TEMPLATE else name
+        self.expected_failures = reasons(TRL_TEMPLATE if name == TEMPLATE else TRL)
+        self.lora = default_lora(base_dir)
         base = AutoModelForCausalLM.from_pretrained(base_dir)
-        self.stop_ids = base.generation_config.eos_token_id
+        stops = base.generation_config.eos_token_id
+        self.stop_ids = stops if isinstance(stops, list) else [stops]
         example = {"messages": [{"role": "user", "content": "."}, {"role": "assistant", "content": "."}]}
         self.preparer = self.make_trainer(base, [example], make_plan())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -36,6 +36,15 @@ def user(content: str) -> dict[str, Any]:
 def answer(content: str, **more: Any) -> dict[str, Any]:
     """An assistant message."""
     return {"role": "assistant", "content": content, **more}
+
+
+def with_reasoning(talk: Talk) -> Talk:
+    """The same with reasoning in the last answer, as a model that always thinks would have given it."""
+    messages = [*talk.messages]
+    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
+    if last is not None and not messages[last].get("metadata"):
+        messages[last] = {"reasoning_content": "let me see", **messages[last]}
+    return replace(talk, messages=tuple(messages))
 
 
 SEVERAL = (user("hi"), answer("hello you"), user("how are you?"), answer("well"), user("bye"), answer("see you."))

@@ -6,25 +6,34 @@ import json
 from typing import Any
 
 from glm4ft.data.inputs import DEMO_DATA
+from glm4ft.testing.specification.turn_text import ALWAYS_THINKS, THINKING_FORMATS
 
 Conversations = list[dict[str, Any]]
 
 
-def all_conversations(*, with_tools: bool = True) -> dict[str, Conversations]:
+def all_conversations(*, with_tools: bool = True, chat_format: str = "") -> dict[str, Conversations]:
     """Every set of conversations by its name, in the form that ``train`` accepts.
 
     Args:
         with_tools: Whether some of them have tool calls; if not, the two to memorise are in plain text.
+        chat_format: The chat format. In one with reasoning, one of the two conversations to memorise has reasoning and
+            the other has none, unless it always has.
     """
     short = _short()
     demo = [json.loads(line) for line in DEMO_DATA.read_text("utf-8").splitlines()]
-    return {
+    found = {
         "short": short,
         "demo": demo if with_tools else [talk for talk in demo if not talk.get("tools")] + [_several_turns()[1]],
         "mixed": [*_tool_calls(), *_several_turns()] if with_tools else _several_turns(),
         "silent": [_silent(talk) for talk in short],
         "half-silent": [_silent(talk) if i % 2 else talk for i, talk in enumerate(short)],
     }
+    if chat_format in ALWAYS_THINKS:
+        return {name: [_thinking(talk) for talk in talks] for name, talks in found.items()}
+    if chat_format in THINKING_FORMATS:
+        return found | {name: [_thinking(talk) if i % 2 else talk for i, talk in enumerate(found[name])]
+                        for name in ("demo", "mixed")}  # fmt: skip
+    return found
 
 
 def _message(role: str, content: str, **more: Any) -> dict[str, Any]:
@@ -45,9 +54,13 @@ def _short() -> Conversations:
     ]
 
 
-def tool_call() -> dict[str, Any]:
-    """A conversation with a tool call, by which a subject shows whether it encodes them."""
-    return _tool_calls()[0]
+def _thinking(conversation: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a conversation in which every answer and call has reasoning before it."""
+    messages = [
+        {**m, "reasoning_content": f"I say {number} of it."} if m["role"] == "assistant" else m
+        for number, m in enumerate(conversation["messages"])
+    ]
+    return {**conversation, "messages": messages}
 
 
 def _silent(conversation: dict[str, Any]) -> dict[str, Any]:

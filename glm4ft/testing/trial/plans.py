@@ -61,7 +61,7 @@ _HORIZON = {"schedule": "schedule_horizon_counts_optimizer_steps"}
 _SMALL_UPDATES = {"update": "small_updates_are_not_lost"}
 _SILENT_ROWS = {"gradient": "rows_without_targets_do_not_count"}
 
-UNCLIPPED = "without clipping"
+UNCLIPPED, COMBINATION = "without clipping", "combined settings"
 SMALL_NORM, LARGE_NORM = 0.05, 1000.0  # every gradient norm here exceeds the first limit, none the second
 
 NAMED = (
@@ -114,7 +114,7 @@ _COMBINATIONS: tuple[tuple[Any, ...], ...] = (
     (False, 2, 2, False, 1.0, "cosine", 0, 0.1, 2, 2),
 )
 COMBINED = tuple(
-    Plan("combined settings", {"steps": 3, **dict(zip(_SETTINGS, values, strict=True))}) for values in _COMBINATIONS
+    Plan(COMBINATION, {"steps": 3, **dict(zip(_SETTINGS, values, strict=True))}) for values in _COMBINATIONS
 )
 
 PLANS = (*NAMED, *COMBINED)

@@ -64,6 +64,9 @@ def unjudged(trace: Trace, about: Mapping[str, Any], num_recorded: int) -> dict[
     """The reason for each judge of the replay that has nothing to compare with, by judge."""
     configuration, factors = about["configuration"], about["model"]["factors"]
     found = {"schedule": why} if (why := _no_schedule(configuration)) else {}
+    if number := about["model"].get("quantised"):
+        why = f"{number} weights of the base are quantised, and hidden states are computed again with plain ones"
+        found |= dict.fromkeys(("batches", "model", "gradient"), why)
     if why := _is_random(trace, configuration, factors):
         found |= dict.fromkeys(("batches", "model", "gradient"), why)
     if scaled := [name for name in ("final_logit_softcapping", "logits_scaling", "logit_scale")

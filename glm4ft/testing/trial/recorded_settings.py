@@ -10,7 +10,7 @@ import torch
 
 from glm4ft.testing.recording.trace import Trace
 from glm4ft.testing.replay.step import LIMITS, Departure
-from glm4ft.testing.specification.lora_spec import adapted_modules, base_name
+from glm4ft.testing.specification.lora_spec import base_name
 from glm4ft.testing.specification.reference import Reference, split_rows
 
 # The number of standard deviations by which the share of dropped entries may differ from the probability. Over all
@@ -29,7 +29,7 @@ def settings_departures(trace: Trace, about: Mapping[str, Any], reference: Refer
     yield from _wrong_sizes(trace, about["configuration"])
     yield from _wrong_precision(trace, about["configuration"])
     if about["model"]["adapter"] is not None:
-        yield from _wrong_adapters(trace, about["model"]["adapter"], reference)
+        yield from _wrong_adapters(trace, about["model"], reference)
         yield from _wrong_dropout(trace, float(about["model"]["adapter"].get("lora_dropout") or 0.0))
 
 
@@ -58,11 +58,12 @@ def _wrong_precision(trace: Trace, configuration: Mapping[str, Any]) -> Iterator
         yield Departure("model", 1, f"forward passes ran under {trace.autocast} autocast, which was not asked for")
 
 
-def _wrong_adapters(trace: Trace, adapter: Mapping[str, Any], reference: Reference) -> Iterator[Departure]:
+def _wrong_adapters(trace: Trace, model: Mapping[str, Any], reference: Reference) -> Iterator[Departure]:
     """The trained adapters, against the run's peft configuration: modules, ranks, dtype, and saved modules."""
-    spec, found = reference.lora_spec, adapted_modules(trace.trained)
-    targets = spec.targets if isinstance(spec.targets, tuple) else ()
-    every = [f".{name}" for name in reference.modules]
+    before = trace.steps[0].before
+    spec, found = reference.lora_spec, reference.adapters(before)
+    targets = (spec.targets if isinstance(spec.targets, tuple) else ()) + spec.parameters
+    every = [f".{name}" for name in (*reference.modules, *reference.weights)]
     for words, names in (
         ("is a target, but no module of the base has that name",
          {t for t in targets if not any(name.endswith(f".{t}") for name in every)}),
@@ -70,17 +71,16 @@ def _wrong_adapters(trace: Trace, adapter: Mapping[str, Any], reference: Referen
         ("is adapted and trained, but was not asked for", set(found) - set(spec.modules_of(reference.model))),
         ("has one trained matrix of two", {name for name, pair in found.items() if not {"A", "B"} <= pair.keys()}),
         ("is among modules_to_save, but is not trained",
-         {m for m in adapter.get("modules_to_save") or () if not any(_last(n) == m for n in trace.trained)}),
+         {m for m in model["adapter"].get("modules_to_save") or () if not any(_last(n) == m for n in trace.trained)}),
     ):  # fmt: skip
         if names:
             yield Departure("model", 1, f"{min(names)} {words} ({len(names)} like it)")
-    before = trace.steps[0].before
     for module, pair in found.items():
-        ranks = {before[pair["A"]].shape[0], before[pair["B"]].shape[1]} if {"A", "B"} <= pair.keys() else set()
-        if ranks and ranks != {spec.rank_of(module)}:
+        ranks = reference.rank_of(module, pair, before)
+        if ranks != {spec.rank_of(module)}:
             yield Departure("model", 1, f"the adapter of {module} has rank {min(ranks)}, not {spec.rank_of(module)}")
             return
-        if "magnitude_vector" in pair:
+        if "magnitude_vector" in pair and not model.get("quantised"):  # those of rounded weights are other ones
             norms_O = reference.weights[f"{module}.weight"].norm(dim=1)
             size = float((before[pair["magnitude_vector"]].float() - norms_O).norm() / norms_O.norm())
             text = f"the magnitudes of {module} are {size:.1e} off the norms of its weight's rows, where they start"

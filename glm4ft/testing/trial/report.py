@@ -15,20 +15,28 @@ import torch
 from glm4ft.data.encoded_rows import TrainedRow
 from glm4ft.diagnosis.measure import gather_evidence
 from glm4ft.diagnosis.rules import Diagnosis, diagnose
+from glm4ft.model.checkpoint import TINY, TINY_GLM4_IDS
 from glm4ft.model.generation import OVERRUN, greedy
 from glm4ft.report.content import Content, Curves, ShownRow, ShownTurn
 from glm4ft.report.costly_tokens import part_counts
 from glm4ft.report.failure_card import explain_failure
 from glm4ft.report.wording import parts_sentence
-from glm4ft.testing.specification.mask_oracle import IGNORED, Undecidable, control_ids, find_mistakes, find_turns
+from glm4ft.testing.specification import chat_template
+from glm4ft.testing.specification.mask_oracle import IGNORED, Undecidable, control_ids, find_mistakes
 from glm4ft.testing.specification.reference import clip_factor
 from glm4ft.testing.trial.registry import Check
 from glm4ft.testing.trial.runner import Result
 from glm4ft.testing.trial.runs import RecordedRun
+from glm4ft.testing.trial.stages import NotApplicable
 from glm4ft.testing.trial.trial import LOSS_LIMIT, Trial
+from glm4ft.testing.trial.turns import template_marks, turns_in
 from glm4ft.testing.trial.wiring import unwired
 from glm4ft.testing.trial.wording import has_failed, headline, shown_check
 
+BUILT_IN = {
+    TINY: "the built-in tiny GLM-4, written for this trial",
+    TINY_GLM4_IDS: "the built-in tiny GLM-4 with the ids of GLM-4's own vocabulary, written for this trial",
+}
 LOSSES = 20  # the number of steps whose loss is computed if the subject returns no log
 
 
@@ -56,7 +64,7 @@ def trial_content(spec: str, results: Sequence[Result], trial: Trial, checks: Se
         turns=tuple(_turns(trial, run)) if run else (),
         checks=tuple(shown_check(result, why.get(result.check, "")) for result in results),
         facts=tuple(_facts(trial)),
-        command=f"glm4ft check --subject {spec}",
+        command=f"glm4ft check --subject {spec}" + f" --model {trial.base}" * (trial.base != TINY),
     )
 
 
@@ -88,14 +96,17 @@ def _rows(trial: Trial, run: RecordedRun | None) -> Iterator[ShownRow]:
 
 def _expected(trial: Trial, conversation: dict[str, Any], ids: Sequence[int], labels: Sequence[int]) -> list[bool]:
     """Whether each token should be supervised; empty if the oracle cannot decide it."""
-    if not getattr(trial.subject, "chat_format", None):
-        return []
+    wrong: set[int] = set()
     try:
-        controls = control_ids(trial.subject.tokenizer)
-        turns = find_turns(ids, conversation["messages"], controls)
-    except Undecidable:
+        if getattr(trial.subject, "chat_format", None):
+            controls = control_ids(trial.subject.tokenizer)
+            turns = turns_in(trial, conversation, ids)
+            wrong = {mistake.position for mistake in find_mistakes(ids, labels, turns, controls)}
+        else:
+            found = chat_template.find_mistakes(trial.subject.tokenizer, ids, labels, template_marks(trial))
+            wrong = {mistake.position for mistake in found if mistake.kind != "prefix"}
+    except (Undecidable, NotApplicable):
         return []
-    wrong = {mistake.position for mistake in find_mistakes(ids, labels, turns, controls)}
     return [(label != IGNORED) != (at in wrong) for at, label in enumerate(labels)]
 
 
@@ -140,13 +151,12 @@ def _figures(run: RecordedRun) -> list[dict[str, Any]]:
 def _turns(trial: Trial, run: RecordedRun) -> Iterator[ShownTurn]:
     """Each assistant turn of the bundled conversations, with what the subject's model generates for it."""
     tokenizer, model = trial.subject.tokenizer, run.model.eval()
-    with contextlib.suppress(Undecidable):
-        controls = control_ids(tokenizer)
+    with contextlib.suppress(Undecidable, NotApplicable):
         for number, (conversation, (ids, _)) in enumerate(zip(trial.demo, run.rows, strict=True), start=1):
-            for turn in find_turns(ids, conversation["messages"], controls):
-                expected = list(ids[turn.header + 1 : turn.end + 1])
-                stops = list(getattr(trial.subject, "stop_ids", None) or expected[-1:])
-                got = greedy(model, list(ids[: turn.header + 1]), stops, len(expected) + OVERRUN)
+            for turn in [turn for turn in turns_in(trial, conversation, ids) if turn.asked]:
+                expected = list(ids[turn.start : turn.end + 1])
+                stops = trial.stop_ids or expected[-1:]
+                got = greedy(model, list(ids[: turn.start]), stops, len(expected) + OVERRUN)
                 stop = tokenizer.convert_ids_to_tokens(got[-1]) if got and got[-1] in stops else None
                 yield ShownTurn(
                     f"bundled conversation {number}, messages[{turn.message}]",
@@ -159,7 +169,7 @@ def _turns(trial: Trial, run: RecordedRun) -> Iterator[ShownTurn]:
 
 def _facts(trial: Trial) -> Iterator[tuple[str, str]]:
     yield "subject", f"{trial.subject.name} ({trial.spec})"
-    yield "base", "the built-in tiny GLM-4, written for this trial"
+    yield "base", BUILT_IN.get(trial.base, trial.base)
     yield "chat format", str(getattr(trial.subject, "chat_format", None) or "that of the tokenizer's template")
     yield "versions", ", ".join(f"{name} {version(name)}" for name in ("glm4ft", "torch", "transformers", "peft"))
     yield "system", f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"

@@ -14,9 +14,10 @@ from typing import Any, Literal
 import torch
 
 from glm4ft.errors import ConfigError, InputError, RunError
-from glm4ft.model.checkpoint import TINY, TINY_GLM4_IDS, find_checkpoint
-from glm4ft.model.tiny import write_tiny_base
+from glm4ft.model.checkpoint import TINY, find_checkpoint
+from glm4ft.model.tiny import TINY_BASES, write_tiny_base
 from glm4ft.testing.subject import load_subject, parts
+from glm4ft.testing.trial.heavy_bases import is_heavy, spare
 from glm4ft.testing.trial.registry import Check
 from glm4ft.testing.trial.stages import STAGES, CheckFailed, NotApplicable
 from glm4ft.testing.trial.trial import Trial
@@ -73,6 +74,7 @@ def run_checks(
     for check in checks:
         if check.stage in stages:
             yield run_check(check, trial, expected.get(check.name, ""))
+            trial.release_models()
 
 
 def require_known_checks(expected_failures: Mapping[str, str], checks: Sequence[Check]) -> None:
@@ -132,7 +134,8 @@ def trial_of(spec: str, base: str = TINY) -> Iterator[Trial]:
 
     Args:
         spec: The subject as ``MODULE:ATTR``.
-        base: The base: ``tiny``, ``tiny-glm4-ids`` (the same with GLM-4's own ids), or a checkpoint's folder.
+        base: The base: ``tiny``, ``tiny-glm4-ids`` (the same with GLM-4's own ids), ``tiny:`` and the name of a
+            chat format (the same for its checkpoints), or a checkpoint's folder.
     """
     num_threads = torch.get_num_threads()
     # the base's matrices are too small for several threads: two were measured 12 times slower on a busy machine
@@ -141,7 +144,9 @@ def trial_of(spec: str, base: str = TINY) -> Iterator[Trial]:
         with tempfile.TemporaryDirectory(prefix="glm4ft-check-") as name:
             folder = Path(name)
             base_dir = _base_dir(base, folder / "base")
-            trial = Trial(load_subject(spec, base_dir), base_dir, folder, spec)
+            trial = Trial(load_subject(spec, base_dir), base_dir, folder, spec, base)
+            if is_heavy(base_dir):
+                spare(trial)
             with _imports_kept_from_the_collector():
                 yield trial
     finally:
@@ -150,7 +155,7 @@ def trial_of(spec: str, base: str = TINY) -> Iterator[Trial]:
 
 @contextlib.contextmanager
 def _imports_kept_from_the_collector() -> Iterator[None]:
-    """accelerate collects garbage after every run, which took 20 s of a trial of 70 s for what the imports had made."""
+    """Accelerate collects garbage after every run, which took 20 s of a trial of 70 s for what the imports had made."""
     if gc.get_freeze_count():  # the caller did the same
         yield
         return
@@ -162,11 +167,7 @@ def _imports_kept_from_the_collector() -> Iterator[None]:
 
 
 def _base_dir(base: str, folder: Path) -> Path:
-    if base == TINY:
-        return write_tiny_base(folder)
-    if base == TINY_GLM4_IDS:
-        return write_tiny_base(folder, glm4_ids=True)
-    return find_checkpoint(base)
+    return write_tiny_base(folder, **TINY_BASES[base]) if base in TINY_BASES else find_checkpoint(base)
 
 
 def known_failures(subject: Any) -> Mapping[str, str]:

@@ -33,7 +33,7 @@ def unwired(subject: Any) -> str:
     if file is None or is_wired(source):
         return ""
     return (
-        f"Not wired to your code yet: the lines marked {MARK} in {Path(file).name} are as `glm4ft init` wrote them, so "
+        f"Not wired to your code yet: the lines marked {MARK} in {Path(file).name} are as glm4ft init wrote them, so "
         "a plain trainer was on trial, and not yours."
     )
 

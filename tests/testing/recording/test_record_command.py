@@ -167,6 +167,17 @@ def test_killed_run_leaves_a_trace_that_can_be_judged(healthy: Trial, tmp_path: 
     assert (judged.num_steps, judged.verdict.departures) == (1, {})
 
 
+def test_run_whose_copies_would_fill_the_memory_is_left_alone(
+    healthy: Trial, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attach.os, "sysconf", lambda name: 100)  # 10 kB
+    with record_run(tmp_path / "recording"):
+        train(str(healthy.base_dir), str(tmp_path / "output"))
+    assert (tmp_path / "output" / "adapter_model.safetensors").exists()
+    with pytest.raises(InputError, match=r"4 steps of .* GB of trained parameters .* record fewer steps"):
+        judge_recording(tmp_path / "recording")
+
+
 def test_run_that_trains_nothing_is_told(tmp_path: Path) -> None:
     with record_run(tmp_path / "recording"):
         torch.nn.Linear(2, 2)(torch.zeros(1, 2))

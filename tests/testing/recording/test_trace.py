@@ -17,8 +17,10 @@ from transformers import Trainer
 
 from glm4ft.data.encoded_row import IGNORED
 from glm4ft.model.tiny import write_tiny_base
+from glm4ft.testing.recording.trace import Forward
 from glm4ft.testing.recording.trace_file import read_trace, write_trace
 from glm4ft.testing.replay.step import WEIGHT_LIMITS, History, ReplayedStep
+from glm4ft.testing.specification.reference import split_rows
 from glm4ft.testing.subjects import own, plain_loop, transformers_trainer
 from glm4ft.testing.trial.runs import RecordedRun
 from glm4ft.testing.trial.trial import Trial
@@ -108,3 +110,11 @@ def test_trace_survives_the_disk(bases: dict[torch.dtype, Path], tmp_path: Path)
         assert [f.input_ids_BT.tolist() for f in got.forwards] == [f.input_ids_BT.tolist() for f in expected.forwards]
         assert [f.training for f in got.forwards] == [f.training for f in expected.forwards]
         assert [g.settings["lr"] for g in got.groups] == [g.settings["lr"] for g in expected.groups]
+
+
+def test_row_of_a_step_of_generation_with_a_cache_is_its_last_tokens() -> None:
+    """The mask covers the cached tokens too, and the ids are only the new ones."""
+    mask = torch.ones(2, 21)
+    mask[1, -1] = 0
+    step = Forward(torch.tensor([[7], [8]]), None, mask, torch.zeros(2, 1, 4), None, training=False)
+    assert [(b, positions.tolist()) for b, positions in split_rows(step)] == [(0, [0]), (1, [])]

@@ -16,7 +16,8 @@ import pytest
 from glm4ft.testing.bases.geometry import GEOMETRIES
 from glm4ft.testing.checks import all_checks
 from glm4ft.testing.conformance import Trials, parametrize_with_checks
-from glm4ft.testing.session.gpu_lane import LARGE_OVERFIT_STEPS, REDUCED, Bases, describe_lane, is_large, why_left_out
+from glm4ft.testing.session.gpu_lane import REDUCED, Bases, describe_lane, is_large, why_left_out
+from glm4ft.testing.trial.heavy_bases import OVERFIT_STEPS
 from glm4ft.testing.trial.runs import RecordedRun
 
 
@@ -66,7 +67,7 @@ def test_on_a_large_base_learning_rate_and_steps_differ_and_models_are_released(
     trial = trials.trial(trials.default_subject, "")
     assert trial.standard["learning_rate"] < 5e-3
     trace = SimpleNamespace(steps=[])
-    for key in (["short", {}], ["demo", {"steps": LARGE_OVERFIT_STEPS}]):
+    for key in (["short", {}], ["demo", {"steps": OVERFIT_STEPS}]):
         trial._runs[json.dumps(key)] = RecordedRun({}, [], trace, [], "a model", None)  # type: ignore[arg-type]
     assert trials.run(check, trials.default_subject, "", {}).status == "passed"
     assert [run.model for run in trial._runs.values()] == [None, "a model"]

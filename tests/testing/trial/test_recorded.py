@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import Trainer
+import torch
+from transformers import Trainer, TrainerCallback
 
 from glm4ft.cli.main import run
 from glm4ft.testing.recording.callback import RecordingCallback
 from glm4ft.testing.subjects import transformers_trainer
+from glm4ft.testing.trial.judging_callback import VERDICT, JudgingCallback
 from glm4ft.testing.trial.recorded import JudgedRecording, judge_recording
 from glm4ft.testing.trial.trial import Trial
 
@@ -59,6 +61,43 @@ def test_every_stage_is_judged_where_configuration_and_data_are_known(healthy: T
     assert found.about["configuration"]["trainer"]
     assert found.verdict.largest["gradient"] > 0
     assert found.verdict.largest["schedule"] <= 1e-6
+
+
+class Logged(TrainerCallback):
+    """A tracker: what TensorBoard's and the others' callbacks receive."""
+
+    def __init__(self) -> None:
+        self.texts: list[tuple[int, str]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if VERDICT in logs:
+            self.texts.append((state.global_step, logs[VERDICT]))
+
+
+@pytest.mark.parametrize(("steps", "told_at"), [(2, 3), (4, 4)])
+def test_verdict_reaches_the_runs_trackers_once_and_changes_nothing(
+    healthy: Trial, tmp_path: Path, steps: int, told_at: int
+) -> None:
+    """A step after the last recorded one, or at the end of a run that ends with it."""
+    base, tracker, results = str(healthy.base_dir), Logged(), []
+    plan = {**healthy.run().plan, "steps": 4}
+    for callbacks in ([], [JudgingCallback(tmp_path / "recording", steps), tracker]):
+        subject = transformers_trainer.Subject(base)
+        model = subject.build_model(base, 0)
+        rows = [subject.encode(c["messages"], c.get("tools")) for c in healthy.conversations]
+        trainer = subject.make_trainer(model, rows, {**plan, "output_dir": str(tmp_path / str(len(callbacks)))})
+        for callback in callbacks:
+            trainer.add_callback(callback)
+        trainer.train()
+        weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        results.append((weights, [entry.get("loss") for entry in trainer.state.log_history]))
+    ((step, text),) = tracker.texts
+    assert step == told_at
+    assert text.startswith(f"{steps} optimizer steps of 1 process")
+    assert "gradient  agrees" in text
+    (plain, plain_losses), (judged_run, losses) = results
+    assert losses == plain_losses
+    assert all(torch.equal(plain[name], judged_run[name]) for name in plain)
 
 
 def test_wrong_row_hides_nothing_that_follows(healthy: Trial, tmp_path: Path) -> None:

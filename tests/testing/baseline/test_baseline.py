@@ -38,6 +38,12 @@ class OneCharacterMore(Subject):
         return super().encode(messages, tools)
 
 
+class TargetsInAnotherOrder(Subject):
+    """Asks for the same adapters."""
+
+    lora = {**Subject.lora, "target_modules": list(reversed(Subject.lora["target_modules"]))}
+
+
 class SometimesOther(Subject):
     """Draws its order of the data from no seed."""
 
@@ -95,6 +101,11 @@ def test_another_row_is_told_as_data_with_the_row(healthy):
     assert found.outcome == "not comparable"
     assert "ids or labels of row 3 differ (1 like it)" in found.text
     assert "question 2" in found.text
+
+
+def test_the_order_of_the_targets_means_nothing(healthy):
+    other = measure(f"{HERE}:TargetsInAnotherOrder", plan=SHORT, seeds=SEEDS[:1]).baseline.identity
+    assert other.adapters == healthy.baseline.identity.adapters
 
 
 def test_the_command_names_the_row_in_which_a_character_changed(healthy, tmp_path, capsys):

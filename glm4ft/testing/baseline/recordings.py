@@ -29,7 +29,8 @@ from glm4ft.testing.trial.recorded_rows import trained_rows
 # The options of an adapter that its user states, by peft's names; the others tell where it came from.
 ADAPTER = (
     "peft_type", "r", "lora_alpha", "target_modules", "target_parameters", "lora_dropout", "use_rslora", "use_dora",
-    "bias", "modules_to_save", "layers_to_transform", "rank_pattern", "alpha_pattern", "exclude_modules", "init_lora_weights",
+    "bias", "modules_to_save", "layers_to_transform", "rank_pattern", "alpha_pattern", "exclude_modules",
+    "init_lora_weights",
 )  # fmt: skip
 SETTINGS = ("betas", "eps", "weight_decay")
 

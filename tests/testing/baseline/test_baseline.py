@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from typing import ClassVar
 
 import pytest
 
@@ -41,7 +42,7 @@ class OneCharacterMore(Subject):
 class TargetsInAnotherOrder(Subject):
     """Asks for the same adapters."""
 
-    lora = {**Subject.lora, "target_modules": list(reversed(Subject.lora["target_modules"]))}
+    lora: ClassVar = {**Subject.lora, "target_modules": list(reversed(Subject.lora["target_modules"]))}
 
 
 class SometimesOther(Subject):

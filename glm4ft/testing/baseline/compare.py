@@ -27,7 +27,7 @@ WORDS = {"loss": "the loss", "grad_norm": "the gradient norm"}
 # The smallest mean difference of a figure's logarithm that matters, so 1e-4 is a hundredth of a per cent. Measured by
 # `tests/sweeps/baselines.py rounding` (Intel Xeon with AVX512, torch 2.13, 2026-11-27): healthy pipelines that only
 # round otherwise reach 2e-7 with ten steps and 1.7e-6 with twenty; the same code with other instructions of the
-# processor 3e-7, and that with one sign (p = 1/128), so a limit is needed. Devices that were not measured may round
+# processor 6e-7, and 3e-7 with one sign (p = 1/128), so a limit is needed. Devices that were not measured may round
 # more coarsely: another device or library has ten times as much room.
 SMALLEST_EFFECT = {Tier.SAME_LIBRARIES: 1e-5, Tier.OTHER: 1e-4}
 RATE_LIMIT = 1e-6  # relative; a rate is a product of a few numbers in float64

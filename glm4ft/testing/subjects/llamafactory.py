@@ -38,7 +38,7 @@ class Subject(PeftSubject):
         self.stop_ids = self.template.get_stop_token_ids(self.tokenizer)
 
     def _configure(self, base_dir: str, plan: Any) -> None:
-        data = {"dataset": "chats", "dataset_dir": str(self.folder), "template": self.template_name}
+        data: Any = {"dataset": "chats", "dataset_dir": str(self.folder), "template": self.template_name}
         job = {**training_arguments(plan), "neat_packing": plan["packing"], "eval_strategy": "no", "do_train": True}
         data["cutoff_len"] = 2048 if plan["packing"] else 32_768  # the default cuts; a pack is filled up to it
         self.args = get_train_args({"model_name_or_path": base_dir, **LORA, **data, **job, "overwrite_cache": True})

@@ -15,7 +15,7 @@ from glm4ft.testing.baseline.baseline_file import Baseline, read_baseline, write
 from glm4ft.testing.baseline.curves import Curve, first_unequal
 from glm4ft.testing.baseline.environment import Tier
 from glm4ft.testing.baseline.identity import difference
-from glm4ft.testing.baseline.measure import Measured, Progress, measure
+from glm4ft.testing.baseline.measure import Measured, Progress, measure, not_repeated
 from glm4ft.testing.baseline.recordings import measure_recordings
 from glm4ft.testing.baseline.repository import uncommitted
 from glm4ft.testing.baseline.sign_flips import flip_test
@@ -122,6 +122,8 @@ def compare(baseline: Baseline, measured: Measured) -> Comparison:
     other = difference(baseline.identity, now.identity, measured.rows, measured.tokenizer)
     if other:
         return Comparison("not comparable", tier, f"the runs are not those of the baseline: {other}")
+    if words := not_repeated(measured):
+        return Comparison("differs", tier, words)
     return compare_curves(baseline.curves, now.curves, tier)
 
 

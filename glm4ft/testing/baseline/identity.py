@@ -65,10 +65,15 @@ def identity_of(
         config={name: value for name, value in sorted(config.items()) if name not in NOT_ARITHMETIC},
         weights=dict(_weights(base_dir)),
         tokenizer=_digest(spelled),
-        adapters=_plain(adapters),
+        adapters=_plain({name: _in_order(value) for name, value in adapters.items()}),
         trained={name: tuple(parameter.shape) for name, parameter in sorted(trained.items())},
         rows=tuple(_digest(json.dumps([list(ids), list(labels)])) for ids, labels in rows),
     )
+
+
+def _in_order(value: Any) -> Any:
+    """Names of modules mean the same in any order."""
+    return sorted(value) if isinstance(value, (list, tuple, set, frozenset)) else value
 
 
 def _plain(options: Mapping[str, Any]) -> dict[str, Any]:

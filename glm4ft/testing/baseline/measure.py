@@ -6,7 +6,7 @@ import contextlib
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -50,11 +50,13 @@ class Measured:
         baseline: The curves, with identity and origin.
         rows: The rows of the runs, to show one that changed.
         tokenizer: The tokenizer that shows it.
+        again: A second run of the first seed in the same environment; None if there is none.
     """
 
     baseline: Baseline
     rows: list[tuple[tuple[int, ...], tuple[int, ...]]]
     tokenizer: Any
+    again: Curve | None = None
 
 
 def measure(
@@ -65,7 +67,7 @@ def measure(
     seeds: Sequence[int] = tuple(range(SEEDS)),
     progress: Progress = iter,
 ) -> Measured:
-    """Run a subject once for each seed and collect its curves.
+    """Run a subject once for each seed, and the first once more, and collect its curves.
 
     Args:
         subject: The subject as ``MODULE:ATTR``.
@@ -81,7 +83,7 @@ def measure(
 def measure_trial(
     trial: Trial, model: str, *, plan: Mapping[str, Any], seeds: Sequence[int], progress: Progress = iter
 ) -> Measured:
-    """Run the subject of a trial once for each seed and collect its curves.
+    """Run the subject of a trial once for each seed, and the first once more, and collect its curves.
 
     Args:
         trial: The subject on its base.
@@ -93,7 +95,7 @@ def measure_trial(
     trial.data[DATA] = conversations_of(trial)
     rows = trial.rows(trial.data[DATA])
     curves, trained = list[Curve](), Tensors()
-    for seed in progress(seeds):
+    for seed in progress((*seeds, seeds[0])):
         run, curve = _run(trial, seed, plan)
         curves.append(curve)
         trained = trained or (run.trace.steps[0].before if run.trace.steps else {})
@@ -101,8 +103,8 @@ def measure_trial(
     subject = trial.subject
     adapters = getattr(subject, "lora", None) or {}
     identity = identity_of(trial.base_dir, subject.tokenizer, make_plan(**plan), adapters, trained, rows)
-    found = Baseline(trial.spec, model, identity, environment(), commit(Path.cwd()), now, tuple(curves))
-    return Measured(found, rows, subject.tokenizer)
+    found = Baseline(trial.spec, model, identity, environment(), commit(Path.cwd()), now, tuple(curves[:-1]))
+    return Measured(found, rows, subject.tokenizer, curves[-1])
 
 
 @contextlib.contextmanager
@@ -157,13 +159,10 @@ def record_baseline(
     if changed:
         raise ConfigError("the repository has changes that are not committed, so its commit does not say what is "
                           "measured", found=", ".join(changed[:3]), fix="commit or stash them first")  # fmt: skip
-    seeds = tuple(range(num_seeds))
-    measured = measure(subject, model, plan=plan, seeds=(*seeds, 0), progress=progress)
-    *curves, again = measured.baseline.curves
-    found = replace(measured.baseline, curves=tuple(curves))
-    require_recordable(found, again)
-    write_baseline(output, found)
-    return found
+    measured = measure(subject, model, plan=plan, seeds=range(num_seeds), progress=progress)
+    require_recordable(measured)
+    write_baseline(output, measured.baseline)
+    return measured.baseline
 
 
 def require_num_seeds(num_seeds: int, option: str) -> None:
@@ -184,23 +183,27 @@ def _is_below(file: Path, folder: Path) -> bool:
     return file.absolute().is_relative_to(folder.absolute())
 
 
-def require_recordable(found: Baseline, again: Curve) -> None:
+def require_recordable(measured: Measured) -> None:
     """Refuse curves that later ones could not be compared with.
 
     Args:
-        found: The curves.
-        again: A second run of the first seed, in the same environment.
+        measured: The curves, with a second run of the first seed.
     Raises:
         RunError: If a figure is not finite, a step is missing, or the second run differs.
     """
+    found = measured.baseline
     wanted = int(found.identity.plan["steps"])
     for curve in found.curves:
         if len(curve.steps) != wanted:
             raise RunError(f"seed {curve.seed} took {len(curve.steps)} optimizer steps of {wanted}: not a baseline")
         if not curve.is_finite:
             raise RunError(f"seed {curve.seed} has figures that are not finite: not a baseline")
-    if words := first_unequal(found.curves[0].steps, again.steps):
-        raise RunError(
-            f"two runs of seed {again.seed} in one environment differ, {words}: the run does not repeat, so no later "
-            "one could be told from it; draw all random numbers from the seed"
-        )
+    if words := not_repeated(measured):
+        raise RunError(f"{words}, so no later run could be told from it; draw all random numbers from the seed")
+
+
+def not_repeated(measured: Measured) -> str:
+    """How the second run of the first seed differs from the first, in words; "" if it does not."""
+    first, again = measured.baseline.curves[0], measured.again
+    words = first_unequal(first.steps, again.steps) if again else ""
+    return f"two runs of seed {first.seed} in one environment differ, {words}: the run does not repeat" if words else ""

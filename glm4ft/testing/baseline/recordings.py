@@ -28,8 +28,9 @@ from glm4ft.testing.trial.recorded_rows import trained_rows
 
 # The options of an adapter that its user states, by peft's names; the others tell where it came from.
 ADAPTER = (
-    "peft_type", "r", "lora_alpha", "target_modules", "lora_dropout", "use_rslora", "use_dora", "bias",
-    "modules_to_save", "layers_to_transform", "rank_pattern", "alpha_pattern", "exclude_modules", "init_lora_weights",
+    "peft_type", "r", "lora_alpha", "target_modules", "target_parameters", "lora_dropout", "use_rslora", "use_dora",
+    "bias", "modules_to_save", "layers_to_transform", "rank_pattern", "alpha_pattern", "exclude_modules",
+    "init_lora_weights",
 )  # fmt: skip
 SETTINGS = ("betas", "eps", "weight_decay")
 
@@ -81,14 +82,14 @@ def record_recordings(
         RunError: If a run is not finite, not whole, or its repetition differs in any bit.
     """
     require_num_seeds(len(folders), "--recordings")
-    measured = measure_recordings([*folders, repeat], base_dir, progress).baseline
-    if measured.commit.endswith(UNCOMMITTED):
+    measured = measure_recordings([*folders, repeat], base_dir, progress)
+    *curves, again = measured.baseline.curves
+    found = replace(measured.baseline, curves=tuple(curves))
+    if found.commit.endswith(UNCOMMITTED):
         raise ConfigError("the runs were recorded in a repository with files that are not committed, so its commit "
-                          "does not say what was measured", where=str(folders[0]), found=measured.commit,
+                          "does not say what was measured", where=str(folders[0]), found=found.commit,
                           fix="commit or stash them and record the runs again")  # fmt: skip
-    *curves, again = measured.curves
-    found = replace(measured, curves=tuple(curves))
-    require_recordable(found, replace(again, seed=curves[0].seed))
+    require_recordable(replace(measured, baseline=found, again=again))
     write_baseline(output, found)
     return found
 

@@ -165,6 +165,15 @@ PEERS = (
         *ROWS_OF_GLM_45,
     ),
     Peer(
+        "renderers, GLM-4.5",
+        f"{SUBJECTS}.renderers_reasoning:Subject",
+        "renderers",
+        ("renderers", "transformers"),
+        known_failures_reasoning.RENDERERS_REASONING,
+        "PrimeIntellect's `build_training_sample` with `ensure_final_stop=True`, which its documentation has for GLM.",
+        *ROWS_OF_GLM_45,
+    ),
+    Peer(
         "official script, as a trainer",
         f"{SUBJECTS}.official_trainer:Subject",
         "trl",

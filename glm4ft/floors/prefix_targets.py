@@ -81,9 +81,9 @@ def _shared(rows: FlatRows) -> Iterator[tuple[Array, Array, Array]]:
     """
     width = int(rows.ids_T.max(initial=0)) + 1
     next_R = np.cumsum(rows.num_targets_R) - rows.num_targets_R  # the first target of each row that is not passed
+    position = 0
     row_A: Array = np.flatnonzero(rows.num_targets_R).astype(np.int32)
     group_A: Array = np.zeros(len(row_A), dtype=np.int32)
-    position = 0
     while len(row_A):
         position += 1
         is_longer_A = rows.lengths_R[row_A] > position

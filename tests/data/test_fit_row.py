@@ -68,9 +68,9 @@ def test_little_more_is_encoded_than_a_row_holds(messages: Any, monkeypatch: pyt
             num_characters.append(len(text))
             return plain.encode(text)
 
-        def encode_batch(self, texts: list[str]) -> Any:
+        def encode_batch_fast(self, texts: list[str]) -> Any:
             num_characters.extend(map(len, texts))
-            return plain.encode_batch(texts)
+            return plain.encode_batch_fast(texts)
 
     monkeypatch.setattr(TINY_FORMAT, "_plain", Counting())
     row, reason = fit_row(from_messages(messages), TINY_FORMAT, 1000)

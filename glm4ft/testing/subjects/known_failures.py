@@ -342,6 +342,22 @@ TRL = (
 # On a base whose template ends every answer with a token of its own, as ChatML's does
 TRL_TEMPLATE = (
     INJECTION,
+    *(
+        KnownFailure(
+            check=check,
+            kind="fault",
+            what="encodes prompt and completion in one piece, so an answer that begins with white space is joined with "
+            "the line end of its prompt; TRL warns of it",
+            consequence="such an answer begins with a token that the serving prompt has begun already",
+            remedy="answers without white space at their beginning",
+            messages=({"role": "user", "content": "hi"}, {"role": "assistant", "content": "\n\nhello"}),
+        )
+        for check in (
+            "row_begins_with_the_serving_prompt",
+            "tokenizer_is_saved_with_the_adapter",
+            "merged_checkpoint_is_served_as_it_was_trained",
+        )
+    ),
     *TRAINER_EVALUATES,
     LAST_ONLY_ROWS,
     *(

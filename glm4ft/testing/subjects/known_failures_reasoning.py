@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from glm4ft.testing.subjects.known_failures import (
     INJECTION,
     LLAMA_FACTORY,
@@ -105,4 +107,16 @@ MS_SWIFT_REASONING = (
         "`loss_scale: last_round`, which trains the last turn alone and empties the reasoning before it"
     ),
     *(failure for failure in MS_SWIFT if failure.check in _ALSO_DENSE),
+)
+
+# Measured with renderers 0.1.12.
+RENDERERS_REASONING = (
+    *(
+        replace(
+            failure, remedy="leave out conversations without reasoning; `enable_thinking=False` trains the block, too"
+        )
+        for failure in TRL_REASONING[:3]
+    ),
+    _no_switch("", "a second renderer with `enable_thinking=False` for those conversations"),
+    replace(INJECTION, what="encodes a message's text with control tokens recognised, so marker text becomes them"),
 )

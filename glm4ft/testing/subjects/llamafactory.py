@@ -29,8 +29,7 @@ class Subject(PeftSubject):
         base_dir: The Hugging Face model folder of the base.
     """
 
-    name, chat_format, expected_failures = "LLaMA-Factory", "glm-4-0414", reasons(LLAMA_FACTORY)
-    template_name = "glm4"
+    name, chat_format, template_name, expected_failures = "LLaMA-Factory", "glm-4-0414", "glm4", reasons(LLAMA_FACTORY)
 
     def __init__(self, base_dir: str) -> None:
         self.folder = Path(tempfile.mkdtemp())
@@ -39,11 +38,10 @@ class Subject(PeftSubject):
         self.stop_ids = self.template.get_stop_token_ids(self.tokenizer)
 
     def _configure(self, base_dir: str, plan: Any) -> None:
-        data = {"dataset": "chats", "dataset_dir": str(self.folder), "overwrite_cache": True}
+        data: Any = {"dataset": "chats", "dataset_dir": str(self.folder), "template": self.template_name}
         job = {**training_arguments(plan), "neat_packing": plan["packing"], "eval_strategy": "no", "do_train": True}
-        data["template"] = self.template_name
         data["cutoff_len"] = 2048 if plan["packing"] else 32_768  # the default cuts; a pack is filled up to it
-        self.args = get_train_args({"model_name_or_path": base_dir, **LORA, **data, **job})
+        self.args = get_train_args({"model_name_or_path": base_dir, **LORA, **data, **job, "overwrite_cache": True})
         self.modules = load_tokenizer(self.args[0])
         self.tokenizer = self.modules["tokenizer"]
         self.template = get_template_and_fix_tokenizer(self.tokenizer, self.args[1])

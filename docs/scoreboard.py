@@ -174,6 +174,17 @@ PEERS = (
         *ROWS_OF_GLM_45,
     ),
     Peer(
+        "NeMo AutoModel, GLM-4.5",
+        f"{SUBJECTS}.nemo_automodel_reasoning:Subject",
+        "nemo-automodel",
+        ("nemo-automodel", "transformers"),
+        known_failures_reasoning.NEMO_AUTOMODEL_REASONING,
+        "`ChatDataset` with `mask_generation_prompt: true`. It refuses conversations whose earlier turns are rendered "
+        "without their reasoning. Calls are not judged: it makes a string of their arguments, which the checkpoint's "
+        "template cannot render.",
+        *ROWS_OF_GLM_45,
+    ),
+    Peer(
         "official script, as a trainer",
         f"{SUBJECTS}.official_trainer:Subject",
         "trl",

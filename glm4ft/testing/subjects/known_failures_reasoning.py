@@ -120,3 +120,18 @@ RENDERERS_REASONING = (
     _no_switch("", "a second renderer with `enable_thinking=False` for those conversations"),
     replace(INJECTION, what="encodes a message's text with control tokens recognised, so marker text becomes them"),
 )
+
+# Measured with NeMo AutoModel 0.7.0, with `mask_generation_prompt`; without it, headers are trained as well.
+NEMO_AUTOMODEL_REASONING = (
+    *(replace(failure, remedy="leave out conversations without reasoning") for failure in TRL_REASONING[:3]),
+    _no_switch("", "write `/nothink` behind the user's text in the data"),
+    KnownFailure(
+        check="every_turn_ends_in_one_stop",
+        kind="fault",
+        what="the last turn has no terminator, and in earlier ones the next role's token is not trained",
+        consequence="the model never learns to stop",
+        remedy="none known",
+        messages=TWO_TURNS[:2],
+    ),
+    replace(INJECTION),
+)

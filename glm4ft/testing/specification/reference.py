@@ -82,6 +82,11 @@ class Reference:
         """The base's tokenizer, which shows ids as text."""
         return AutoTokenizer.from_pretrained(self.base_dir)
 
+    @property
+    def num_layers(self) -> int:
+        """The number of decoder layers."""
+        return int(self.model.config.num_hidden_layers)
+
     def show(self, ids: Sequence[int]) -> str:
         """Format tokens for a message: their quoted text, then their ids in brackets."""
         return f"{self.tokenizer.decode(list(ids))!r} ({', '.join(map(str, ids))})"

@@ -23,8 +23,8 @@ from glm4ft.testing.specification.reference import AdamW, LabelledIds, Reference
 # update; see tests/sweeps/clean_departures.py.
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 # The number of layers up to which the limit of a gradient in fp32 holds; rounding adds up over the layers of a deeper
-# base. Measured: at most 1.9e-6 with 2 layers (docs/thresholds.md), 1.1e-5 with the 30 of SmolLM2-135M (21 plans,
-# x86-64 CPU, 2026-11-27); the nearest fault departs by 1.2e-3.
+# base. Measured: at most 1.9e-6 with 2 layers (docs/thresholds.md), 1.1e-5 with the 30 of SmolLM2-135M (x86-64 CPU,
+# 2026-11-27); the nearest fault departs by 1.2e-3.
 SHALLOW = 8
 # The same for a token's weight in the loss. It is recovered from a gradient that shrinks as the model grows certain of
 # the token, so it is known less precisely.

@@ -105,6 +105,8 @@ class Attachment:
             _require_memory(model, self.steps)
             self.about = describe(model, stated_configuration(sys._getframe(1)))
             self.recorder = QuietRecorder(model, self)
+            if module is self.recorder.decoder.embedding:  # its own hooks act from its next call on
+                self.recorder.ids_embedded(module, args)
             self.why_not = ""
         except Exception as error:  # the run goes on unrecorded
             self.give_up(str(error))

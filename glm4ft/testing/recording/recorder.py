@@ -60,6 +60,7 @@ class Recorder:
         self.depth = 0
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.names = {id(p): name for name, p in self.parameters.items()}
+        self.at_start = {name: _copy(p) for name, p in self.parameters.items()}  # until the first step
         dims = {name: split_dimension(name, parameter) for name, parameter in self.parameters.items()}
         self.trace = Trace(
             dtype=self.decoder.head.weight.dtype,  # type: ignore[arg-type]
@@ -76,7 +77,7 @@ class Recorder:
         self.stack = ExitStack()
         hooks: list[RemovableHandle] = [
             self.decoder.body.register_forward_pre_hook(self.guarded(self._body_called), with_kwargs=True),
-            self.decoder.embedding.register_forward_pre_hook(self.guarded(self._ids_embedded)),
+            self.decoder.embedding.register_forward_pre_hook(self.guarded(self.ids_embedded)),
             self.decoder.norm.register_forward_hook(self.guarded(self._hidden_ready)),
             register_optimizer_step_pre_hook(self.guarded(self._step_begins)),
             register_optimizer_step_post_hook(self.guarded(self._step_ended)),
@@ -109,7 +110,13 @@ class Recorder:
         # the ids may be embedded before the body is called: a trainer may hand over the embeddings
         self.inputs |= {name: _copy(kwargs.get(name)) for name in ("position_ids", "attention_mask")}
 
-    def _ids_embedded(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+    def ids_embedded(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        """Keep the ids of a forward pass.
+
+        Args:
+            module: The token embedding.
+            args: Its inputs.
+        """
         if len(self.trace.steps) >= self.max_steps:
             self.close()  # not before: a second optimizer may share the last step
         self.inputs["input_ids"], self.kept = _copy(args[0]), {}
@@ -245,7 +252,12 @@ class Recorder:
         return self.trace.steps[-1].after if self.trace.steps else {}
 
     def _step_ended(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        self.depth -= 1
+        if not self.depth and self.pending:  # the step began before the recorder did: its closure ran the forward pass
+            self._keep_step(optimizer)
+            for first in self.trace.steps:
+                first.before = self.at_start
+        self.depth = max(0, self.depth - 1)
+        self.at_start = {}
         held = {name for group in optimizer.param_groups for p in group["params"] if (name := self.names.get(id(p)))}
         if self.depth or not held or not self.trace.steps:
             return

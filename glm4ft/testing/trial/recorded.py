@@ -102,12 +102,12 @@ def judge_recording(folder: Path, base_dir: str = "", data: str | None = None) -
     known, why = _known_rows(rows, reference, marks, data) if data else ([], why)
     if not known and not (marks and has_answers(rows, marks)):
         not_judged["rows"] = why or "no row has the assistant header of the base's chat template"
-    plan, own = plan_of(trace, about["configuration"], len(traces)), [(row.ids, row.labels) for row in rows]
+    plan, own = plan_of(trace, about["configuration"], len(traces)), [(r.ids, r.labels) for r in rows if r.ids]
     limits = measured_limits(reference, trace, own)
     verdict = replay(trace, reference, known or own, plan, not_judged, limits)
     if known and "rows" in verdict.departures:
         verdict = _rows_of(verdict, replay(trace, reference, own, plan, [*not_judged, "rows"], limits))
-    more = [*settings_departures(trace, about, reference), *_ranks_differ(traces)]
+    more = [*settings_departures(trace, about, reference, verdict.packed), *_ranks_differ(traces)]
     if marks and not known:
         more += template_departures(rows, reference, marks)
     verdict = _with(verdict, more)

@@ -18,15 +18,19 @@ from glm4ft.testing.specification.reference import Reference, split_rows
 SIX_SIGMA = 6.0
 
 
-def settings_departures(trace: Trace, about: Mapping[str, Any], reference: Reference) -> Iterator[Departure]:
+def settings_departures(
+    trace: Trace, about: Mapping[str, Any], reference: Reference, is_packed: bool
+) -> Iterator[Departure]:
     """Report each setting that was asked for and did not happen.
 
     Args:
         trace: The recording, merged over processes.
         about: What is known of the run beside its tensors.
         reference: The specification on the run's base, with the run's own adapter configuration.
+        is_packed: Whether a sequence of the run holds several rows.
     """
-    yield from _wrong_sizes(trace, about["configuration"])
+    if not is_packed:  # of a packed batch, neither rows nor sequences are what was asked for
+        yield from _wrong_sizes(trace, about["configuration"])
     yield from _wrong_precision(trace, about["configuration"])
     if about["model"]["adapter"] is not None:
         yield from _wrong_adapters(trace, about["model"], reference)
@@ -38,7 +42,7 @@ def _wrong_sizes(trace: Trace, configuration: Mapping[str, Any]) -> Iterator[Dep
     names = ("per_device_train_batch_size", "gradient_accumulation_steps")
     is_packed = any(len(split_rows(f)) > len(f.input_ids_BT) for step in trace.steps for f in step.forwards)
     if is_packed or not all(name in configuration for name in names):
-        return  # of a packed batch, neither rows nor sequences are what was asked for
+        return
     sizes = [configuration[name] for name in names]
     asked = math.prod(sizes) * int(configuration.get("world_size") or 1)
     got = [sum(len(forward.input_ids_BT) for forward in step.forwards) for step in trace.steps if step.forwards]

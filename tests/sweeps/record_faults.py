@@ -27,9 +27,10 @@ from glm4ft.testing.faults.registry import all_faults
 from glm4ft.testing.faults.variations import all_variations
 from glm4ft.testing.faults.warm import in_parallel, warm_base
 from glm4ft.testing.subject import make_plan
-from glm4ft.testing.trial.bank import BANK, FLAGGED, answer, user
+from glm4ft.testing.trial.bank import BANK, FLAGGED, THINKING, answer, user
 from glm4ft.testing.trial.conversations import all_conversations
 
+DENSE = "Glm4ForCausalLM"
 STAGES = ("rows", "batches", "model", "gradient", "clipping", "schedule", "update")
 STEPS, TOTAL_STEPS = 8, 20  # recorded, and of the run: two epochs, and a schedule that goes on
 COMMON = {"learning_rate": 5e-3, "weight_decay": 0.01, "max_grad_norm": 0.1, "max_steps": TOTAL_STEPS}
@@ -49,6 +50,7 @@ PACKING = {"collate_packed", "pack", "pack_length", "positions"}  # parts of the
 _ASKED = "what was asked for is lost before it reaches any object of the run"
 _SEED = "one run does not show what another seed would have given"
 _EVALUATION = "evaluation is not recorded"
+_LOG = "what the run logs is not recorded"
 UNSEEN: Mapping[str, str] = {
     "stale-token-cache": "one run does not show what another tokenizer would have given",
     "pad-id-zero-is-falsy": "the padding id of this base is not 0",
@@ -63,6 +65,7 @@ UNSEEN: Mapping[str, str] = {
     "dora-asked-and-plain-lora-built": _ASKED,
     "adapters-ignore-the-seed": _SEED,
     "adapters-not-repeatable": _SEED,
+    "norm-logged-after-clip": _LOG,
     "lora-dropout-on-in-evaluation": _EVALUATION,
     "dropout-left-on-in-evaluation": _EVALUATION,
 }
@@ -99,14 +102,17 @@ REASONING = [user("and"), user("why?"), answer("<think>so</think>it is"), user("
 LONG = [user("go on"), answer("a long way " * 76)]
 
 
-def write_data(path: Path) -> None:
-    """Write thirteen conversations: of the bank of the checks of rows, with two tools, and of many lengths."""
+def write_data(path: Path, *, with_reasoning: bool = False) -> None:
+    """Write conversations: of the bank of the checks of rows, with two tools, and of many lengths."""
     sets, taken = (
         all_conversations(),
         ("several turns", "system", "ends with a tool call", "marker text", "white space"),
     )
     talks = [{"messages": list(t.messages), "tools": list(t.tools) if t.tools else None} for t in BANK if t.id in taken]
     more = [{"messages": m, "tools": None} for m in (list(FLAGGED.messages), FLAGS, REASONING, LONG)]
+    thoughts = [{"messages": list(t.messages), "tools": list(t.tools) if t.tools else None} for t in THINKING]
+    if with_reasoning:  # in the other formats there is no place for it
+        more = thoughts
     rows = [*talks, *more, *sets["mixed"][:2], *sets["short"][1:5:2]]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
 
@@ -160,14 +166,15 @@ def try_one(task: tuple[str, bool, int]) -> Outcome:
     fault = all_faults().get(id)
     stage = fault.stage if fault else ""
     with tempfile.TemporaryDirectory(prefix="glm4ft-recorded-") as name:
-        folder, base = Path(name), str(warm_base())
-        write_data(folder / "data.jsonl")
+        architecture = getattr(_kind(id), "architecture", DENSE)
+        folder, base = Path(name), str(warm_base(architecture=architecture))
+        write_data(folder / "data.jsonl", with_reasoning=architecture != DENSE)
         for configuration in _tried(id):
             recording = folder / configuration
             arguments = [id, configuration, base, str(folder / "data.jsonl"), str(folder / "output")]
             try:
                 _record(recording, arguments, bf16, processes)
-                found, text = _verdict(recording, folder / "data.jsonl")
+                found, text = _verdict(recording, base, folder / "data.jsonl")
             except Exception as error:
                 found, text = "error", f"{type(error).__name__}: {error}"
             if found:
@@ -211,12 +218,12 @@ def _record(recording: Path, arguments: Sequence[str], bf16: bool, processes: in
         train(*arguments, bf16=bf16)  # type: ignore[arg-type]
 
 
-def _verdict(recording: Path, data: Path) -> tuple[str, str]:
+def _verdict(recording: Path, base: str, data: Path) -> tuple[str, str]:
     from glm4ft.errors import InputError
     from glm4ft.testing.trial.recorded import judge_recording
 
     try:
-        first = judge_recording(recording, str(warm_base()), data).verdict.departure
+        first = judge_recording(recording, base, data).verdict.departure
     except InputError as error:
         # what is refused with the reason that the fault is counts as told, at the stage that the reason is about
         return ("model" if "none of its parameters is trained" in str(error) else "error"), str(error)

@@ -72,7 +72,7 @@ class Attachment:
         self.recorder: QuietRecorder | None = None
         self.about: dict[str, Any] = {}
         self.passed = weakref.WeakSet[nn.Module]()  # modules that hold no decoder: encoders, losses, blocks
-        self.why_not = ""
+        self.why_not, self.has_given_up = "", False
         self.waiting = register_module_forward_pre_hook(self._forward_begins)
         atexit.register(self.close)
 
@@ -82,9 +82,9 @@ class Attachment:
         atexit.unregister(self.close)
         if self.recorder:
             self.recorder.close()
-            if not self.recorder.trace.steps and not self.why_not:
+            if not self.recorder.trace.steps and not self.has_given_up:
                 self.keep(self.recorder.trace)
-        elif self.why_not and not (self.folder / TRACE).exists():
+        elif self.why_not and not self.has_given_up and not (self.folder / TRACE).exists():
             environment.note(str(self.folder), self.why_not)
 
     def _forward_begins(self, module: nn.Module, args: Any) -> None:
@@ -108,8 +108,10 @@ class Attachment:
             if module is self.recorder.decoder.embedding:  # its own hooks act from its next call on
                 self.recorder.ids_embedded(module, args)
             self.why_not = ""
-        except Exception as error:  # the run goes on unrecorded
+        except ValueError as error:  # the run goes on unrecorded
             self.give_up(str(error))
+        except Exception as error:
+            self.give_up(f"the run cannot be recorded: {error!r}")
 
     def _model_of(self, module: nn.Module) -> nn.Module | None:
         """The model with a decoder that a forward pass begins in; None if there is none, which may come later.
@@ -139,7 +141,7 @@ class Attachment:
 
     def give_up(self, why: str) -> None:
         """Remove all hooks and note the reason."""
-        self.why_not = why
+        self.why_not, self.has_given_up = why, True
         environment.note(str(self.folder), why)
         self.waiting.remove()
         atexit.unregister(self.close)

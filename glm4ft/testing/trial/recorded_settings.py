@@ -32,9 +32,18 @@ def settings_departures(
     if not is_packed:  # of a packed batch, neither rows nor sequences are what was asked for
         yield from _wrong_sizes(trace, about["configuration"])
     yield from _wrong_precision(trace, about["configuration"])
+    yield from _wrong_optimizer(trace, about["configuration"])
     if about["model"]["adapter"] is not None:
         yield from _wrong_adapters(trace, about["model"], reference)
         yield from _wrong_dropout(trace, float(about["model"]["adapter"].get("lora_dropout") or 0.0))
+
+
+def _wrong_optimizer(trace: Trace, configuration: Mapping[str, Any]) -> Iterator[Departure]:
+    """Adam in place of AdamW takes weight decay as a part of the gradient, which Adam then scales."""
+    asked, found = str(configuration.get("optim", "")), {step.optimizer for step in trace.steps}
+    if asked.startswith("adamw") and configuration.get("weight_decay") and found == {"Adam"}:
+        text = f"{asked} was asked for with a weight decay of {configuration['weight_decay']:g}; the optimizer is Adam"
+        yield Departure("update", 1, text, "the decay is added to the gradient instead of decoupled from it")
 
 
 def _wrong_sizes(trace: Trace, configuration: Mapping[str, Any]) -> Iterator[Departure]:

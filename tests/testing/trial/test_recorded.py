@@ -112,7 +112,17 @@ def test_wrong_row_hides_nothing_that_follows(healthy: Trial, tmp_path: Path) ->
     assert len(found.rows) == len(trained)
 
 
-@pytest.mark.parametrize("id", ["assistant-header-trained", "mean-of-micro-means", "warmup-skipped"])
+@pytest.mark.parametrize(
+    "id",
+    [
+        "assistant-header-trained",
+        "truncate-after-padding",
+        "role-marker-trained",
+        "mean-of-micro-means",
+        "warmup-skipped",
+        "l2-in-place-of-decoupled",
+    ],
+)
 def test_fault_in_a_recorded_script_is_told_at_its_stage(id: str) -> None:
     outcome = try_one((id, False, 0))
     assert outcome.is_right, outcome
@@ -122,6 +132,13 @@ def test_fault_in_a_recorded_script_is_told_at_its_stage(id: str) -> None:
 def test_limits_of_low_precision_are_measured_on_the_run(id: str) -> None:
     """Rounding of bf16 is no alarm, and hides neither a wrong loss nor a wrong model."""
     outcome = try_one((id, True, 0))
+    assert outcome.is_right, outcome
+
+
+@pytest.mark.parametrize("id", ["backward-in-a-closure", "embeddings-handed-over"])
+def test_first_step_is_recorded_where_the_loop_begins_it_in_another_way(id: str) -> None:
+    """The first forward pass comes inside of the optimizer's step, or begins at the embedding alone."""
+    outcome = try_one((id, False, 0))
     assert outcome.is_right, outcome
 
 

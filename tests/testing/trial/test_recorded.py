@@ -117,7 +117,6 @@ def test_wrong_row_hides_nothing_that_follows(healthy: Trial, tmp_path: Path) ->
     [
         "assistant-header-trained",
         "truncate-after-padding",
-        "role-marker-trained",
         "mean-of-micro-means",
         "warmup-skipped",
         "l2-in-place-of-decoupled",

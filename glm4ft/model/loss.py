@@ -3,7 +3,8 @@
 Shapes: B rows of a batch, T positions, N supervised positions of the batch, D hidden, V vocabulary.
 
 GLM-4 has 151,552 tokens and in chats a quarter of the positions is supervised, so for three quarters of the positions
-the head's computation, and the memory of its logits, would be wasted.
+the head's computation, and the memory of its logits, would be wasted. A frozen head needs no logits in the backward
+pass either: what a token's loss hands down depends on that token alone, and is known once its logits are.
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from glm4ft.data.encoded_row import IGNORED
 
-# Largest number of logits in memory at once: 1 GiB in fp32. For more the head runs in chunks, recomputed in backward.
-MAX_LOGITS = 2**28
+# Largest number of logits in memory at once, 256 MiB in fp32: 442 tokens of GLM-4's vocabulary, for which a matrix
+# product is as quick as for more of them.
+MAX_LOGITS = 2**26
 
 
 def install_supervised_loss(model: PreTrainedModel) -> None:
@@ -80,6 +83,8 @@ def supervised_nll(
     hidden_ND, targets_N = hidden_BTD[:, :-1][keep_BT], targets_BT[keep_BT]
     row_N = keep_BT.nonzero()[:, 0]
     chunk = max(1, MAX_LOGITS // getattr(head, "out_features", MAX_LOGITS))
+    if torch.is_grad_enabled() and not any(parameter.requires_grad for parameter in head.parameters()):
+        return _FrozenHeadNll.apply(hidden_ND, head, targets_N, chunk), row_N
     if len(targets_N) <= chunk:
         return _nll(head, hidden_ND, targets_N), row_N
     pieces = [
@@ -92,3 +97,38 @@ def supervised_nll(
 def _nll(head: nn.Module, hidden_ND: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
     # fp32: in bf16 the gradient of a confident target is off by up to 20 % (Liger-Kernel 1329)
     return F.cross_entropy(head(hidden_ND).float(), targets_N, reduction="none")
+
+
+class _FrozenHeadNll(torch.autograd.Function):
+    """The same as ``_nll``, with the gradient of the hidden states computed beside it, so that no logits are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: torch.Tensor, head: nn.Module, targets_N: torch.Tensor, chunk: int) -> Any:
+        nll_N = hidden_ND.new_empty(len(targets_N), dtype=torch.float32)
+        grad_ND = torch.empty_like(hidden_ND)
+        for start in range(0, len(targets_N), chunk):
+            piece = slice(start, start + chunk)
+            with torch.enable_grad():  # the head is called as a module: hooks, autocast and quantised weights work
+                hidden_nD = hidden_ND[piece].detach().requires_grad_()
+                logits_nV = head(hidden_nD)
+            nll_N[piece], grad_nV = _nll_and_gradient(logits_nV.detach().float(), targets_N[piece])
+            (grad_ND[piece],) = torch.autograd.grad(logits_nV, hidden_nD, grad_nV.to(logits_nV.dtype))
+        ctx.save_for_backward(grad_ND)
+        return nll_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_N: torch.Tensor) -> Any:
+        (grad_ND,) = ctx.saved_tensors
+        return grad_ND * grad_N[:, None].to(grad_ND.dtype), None, None, None
+
+
+def _nll_and_gradient(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each token's loss and its gradient, softmax - onehot, which takes the place of the fp32 logits."""
+    top_N, likeliest_N = (figure[:, None] for figure in logits_NV.max(dim=1))
+    target_logits_N = logits_NV.gather(1, targets_N[:, None])
+    probs_NV = torch.softmax(logits_NV, dim=1, out=logits_NV)
+    # the largest probability is at least 1 / V, so that its logarithm is exact where the target's would be infinite
+    nll_N = top_N - probs_NV.gather(1, likeliest_N).log() - target_logits_N
+    probs_NV[torch.arange(len(targets_N), device=targets_N.device), targets_N] -= 1
+    return nll_N[:, 0], probs_NV

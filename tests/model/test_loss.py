@@ -5,6 +5,8 @@ Run: pytest tests/model/test_loss.py
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -31,21 +33,26 @@ def batch(seed: int, rows: int = 3, length: int = 40, share: float = 0.3) -> dic
     return {"input_ids": input_ids, "labels": torch.where(supervised, input_ids, IGNORED)}
 
 
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen head", "trained head"])
 @pytest.mark.parametrize("seed", range(3))
-def test_loss_equals_that_of_transformers(model: nn.Module, seed: int) -> None:
+def test_loss_equals_that_of_transformers(model: nn.Module, seed: int, frozen: bool) -> None:
     """The model's own loss over full logits, for the same divisor, gives the same number."""
     data = batch(seed)
+    model.lm_head.requires_grad_(not frozen)
     expected = model(**data, num_items_in_batch=torch.tensor(50)).loss
     install_supervised_loss(model)
     loss = model(**data, num_items_in_batch=torch.tensor(50)).loss
     assert abs(loss - expected) <= RELATIVE_LIMIT * expected
 
 
-def test_gradients_equal_those_of_transformers(model: nn.Module) -> None:
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen head", "trained head"])
+def test_gradients_equal_those_of_transformers(model: nn.Module, frozen: bool) -> None:
+    model.lm_head.requires_grad_(not frozen)
+
     def gradients() -> list[torch.Tensor]:
         model.zero_grad()
         model(**batch(0)).loss.backward()
-        return [p.grad.clone() for p in model.parameters()]
+        return [p.grad.clone() for p in model.parameters() if p.requires_grad]
 
     expected = gradients()
     install_supervised_loss(model)
@@ -74,20 +81,55 @@ def test_head_sees_supervised_rows_only(model: nn.Module) -> None:
     assert seen == [int((data["labels"][:, 1:] != IGNORED).sum())]
 
 
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen head", "trained head"])
 @pytest.mark.parametrize(("max_logits", "rows"), [(7 * 554, 7), (1, 1)])  # the head has 554 rows
 def test_chunks_change_neither_loss_nor_gradient(
-    model: nn.Module, monkeypatch: pytest.MonkeyPatch, max_logits: int, rows: int
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch, max_logits: int, rows: int, frozen: bool
 ) -> None:
-    """The recomputed chunks of a long batch add up to the result without chunks; a chunk has at least one position."""
+    """The chunks of a long batch add up to the result without chunks; a chunk has at least one position."""
     hidden = torch.randn(3, 40, 128, requires_grad=True)
     labels = batch(0)["labels"]
-    (expected,) = torch.autograd.grad(supervised_nll(model.lm_head, hidden, labels)[0].sum(), hidden)
+    weights = torch.rand(int((labels[:, 1:] != IGNORED).sum()))  # each token's gradient has a factor of its own
+
+    def nll_and_gradient() -> tuple[torch.Tensor, torch.Tensor]:
+        nll_N = supervised_nll(model.lm_head, hidden, labels)[0]
+        return nll_N.detach(), torch.autograd.grad(nll_N @ weights, hidden)[0]
+
+    expected = nll_and_gradient()
+    model.lm_head.requires_grad_(not frozen)
     monkeypatch.setattr(glm4ft.model.loss, "MAX_LOGITS", max_logits)
     calls: list[int] = []
     model.lm_head.register_forward_hook(lambda _, args, __: calls.append(len(args[0])))
-    (got,) = torch.autograd.grad(supervised_nll(model.lm_head, hidden, labels)[0].sum(), hidden)
+    for got, want in zip(nll_and_gradient(), expected, strict=True):
+        assert (got - want).norm() <= RELATIVE_LIMIT * want.norm()
     assert max(calls) == rows
-    assert (got - expected).norm() <= RELATIVE_LIMIT * expected.norm()
+
+
+def test_a_frozen_head_leaves_no_logits_in_memory(model: nn.Module) -> None:
+    """Between forward and backward nothing of the size of the logits is alive."""
+    model.lm_head.requires_grad_(False)
+    hidden, labels = torch.randn(3, 40, 128, requires_grad=True), batch(0)["labels"]
+    logits: list[weakref.ref[torch.Tensor]] = []
+    model.lm_head.register_forward_hook(lambda _, __, output: logits.append(weakref.ref(output)))
+    nll_N, _ = supervised_nll(model.lm_head, hidden, labels)
+    assert [ref() for ref in logits] == [None]
+    assert nll_N.requires_grad
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen head", "trained head"])
+def test_losses_of_confident_tokens_are_exact(frozen: bool) -> None:
+    """A target of probability 1 loses next to nothing, one whose probability is 0 in fp32 loses its logit's distance."""
+    head = nn.Linear(2, 3, bias=False).requires_grad_(not frozen)
+    head.weight.data = torch.tensor([[300.0, 0.0], [0.0, 0.0], [0.0, 10.0]])
+    hidden = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]], requires_grad=True)
+    nll_N, _ = supervised_nll(head, hidden, torch.tensor([[IGNORED, 0, 1, 2]]))
+    (gradient,) = torch.autograd.grad(nll_N.sum(), hidden)
+    logits = (hidden.detach().double() @ head.weight.double().T)[0, :3].requires_grad_()
+    exact = nn.functional.cross_entropy(logits, torch.tensor([0, 1, 2]), reduction="none")
+    (exact_gradient,) = torch.autograd.grad(exact.sum(), logits)
+    # two rounding steps of fp32 at 1: the largest probability's, and its logarithm's; measured 2.0e-7
+    assert ((nll_N - exact).abs() <= 2.4e-7 * (1 + exact)).all()
+    assert torch.allclose(gradient[0, :3].double(), exact_gradient @ head.weight.double(), rtol=0, atol=1e-4)
 
 
 def test_rows_are_summed_apart(model: nn.Module) -> None:

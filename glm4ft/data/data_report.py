@@ -81,15 +81,27 @@ class DataReport:
         """The report of several inputs together, whose lines are counted on from one to the next."""
         whole, offset = cls(", ".join(part.path for part in parts), parts=parts), 0
         for part in parts:
-            for name in ("conversations", "rows", "tokens", "supervised_tokens"):
-                setattr(whole, name, getattr(whole, name) + getattr(part, name))
-            for name in ("dropped", "warnings", "unusable"):
-                for text, lines in getattr(part, name).items():
-                    getattr(whole, name).setdefault(text, []).extend(line + offset for line in lines)
-            whole.truncated += [line + offset for line in part.truncated]
-            count_keys(whole.unused, part.unused, part.unused)
+            whole.extend(part, offset)
             offset += part.last
         return whole
+
+    def extend(self, part: DataReport, offset: int = 0) -> None:
+        """Count what became of further records.
+
+        Args:
+            part: The report of these records.
+            offset: What is added to their lines.
+        """
+        for name in ("conversations", "rows", "tokens", "supervised_tokens"):
+            setattr(self, name, getattr(self, name) + getattr(part, name))
+        for name in ("dropped", "warnings", "unusable"):
+            known = getattr(self, name)
+            for text, lines in getattr(part, name).items():
+                known.setdefault(warning_kind(text, known), []).extend(line + offset for line in lines)
+        self.last = max(self.last, offset + part.last)
+        self.unit = part.unit if part.conversations else self.unit
+        self.truncated += [line + offset for line in part.truncated]
+        count_keys(self.unused, part.unused, part.unused)
 
     @property
     def num_unusable(self) -> int:

@@ -9,10 +9,10 @@ import json
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 from tqdm import tqdm
@@ -27,7 +27,6 @@ from glm4ft.data.read_options import AS_IS, ReadOptions
 from glm4ft.errors import DataError
 
 if TYPE_CHECKING:
-    from glm4ft.data.encoding import Encoded
     from glm4ft.data.refusals import Refusals
 
 _REPORT = "report.json"
@@ -36,7 +35,7 @@ ENCODER_MODULES = (
     "record_files", "file_kinds", "json_stream", "columnar", "inputs", "json_values", "read_options", "refusals",
     "sources", "known_keys", "messages", "source_message", "tool_calls", "written_calls", "call_binding",
     "foreign_text", "reader", "conversation", "control_tokens", "turn_format", "render", "tool_block", "time_limit",
-    "encoded_row", "chat_format", "template_format", "formats", "encoding", "data_report", "dataset",
+    "encoded_row", "chat_format", "template_format", "formats", "encoding", "portions", "data_report", "dataset",
 )  # fmt: skip
 
 
@@ -238,26 +237,33 @@ class _Encoder:
             DataError: If the input changed meanwhile.
             _NotKept: If a conversation cannot be used and is not to be skipped.
         """
-        from glm4ft.data.encoding import encoded_conversations
+        from glm4ft.data.portions import Portions
+        from glm4ft.data.reader import require_records
 
-        outcomes = encoded_conversations([one], self.chat_format, self.max_length, self.options, self.refusals)
-        report, offsets, lines, turns, turn_offsets = DataReport(one.name), [0], [], list[tuple[int, ...]](), [0]
-        with open(folder / "input_ids.int32", "wb") as ids_file, open(folder / "supervised.bool", "wb") as mask_file:
-            for outcome in _with_progress(outcomes):
-                report.add(outcome)
-                row = outcome.row
-                if row is None:
+        report, read_before = DataReport(one.name), self.refusals.read
+        kept: dict[str, list[Any]] = {"lengths": [], "lines": [], "turns": [], "num_turns": []}
+        with (
+            open(folder / "input_ids.int32", "wb") as ids_file,
+            open(folder / "supervised.bool", "wb") as mask_file,
+            _progress_bar(one) as bar,
+        ):
+            for portion in Portions(one, self.chat_format, self.max_length, self.options).in_order():
+                bar.update(portion.refusals.read)
+                self.refusals.extend(portion.refusals)
+                if portion.fatal:
+                    raise portion.fatal
+                if self.refusals.will_stop:
                     continue
-                ids_file.write(np.asarray(row.input_ids, dtype=np.int32).tobytes())
-                mask_file.write(np.asarray(row.supervised, dtype=np.bool_).tobytes())
-                offsets.append(offsets[-1] + len(row.input_ids))
-                lines.append(outcome.line)
-                turns += [(turn.message, turn.start, turn.end, turn.supervised) for turn in row.turns]
-                turn_offsets.append(len(turns))
-        np.save(folder / "offsets.npy", np.asarray(offsets, dtype=np.int64))
-        np.save(folder / "lines.npy", np.asarray(lines, dtype=np.int64))
-        np.save(folder / "turns.npy", np.asarray(turns, dtype=np.int64).reshape(-1, 4))
-        np.save(folder / "turn_offsets.npy", np.asarray(turn_offsets, dtype=np.int64))
+                report.extend(portion.report)
+                ids_file.write(portion.input_ids.tobytes())
+                mask_file.write(portion.supervised.tobytes())
+                for name, arrays in kept.items():
+                    arrays.append(getattr(portion, name))
+        require_records(one.name, self.refusals.read - read_before)
+        np.save(folder / "offsets.npy", _offsets(kept["lengths"]))
+        np.save(folder / "lines.npy", _joined(kept["lines"]))
+        np.save(folder / "turns.npy", _joined(kept["turns"], 4))
+        np.save(folder / "turn_offsets.npy", _offsets(kept["num_turns"]))
         (folder / _REPORT).write_text(json.dumps(asdict(report)), "utf-8")
         if self.refusals.will_stop:
             raise _NotKept
@@ -266,14 +272,26 @@ class _Encoder:
             raise DataError("the file changed while it was being encoded", where=one.name, fix=fix)
 
 
+def _joined(arrays: Sequence[Any], *width: int) -> np.ndarray[Any, Any]:
+    return np.concatenate([np.zeros((0, *width), np.int64), *arrays])
+
+
+def _offsets(sizes: Sequence[Any]) -> np.ndarray[Any, Any]:
+    return np.concatenate([[0], np.cumsum(_joined(sizes))])
+
+
 def _mapped(path: Path, dtype: Any) -> np.ndarray[Any, Any]:
     # an empty file cannot be mapped
     return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)
 
 
-def _with_progress(outcomes: Iterator[Encoded]) -> Iterator[Encoded]:
+def _progress_bar(one: DataInput) -> tqdm[NoReturn]:
+    total = None
+    if one.name.endswith(".jsonl"):
+        with open(one.name, "rb") as file:
+            total = sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(2**20), b""))
     # delay: short work shows no bar; disable=None: no bar where stderr is not a terminal
-    return iter(tqdm(outcomes, desc="encoding", unit=" conversations", delay=2, disable=None, leave=False))
+    return tqdm(desc="encoding", total=total, unit=" conversations", delay=2, disable=None, leave=False)
 
 
 def _entry_name(

@@ -67,24 +67,35 @@ def encoded_conversations(
     """
     own, offset = refusals or Refusals(options.on_error), 0
     for one in inputs:
-        last = 0
-        for encoded in _of_input(one, chat_format, max_length, options, own):
+        last, num_rows = 0, 0
+        for encoded in encode(read_conversations(one.name, options, own), chat_format, max_length, own):
             last = encoded.line
             if own.will_stop:
                 continue
-            if offset and encoded.row is not None:
-                encoded = replace(encoded, row=replace(encoded.row, line=offset + last))
+            if encoded.row is not None:
+                row = replace(encoded.row, line=offset + last) if offset else encoded.row
+                encoded = replace(encoded, row=row, repeats=one.repeats(num_rows))
+                num_rows += 1
             yield replace(encoded, line=offset + last) if offset else encoded
         offset += last
     if refusals is None:
         own.settle()
 
 
-def _of_input(
-    one: DataInput, chat_format: ChatFormat, max_length: int, options: ReadOptions, refusals: Refusals
+def encode(
+    conversations: Iterator[Conversation], chat_format: ChatFormat, max_length: int, refusals: Refusals
 ) -> Iterator[Encoded]:
-    num_rows = 0
-    for conversation in read_conversations(one.name, options, refusals):
+    """Encode conversations, one at a time.
+
+    Args:
+        conversations: The conversations, of whose reading ``refusals`` is told.
+        chat_format: The encoder.
+        max_length: The longest row, in tokens.
+        refusals: Takes what cannot be used.
+    Yields:
+        The outcome of each record, in order. Once the reading is bound to end in an error, nothing more is encoded.
+    """
+    for conversation in conversations:
         yield from _refused(refusals)
         try:
             if refusals.will_stop:
@@ -94,11 +105,9 @@ def _of_input(
         except DataError as error:
             refusals.add(error, conversation.line)
             continue
-        repeats = one.repeats(num_rows) if row is not None else 0
-        num_rows += row is not None
         warnings = tuple(chat_format.warnings(conversation))
         is_cut = row is not None and len(row.turns) < chat_format.num_turns(conversation)
-        yield Encoded(conversation.line, conversation, row, reason, repeats, warnings, is_cut)
+        yield Encoded(conversation.line, conversation, row, reason, int(row is not None), warnings, is_cut)
     yield from _refused(refusals)
 
 

@@ -15,7 +15,7 @@ from glm4ft.data.call_binding import bind_results
 from glm4ft.data.conversation import Conversation, Message
 from glm4ft.data.json_values import strict_json
 from glm4ft.data.read_options import AS_IS, ReadOptions
-from glm4ft.data.record_files import read_records
+from glm4ft.data.record_files import Records, read_records
 from glm4ft.data.refusals import Refusals
 from glm4ft.data.source_message import SourceMessage
 from glm4ft.data.sources import Draft, read_record
@@ -94,18 +94,45 @@ def read_conversations(
     """
     name, own = os.fspath(path), refusals or Refusals(options.on_error)
     read_before = own.read
-    for place, record in read_records(name, own):
-        own.read += 1
-        try:
-            conversation = parse_conversation(record, line=place.line, path=name, unit=place.unit, options=options)
-        except DataError as error:
-            own.add(error, place.line)
-            continue
-        yield conversation
-    if own.read == read_before:
-        raise Location(name).wrong("a file holds no conversation", "no line that is not blank", "one record per line")
+    yield from parse_records(read_records(name), options, own)
+    require_records(name, own.read - read_before)
     if refusals is None:
         own.settle()
+
+
+def parse_records(records: Records, options: ReadOptions, refusals: Refusals) -> Iterator[Conversation]:
+    """Validate records, one at a time.
+
+    Args:
+        records: The records and their places, as ``read_records`` yields them.
+        options: What the user says about the records.
+        refusals: Takes the conversations that cannot be used.
+
+    Yields:
+        The conversations in order.
+    """
+    for place, record in records:
+        refusals.read += 1
+        try:
+            if isinstance(record, DataError):
+                raise record
+            yield parse_conversation(record, line=place.line, path=place.path, unit=place.unit, options=options)
+        except DataError as error:
+            refusals.add(error, place.line)
+
+
+def require_records(name: str, num_records: int) -> None:
+    """Require that a file holds a record.
+
+    Args:
+        name: The file.
+        num_records: The number of records that were read.
+
+    Raises:
+        DataError: If there is none.
+    """
+    if not num_records:
+        raise Location(name).wrong("a file holds no conversation", "no line that is not blank", "one record per line")
 
 
 def _message(turn: SourceMessage) -> Message:

@@ -18,7 +18,6 @@ from glm4ft.data.file_kinds import COLUMNAR, CONVERTED, kind_of, refuse_encoding
 from glm4ft.data.inputs import is_set
 from glm4ft.data.json_stream import JsonStream
 from glm4ft.data.json_values import strict_json
-from glm4ft.data.refusals import Refusals
 from glm4ft.errors import DataError, Location
 
 Records = Iterator[tuple[Location, Any]]
@@ -27,14 +26,13 @@ _OPENERS: dict[str, Callable[..., Any]] = {"gzip": gzip.open, "bzip2": bz2.open,
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
-def read_records(name: str, refusals: Refusals) -> Records:
+def read_records(name: str) -> Records:
     """Read the records of a file or data set lazily; the file is opened when the first is requested.
 
     Args:
         name: A path, or the id of a data set of the hub.
-        refusals: Takes the records that cannot be decoded.
     Yields:
-        The place and the value of each record.
+        The place and the value of each record; in place of the value the error, if the record cannot be decoded.
     Raises:
         DataError: If the file cannot be read, or not further.
     """
@@ -43,7 +41,7 @@ def read_records(name: str, refusals: Refusals) -> Records:
         return
     try:
         with open(name, "rb") as file:
-            yield from _from_open(file, name, name, refusals)
+            yield from _from_open(file, name, name)
     except (OSError, EOFError, ValueError, csv.Error, lzma.LZMAError) as error:
         if isinstance(error, UnicodeDecodeError):
             around = error.object[max(0, error.start - 8) : error.start + 8]
@@ -52,26 +50,26 @@ def read_records(name: str, refusals: Refusals) -> Records:
         raise Location(name).wrong(f"a file cannot be read: {reason}", name, "a file that can be read") from None
 
 
-def _from_open(file: BinaryIO, name: str, shown: str, refusals: Refusals) -> Records:
+def _from_open(file: BinaryIO, name: str, shown: str) -> Records:
     """Read an open file by what its first bytes say; ``name`` lacks the suffix of a compression."""
     head = cast(io.BufferedReader, file).peek(_HEAD)[:_HEAD]
     kind, suffix = kind_of(head), os.path.splitext(name)[1].lower()
     if kind in _OPENERS:
         with _OPENERS[kind](file) as inner:
-            yield from _from_open(io.BufferedReader(inner), name.removesuffix(suffix), shown, refusals)
+            yield from _from_open(io.BufferedReader(inner), name.removesuffix(suffix), shown)
     elif kind in COLUMNAR:
         yield from columnar.read_file(kind, shown)
     elif kind in CONVERTED:
         raise refuse_kind(kind, shown)
     elif suffix in _DELIMITERS:
-        yield from _from_csv(file, shown, _DELIMITERS[suffix], refusals)
+        yield from _from_csv(file, shown, _DELIMITERS[suffix])
     elif head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
         yield from JsonStream(file, shown).records()
     else:
-        yield from _from_lines(file, shown, refusals)
+        yield from _from_lines(file, shown)
 
 
-def _from_lines(file: BinaryIO, name: str, refusals: Refusals) -> Records:
+def _from_lines(file: BinaryIO, name: str) -> Records:
     """Read JSONL; a file whose first record goes over several lines is read as JSON values one after the other."""
     offset, is_first = 0, True
     for line, raw in enumerate(file, 1):
@@ -87,9 +85,7 @@ def _from_lines(file: BinaryIO, name: str, refusals: Refusals) -> Records:
             is_first = False
             record = _decode(text, place, at)
         except DataError as error:
-            refusals.read += 1
-            refusals.add(error, line)
-            continue
+            record = error
         yield place, record
 
 
@@ -134,7 +130,7 @@ def _malformed(error: json.JSONDecodeError, place: Location, *, is_cut: bool) ->
     return place.wrong(problem, around, "one JSON object on the line", fix)
 
 
-def _from_csv(file: BinaryIO, name: str, delimiter: str, refusals: Refusals) -> Records:
+def _from_csv(file: BinaryIO, name: str, delimiter: str) -> Records:
     """Read CSV or TSV; cells are text, verbatim, and an empty cell says nothing."""
     csv.field_size_limit(2**30)
     text = io.TextIOWrapper(file, "utf-8-sig", newline="")
@@ -151,9 +147,7 @@ def _from_csv(file: BinaryIO, name: str, delimiter: str, refusals: Refusals) -> 
                 yield place, dict(zip(header, cells, strict=True))
             elif cells:
                 fix = "quote cells that hold the delimiter or a line end"
-                found = f"{len(cells)} cells"
-                refusals.read += 1
-                error = place.wrong("a row has another number of cells than the header", found, f"{len(header)}", fix)
-                refusals.add(error, number)
+                problem, found = "a row has another number of cells than the header", f"{len(cells)} cells"
+                yield place, place.wrong(problem, found, f"{len(header)}", fix)
     finally:
         text.detach()

@@ -48,10 +48,11 @@ class Refusals:
 
     Args:
         on_error: Whether they end the reading, once all are known, or are skipped and counted.
+        will_stop: Whether the reading is bound to end in an error already.
     """
 
-    def __init__(self, on_error: OnError = "stop") -> None:
-        self.on_error = on_error
+    def __init__(self, on_error: OnError = "stop", *, will_stop: bool = False) -> None:
+        self.on_error, self._will_stop = on_error, will_stop
         self.first: list[DataError] = []
         self.count, self.read = 0, 0
         self._new: list[tuple[str, int]] = []
@@ -68,6 +69,15 @@ class Refusals:
         if len(self.first) < TOLD:
             self.first.append(error)
 
+    def extend(self, others: Refusals) -> None:
+        """Count the conversations of what was read next.
+
+        Args:
+            others: What was collected there.
+        """
+        self.count, self.read = self.count + others.count, self.read + others.read
+        self.first = [*self.first, *others.first][:TOLD]
+
     def new(self) -> list[tuple[str, int]]:
         """The reasons and lines that were added since the last call."""
         new, self._new = self._new, []
@@ -76,7 +86,7 @@ class Refusals:
     @property
     def will_stop(self) -> bool:
         """Whether the reading is bound to end in an error, so that nothing more has to be encoded."""
-        return self.count > 0 and self.on_error == "stop"
+        return self._will_stop or (self.count > 0 and self.on_error == "stop")
 
     def settle(self) -> None:
         """Raise what was collected, unless it is to be skipped; called once all is read.

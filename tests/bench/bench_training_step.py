@@ -216,7 +216,10 @@ def needed_flops(case: Case, model: Any) -> int:
             rank = module.r["default"]
             has_no_input_gradient = "layers.0.self_attn" in name and "o_proj" not in name
             products = [(module.in_features * module.out_features, 1 if has_no_input_gradient else 2)]
-            products += [(rank * module.in_features, 2 if has_no_input_gradient else 3), (rank * module.out_features, 3)]
+            products += [
+                (rank * module.in_features, 2 if has_no_input_gradient else 3),
+                (rank * module.out_features, 3),
+            ]
             total += sum(2 * tokens * size * times for size, times in products)
     supervised = sum(sum(label != IGNORED for label in row["labels"][1:]) for row in rows(case))
     return total + 4 * supervised * case.hidden * VOCABULARY

@@ -197,7 +197,7 @@ def test_every_module_that_encoding_loads_is_known_to_matter_or_not() -> None:
         "glm4ft.reading",  # reads the seals of folders, and no conversations
     }  # fmt: skip
     code = (
-        "import sys, glm4ft.data.dataset, glm4ft.data.encoding, glm4ft.data.formats, glm4ft.data.reader as reader\n"
+        "import sys, glm4ft.data.dataset, glm4ft.data.portions, glm4ft.data.formats, glm4ft.data.reader as reader\n"
         "reader.from_messages([{'role': 'assistant', 'content': 'a'}]).warnings\n"
         "print(*(n for n in sys.modules if 'glm4ft' in n))"
     )

@@ -17,6 +17,7 @@ from glm4ft.data.chat_format import ChatFormat
 from glm4ft.data.dataset import prepare_rows
 from glm4ft.data.encoding import encoded_conversations
 from glm4ft.data.inputs import DEMO_DATA, DataInput, data_inputs
+from glm4ft.data.portions import Portions
 from glm4ft.data.read_options import AS_IS, ReadOptions
 from glm4ft.errors import ConfigError, DataError
 from glm4ft.model.tiny import tiny_tokenizer
@@ -119,8 +120,7 @@ def test_a_file_more_encodes_that_file_alone(
     prepare_rows("a.jsonl,b.jsonl", chat_format, max_length=100, cache=folder / "cache")
     encoded = []
     monkeypatch.setattr(
-        "glm4ft.data.encoding.encoded_conversations",
-        lambda inputs, *rest: encoded.append(inputs[0].name) or encoded_conversations(inputs, *rest),
+        "glm4ft.data.portions.Portions", lambda one, *rest: encoded.append(one.name) or Portions(one, *rest)
     )
     prepare_rows("a.jsonl,b.jsonl=2,c.jsonl", chat_format, max_length=100, cache=folder / "cache")
     assert encoded == ["c.jsonl"]

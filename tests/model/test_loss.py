@@ -118,7 +118,7 @@ def test_a_frozen_head_leaves_no_logits_in_memory(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen head", "trained head"])
 def test_losses_of_confident_tokens_are_exact(frozen: bool) -> None:
-    """A target of probability 1 loses next to nothing, one whose probability is 0 in fp32 loses its logit's distance."""
+    """A target of probability 1 loses next to nothing, one of probability 0 in fp32 loses its logit's distance."""
     head = nn.Linear(2, 3, bias=False).requires_grad_(not frozen)
     head.weight.data = torch.tensor([[300.0, 0.0], [0.0, 0.0], [0.0, 10.0]])
     hidden = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]], requires_grad=True)

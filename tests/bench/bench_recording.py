@@ -76,6 +76,10 @@ def test_recorded_step_against_a_plain_one(
     benchmark.pedantic(round_, rounds=rounds, warmup_rounds=1)
     during = statistics.median(ratio for one in ratios[1:] for ratio in one[1:RECORDED])  # without the set-up
     after = statistics.median(ratio for one in ratios[1:] for ratio in one[RECORDED:])
+    benchmark.extra_info.update({
+        "recorded / plain": round(during, 3), "afterwards / plain": round(after, 3),
+        "recorder MB": round(held / 1e6, 1),
+    })  # fmt: skip
     print(f"\n{make.__name__}: a recorded step takes {during:.2f} times a plain one, {after:.2f} afterwards; ", end="")
     print(f"the recorder holds {held / 1e6:.1f} MB")
     assert limit is None or during <= limit

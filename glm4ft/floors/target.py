@@ -9,8 +9,8 @@ import torch
 from peft import PeftModel
 
 from glm4ft.data.chat_format import ChatFormat
-from glm4ft.data.dataset import JoinedRows, Rows
 from glm4ft.data.encoded_rows import rows_of
+from glm4ft.data.stored_rows import JoinedRows, Rows
 from glm4ft.floors.bounds import Target, bound_targets
 from glm4ft.floors.floor import Floor, TokenFloor, find_floor, token_floor
 from glm4ft.floors.head import Head, frozen_head

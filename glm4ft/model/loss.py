@@ -84,7 +84,7 @@ def supervised_nll(
     row_N = keep_BT.nonzero()[:, 0]
     chunk = max(1, MAX_LOGITS // getattr(head, "out_features", MAX_LOGITS))
     if torch.is_grad_enabled() and not any(parameter.requires_grad for parameter in head.parameters()):
-        return _FrozenHeadNll.apply(hidden_ND, head, targets_N, chunk), row_N
+        return _FrozenHeadNll.apply(hidden_ND, head, targets_N, chunk), row_N  # type: ignore[no-untyped-call]
     if len(targets_N) <= chunk:
         return _nll(head, hidden_ND, targets_N), row_N
     pieces = [

@@ -18,9 +18,10 @@ from transformers.integrations.integration_utils import get_available_reporting_
 from glm4ft.data.batching import Collator, PackedRows, RowSet
 from glm4ft.data.chat_format import ChatFormat
 from glm4ft.data.data_report import DataReport
-from glm4ft.data.dataset import JoinedRows, Rows, prepare_rows
+from glm4ft.data.dataset import prepare_rows
 from glm4ft.data.format_check import format_warnings
 from glm4ft.data.formats import make_format
+from glm4ft.data.stored_rows import JoinedRows, Rows
 from glm4ft.errors import ConfigError, RunError
 from glm4ft.folders import only_writer, require_unused
 from glm4ft.model.base_model import Base, load_base, load_format, require_loadable, write_built_in_base

@@ -1,9 +1,9 @@
 """Several processes compute what one computes, and end together; the run goes on with another number of them.
 
 Two launches, each of which runs several commands, since a process takes seconds to start. One process with twice the
-accumulation takes the same rows in each step. tests/sweeps/processes.py does the same with four processes.
+accumulation takes the same rows in each step.
 
-Run: pytest tests/train/test_processes.py
+Run: pytest tests/train/test_processes.py     (GLM4FT_PROCESSES=4 before it: with four)
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from glm4ft.train.run_folder import last_checkpoint
 from glm4ft.train.trainer import SupervisedTrainer
 from glm4ft.train.trajectory import Trajectory, read_trajectory
 
+PROCESSES = int(os.environ.get("GLM4FT_PROCESSES", "2"))
 DRIVER = Path(__file__).with_name("in_processes.py")
 CONFIG = TrainConfig(max_steps=20, eval_every=7, save_every=5, micro_batch_size=2)
 # Measured with torch 2.13 on two and four gloo processes, padded and packed: at most 3e-6 of any figure and 4e-7 of any
@@ -38,7 +39,7 @@ CONFIG = TrainConfig(max_steps=20, eval_every=7, save_every=5, micro_batch_size=
 FIGURES, WEIGHTS = 1e-5, 1e-5
 FSDP2 = {
     "distributed_type": "FSDP",
-    "num_processes": 2,
+    "num_processes": PROCESSES,
     "use_cpu": True,
     "mixed_precision": "no",
     "fsdp_config": {
@@ -71,7 +72,7 @@ class Launches:
         self.padded = replace(CONFIG, data=data, eval_data=held_out)
         self.packed = replace(self.padded, packing=True, max_length=96, micro_batch_size=1)
         self.one = {
-            name: self.run(replace(config, accumulation=2), name)
+            name: self.run(replace(config, accumulation=PROCESSES), name)
             for name, config in {"padded": self.padded, "packed": self.packed}.items()
         }
 
@@ -116,7 +117,7 @@ def ddp(launches: Launches) -> subprocess.CompletedProcess[str]:
         {"argv": ["train", "--resume", str(launches.stopped("one-to-two", 15))]},
         launches.job(launches.padded, "ddp-killed", fault="killed", at=7),
     ]
-    return launches.launch("torch.distributed.run", "--standalone", "--nproc-per-node=2", jobs=jobs)
+    return launches.launch("torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}", jobs=jobs)
 
 
 @pytest.fixture(scope="module")
@@ -208,12 +209,12 @@ def test_run_that_cannot_go_on_as_it_was_is_refused(
     output = launches.stopped(f"refused-{name}", 15)
     if name == "WORLD_SIZE":
         monkeypatch.setenv("WORLD_SIZE", "3")
-        expected = "3 processes, 2 micro-batches"
+        expected = f"3 processes, {PROCESSES} micro-batches"
     else:
         (output / "checkpoint-15" / "pytorch_model_fsdp_0").mkdir()
         expected = "expected: training with FSDP"
     with pytest.raises(ConfigError, match=expected):
-        launches.run(replace(launches.padded, accumulation=2), output.name, resume=True)
+        launches.run(replace(launches.padded, accumulation=PROCESSES), output.name, resume=True)
     with pytest.raises(ConfigError, match=r"found: +training with DeepSpeed"):
         require_same_sharding(tmp_path, "DeepSpeed")
 

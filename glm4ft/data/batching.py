@@ -19,6 +19,9 @@ Item = dict[str, Any]  # input_ids, labels, lines; a packed item also has positi
 # random.
 WINDOW = 64
 
+# What a process is given when its share of an epoch's last step has no row left: a single token without a target.
+FILLER, FILLER_LINE = -1, 0
+
 
 class RowSet(Dataset[Item]):
     """A data set of rows.
@@ -32,6 +35,11 @@ class RowSet(Dataset[Item]):
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def __getitems__(self, indices: Sequence[int]) -> list[Item]:
+        """The items of a batch, as torch's loader asks for them; ``FILLER`` among the indices is no row."""
+        filler = {"input_ids": np.array([0]), "labels": np.array([IGNORED]), "lines": [FILLER_LINE]}
+        return [filler if index == FILLER else self[index] for index in indices]
+
 
 class ShuffledByLength(Sampler[int]):
     """Yields every index once per epoch, in a random order in which neighbours have similar length.
@@ -43,19 +51,28 @@ class ShuffledByLength(Sampler[int]):
         lengths: The number of tokens of each row.
         batch_size: The number of rows per micro-batch; 1 gives a plain shuffle.
         seed: The seed of the shuffle.
+        multiple: The number of rows that all processes take at once. ``FILLER`` comes last as often as rows lack:
+            accelerate would repeat the first rows of the epoch, and train them twice.
     """
 
-    def __init__(self, lengths: Sequence[int] | np.ndarray[Any, Any], batch_size: int, seed: int) -> None:
+    def __init__(
+        self, lengths: Sequence[int] | np.ndarray[Any, Any], batch_size: int, seed: int, multiple: int = 1
+    ) -> None:
         self.lengths, self.batch_size, self.seed, self.epoch = np.asarray(lengths), batch_size, seed, 0
+        self.num_fillers = -len(self.lengths) % multiple
 
     def set_epoch(self, epoch: int) -> None:
         """Select the order of an epoch, counted from 0."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.lengths) + self.num_fillers
 
     def __iter__(self) -> Iterator[int]:
+        yield from self._rows()
+        yield from [FILLER] * self.num_fillers
+
+    def _rows(self) -> Iterator[int]:
         rng = np.random.default_rng([self.seed, self.epoch])
         order = rng.permutation(len(self.lengths))
         if self.batch_size == 1:

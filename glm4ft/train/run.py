@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +30,14 @@ from glm4ft.model.portable import write_beside_adapter
 from glm4ft.train import run_folder
 from glm4ft.train.best import WatchEvaluations, is_exhausted, restore_best
 from glm4ft.train.config import TrainConfig
+from glm4ft.train.processes import (
+    explaining_lost_processes,
+    is_main_process,
+    num_processes,
+    require_same_sharding,
+    sharding,
+    shared_accumulation,
+)
 from glm4ft.train.run_folder import BASE_FOLDER, CONFIG_FILE, is_complete, last_checkpoint
 from glm4ft.train.stop import StopAfterStep, StopRequest, stopping_after_a_step
 from glm4ft.train.trainer import SupervisedTrainer, trainer_arguments
@@ -173,8 +180,11 @@ def _run(
         raise ConfigError("no observer computes the floor", where="--target_loss", found=str(run.config.target_loss))
     header = _header(run.rows, run.model, run.config.quantise)
     _require_room(run)
+    passes = run.config.accumulation
     if resume:
         run_folder.require_same_run(output, run.config, header)
+        if not is_complete(output):
+            passes = shared_accumulation(output, run.config, num_processes())
         if not is_complete(output) and run.is_main_process:
             run_folder.rewind_run(output, say)
             if run.base.is_built_in:
@@ -182,8 +192,12 @@ def _run(
     elif run.is_main_process:
         run_folder.begin(output, run.config, header, lambda folder: _write_beginning(run, observers, folder))
     try:
-        with run_folder.explaining_failed_writes(output), stopping_after_a_step() as stop:
-            _train(run, stop)
+        with (
+            run_folder.explaining_failed_writes(output),
+            explaining_lost_processes(output),
+            stopping_after_a_step() as stop,
+        ):
+            _train(run, replace(run.config, accumulation=passes), stop)
     except RunError as error:
         for observer in observers:
             observer.on_failure(run, error)
@@ -224,11 +238,6 @@ def make_trainer(
             base.tokenizer, base.folder, base.model.generation_config, folder
         ),
     )
-
-
-def is_main_process() -> bool:
-    """Whether this process writes files and talks to people: the first of several under torchrun, or the only one."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _require_unused(output: Path) -> None:
@@ -293,16 +302,19 @@ def _write_beginning(run: PreparedRun, observers: Sequence[RunObserver], folder:
         observer.on_begin(replace(run, output=folder))  # from which all moves into the run's own folder at once
 
 
-def _train(run: PreparedRun, stop: StopRequest) -> None:
+def _train(run: PreparedRun, config: TrainConfig, stop: StopRequest) -> None:
     """Train from where the folder stands to the end, and save the adapter; a finished run is only loaded."""
     output, model = run.output, run.model
     if is_complete(output):
         model.load_adapter(str(output), "default", is_trainable=True)
         return
-    trainer = make_trainer(run.config, run.base, model, run.rows, run.eval_rows, output)
+    trainer = make_trainer(config, run.base, model, run.rows, run.eval_rows, output)
     run.is_distributed = trainer.args.world_size > 1
-    run.is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    config, checkpoint = run.config, last_checkpoint(output)
+    run.is_sharded = bool(sharding(trainer))
+    trainer.accelerator.wait_for_everyone()  # until the main process has brought the folder back to its checkpoint
+    checkpoint = last_checkpoint(output)
+    if checkpoint:
+        require_same_sharding(checkpoint, sharding(trainer))
     if config.quantise and run.is_sharded:
         raise ConfigError("quantised weights cannot be sharded (FSDP, DeepSpeed)", where="--quantise")
     if config.keep_best or config.patience:
@@ -336,6 +348,7 @@ def _header(rows: Rows | JoinedRows, model: PeftModel, quantise: str | None) -> 
         "rows_sha256": rows.sha256(),
         "rows": len(rows),
         "trained_parameters": trained,
+        "processes": num_processes(),
         "device": device,
         "libraries": {name: version(name) for name in names},
     }

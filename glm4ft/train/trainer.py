@@ -22,7 +22,7 @@ from torch.utils.data import Sampler
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from glm4ft.data.batching import PackedRows, ShuffledByLength
+from glm4ft.data.batching import FILLER_LINE, PackedRows, ShuffledByLength
 from glm4ft.errors import RunError
 from glm4ft.train.config import TrainConfig
 from glm4ft.train.run_folder import complete_checkpoint, drop_old_checkpoints, last_checkpoint
@@ -86,7 +86,9 @@ class SupervisedTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         batch_size = 1 if isinstance(dataset, PackedRows) else self.args.train_batch_size
-        self.sampler = ShuffledByLength(dataset.lengths, batch_size, self.args.seed)
+        processes = self.args.world_size
+        at_once = self.args.train_batch_size * processes if processes > 1 else 1
+        self.sampler = ShuffledByLength(dataset.lengths, batch_size, self.args.seed, at_once)
         return self.sampler
 
     def get_batch_samples(
@@ -96,6 +98,8 @@ class SupervisedTrainer(Trainer):
         batches, num_supervised = super().get_batch_samples(epoch_iterator, num_batches, device)
         lines = [line for batch in batches for line in batch.pop("lines").tolist()]
         tokens = sum(int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum()) for batch in batches)
+        tokens -= lines.count(FILLER_LINE)
+        lines = [line for line in lines if line != FILLER_LINE]
         if self.args.world_size > 1:
             tokens = int(self.accelerator.reduce(torch.tensor(tokens, device=device)))
         self.step_contents = StepContents(lines, tokens, int(num_supervised or 0))
@@ -189,8 +193,18 @@ class SupervisedTrainer(Trainer):
 
     # --- checkpoints ---
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the adapter whole, also from shards; transformers would gather the base too, or save no adapter."""
+        if not self.is_fsdp_enabled:
+            return super().save_model(output_dir, _internal_call)
+        # imported here: it takes a second that no other run has to wait for
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        self._save(output_dir, get_model_state_dict(self.model, options=whole))
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        self._require_finite_weights()
+        self._require_finite_weights(state_dict or {})
         super()._save(output_dir, state_dict)
         if not self.args.should_save:
             return
@@ -209,10 +223,11 @@ class SupervisedTrainer(Trainer):
             drop_old_checkpoints(self.folder, self.keep_checkpoints)
         self._step_began_s = time.perf_counter()
 
-    def _require_finite_weights(self) -> None:
+    def _require_finite_weights(self, gathered: dict[str, Any]) -> None:
         """Save no weights that are not finite: the last update may have broken them after a finite loss."""
         model: Any = self.model
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        # a parameter of a sharded model shows this process its own part only
+        trained = {name: gathered.get(name, p) for name, p in model.named_parameters() if p.requires_grad}
         broken = [name for name, p in trained.items() if not bool(torch.isfinite(p).all())]
         if broken:
             raise RunError(
@@ -239,7 +254,8 @@ class _StepGuard(TrainerCallback):
         contents.lr = kwargs["optimizer"].param_groups[0]["lr"]
         # stop before the update, so that the weights in memory stay those of the last good step
         if contents.grad_norm is not None and not math.isfinite(contents.grad_norm):
-            self.trainer._record_step(state.global_step + 1, float(contents.loss), float(contents.grad_norm))
+            loss = self.trainer.accelerator.reduce(torch.as_tensor(contents.loss), "mean")
+            self.trainer._record_step(state.global_step + 1, float(loss), float(contents.grad_norm))
 
 
 class ProgressBar(TrainerCallback):

@@ -23,7 +23,7 @@ class Trajectory:
     """A trajectory as read from disk.
 
     Args:
-        header: The identity of the run: options, data digest, versions, device.
+        header: The identity of the run: options, data digest, versions, device, number of processes.
         steps: Rows with ``step`` from 1 upwards, ``loss`` in nats per supervised token before the update,
             ``grad_norm`` (global L2 norm before clipping), ``clipped``, ``lr`` of the update, ``supervised_tokens``,
             ``tokens``, ``step_s`` and ``peak_memory_bytes``. A number that was not finite is None.
@@ -45,6 +45,7 @@ class HeaderRow(BaseModel, extra="allow"):
     type: Literal["header"]
     rows: Count = None
     rows_sha256: str | None = None
+    processes: Annotated[int, Field(ge=1)] | None = None
     config: dict[str, Any] | None = None
 
 

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glm4ft.data.batching import Collator, PackedRows, RowSet, ShuffledByLength, join, pack
+from glm4ft.data.batching import FILLER, FILLER_LINE, Collator, PackedRows, RowSet, ShuffledByLength, join, pack
 from glm4ft.data.encoded_row import IGNORED
 from glm4ft.model.loss import install_supervised_loss
 from glm4ft.model.tiny import tiny_model
@@ -93,6 +93,29 @@ def test_order_is_a_function_of_seed_and_epoch(batch_size: int) -> None:
     assert order(0, 1) == order(0, 1)
     assert len({order(0, 0), order(0, 1), order(1, 0), order(1, 1)}) == 4
     assert tuple(ShuffledByLength(chat_like_lengths(100), batch_size, 0)) == order(0, 0), "epochs count from 0"
+
+
+@given(lengths=LENGTHS, batch_size=st.integers(1, 4), processes=st.integers(2, 5))
+def test_processes_share_the_order_of_one_and_a_filler_stands_for_each_row_that_lacks(
+    lengths: list[int], batch_size: int, processes: int
+) -> None:
+    alone = list(ShuffledByLength(lengths, batch_size, 0))
+    sampler = ShuffledByLength(lengths, batch_size, 0, batch_size * processes)
+    shared = list(sampler)
+    assert len(shared) == len(sampler)
+    assert len(shared) % (batch_size * processes) == 0
+    assert shared == alone + [FILLER] * (len(shared) - len(alone))
+    assert len(shared) - len(alone) < batch_size * processes
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_filler_is_a_token_without_a_target(packed: bool) -> None:
+    rows: RowSet = Items(item([1, 2, 3], line=4))
+    batch = Collator(7)((PackedRows(rows, 3) if packed else rows).__getitems__([0, FILLER]))
+    assert batch["lines"].tolist() == [4, FILLER_LINE]
+    assert batch["labels"][batch["labels"] != IGNORED].tolist() == [2, 3]
+    num_tokens = batch["input_ids"].numel() if packed else int(batch["attention_mask"].sum())
+    assert num_tokens == 4
 
 
 def test_padding_is_on_the_right_never_supervised_and_masked_by_length() -> None:

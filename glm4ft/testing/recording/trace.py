@@ -28,6 +28,7 @@ class Forward:
             was, None if only some were.
         kept: Whether dropout kept each entry of its input, by the name of the dropout layer; only of layers that
             dropped. None if there were too many entries to record.
+        process: The process that it ran in, once the traces of several are merged.
     """
 
     input_ids_BT: torch.Tensor
@@ -37,6 +38,7 @@ class Forward:
     gradient_BTD: torch.Tensor | None
     training: bool | None
     kept: dict[str, torch.Tensor] | None = field(default_factory=dict)
+    process: int = 0
 
 
 @dataclass

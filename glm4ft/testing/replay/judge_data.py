@@ -129,14 +129,17 @@ def judge_batches(step: ReplayedStep) -> Departures:
     """Report rows repeated or left out within an epoch, trained padding, and rows that see neighbours or padding."""
     yield from _trained_padding(step)
     step.history.seen.update(row.ids for row in step.seen)
+    for row in step.seen:
+        step.history.seen_by.setdefault(row.ids, set()).add(step.step.forwards[row.forward].process)
     known = step.history.known.labels
     # a trainer may leave out rows without targets, but not repeat them
     must = [ids for ids, labels in known.items() if any(label != IGNORED for label in labels[1:])] or list(known)
     most, least = max(step.history.seen[ids] for ids in known), min(step.history.seen[ids] for ids in must)
     if most - least > 1:
         again = next(ids for ids in known if step.history.seen[ids] == most)
-        text = f"a row ({len(again)} tokens) was seen {most} times, another {least} times"
-        yield step.depart("batches", text, "an epoch repeats some rows, or leaves some out")
+        who, cause = _repeated_by(step, again)
+        text = f"a row ({len(again)} tokens) was seen {most} times{who}, another {least} times"
+        yield step.depart("batches", text, cause)
     for row, size in step.hidden_sizes:
         cause = _wrong_surroundings(step.step.forwards[row.forward], row.span)
         if cause or (row.span.start > 0 and _rows_in_front_agree(step)):
@@ -144,6 +147,16 @@ def judge_batches(step: ReplayedStep) -> Departures:
             text = f"the hidden states of a row {where} are {size:.1e} off those of the row alone"
             cause = cause or "packed rows or padding are attended to"
             yield step.depart("batches", text, cause, size, hides=("model", "gradient"))
+
+
+def _repeated_by(step: ReplayedStep, ids: tuple[int, ...]) -> tuple[str, str]:
+    """The processes that saw a row too often, in words, and the cause; of one process there is nothing to say."""
+    cause, by = "an epoch repeats some rows, or leaves some out", sorted(step.history.seen_by[ids])
+    if step.history.plan.get("processes", 1) == 1:
+        return "", cause
+    if len(by) == 1:
+        return f" by process {by[0]}", f"{cause}: a process's share has some twice, or no process has them"
+    return f" by processes {', '.join(map(str, by))}", f"{cause}: the processes' shares overlap"
 
 
 def _trained_padding(step: ReplayedStep) -> Departures:

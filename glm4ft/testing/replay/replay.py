@@ -10,12 +10,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from glm4ft.testing.recording.trace import Trace
 from glm4ft.testing.replay.judge_data import judge_batches, judge_model, judge_rows
 from glm4ft.testing.replay.judge_gradient import judge_clipping, judge_gradient, judge_loss
 from glm4ft.testing.replay.judge_update import judge_schedule, judge_update
 from glm4ft.testing.replay.matching import KnownRows
-from glm4ft.testing.replay.step import Departure, Departures, History, ReplayedStep
+from glm4ft.testing.replay.step import LIMITS, Departure, Departures, History, ReplayedStep
 from glm4ft.testing.replay.tolerances import within
 from glm4ft.testing.specification.reference import LabelledIds, Reference
 
@@ -46,6 +48,8 @@ class Verdict:
         steps: The number of optimizer steps before the first departure.
         packed: Whether any sequence of a batch held more than one row.
         removes_factor: Whether a factor on the loss was taken out of the gradient before the optimizer received it.
+        is_undecided: Whether the gradient agrees if a sum over tokens is divided before it is clipped, and no step
+            shows that it is.
         seen: The ids of the rows of each step, in order.
     """
 
@@ -57,6 +61,7 @@ class Verdict:
     steps: int = 0
     packed: bool = False
     removes_factor: bool = False
+    is_undecided: bool = False
     seen: list[list[tuple[int, ...]]] = field(default_factory=list)
 
     @property
@@ -112,12 +117,14 @@ def replay(
         verdict.packed = verdict.packed or _is_packed(replayed)
         judged |= _judge(replayed, verdict, hidden_from_now_on)
         verdict.removes_factor = verdict.removes_factor or replayed.removes_factor
+        verdict.is_undecided = verdict.is_undecided or replayed.is_undecided
         if not verdict.departures:
             verdict.steps = number
         if replayed.not_finite:
             break
         history.previous = step
     verdict.hidden = {stage: by for stage, by in verdict.hidden.items() if stage not in judged}
+    verdict.is_undecided = verdict.is_undecided and not (verdict.removes_factor or "gradient" in verdict.departures)
     _explain_by_scale(verdict, _first_moved(trace))
     return verdict
 
@@ -178,7 +185,11 @@ def _explain_by_scale(verdict: Verdict, first_moved: int) -> None:
     gradient, model = verdict.departures.get("gradient"), verdict.departures.get("model")
     if gradient is None or model is None or model.size is None or gradient.step != 1:
         return
-    if model.step == 1 or model.step != first_moved:
+    if model.step == 1 or model.step < first_moved:
+        return
+    # in low precision the output departs only once B is large enough for its scale to exceed the rounding
+    is_exact = verdict.limits.get("model", 0.0) <= LIMITS[torch.float32]
+    if model.step > first_moved and (is_exact or gradient.factor is None):
         return
     if gradient.hides:  # the loss itself departs, which is judged at the recorded hidden states
         return

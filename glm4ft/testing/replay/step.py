@@ -15,7 +15,14 @@ import torch
 from glm4ft.data.encoded_row import IGNORED
 from glm4ft.testing.recording.trace import Step, Tensors
 from glm4ft.testing.replay.matching import KnownRows, RowMatches, RowSpan
-from glm4ft.testing.specification.reference import AdamW, LabelledIds, Reference, Targets, recover_targets
+from glm4ft.testing.specification.reference import (
+    AdamW,
+    LabelledIds,
+    Reference,
+    Targets,
+    clip_factor,
+    recover_targets,
+)
 
 # The largest relative departure that counts as rounding, by the dtype of the base. In fp32, 240 clean runs of 10 steps
 # (20 seeds, padded and packed, 1, 2 and 4 micro-batches, clipping on and off; x86-64 CPU, 2026-11-25) stayed below
@@ -83,6 +90,7 @@ class History:
         dtype: The dtype of the forward passes.
         rates: The learning rate of each recorded step, of the first parameter group that holds a parameter.
         seen: The number of times that each row has been seen, by its ids.
+        seen_by: The processes that have seen each row, by its ids.
         previous: The previous step; None before the first.
         dropout: The probability of each dropout layer, by its name; those whose choices were recorded are replayed.
         limits: The limit of each stage for which it was measured on the run itself.
@@ -93,6 +101,7 @@ class History:
     plan: Mapping[str, Any]
     dtype: torch.dtype
     seen: Counter[tuple[int, ...]] = field(default_factory=Counter)
+    seen_by: dict[tuple[int, ...], set[int]] = field(default_factory=dict)
     previous: Step | None = None
     rates: list[float] = field(default_factory=list)
     dropout: Mapping[str, float] = field(default_factory=dict)
@@ -138,6 +147,7 @@ class ReplayedStep:
     def __init__(self, number: int, step: Step, history: History) -> None:
         self.number, self.step, self.history, self.reference = number, step, history, history.reference
         self.removes_factor = False  # whether the loss has a factor that the optimizer's gradient has not
+        self.is_undecided = False  # whether it may have: see _is_clipped_sum
 
     def depart(self, stage: str, text: str, cause: str = "", size: float | None = None, **more: Any) -> Departure:
         """A departure of this step; further arguments as in ``Departure``."""
@@ -245,6 +255,9 @@ class ReplayedStep:
         if self.history.plan.get("factor_is_removed") or self._is_removed(ratio):
             self.removes_factor = abs(ratio - 1) > WEIGHT_LIMITS[self.history.dtype]
             return ratio
+        self.is_undecided = bool(self.history.plan.get("is_only_run")) and self._is_clipped_sum(ratio)
+        if self.is_undecided:
+            return ratio
         nearest = 2.0 ** round(math.log2(ratio))
         is_scale = nearest >= MIN_LOSS_SCALE and abs(ratio / nearest - 1) <= WEIGHT_LIMITS[self.history.dtype]
         return nearest if is_scale else 1.0
@@ -266,6 +279,19 @@ class ReplayedStep:
             return False
         expected = {name: tensor / factor for name, tensor in self.step.raw.items()}
         return relative(self.step.clipped, expected) <= WEIGHT_LIMITS[self.history.dtype]
+
+    def _is_clipped_sum(self, factor: float) -> bool:
+        """Whether the loss is a sum over tokens, and the optimizer receives the same whether that is divided or not.
+
+        Dividing the gradient by the number of tokens before clipping, as torchtune does, is right; but it leaves no
+        trace where clipping to a norm makes both equally long.
+        """
+        limit, plan = WEIGHT_LIMITS[self.history.dtype], self.history.plan
+        if not any(abs(factor * n / self.num_targets - 1) <= limit for n in (1, plan.get("processes", 1))):
+            return False
+        norm, clipped = clip_factor(self.step.raw, plan["max_grad_norm"])
+        expected = {name: clipped * tensor for name, tensor in self.step.raw.items()}
+        return 0 < plan["max_grad_norm"] < norm / factor and relative(self.step.clipped, expected) <= limit
 
     @cached_property
     def raw(self) -> Tensors:

@@ -33,7 +33,7 @@ def plan_of(trace: Trace, configuration: Mapping[str, Any], num_processes: int) 
     if asked["schedule"] == "constant" and configuration.get("lr_scheduler_type") == "constant":
         asked["warmup_steps"] = 0  # transformers' constant schedule has none
     asked["learning_rate"] = float(asked.get("learning_rate") or own["learning_rate"])
-    return {**make_plan(**{**own, **asked}), "processes": num_processes}
+    return {**make_plan(**{**own, **asked}), "processes": num_processes, "is_only_run": True}
 
 
 def own_settings(trace: Trace) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from glm4ft.testing.recording.trace import Trace
+from glm4ft.testing.recording.trace import Step, Trace
 from glm4ft.testing.replay.step import LIMITS, Departure
 from glm4ft.testing.specification.lora_spec import base_name
 from glm4ft.testing.specification.reference import Reference, split_rows
@@ -33,6 +33,7 @@ def settings_departures(
         yield from _wrong_sizes(trace, about["configuration"])
     yield from _wrong_precision(trace, about["configuration"])
     yield from _wrong_optimizer(trace, about["configuration"])
+    yield from _wrong_decay(trace, about["configuration"])
     if about["model"]["adapter"] is not None:
         yield from _wrong_adapters(trace, about["model"], reference)
         yield from _wrong_dropout(trace, float(about["model"]["adapter"].get("lora_dropout") or 0.0))
@@ -46,6 +47,22 @@ def _wrong_optimizer(trace: Trace, configuration: Mapping[str, Any]) -> Iterator
         yield Departure("update", 1, text, "the decay is added to the gradient instead of decoupled from it")
 
 
+def _wrong_decay(trace: Trace, configuration: Mapping[str, Any]) -> Iterator[Departure]:
+    """Groups of different weight decay: norms and biases may do without, matrices may not.
+
+    One weight decay for all parameters is judged with the update.
+    Source: transformers' ``Trainer.get_decay_parameter_names``.
+    """
+    first, asked = trace.steps[0], configuration.get("weight_decay")
+    decays = {name: float(g.settings.get("weight_decay", 0.0)) for g in first.groups for name in g.names}
+    if asked is None or len(set(decays.values())) < 2:
+        return
+    wrong = [name for name, decay in decays.items() if decay != asked and first.before[name].dim() > 1]
+    if wrong:
+        text = f"the weight_decay of {len(wrong)} matrices is {decays[wrong[0]]:g}, not {asked:g}, e.g. {wrong[0]}"
+        yield Departure("update", 1, text, "the optimizer's groups divide the weight decay another way than asked for")
+
+
 def _wrong_sizes(trace: Trace, configuration: Mapping[str, Any]) -> Iterator[Departure]:
     """The sequences of a step, against batch size, accumulation and processes; an epoch's last step may be short."""
     names = ("per_device_train_batch_size", "gradient_accumulation_steps")
@@ -54,11 +71,17 @@ def _wrong_sizes(trace: Trace, configuration: Mapping[str, Any]) -> Iterator[Dep
         return
     sizes = [configuration[name] for name in names]
     asked = math.prod(sizes) * int(configuration.get("world_size") or 1)
-    got = [sum(len(forward.input_ids_BT) for forward in step.forwards) for step in trace.steps if step.forwards]
-    wrong = next((i for i, count in enumerate(got) if count > asked), 0 if max(got, default=asked) < asked else None)
-    if wrong is not None:
+    got = {n: sum(len(forward.input_ids_BT) for forward in step.forwards)
+           for n, step in enumerate(trace.steps, start=1) if _is_whole(step)}  # fmt: skip
+    too_few = min(got) if got and max(got.values()) < asked else 0
+    if wrong := next((n for n, count in got.items() if count > asked), too_few):
         text = f"{got[wrong]} sequences, not {asked}: {' times '.join(map(str, sizes))} of {' and '.join(names)}"
-        yield Departure("batches", wrong + 1, text, "batch size or accumulation do not reach the trainer")
+        yield Departure("batches", wrong, text, "batch size or accumulation do not reach the trainer")
+
+
+def _is_whole(step: Step) -> bool:
+    """Whether a step has forward passes, of one step: one whose loss is not finite may have been skipped before it."""
+    return bool(step.forwards) and all(f.gradient_BTD is None or f.gradient_BTD.isfinite().all() for f in step.forwards)
 
 
 def _wrong_precision(trace: Trace, configuration: Mapping[str, Any]) -> Iterator[Departure]:

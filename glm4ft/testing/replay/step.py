@@ -287,7 +287,9 @@ class ReplayedStep:
         trace where clipping to a norm makes both equally long.
         """
         limit, plan = WEIGHT_LIMITS[self.history.dtype], self.history.plan
-        if not any(abs(factor * n / self.num_targets - 1) <= limit for n in (1, plan.get("processes", 1))):
+        if not any(
+            abs(factor * n - self.num_targets) <= limit * self.num_targets for n in (1, plan.get("processes", 1))
+        ):
             return False
         norm, clipped = clip_factor(self.step.raw, plan["max_grad_norm"])
         expected = {name: clipped * tensor for name, tensor in self.step.raw.items()}

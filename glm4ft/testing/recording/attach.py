@@ -27,6 +27,7 @@ from glm4ft.testing.recording.configuration import local_values, stated_configur
 from glm4ft.testing.recording.description import describe
 from glm4ft.testing.recording.discovery import NotFound, decoder_of
 from glm4ft.testing.recording.recorder import Recorder
+from glm4ft.testing.recording.sampling import SAMPLE, sampled_shapes
 from glm4ft.testing.recording.trace import Trace
 from glm4ft.testing.recording.trace_file import TRACE, replace_trace
 
@@ -180,7 +181,10 @@ class QuietRecorder(Recorder):
             finally:
                 self.spent_s += time.perf_counter() - began_s
 
-        return call
+        if "torch._dynamo" not in sys.modules:
+            return call
+        # in a compiled model the hooks run between its graphs: compiling them as well would fill the terminal
+        return torch.compiler.disable(call)
 
     def step_recorded(self) -> None:
         """Write the trace."""
@@ -208,7 +212,10 @@ def _require_memory(model: nn.Module, steps: int) -> None:
     """Raise ValueError if the copies of the trained parameters would take half of this machine's memory."""
     if not hasattr(os, "sysconf"):  # Windows
         return
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    split = {name: 0 for name, p in parameters.items() if hasattr(p, "to_local")}
+    sampled = sampled_shapes(parameters, split)
+    trained = sum((SAMPLE if n in sampled else p.numel()) * p.element_size() for n, p in parameters.items())
     needed, memory = COPIES * steps * trained, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory / 2:
         raise ValueError(

@@ -41,7 +41,9 @@ def _merge_step(steps: Sequence[Step], sharded: Mapping[str, int]) -> Step:
         part: {**getattr(steps[0], part), **_joined([getattr(step, part) for step in steps], sharded)}
         for part in ("clipped", "before", "after")
     }
-    return replace(steps[0], forwards=forwards, raw=raw | _joined([step.raw for step in steps], sharded), **whole)
+    raw |= _joined([step.raw for step in steps], sharded)
+    norms = {**steps[0].norms, "raw": {}}  # the norm of a mean does not follow from those of its parts
+    return replace(steps[0], forwards=forwards, raw=raw, norms=norms, **whole)
 
 
 def _joined(parts: Sequence[Tensors], sharded: Mapping[str, int]) -> Tensors:
@@ -61,10 +63,10 @@ def first_difference(traces: Sequence[Trace]) -> tuple[int, str]:
         first, others = steps[0], steps[1:]
         for name in sorted(first.clipped.keys() - sharded):
             if any(not _is_equal(first.clipped[name], step.clipped.get(name)) for step in others):
-                return number, f"in step {number} the {len(steps)} processes have different gradients, e.g. of {name}"
+                return number, f"the {len(steps)} processes have different gradients, e.g. of {name}"
         for name in sorted(first.after.keys() - sharded):
             if any(not torch.equal(first.after[name], step.after[name]) for step in others):
-                return number, f"after step {number} the {len(steps)} processes hold different parameters, e.g. {name}"
+                return number, f"the {len(steps)} processes hold different parameters after it, e.g. {name}"
     return 0, ""
 
 

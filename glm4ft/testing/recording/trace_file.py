@@ -71,6 +71,7 @@ def write_trace(trace: Trace, folder: Path, about: Mapping[str, Any]) -> None:
         "dropout": trace.dropout,
         "foreign_steps": trace.foreign_steps,
         "sharded": trace.sharded,
+        "sampled": trace.sampled,
         "layouts": layouts,
         "steps": steps,
     }
@@ -95,6 +96,7 @@ def read_trace(folder: Path) -> tuple[Trace, dict[str, Any]]:
         foreign_steps=stored["foreign_steps"],
         autocast=stored["autocast"],
         sharded=stored["sharded"],
+        sampled={name: tuple(shape) for name, shape in stored["sampled"].items()},
     )
     return trace, stored
 
@@ -140,6 +142,7 @@ def _step_record(step: Step, layouts: list[Layout]) -> dict[str, Any]:
         "groups": [{"names": g.names, "size": g.size, "settings": _plain(g.settings)} for g in step.groups],
         "state_dtypes": {name: _dtype_name(dtype) for name, dtype in step.state_dtypes.items()},
         "num_detached": step.num_detached,
+        "norms": {part: _plain(norms) for part, norms in step.norms.items()},
     }
 
 
@@ -160,7 +163,7 @@ def _step(i: int, stored: dict[str, Any], tensors: Tensors, layouts: list[Layout
     dtypes = {name: getattr(torch, dtype) for name, dtype in stored["state_dtypes"].items()}
     return Step(
         forwards, groups=groups, optimizer=stored["optimizer"], state_dtypes=dtypes,
-        num_detached=stored["num_detached"], **parts,
+        num_detached=stored["num_detached"], norms=stored["norms"], **parts,
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from glm4ft.data.control_tokens import common_prefix_length
 from glm4ft.data.encoded_row import IGNORED
 from glm4ft.testing.recording.trace import Forward
 from glm4ft.testing.replay.matching import RowSpan, is_part_of
-from glm4ft.testing.replay.step import Departure, Departures, ReplayedStep, SeenRow
+from glm4ft.testing.replay.step import Departure, Departures, ReplayedStep, SeenRow, relative
 
 # A target that the model predicts with at least this probability may leave no gradient in the dtype of the run, so a
 # missing gradient there does not show that the target is masked.
@@ -120,7 +120,7 @@ def _masked_by_id(step: ReplayedStep, missing: set[int]) -> str:
 def _unsure(step: ReplayedStep, row: SeenRow, expected: torch.Tensor) -> torch.Tensor:
     """True where the target's probability is low enough for its gradient to be measurable."""
     probability = torch.zeros(len(expected))
-    logits = step.reference.logits(row.hidden_TD[: len(expected) - 1], step.step.before)
+    logits = step.reference.logits(row.hidden_TD[: len(expected) - 1], step.step.weights)
     probability[1:] = logits.softmax(1).gather(1, expected[1:].clamp_min(0)[:, None])[:, 0]
     return probability < SURE
 
@@ -206,6 +206,11 @@ def judge_model(step: ReplayedStep) -> Departures:
         touched = [name for name, t in before.items() if ".lora_B." in name and t.abs().max() > 0]
         if touched:
             yield step.depart("model", f"{len(touched)} matrices B are not zero at the start, e.g. {touched[0]}")
+    if step.step.whole is not None:
+        first = step.sampled(step.step.whole)
+        size = relative(before, first)
+        text = f"the trained weights are {size:.1e} off those of the base's files"
+        yield step.depart("model", text, "another base, or weights drawn anew", size, hides=("gradient",))
     if not all(forward.training for forward in step.step.forwards):
         yield step.depart("model", "the model is not in training mode")
     for _, size in step.hidden_sizes:

@@ -53,7 +53,7 @@ def judge_gradient(step: ReplayedStep) -> Departures:
         yield step.depart("gradient", text, hides=AFTER_THE_LOSS[1:])
         return
     expected = step.gradient()
-    size = relative(step.raw, expected)
+    size = max(relative(step.raw, expected), step.norms_off())
     cause, factor = ("", None) if size <= step.limit("gradient") else _gradient_cause(step, expected)
     yield step.depart("gradient", f"the gradient is {size:.1e} off the token mean", cause, size, factor=factor)
 
@@ -210,9 +210,10 @@ def _counts(factors: list[float], rounding: float) -> tuple[str, float | None]:
 def judge_clipping(step: ReplayedStep) -> Departures:
     """Report a gradient that is not scaled by the one factor that clipping to the global norm gives."""
     limit, raw, clipped = step.history.plan["max_grad_norm"], step.raw, step.step.clipped
-    norm, factor = clip_factor(raw, limit)
+    norm, factor = clip_factor(raw, limit, step.norms("raw"))
     size = relative(clipped, {name: factor * tensor for name, tensor in raw.items()})
-    got = dot(clipped, raw) / norm**2 if norm else factor  # a gradient of zero has no factor to be read off
+    length = dot(raw, raw)
+    got = dot(clipped, raw) / length if length else factor  # a gradient of zero has no factor to be read off
     cause = "" if size <= step.limit("clipping") else _clipping_cause(step, norm, got)
     text = f"the gradient of norm {norm:.4g} was multiplied by {got:.4g}, not {factor:.4g}"
     yield step.depart("clipping", text, cause, size)

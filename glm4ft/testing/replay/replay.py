@@ -35,6 +35,9 @@ JUDGES: Mapping[str, Callable[[ReplayedStep], Departures]] = {
 }
 
 
+NEED_WEIGHTS = ("rows", "batches", "model", "loss", "gradient")  # judges that compute with all trained parameters
+
+
 @dataclass
 class Verdict:
     """The result of a replay.
@@ -105,7 +108,8 @@ def replay(
         The verdict.
     """
     verdict = Verdict()
-    history = History(reference, KnownRows(rows), plan, trace.dtype, dropout=trace.dropout, limits=limits or {})
+    history = History(reference, KnownRows(rows), plan, trace.dtype, dropout=trace.dropout, limits=limits or {},
+                      sampled=trace.sampled)  # fmt: skip
     history.rates = [next((float(g.settings["lr"]) for g in s.groups if g.size), math.nan) for s in trace.steps]
     judged, hidden_from_now_on = set[str](), dict.fromkeys(skip, "")
     if not trace.steps:
@@ -113,6 +117,8 @@ def replay(
         verdict.hidden = {stage: "update" for stage in map(_stage_of, JUDGES) if stage != "update"}
     for number, step in enumerate(trace.steps, start=1):
         replayed = ReplayedStep(number, step, history)
+        if not replayed.has_weights:
+            hidden_from_now_on |= dict.fromkeys(NEED_WEIGHTS, "")
         verdict.seen.append([row.ids for row in replayed.seen])
         verdict.packed = verdict.packed or _is_packed(replayed)
         judged |= _judge(replayed, verdict, hidden_from_now_on)

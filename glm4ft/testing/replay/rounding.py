@@ -41,15 +41,16 @@ def measured_limits(reference: Reference, trace: Trace, rows: Sequence[LabelledI
         return {}
     longest = longest[-MAX_ROWS:]
     forward, backward = 0.0, 0.0
-    for step in (trace.steps[0], trace.steps[-1]):  # before the first step the matrices B are zero
-        exact = reference.gradient(longest, step.before)
+    last = 0 if trace.sampled else -1
+    for step in (trace.steps[0], trace.steps[last]):  # before the first step the matrices B are zero
+        exact = reference.gradient(longest, step.weights)
         with _rounded(reference, trace.dtype):
-            backward = max(backward, relative(reference.gradient(longest, step.before), exact))
+            backward = max(backward, relative(reference.gradient(longest, step.weights), exact))
         for ids, _ in longest:
             with torch.no_grad():
-                alone = reference.hidden(ids, step.before)
+                alone = reference.hidden(ids, step.weights)
                 with _rounded(reference, trace.dtype):
-                    rounded = reference.hidden(ids, step.before)
+                    rounded = reference.hidden(ids, step.weights)
             forward = max(forward, float((rounded - alone).norm() / alone.norm()))
     return {"batches": MARGIN * forward, "model": MARGIN * forward, "gradient": MARGIN * backward}
 

@@ -48,5 +48,5 @@ def require_ranks_agree(trial: Trial) -> None:
     number, text = first_difference(traces)
     if number:
         raise CheckFailed(
-            f"{text}: gradients are not averaged over the processes, or each process clips them differently"
+            f"step {number}: {text}: gradients are not averaged over the processes, or each process clips them differently"
         )

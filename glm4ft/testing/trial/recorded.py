@@ -101,6 +101,8 @@ def judge_recording(folder: Path, base_dir: str = "", data: str | None = None) -
         )  # fmt: skip
     trace = merge_ranks(traces) if len(traces) > 1 else traces[0]
     reference = reference_of(about, base_dir)
+    if trace.sampled:
+        trace.steps[0].whole = reference.first_weights(trace)
     rows, not_judged = trained_rows(trace, reference), unjudged(trace, about, len(traces))
     marks, why = _marks(reference)
     known, why = _known_rows(rows, reference, marks, data) if data else ([], why)

@@ -57,10 +57,14 @@ def _wrong_decay(trace: Trace, configuration: Mapping[str, Any]) -> Iterator[Dep
     decays = {name: float(g.settings.get("weight_decay", 0.0)) for g in first.groups for name in g.names}
     if asked is None or len(set(decays.values())) < 2:
         return
-    wrong = [name for name, decay in decays.items() if decay != asked and first.before[name].dim() > 1]
+    wrong = [name for name, decay in decays.items() if decay != asked and _is_matrix(trace, name)]
     if wrong:
         text = f"the weight_decay of {len(wrong)} matrices is {decays[wrong[0]]:g}, not {asked:g}, e.g. {wrong[0]}"
         yield Departure("update", 1, text, "the optimizer's groups divide the weight decay another way than asked for")
+
+
+def _is_matrix(trace: Trace, name: str) -> bool:
+    return len(trace.sampled.get(name, trace.steps[0].before[name].shape)) > 1
 
 
 def _wrong_sizes(trace: Trace, configuration: Mapping[str, Any]) -> Iterator[Departure]:

@@ -47,6 +47,5 @@ def require_ranks_agree(trial: Trial) -> None:
     _, traces = run_of_ranks(trial)
     number, text = first_difference(traces)
     if number:
-        raise CheckFailed(
-            f"step {number}: {text}: gradients are not averaged over the processes, or each process clips them differently"
-        )
+        why = "gradients are not averaged over the processes, or each process clips them differently"
+        raise CheckFailed(f"step {number}: {text}: {why}")

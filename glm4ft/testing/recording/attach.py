@@ -168,7 +168,7 @@ class QuietRecorder(Recorder):
         """Note why the run cannot be recorded."""
         self.attachment.give_up(why)
 
-    def guarded(self, hook: Any) -> Any:
+    def guarded(self, hook: Any, *, in_forward: bool = False) -> Any:
         """The hook, which gives the recording up instead of raising an error in the run."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -181,7 +181,7 @@ class QuietRecorder(Recorder):
             finally:
                 self.spent_s += time.perf_counter() - began_s
 
-        if "torch._dynamo" not in sys.modules:
+        if not in_forward or "torch._dynamo" not in sys.modules:
             return call
         # in a compiled model the hooks run between its graphs: compiling them as well would fill the terminal
         return torch.compiler.disable(call)

@@ -81,9 +81,11 @@ class Recorder:
         self.kept: dict[str, torch.Tensor] | None = {}  # of the forward pass under way, see Forward
         self.stack = ExitStack()
         hooks: list[RemovableHandle] = [
-            self.decoder.body.register_forward_pre_hook(self.guarded(self._body_called), with_kwargs=True),
-            self.decoder.embedding.register_forward_pre_hook(self.guarded(self.ids_embedded)),
-            self.decoder.norm.register_forward_hook(self.guarded(self._hidden_ready)),
+            self.decoder.body.register_forward_pre_hook(
+                self.guarded(self._body_called, in_forward=True), with_kwargs=True
+            ),
+            self.decoder.embedding.register_forward_pre_hook(self.guarded(self.ids_embedded, in_forward=True)),
+            self.decoder.norm.register_forward_hook(self.guarded(self._hidden_ready, in_forward=True)),
             register_optimizer_step_pre_hook(self.guarded(self._step_begins)),
             register_optimizer_step_post_hook(self.guarded(self._step_ended)),
         ]
@@ -92,7 +94,7 @@ class Recorder:
             hooks.append(parameter.register_post_accumulate_grad_hook(self.guarded(self._keep_last(name))))
         for name, module in model.named_modules():
             if isinstance(module, nn.Dropout) and module.p > 0:
-                hooks.append(module.register_forward_hook(self.guarded(self._keep_dropped(name))))
+                hooks.append(module.register_forward_hook(self.guarded(self._keep_dropped(name), in_forward=True)))
         for hook in hooks:
             self.stack.callback(hook.remove)
 
@@ -104,8 +106,13 @@ class Recorder:
         """Raise the reason why the run cannot be recorded."""
         raise ValueError(why)
 
-    def guarded(self, hook: Any) -> Any:
-        """The hook as it is registered; for subclasses that may not let an error reach the run."""
+    def guarded(self, hook: Any, *, in_forward: bool = False) -> Any:
+        """The hook as it is registered; for subclasses that may not let an error reach the run.
+
+        Args:
+            hook: The hook.
+            in_forward: Whether it is called in the forward pass, which may be compiled.
+        """
         return hook
 
     def step_recorded(self) -> None:
@@ -190,7 +197,8 @@ class Recorder:
             # every backward pass overwrites this, so at the step it is the gradient accumulated over all of them
             assert parameter.grad is not None
             self.last[name] = _copy(sample(name, parameter.grad, self.sampled))
-            self.last_norms |= norms({name: parameter.grad}, self.sampled)
+            if name in self.sampled:
+                self.last_norms |= norms({name: parameter.grad}, self.sampled)
 
         return keep
 

@@ -89,8 +89,11 @@ class Attachment:
             environment.note(str(self.folder), self.why_not)
 
     def _forward_begins(self, module: nn.Module, args: Any) -> None:
-        if self.recorder or module in self.passed or not (torch.is_grad_enabled() and module.training):
-            return
+        if not (self.recorder or module in self.passed) and torch.is_grad_enabled() and module.training:
+            uncompiled(self._begin)(module, args)
+
+    def _begin(self, module: nn.Module, args: Any) -> None:
+        """Record from this forward pass on, if it is one through a decoder with trained parameters."""
         model = self._model_of(module)
         if model is None:
             return
@@ -181,10 +184,7 @@ class QuietRecorder(Recorder):
             finally:
                 self.spent_s += time.perf_counter() - began_s
 
-        if not in_forward or "torch._dynamo" not in sys.modules:
-            return call
-        # in a compiled model the hooks run between its graphs: compiling them as well would fill the terminal
-        return torch.compiler.disable(call)
+        return uncompiled(call) if in_forward else call
 
     def step_recorded(self) -> None:
         """Write the trace."""
@@ -206,6 +206,11 @@ class QuietRecorder(Recorder):
             **{name: [round(x, 6) for x in seconds] for name, seconds in named},
             "trace_bytes": self.trace.num_bytes,
         }
+
+
+def uncompiled(hook: Any) -> Any:
+    """The hook, which in a compiled model runs between graphs: compiling it as well fails, or fills the terminal."""
+    return torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else hook
 
 
 def _require_memory(model: nn.Module, steps: int) -> None:

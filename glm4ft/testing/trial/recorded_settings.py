@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from glm4ft.testing.recording.trace import Step, Trace
+from glm4ft.testing.recording.trace import Trace
 from glm4ft.testing.replay.step import LIMITS, Departure
 from glm4ft.testing.specification.lora_spec import base_name
 from glm4ft.testing.specification.reference import Reference, split_rows
@@ -76,16 +76,16 @@ def _wrong_sizes(trace: Trace, configuration: Mapping[str, Any]) -> Iterator[Dep
     sizes = [configuration[name] for name in names]
     asked = math.prod(sizes) * int(configuration.get("world_size") or 1)
     got = {n: sum(len(forward.input_ids_BT) for forward in step.forwards)
-           for n, step in enumerate(trace.steps, start=1) if _is_whole(step)}  # fmt: skip
+           for n, step in enumerate(trace.steps, start=1) if step.forwards}  # fmt: skip
     too_few = min(got) if got and max(got.values()) < asked else 0
-    if wrong := next((n for n, count in got.items() if count > asked), too_few):
+    if not (wrong := next((n for n, count in got.items() if count > asked), too_few)):
+        return
+    if min(got.values()) == asked and got[wrong] % asked == 0:
+        text = f"{got[wrong]} sequences went through the model before it, not {asked}"
+        yield Departure("update", wrong, text, "an update was left out, of a step before it")
+    else:
         text = f"{got[wrong]} sequences, not {asked}: {' times '.join(map(str, sizes))} of {' and '.join(names)}"
         yield Departure("batches", wrong, text, "batch size or accumulation do not reach the trainer")
-
-
-def _is_whole(step: Step) -> bool:
-    """Whether a step has forward passes, of one step: one whose loss is not finite may have been skipped before it."""
-    return bool(step.forwards) and all(f.gradient_BTD is None or f.gradient_BTD.isfinite().all() for f in step.forwards)
 
 
 def _wrong_precision(trace: Trace, configuration: Mapping[str, Any]) -> Iterator[Departure]:

@@ -7,7 +7,7 @@ until the verdict departs; a variation must be silent under two of them. The rec
 --processes it is several, under torchrun. Exits with 1 if fewer than 95 % of the faults are named at their stage, or a
 variation raises an alarm.
 
-Faults that the first steps of a run cannot show are left out, with the reason; see UNSEEN.
+Faults that the first steps of a run cannot show are left out, with the reason; see UNSEEN and UNSEEN_IN_BF16.
 """
 
 from __future__ import annotations
@@ -33,15 +33,16 @@ from glm4ft.testing.trial.conversations import all_conversations
 DENSE = "Glm4ForCausalLM"
 STAGES = ("rows", "batches", "model", "gradient", "clipping", "schedule", "update")
 STEPS, TOTAL_STEPS = 8, 20  # recorded, and of the run: two epochs, and a schedule that goes on
-COMMON = {"learning_rate": 5e-3, "weight_decay": 0.01, "max_grad_norm": 0.1, "max_steps": TOTAL_STEPS}
+COMMON = {"learning_rate": 5e-3, "weight_decay": 0.1, "max_grad_norm": 0.1, "max_steps": TOTAL_STEPS}
 # By name of configuration: options of TrainingArguments, and what the loop reads beside them.
 CONFIGURATIONS: Mapping[str, Mapping[str, Any]] = {
     "accumulated": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "warmup_steps": 4,
                     "lr_scheduler_type": "linear"},
-    "packed": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "lr_scheduler_type": "cosine",
+    "packed": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1, "lr_scheduler_type": "cosine",
                "packing": True},
     "checkpointed": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 3, "warmup_steps": 2,
-                     "lr_scheduler_type": "constant_with_warmup", "gradient_checkpointing": True},
+                     "lr_scheduler_type": "constant_with_warmup", "gradient_checkpointing": True, "max_grad_norm": 0.0},
+    "single": {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 1, "lr_scheduler_type": "linear"},
 }  # fmt: skip
 
 PACKING = {"collate_packed", "pack", "pack_length", "positions"}  # parts of the loop that act in packing alone
@@ -70,6 +71,14 @@ UNSEEN: Mapping[str, str] = {
     "dropout-left-on-in-evaluation": _EVALUATION,
 }
 
+# The same under bf16 autocast, with --bf16.
+UNSEEN_IN_BF16: Mapping[str, str] = {
+    "norm-eps-differs": "it moves the final norm's output by 3.4e-5, which bf16 rounds by 8.6e-3",
+    "autocast-that-nobody-asked-for": "it is asked for",
+    "fp32-where-bf16-was-asked": "the sweep turns autocast on",
+    "loss-in-low-precision": "the head's logits are in bf16 already",
+}
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -95,10 +104,12 @@ class Outcome:
         return self.found == self.stage
 
 
-# A flag in each spelling that means one thing; tags of reasoning, and two messages of one role; a long answer.
+# A flag in each spelling that means one thing; tags of reasoning, and two messages of one role; no answer to learn; a
+# long answer.
 FLAGS = [user("hi"), answer("a", loss=0), user("b"), answer("c", loss=1), user("d"), answer("e", loss="false"),
          user("f"), answer("g", loss=None)]  # fmt: skip
 REASONING = [user("and"), user("why?"), answer("<think>so</think>it is"), user("and?"), answer("no</think>yes")]
+SILENT = [user("psst"), answer("shh", loss=0)]
 LONG = [user("go on"), answer("a long way " * 76)]
 
 
@@ -109,7 +120,7 @@ def write_data(path: Path, *, with_reasoning: bool = False) -> None:
         ("several turns", "system", "ends with a tool call", "marker text", "white space"),
     )
     talks = [{"messages": list(t.messages), "tools": list(t.tools) if t.tools else None} for t in BANK if t.id in taken]
-    more = [{"messages": m, "tools": None} for m in (list(FLAGGED.messages), FLAGS, REASONING, LONG)]
+    more = [{"messages": m, "tools": None} for m in (list(FLAGGED.messages), FLAGS, REASONING, LONG, SILENT)]
     thoughts = [{"messages": list(t.messages), "tools": list(t.tools) if t.tools else None} for t in THINKING]
     if with_reasoning:  # in the other formats there is no place for it
         more = thoughts
@@ -230,9 +241,10 @@ def _verdict(recording: Path, base: str, data: Path) -> tuple[str, str]:
     return (first.stage, str(first)) if first else ("", "")
 
 
-def seen_faults(distributed: bool = False) -> list[str]:
+def seen_faults(distributed: bool = False, bf16: bool = False) -> list[str]:
     """The faults that a recording can show: those of the stages of a step, in one process or in several."""
-    faults = [fault for fault in all_faults().values() if fault.stage in STAGES and fault.id not in UNSEEN]
+    unseen = {*UNSEEN, *(UNSEEN_IN_BF16 if bf16 else ())}
+    faults = [fault for fault in all_faults().values() if fault.stage in STAGES and fault.id not in unseen]
     return [fault.id for fault in faults if fault.subject.distributed == distributed]
 
 
@@ -255,7 +267,7 @@ def main() -> int:
     if options.train:
         train(*options.ids, bf16=options.bf16)
         return 0
-    ids = options.ids or [*seen_faults(options.processes > 1), *all_variations()]
+    ids = options.ids or [*seen_faults(options.processes > 1, options.bf16), *all_variations()]
     found = []
     for outcome in outcomes(
         ids, bf16=options.bf16, processes=options.processes or int(options.command), workers=options.workers

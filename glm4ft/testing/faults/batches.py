@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import count
 from typing import Any
 
 import torch
 
 from glm4ft.testing.faults.registry import faults_at
-from glm4ft.testing.subjects.plain_loop import Subject
+from glm4ft.testing.subjects.plain_loop import LoopState, Subject, process_rank, world_size
 from glm4ft.testing.subjects.plain_loop_data import Batch, Features
 
 ESCAPES = (
@@ -158,6 +159,47 @@ class SamplerRngUnsynced(Subject):
 
     def epoch_order(self, num_items: int, epoch: int, seed: int, rank: int) -> list[int]:
         return super().epoch_order(num_items, epoch, seed + rank, rank)
+
+
+class OwnShard(Subject):
+    """Each process shuffles a shard of its own: consecutive items, as many as in every other shard."""
+
+    def shard_size(self, num_items: int) -> int:
+        """The number of items in each shard."""
+        return num_items // world_size()
+
+    def stream(self, num_items: int, run: LoopState) -> Iterator[int]:
+        size, seed = self.shard_size(num_items), run.plan["seed"]
+        first, last = process_rank() * size, num_items - 1
+        return (min(first + i, last) for n in count() for i in self.epoch_order(size, n, seed, process_rank()))
+
+
+@fault(
+    "shard-remainder-lost",
+    processes=2,
+    evidence="ms-swift 9859",
+    cause=r"seen|rank|process",
+    simulated="two processes may divide the items without a remainder, so the last item is taken away before",
+)
+class ShardRemainderLost(OwnShard):
+    """The size of a shard is rounded down, and what is left over belongs to no process."""
+
+    def shard_size(self, num_items: int) -> int:
+        return max(1, super().shard_size(num_items - 1))
+
+
+@fault(
+    "shard-tail-repeated",
+    processes=2,
+    evidence="pytorch 22584, 25162",
+    cause=r"seen|rank|process",
+    simulated="two processes may divide the items without a remainder, so every shard is one item larger",
+)
+class ShardTailRepeated(OwnShard):
+    """Shards are made equally long, by repeating the last row of the last one in every epoch."""
+
+    def shard_size(self, num_items: int) -> int:
+        return super().shard_size(num_items) + 1
 
 
 @fault("set-epoch-missing", evidence="ms-swift 9902", cause=r"epoch")

@@ -189,6 +189,25 @@ class HooksLostAfterMove(Subject):
 
 
 @fault(
+    "gradients-averaged-too-early",
+    processes=2,
+    evidence="FunASR 3472; picotron 5; build-nanogpt 30",
+    cause=r"not averaged|ranks?|process",
+)
+class GradientsAveragedTooEarly(Subject):
+    """Gradients are averaged over processes in the first micro-batch of a step instead of in the last."""
+
+    def train_step(self, run: LoopState, batches: list[Batch]) -> dict[str, Any]:
+        run.wrapped.require_backward_grad_sync = True
+        return super().train_step(run, batches)
+
+    def train_micro_batch(self, run: LoopState, batch: Batch, num_targets: int, num_micro_batches: int) -> torch.Tensor:
+        loss = super().train_micro_batch(run, batch, num_targets, num_micro_batches)
+        run.wrapped.require_backward_grad_sync = False
+        return loss
+
+
+@fault(
     "world-size-factor-lost",
     processes=2,
     evidence="torchtune 2172, 2687; ms-swift 6597",

@@ -27,6 +27,7 @@ from glm4ft.testing.recording.configuration import local_values, stated_configur
 from glm4ft.testing.recording.description import describe
 from glm4ft.testing.recording.discovery import NotFound, decoder_of
 from glm4ft.testing.recording.recorder import Recorder
+from glm4ft.testing.recording.sampling import SAMPLE, sampled_shapes
 from glm4ft.testing.recording.trace import Trace
 from glm4ft.testing.recording.trace_file import TRACE, replace_trace
 
@@ -88,8 +89,11 @@ class Attachment:
             environment.note(str(self.folder), self.why_not)
 
     def _forward_begins(self, module: nn.Module, args: Any) -> None:
-        if self.recorder or module in self.passed or not (torch.is_grad_enabled() and module.training):
-            return
+        if not (self.recorder or module in self.passed) and torch.is_grad_enabled() and module.training:
+            uncompiled(self._begin)(module, args)
+
+    def _begin(self, module: nn.Module, args: Any) -> None:
+        """Record from this forward pass on, if it is one through a decoder with trained parameters."""
         model = self._model_of(module)
         if model is None:
             return
@@ -167,7 +171,7 @@ class QuietRecorder(Recorder):
         """Note why the run cannot be recorded."""
         self.attachment.give_up(why)
 
-    def guarded(self, hook: Any) -> Any:
+    def guarded(self, hook: Any, *, in_forward: bool = False) -> Any:
         """The hook, which gives the recording up instead of raising an error in the run."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -180,7 +184,7 @@ class QuietRecorder(Recorder):
             finally:
                 self.spent_s += time.perf_counter() - began_s
 
-        return call
+        return uncompiled(call) if in_forward else call
 
     def step_recorded(self) -> None:
         """Write the trace."""
@@ -204,11 +208,19 @@ class QuietRecorder(Recorder):
         }
 
 
+def uncompiled(hook: Any) -> Any:
+    """The hook, which in a compiled model runs between graphs: compiling it as well fails, or fills the terminal."""
+    return torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else hook
+
+
 def _require_memory(model: nn.Module, steps: int) -> None:
     """Raise ValueError if the copies of the trained parameters would take half of this machine's memory."""
     if not hasattr(os, "sysconf"):  # Windows
         return
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    split = {name: 0 for name, p in parameters.items() if hasattr(p, "to_local")}
+    sampled = sampled_shapes(parameters, split)
+    trained = sum((SAMPLE if n in sampled else p.numel()) * p.element_size() for n, p in parameters.items())
     needed, memory = COPIES * steps * trained, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory / 2:
         raise ValueError(

@@ -9,7 +9,7 @@ Shapes: B sequences of a forward pass, T positions, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.hooks import RemovableHandle
 
 from glm4ft.testing.recording.discovery import decoder_of
+from glm4ft.testing.recording.sampling import norms, sample, sampled_shapes
 from glm4ft.testing.recording.trace import Forward, ParameterGroup, Step, Tensors, Trace
 
 # The largest number of entries of a forward pass of which it is recorded whether dropout kept them; a byte for each.
@@ -55,17 +56,21 @@ class Recorder:
         self.decoder = decoder_of(model, names)
         self.max_steps, self.pending = max_steps, list[Forward]()
         self.last, self.summed = Tensors(), Tensors()  # gradients since the last step, see _accumulated
+        self.last_norms = dict[str, float]()  # of the gradients of which a sample is kept
         self.num_detached = 0  # since the last step, see Step
         # of optimizer steps inside of one another: a subclass calls its parent's, a wrapper that of the optimizer in it
         self.depth = 0
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.names = {id(p): name for name, p in self.parameters.items()}
-        self.at_start = {name: _copy(p) for name, p in self.parameters.items()}  # until the first step
         dims = {name: split_dimension(name, parameter) for name, parameter in self.parameters.items()}
+        split = {name: dim for name, dim in dims.items() if dim is not None}
+        self.sampled = sampled_shapes(self.parameters, split)
+        self.at_start = self._kept(self.parameters)  # until the first step
         self.trace = Trace(
             dtype=self.decoder.head.weight.dtype,  # type: ignore[arg-type]
             trained=tuple(self.parameters),
-            sharded={name: dim for name, dim in dims.items() if dim is not None},
+            sharded=split,
+            sampled=self.sampled,
         )
         # the modules whose mode matters: dropout layers, and those with trained parameters
         self.parts = [
@@ -76,9 +81,11 @@ class Recorder:
         self.kept: dict[str, torch.Tensor] | None = {}  # of the forward pass under way, see Forward
         self.stack = ExitStack()
         hooks: list[RemovableHandle] = [
-            self.decoder.body.register_forward_pre_hook(self.guarded(self._body_called), with_kwargs=True),
-            self.decoder.embedding.register_forward_pre_hook(self.guarded(self.ids_embedded)),
-            self.decoder.norm.register_forward_hook(self.guarded(self._hidden_ready)),
+            self.decoder.body.register_forward_pre_hook(
+                self.guarded(self._body_called, in_forward=True), with_kwargs=True
+            ),
+            self.decoder.embedding.register_forward_pre_hook(self.guarded(self.ids_embedded, in_forward=True)),
+            self.decoder.norm.register_forward_hook(self.guarded(self._hidden_ready, in_forward=True)),
             register_optimizer_step_pre_hook(self.guarded(self._step_begins)),
             register_optimizer_step_post_hook(self.guarded(self._step_ended)),
         ]
@@ -87,7 +94,7 @@ class Recorder:
             hooks.append(parameter.register_post_accumulate_grad_hook(self.guarded(self._keep_last(name))))
         for name, module in model.named_modules():
             if isinstance(module, nn.Dropout) and module.p > 0:
-                hooks.append(module.register_forward_hook(self.guarded(self._keep_dropped(name))))
+                hooks.append(module.register_forward_hook(self.guarded(self._keep_dropped(name), in_forward=True)))
         for hook in hooks:
             self.stack.callback(hook.remove)
 
@@ -99,8 +106,13 @@ class Recorder:
         """Raise the reason why the run cannot be recorded."""
         raise ValueError(why)
 
-    def guarded(self, hook: Any) -> Any:
-        """The hook as it is registered; for subclasses that may not let an error reach the run."""
+    def guarded(self, hook: Any, *, in_forward: bool = False) -> Any:
+        """The hook as it is registered; for subclasses that may not let an error reach the run.
+
+        Args:
+            hook: The hook.
+            in_forward: Whether it is called in the forward pass, which may be compiled.
+        """
         return hook
 
     def step_recorded(self) -> None:
@@ -175,7 +187,7 @@ class Recorder:
 
     def _add_up(self, name: str) -> Any:
         def add(gradient: torch.Tensor) -> None:
-            own = _copy(gradient)
+            own = _copy(sample(name, gradient, self.sampled))
             self.summed[name] = self.summed[name] + own if name in self.summed else own
 
         return add
@@ -183,7 +195,10 @@ class Recorder:
     def _keep_last(self, name: str) -> Any:
         def keep(parameter: torch.Tensor) -> None:
             # every backward pass overwrites this, so at the step it is the gradient accumulated over all of them
-            self.last[name] = _copy(parameter.grad)
+            assert parameter.grad is not None
+            self.last[name] = _copy(sample(name, parameter.grad, self.sampled))
+            if name in self.sampled:
+                self.last_norms |= norms({name: parameter.grad}, self.sampled)
 
         return keep
 
@@ -231,21 +246,31 @@ class Recorder:
             self.trace.steps[-1].groups += groups  # a second optimizer's part of the same step
             self.trace.optimized += tuple(own)
             return
-        received = {n: _copy(p.grad) for n, p in self.parameters.items() if p.grad is not None}
+        gradients = {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
+        received = self._kept(gradients)
+        accumulated = self._accumulated(received)
         self.trace.optimized = tuple(name for group in groups for name in group.names)
         self.trace.steps.append(
             Step(
                 forwards=forwards,
-                raw=_sharing(self._accumulated(received), received),
+                raw=_sharing(accumulated, received),
                 clipped=received,
-                before=_sharing({n: _copy(p) for n, p in self.parameters.items()}, self._left()),
+                before=_sharing(self._kept(self.parameters), self._left()),
                 groups=groups,
                 optimizer=type(optimizer).__name__,
                 num_detached=self.num_detached,
+                norms={  # of a trainer's own buffer the norm is not known
+                    "raw": self.last_norms if accumulated is self.last else {},
+                    "clipped": norms(gradients, self.sampled),
+                },
             )
         )
         self.num_detached = 0
-        self.pending, self.last, self.summed = [], {}, {}
+        self.pending, self.last, self.summed, self.last_norms = [], {}, {}, {}
+
+    def _kept(self, tensors: Mapping[str, torch.Tensor]) -> Tensors:
+        """Copies of tensors, of a large model those of a sample of their entries."""
+        return {name: _copy(sample(name, tensor, self.sampled)) for name, tensor in tensors.items()}
 
     def _left(self) -> Tensors:
         """The trained parameters as the last step left them."""
@@ -262,7 +287,7 @@ class Recorder:
         if self.depth or not held or not self.trace.steps:
             return
         step = self.trace.steps[-1]
-        step.after = {n: _copy(p) for n, p in self.parameters.items()}
+        step.after = self._kept(self.parameters)
         step.state_dtypes |= {n: found for n in held if (found := _moments(optimizer, self.parameters[n]))}
         self.step_recorded()
 

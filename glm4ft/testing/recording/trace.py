@@ -28,6 +28,7 @@ class Forward:
             was, None if only some were.
         kept: Whether dropout kept each entry of its input, by the name of the dropout layer; only of layers that
             dropped. None if there were too many entries to record.
+        process: The process that it ran in, once the traces of several are merged.
     """
 
     input_ids_BT: torch.Tensor
@@ -37,6 +38,7 @@ class Forward:
     gradient_BTD: torch.Tensor | None
     training: bool | None
     kept: dict[str, torch.Tensor] | None = field(default_factory=dict)
+    process: int = 0
 
 
 @dataclass
@@ -68,6 +70,8 @@ class Step:
         after: The trained parameters after the update.
         state_dtypes: The dtype of the optimizer's moments, by parameter.
         num_detached: The number of forward passes in training mode whose hidden states required no gradient.
+        norms: The exact norms of the gradients ``raw`` and ``clipped`` of each parameter of which a sample is recorded.
+        whole: The trained parameters before the update, where those of a sample are known from elsewhere.
     """
 
     forwards: list[Forward]
@@ -79,6 +83,13 @@ class Step:
     after: Tensors = field(default_factory=dict)
     state_dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     num_detached: int = 0
+    norms: dict[str, dict[str, float]] = field(default_factory=dict)
+    whole: Tensors | None = None
+
+    @property
+    def weights(self) -> Tensors:
+        """The trained parameters before the update, each with all of its entries."""
+        return self.before if self.whole is None else self.whole
 
 
 @dataclass
@@ -95,6 +106,7 @@ class Trace:
         autocast: The dtype that training's forward passes ran in under autocast, by torch's name; None without it.
         sharded: The dimension along which a parameter is split over the processes, by its name; each trace then holds
             its process's part.
+        sampled: The shapes of the parameters of which a sample is recorded, see ``sampling``, by their names.
         evaluations: The forward passes without gradient, each with the number of steps taken before it.
     """
 
@@ -107,6 +119,7 @@ class Trace:
     foreign_steps: int = 0
     autocast: str | None = None
     sharded: dict[str, int] = field(default_factory=dict)
+    sampled: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def num_bytes(self) -> int:

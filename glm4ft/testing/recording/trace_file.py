@@ -1,4 +1,4 @@
-"""Writes and reads traces without pickle: tensors as safetensors, everything else as JSON."""
+"""Writes and reads traces without pickle: tensors as safetensors, a file for each step, all else as JSON."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from glm4ft.testing.recording.trace import Forward, ParameterGroup, Step, Tensor
 
 Layout = list[Any]
 
-TRACE, TENSORS = "trace.json", "trace.safetensors"
+TRACE = "trace.json"
 _TENSORS = ("raw", "clipped", "before", "after")
 _FIELDS = ("input_ids_BT", "positions_BT", "attention_mask", "hidden_BTD", "gradient_BTD")
 
@@ -25,18 +25,20 @@ _FIELDS = ("input_ids_BT", "positions_BT", "attention_mask", "hidden_BTD", "grad
 def replace_trace(trace: Trace, folder: Path, about: Mapping[str, Any]) -> None:
     """Write a trace in place of the one in a folder; a process that is killed leaves one that can be read.
 
-    The tensors come first: those of more steps than the JSON states are read as the steps that it states.
+    Of the steps, only the last and those that are not there yet are written. Their tensors come first: those of more
+    steps than the JSON states are not read.
 
     Args:
         trace: The trace of a run, with at least the steps of the one in the folder.
         folder: The folder, which need not exist.
         about: What else is known of the run; anything that JSON can represent.
     """
-    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
+    unfinished, count = folder.with_name(f".{folder.name}.{os.getpid()}"), len(trace.steps)
     shutil.rmtree(unfinished, ignore_errors=True)
-    write_trace(trace, unfinished, about)
+    new = [i for i in range(count) if i == count - 1 or not (folder / _tensors_file(i)).exists()]
+    _write(trace, new, unfinished, about)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (TENSORS, TRACE):
+    for name in (*map(_tensors_file, new), TRACE):
         os.replace(unfinished / name, folder / name)
     unfinished.rmdir()
 
@@ -49,16 +51,18 @@ def write_trace(trace: Trace, folder: Path, about: Mapping[str, Any]) -> None:
         folder: The folder to create and write to.
         about: What else is known of the run; anything that JSON can represent.
     """
+    _write(trace, range(len(trace.steps)), folder, about)
+
+
+def _tensors_file(step: int) -> str:
+    return f"step-{step + 1}.safetensors"
+
+
+def _write(trace: Trace, new: Iterable[int], folder: Path, about: Mapping[str, Any]) -> None:
+    """Write what is known of a trace, and the tensors of some of its steps."""
     folder.mkdir(parents=True)
-    tensors: Tensors = {}
-    for i, step in enumerate(trace.steps):
-        for name in _TENSORS:
-            tensors |= {f"{i}/{name}/{dtype}": flat for dtype, flat in _flattened(getattr(step, name)).items()}
-        for j, forward in enumerate(step.forwards):
-            found = {name: getattr(forward, name) for name in _FIELDS}
-            found |= {f"kept/{name}": kept for name, kept in (forward.kept or {}).items()}
-            tensors |= {f"{i}/forward-{j}/{name}": t.contiguous() for name, t in found.items() if t is not None}
-    save_file(tensors, folder / TENSORS)
+    for i in new:
+        save_file(_tensors_of(trace.steps[i]), folder / _tensors_file(i))
     layouts: list[Layout] = []
     steps = [_step_record(step, layouts) for step in trace.steps]
     record = {
@@ -71,10 +75,23 @@ def write_trace(trace: Trace, folder: Path, about: Mapping[str, Any]) -> None:
         "dropout": trace.dropout,
         "foreign_steps": trace.foreign_steps,
         "sharded": trace.sharded,
+        "sampled": trace.sampled,
         "layouts": layouts,
         "steps": steps,
     }
     (folder / TRACE).write_text(json.dumps(record, allow_nan=False) + "\n", "utf-8")
+
+
+def _tensors_of(step: Step) -> Tensors:
+    """The tensors of a step, by their names in its file."""
+    tensors: Tensors = {}
+    for name in _TENSORS:
+        tensors |= {f"{name}/{dtype}": flat for dtype, flat in _flattened(getattr(step, name)).items()}
+    for j, forward in enumerate(step.forwards):
+        found = {name: getattr(forward, name) for name in _FIELDS}
+        found |= {f"kept/{name}": kept for name, kept in (forward.kept or {}).items()}
+        tensors |= {f"forward-{j}/{name}": t.contiguous() for name, t in found.items() if t is not None}
+    return tensors
 
 
 def read_trace(folder: Path) -> tuple[Trace, dict[str, Any]]:
@@ -84,8 +101,8 @@ def read_trace(folder: Path) -> tuple[Trace, dict[str, Any]]:
         The trace, and what else is known of the run.
     """
     stored = json.loads((folder / TRACE).read_text("utf-8"))
-    tensors = load_file(folder / TENSORS)
-    steps = [_step(i, step, tensors, stored["layouts"]) for i, step in enumerate(stored["steps"])]
+    found = [load_file(folder / _tensors_file(i)) for i in range(len(stored["steps"]))]
+    steps = [_step(*pair, stored["layouts"]) for pair in zip(stored["steps"], found, strict=True)]
     trace = Trace(
         steps,
         getattr(torch, stored["dtype"]),
@@ -95,6 +112,7 @@ def read_trace(folder: Path) -> tuple[Trace, dict[str, Any]]:
         foreign_steps=stored["foreign_steps"],
         autocast=stored["autocast"],
         sharded=stored["sharded"],
+        sampled={name: tuple(shape) for name, shape in stored["sampled"].items()},
     )
     return trace, stored
 
@@ -140,27 +158,28 @@ def _step_record(step: Step, layouts: list[Layout]) -> dict[str, Any]:
         "groups": [{"names": g.names, "size": g.size, "settings": _plain(g.settings)} for g in step.groups],
         "state_dtypes": {name: _dtype_name(dtype) for name, dtype in step.state_dtypes.items()},
         "num_detached": step.num_detached,
+        "norms": {part: _plain(norms) for part, norms in step.norms.items()},
     }
 
 
-def _step(i: int, stored: dict[str, Any], tensors: Tensors, layouts: list[Layout]) -> Step:
+def _step(stored: dict[str, Any], tensors: Tensors, layouts: list[Layout]) -> Step:
     def below(prefix: str) -> Tensors:
         return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
     forwards = []
     for j, forward in enumerate(stored["forwards"]):
-        found = below(f"{i}/forward-{j}/")
+        found = below(f"forward-{j}/")
         kept = {n.removeprefix("kept/"): t for n, t in found.items() if n.startswith("kept/")}
         fields: dict[str, Any] = {name: found.get(name) for name in _FIELDS}
         forwards.append(Forward(**fields, training=forward["training"], kept=kept if forward["is_kept"] else None))
     groups = [ParameterGroup(tuple(g["names"]), g["settings"], g["size"]) for g in stored["groups"]]
     parts: dict[str, Any] = {
-        name: _unflattened(layouts[number], below(f"{i}/{name}/")) for name, number in stored["layouts"].items()
+        name: _unflattened(layouts[number], below(f"{name}/")) for name, number in stored["layouts"].items()
     }
     dtypes = {name: getattr(torch, dtype) for name, dtype in stored["state_dtypes"].items()}
     return Step(
         forwards, groups=groups, optimizer=stored["optimizer"], state_dtypes=dtypes,
-        num_detached=stored["num_detached"], **parts,
+        num_detached=stored["num_detached"], norms=stored["norms"], **parts,
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from glm4ft.data.control_tokens import common_prefix_length
 from glm4ft.data.encoded_row import IGNORED
 from glm4ft.testing.recording.trace import Forward
 from glm4ft.testing.replay.matching import RowSpan, is_part_of
-from glm4ft.testing.replay.step import Departure, Departures, ReplayedStep, SeenRow
+from glm4ft.testing.replay.step import Departure, Departures, ReplayedStep, SeenRow, relative
 
 # A target that the model predicts with at least this probability may leave no gradient in the dtype of the run, so a
 # missing gradient there does not show that the target is masked.
@@ -120,7 +120,7 @@ def _masked_by_id(step: ReplayedStep, missing: set[int]) -> str:
 def _unsure(step: ReplayedStep, row: SeenRow, expected: torch.Tensor) -> torch.Tensor:
     """True where the target's probability is low enough for its gradient to be measurable."""
     probability = torch.zeros(len(expected))
-    logits = step.reference.logits(row.hidden_TD[: len(expected) - 1], step.step.before)
+    logits = step.reference.logits(row.hidden_TD[: len(expected) - 1], step.step.weights)
     probability[1:] = logits.softmax(1).gather(1, expected[1:].clamp_min(0)[:, None])[:, 0]
     return probability < SURE
 
@@ -129,14 +129,17 @@ def judge_batches(step: ReplayedStep) -> Departures:
     """Report rows repeated or left out within an epoch, trained padding, and rows that see neighbours or padding."""
     yield from _trained_padding(step)
     step.history.seen.update(row.ids for row in step.seen)
+    for row in step.seen:
+        step.history.seen_by.setdefault(row.ids, set()).add(step.step.forwards[row.forward].process)
     known = step.history.known.labels
     # a trainer may leave out rows without targets, but not repeat them
     must = [ids for ids, labels in known.items() if any(label != IGNORED for label in labels[1:])] or list(known)
     most, least = max(step.history.seen[ids] for ids in known), min(step.history.seen[ids] for ids in must)
     if most - least > 1:
         again = next(ids for ids in known if step.history.seen[ids] == most)
-        text = f"a row ({len(again)} tokens) was seen {most} times, another {least} times"
-        yield step.depart("batches", text, "an epoch repeats some rows, or leaves some out")
+        who, cause = _repeated_by(step, again)
+        text = f"a row ({len(again)} tokens) was seen {most} times{who}, another {least} times"
+        yield step.depart("batches", text, cause)
     for row, size in step.hidden_sizes:
         cause = _wrong_surroundings(step.step.forwards[row.forward], row.span)
         if cause or (row.span.start > 0 and _rows_in_front_agree(step)):
@@ -144,6 +147,16 @@ def judge_batches(step: ReplayedStep) -> Departures:
             text = f"the hidden states of a row {where} are {size:.1e} off those of the row alone"
             cause = cause or "packed rows or padding are attended to"
             yield step.depart("batches", text, cause, size, hides=("model", "gradient"))
+
+
+def _repeated_by(step: ReplayedStep, ids: tuple[int, ...]) -> tuple[str, str]:
+    """The processes that saw a row too often, in words, and the cause; of one process there is nothing to say."""
+    cause, by = "an epoch repeats some rows, or leaves some out", sorted(step.history.seen_by[ids])
+    if step.history.plan.get("processes", 1) == 1:
+        return "", cause
+    if len(by) == 1:
+        return f" by process {by[0]}", f"{cause}: a process's share has some twice, or no process has them"
+    return f" by processes {', '.join(map(str, by))}", f"{cause}: the processes' shares overlap"
 
 
 def _trained_padding(step: ReplayedStep) -> Departures:
@@ -193,6 +206,11 @@ def judge_model(step: ReplayedStep) -> Departures:
         touched = [name for name, t in before.items() if ".lora_B." in name and t.abs().max() > 0]
         if touched:
             yield step.depart("model", f"{len(touched)} matrices B are not zero at the start, e.g. {touched[0]}")
+    if step.step.whole is not None:
+        first = step.sampled(step.step.whole)
+        size = relative(before, first)
+        text = f"the trained weights are {size:.1e} off those of the base's files"
+        yield step.depart("model", text, "another base, or weights drawn anew", size, hides=("gradient",))
     if not all(forward.training for forward in step.step.forwards):
         yield step.depart("model", "the model is not in training mode")
     for _, size in step.hidden_sizes:

@@ -53,7 +53,7 @@ def judge_gradient(step: ReplayedStep) -> Departures:
         yield step.depart("gradient", text, hides=AFTER_THE_LOSS[1:])
         return
     expected = step.gradient()
-    size = relative(step.raw, expected)
+    size = max(relative(step.raw, expected), step.norms_off())
     cause, factor = ("", None) if size <= step.limit("gradient") else _gradient_cause(step, expected)
     yield step.depart("gradient", f"the gradient is {size:.1e} off the token mean", cause, size, factor=factor)
 
@@ -157,13 +157,16 @@ def _gradient_cause(step: ReplayedStep, expected: Tensors) -> tuple[str, float |
     if previous:
         parts.append(previous.clipped)
     gram = torch.tensor([[dot(a, b) for b in parts] for a in parts], dtype=torch.float64)
+    if not bool(gram.isfinite().all()):
+        return "the specification's own gradient is not finite at these parameters", None
     factors = torch.linalg.lstsq(gram, torch.tensor([dot(a, raw) for a in parts], dtype=torch.float64)).solution
     explained = {n: sum(float(f) * part[n].double() for f, part in zip(factors, parts, strict=True)) for n in raw}
-    if relative(raw, explained) > EXPLAINED:  # type: ignore[arg-type]
+    rounding = max(EXPLAINED, step.limit("gradient"))
+    if relative(raw, explained) > rounding:  # type: ignore[arg-type]
         return _gradient_of_some(raw, expected), None
     if previous and abs(factors[-1]) > 0.1:
         return "the gradient of the previous step was not cleared", None
-    return _counts(factors[: len(_forwards(step))].tolist())
+    return _counts(factors[: len(_forwards(step))].tolist(), 10 * rounding)
 
 
 def _gradient_of_some(raw: Tensors, expected: Tensors) -> str:
@@ -193,10 +196,10 @@ def _parts(step: ReplayedStep) -> list[Tensors]:
     return parts
 
 
-def _counts(factors: list[float]) -> tuple[str, float | None]:
-    """The weight of each micro-batch in words; and the common factor, None if the weights differ."""
+def _counts(factors: list[float], rounding: float) -> tuple[str, float | None]:
+    """The weight of each micro-batch in words; and the common factor, None if the weights differ by more."""
     mean = sum(factors) / len(factors)
-    if max(abs(f - mean) for f in factors) <= 10 * EXPLAINED * abs(mean):
+    if max(abs(f - mean) for f in factors) <= rounding * abs(mean):
         return f"it is {mean:.4g} times the token mean", mean
     lost = [str(i) for i, f in enumerate(factors, start=1) if abs(f) < 0.1]
     if lost:
@@ -207,9 +210,10 @@ def _counts(factors: list[float]) -> tuple[str, float | None]:
 def judge_clipping(step: ReplayedStep) -> Departures:
     """Report a gradient that is not scaled by the one factor that clipping to the global norm gives."""
     limit, raw, clipped = step.history.plan["max_grad_norm"], step.raw, step.step.clipped
-    norm, factor = clip_factor(raw, limit)
+    norm, factor = clip_factor(raw, limit, step.norms("raw"))
     size = relative(clipped, {name: factor * tensor for name, tensor in raw.items()})
-    got = dot(clipped, raw) / norm**2 if norm else factor  # a gradient of zero has no factor to be read off
+    length = dot(raw, raw)
+    got = dot(clipped, raw) / length if length else factor  # a gradient of zero has no factor to be read off
     cause = "" if size <= step.limit("clipping") else _clipping_cause(step, norm, got)
     text = f"the gradient of norm {norm:.4g} was multiplied by {got:.4g}, not {factor:.4g}"
     yield step.depart("clipping", text, cause, size)

@@ -10,12 +10,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from glm4ft.testing.recording.trace import Trace
 from glm4ft.testing.replay.judge_data import judge_batches, judge_model, judge_rows
 from glm4ft.testing.replay.judge_gradient import judge_clipping, judge_gradient, judge_loss
 from glm4ft.testing.replay.judge_update import judge_schedule, judge_update
 from glm4ft.testing.replay.matching import KnownRows
-from glm4ft.testing.replay.step import Departure, Departures, History, ReplayedStep
+from glm4ft.testing.replay.step import LIMITS, Departure, Departures, History, ReplayedStep
 from glm4ft.testing.replay.tolerances import within
 from glm4ft.testing.specification.reference import LabelledIds, Reference
 
@@ -33,6 +35,9 @@ JUDGES: Mapping[str, Callable[[ReplayedStep], Departures]] = {
 }
 
 
+NEED_WEIGHTS = ("rows", "batches", "model", "loss", "gradient")  # judges that compute with all trained parameters
+
+
 @dataclass
 class Verdict:
     """The result of a replay.
@@ -46,6 +51,8 @@ class Verdict:
         steps: The number of optimizer steps before the first departure.
         packed: Whether any sequence of a batch held more than one row.
         removes_factor: Whether a factor on the loss was taken out of the gradient before the optimizer received it.
+        is_undecided: Whether the gradient agrees if a sum over tokens is divided before it is clipped, and no step
+            shows that it is.
         seen: The ids of the rows of each step, in order.
     """
 
@@ -57,6 +64,7 @@ class Verdict:
     steps: int = 0
     packed: bool = False
     removes_factor: bool = False
+    is_undecided: bool = False
     seen: list[list[tuple[int, ...]]] = field(default_factory=list)
 
     @property
@@ -100,7 +108,8 @@ def replay(
         The verdict.
     """
     verdict = Verdict()
-    history = History(reference, KnownRows(rows), plan, trace.dtype, dropout=trace.dropout, limits=limits or {})
+    history = History(reference, KnownRows(rows), plan, trace.dtype, dropout=trace.dropout, limits=limits or {},
+                      sampled=trace.sampled)  # fmt: skip
     history.rates = [next((float(g.settings["lr"]) for g in s.groups if g.size), math.nan) for s in trace.steps]
     judged, hidden_from_now_on = set[str](), dict.fromkeys(skip, "")
     if not trace.steps:
@@ -108,16 +117,20 @@ def replay(
         verdict.hidden = {stage: "update" for stage in map(_stage_of, JUDGES) if stage != "update"}
     for number, step in enumerate(trace.steps, start=1):
         replayed = ReplayedStep(number, step, history)
+        if not replayed.has_weights:
+            hidden_from_now_on |= dict.fromkeys(NEED_WEIGHTS, "")
         verdict.seen.append([row.ids for row in replayed.seen])
         verdict.packed = verdict.packed or _is_packed(replayed)
         judged |= _judge(replayed, verdict, hidden_from_now_on)
         verdict.removes_factor = verdict.removes_factor or replayed.removes_factor
+        verdict.is_undecided = verdict.is_undecided or replayed.is_undecided
         if not verdict.departures:
             verdict.steps = number
         if replayed.not_finite:
             break
         history.previous = step
     verdict.hidden = {stage: by for stage, by in verdict.hidden.items() if stage not in judged}
+    verdict.is_undecided = verdict.is_undecided and not (verdict.removes_factor or "gradient" in verdict.departures)
     _explain_by_scale(verdict, _first_moved(trace))
     return verdict
 
@@ -178,7 +191,11 @@ def _explain_by_scale(verdict: Verdict, first_moved: int) -> None:
     gradient, model = verdict.departures.get("gradient"), verdict.departures.get("model")
     if gradient is None or model is None or model.size is None or gradient.step != 1:
         return
-    if model.step == 1 or model.step != first_moved:
+    if model.step == 1 or model.step < first_moved:
+        return
+    # in low precision the output departs only once B is large enough for its scale to exceed the rounding
+    is_exact = verdict.limits.get("model", 0.0) <= LIMITS[torch.float32]
+    if model.step > first_moved and (is_exact or gradient.factor is None):
         return
     if gradient.hides:  # the loss itself departs, which is judged at the recorded hidden states
         return

@@ -33,22 +33,24 @@ def measured_limits(reference: Reference, trace: Trace, rows: Sequence[LabelledI
         rows: The rows of the run.
     Returns:
         The limit of each stage whose limit depends on the forward pass; empty for a run in fp32, whose limits are
-        fixed.
+        fixed, and without rows that learn anything.
     Source: the tolerances of TTrace, arXiv 2506.09280, which come from perturbing the input by the machine epsilon.
     """
-    if trace.dtype not in (torch.bfloat16, torch.float16):
+    longest = sorted((row for row in rows if any(label >= 0 for label in row[1])), key=lambda row: len(row[0]))
+    if trace.dtype not in (torch.bfloat16, torch.float16) or not longest:
         return {}
-    longest = sorted(rows, key=lambda row: len(row[0]))[-MAX_ROWS:]
+    longest = longest[-MAX_ROWS:]
     forward, backward = 0.0, 0.0
-    for step in (trace.steps[0], trace.steps[-1]):  # before the first step the matrices B are zero
-        exact = reference.gradient(longest, step.before)
+    last = 0 if trace.sampled else -1
+    for step in (trace.steps[0], trace.steps[last]):  # before the first step the matrices B are zero
+        exact = reference.gradient(longest, step.weights)
         with _rounded(reference, trace.dtype):
-            backward = max(backward, relative(reference.gradient(longest, step.before), exact))
+            backward = max(backward, relative(reference.gradient(longest, step.weights), exact))
         for ids, _ in longest:
             with torch.no_grad():
-                alone = reference.hidden(ids, step.before)
+                alone = reference.hidden(ids, step.weights)
                 with _rounded(reference, trace.dtype):
-                    rounded = reference.hidden(ids, step.before)
+                    rounded = reference.hidden(ids, step.weights)
             forward = max(forward, float((rounded - alone).norm() / alone.norm()))
     return {"batches": MARGIN * forward, "model": MARGIN * forward, "gradient": MARGIN * backward}
 

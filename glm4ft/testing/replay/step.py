@@ -13,9 +13,17 @@ from typing import Any
 import torch
 
 from glm4ft.data.encoded_row import IGNORED
+from glm4ft.testing.recording.sampling import norms, samples
 from glm4ft.testing.recording.trace import Step, Tensors
 from glm4ft.testing.replay.matching import KnownRows, RowMatches, RowSpan
-from glm4ft.testing.specification.reference import AdamW, LabelledIds, Reference, Targets, recover_targets
+from glm4ft.testing.specification.reference import (
+    AdamW,
+    LabelledIds,
+    Reference,
+    Targets,
+    clip_factor,
+    recover_targets,
+)
 
 # The largest relative departure that counts as rounding, by the dtype of the base. In fp32, 240 clean runs of 10 steps
 # (20 seeds, padded and packed, 1, 2 and 4 micro-batches, clipping on and off; x86-64 CPU, 2026-11-25) stayed below
@@ -83,9 +91,11 @@ class History:
         dtype: The dtype of the forward passes.
         rates: The learning rate of each recorded step, of the first parameter group that holds a parameter.
         seen: The number of times that each row has been seen, by its ids.
+        seen_by: The processes that have seen each row, by its ids.
         previous: The previous step; None before the first.
         dropout: The probability of each dropout layer, by its name; those whose choices were recorded are replayed.
         limits: The limit of each stage for which it was measured on the run itself.
+        sampled: The shapes of the parameters of which a sample is recorded.
     """
 
     reference: Reference
@@ -93,10 +103,12 @@ class History:
     plan: Mapping[str, Any]
     dtype: torch.dtype
     seen: Counter[tuple[int, ...]] = field(default_factory=Counter)
+    seen_by: dict[tuple[int, ...], set[int]] = field(default_factory=dict)
     previous: Step | None = None
     rates: list[float] = field(default_factory=list)
     dropout: Mapping[str, float] = field(default_factory=dict)
     limits: Mapping[str, float] = field(default_factory=dict)
+    sampled: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.dtype == torch.float16:
@@ -138,6 +150,8 @@ class ReplayedStep:
     def __init__(self, number: int, step: Step, history: History) -> None:
         self.number, self.step, self.history, self.reference = number, step, history, history.reference
         self.removes_factor = False  # whether the loss has a factor that the optimizer's gradient has not
+        self.expected_norms = dict[str, float]()  # of the gradient that it should have
+        self.is_undecided = False  # whether it may have: see _is_clipped_sum
 
     def depart(self, stage: str, text: str, cause: str = "", size: float | None = None, **more: Any) -> Departure:
         """A departure of this step; further arguments as in ``Departure``."""
@@ -163,7 +177,7 @@ class ReplayedStep:
     @cached_property
     def targets(self) -> list[list[Targets]]:
         """The recovered targets of each sequence of each forward pass."""
-        weight_VD = self.reference.head_weight(self.step.before).double()  # once for all sequences
+        weight_VD = self.reference.head_weight(self.step.weights).double()  # once for all sequences
         found = []
         for forward in self.step.forwards:
             assert forward.gradient_BTD is not None
@@ -174,6 +188,8 @@ class ReplayedStep:
     @cached_property
     def seen(self) -> list[SeenRow]:
         """The known rows of the step, in order."""
+        if not self.has_weights:
+            return []  # without the head's weight, labels cannot be read back
         return [
             SeenRow(p, i, forward.hidden_BTD[p.b][p.positions], self.targets[i][p.b].at(p.targets))
             for i, (forward, matches) in enumerate(zip(self.step.forwards, self.row_matches, strict=True))
@@ -210,7 +226,34 @@ class ReplayedStep:
     def gradient(self, forward: int | None = None) -> Tensors:
         """The gradient of the mean over the supervised tokens of the step's rows, or of one of its forward passes."""
         kept = [self.kept(row) for row in self.seen if forward in (None, row.forward)]
-        return self.reference.gradient(self.rows(forward), self.step.before, kept)
+        whole = self.reference.gradient(self.rows(forward), self.step.weights, kept)
+        if forward is None:
+            self.expected_norms = norms(whole, self.history.sampled)
+        return self.sampled(whole)
+
+    def sampled(self, whole: Tensors) -> Tensors:
+        """The entries of tensors that are recorded."""
+        return samples(whole, self.history.sampled)
+
+    def norms(self, part: str) -> dict[str, float]:
+        """The exact norms of the gradients of which a sample is recorded, without the loss scale.
+
+        Args:
+            part: ``raw`` or ``clipped``.
+        """
+        scale = self.loss_scale if part == "raw" else 1.0
+        return {name: norm / scale for name, norm in self.step.norms.get(part, {}).items()}
+
+    def norms_off(self) -> float:
+        """The largest difference of a gradient's norm from what ``gradient`` found, relative to the whole gradient."""
+        got, expected = self.norms("raw"), self.expected_norms
+        size = clip_factor(self.raw, 0, got)[0]
+        return max((abs(got[n] - expected[n]) / size for n in got if n in expected), default=0.0)
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the trained parameters are known as a whole, as those of a sample are before the first step."""
+        return not self.history.sampled or self.step.whole is not None
 
     @cached_property
     def num_targets(self) -> int:
@@ -223,7 +266,7 @@ class ReplayedStep:
         sizes = []
         for row in self.seen:
             with torch.no_grad():
-                alone = self.reference.hidden(row.ids, self.step.before, self.kept(row))[: len(row.hidden_TD)]
+                alone = self.reference.hidden(row.ids, self.step.weights, self.kept(row))[: len(row.hidden_TD)]
             sizes.append((row, float((row.hidden_TD - alone).norm() / alone.norm())))
         return sizes
 
@@ -244,6 +287,9 @@ class ReplayedStep:
             return 1.0
         if self.history.plan.get("factor_is_removed") or self._is_removed(ratio):
             self.removes_factor = abs(ratio - 1) > WEIGHT_LIMITS[self.history.dtype]
+            return ratio
+        self.is_undecided = bool(self.history.plan.get("is_only_run")) and self._is_clipped_sum(ratio)
+        if self.is_undecided:
             return ratio
         nearest = 2.0 ** round(math.log2(ratio))
         is_scale = nearest >= MIN_LOSS_SCALE and abs(ratio / nearest - 1) <= WEIGHT_LIMITS[self.history.dtype]
@@ -266,6 +312,21 @@ class ReplayedStep:
             return False
         expected = {name: tensor / factor for name, tensor in self.step.raw.items()}
         return relative(self.step.clipped, expected) <= WEIGHT_LIMITS[self.history.dtype]
+
+    def _is_clipped_sum(self, factor: float) -> bool:
+        """Whether the loss is a sum over tokens, and the optimizer receives the same whether that is divided or not.
+
+        Dividing the gradient by the number of tokens before clipping, as torchtune does, is right; but it leaves no
+        trace where clipping to a norm makes both equally long.
+        """
+        limit, plan = WEIGHT_LIMITS[self.history.dtype], self.history.plan
+        if not any(
+            abs(factor * n - self.num_targets) <= limit * self.num_targets for n in (1, plan.get("processes", 1))
+        ):
+            return False
+        norm, clipped = clip_factor(self.step.raw, plan["max_grad_norm"], self.step.norms.get("raw"))
+        expected = {name: clipped * tensor for name, tensor in self.step.raw.items()}
+        return 0 < plan["max_grad_norm"] < norm / factor and relative(self.step.clipped, expected) <= limit
 
     @cached_property
     def raw(self) -> Tensors:

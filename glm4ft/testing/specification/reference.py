@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from glm4ft.data.encoded_row import IGNORED
 from glm4ft.testing.recording.discovery import decoder_of
-from glm4ft.testing.recording.trace import Forward, Tensors
+from glm4ft.testing.recording.trace import Forward, Tensors, Trace
 from glm4ft.testing.specification.lora_spec import LoraSpec, adapted_modules, base_name
 from glm4ft.testing.specification.routed_experts import fused_delta, fused_name, specify_experts
 
@@ -117,6 +117,17 @@ class Reference:
         weight = self._replaced(trained).get(self.head_name, self.weights[self.head_name])
         pair = self.adapters(trained).get(self.head)
         return weight + self._delta(pair, trained, self.head) if pair else weight
+
+    def first_weights(self, trace: Trace) -> Tensors:
+        """The trained parameters before the first step, those of which a sample is recorded by the base's files.
+
+        Raises:
+            ValueError: If such a parameter is no weight of the base.
+        """
+        names = {name: base_name(name) for name in trace.sampled}
+        if lost := [name for name, own in names.items() if own not in self.weights]:
+            raise ValueError(f"{lost[0]} is trained, but is neither a LoRA matrix nor a weight of the base")
+        return trace.steps[0].before | {name: self.weights[own].cpu() for name, own in names.items()}
 
     def adapters(self, trained: Tensors) -> dict[str, dict[str, str]]:
         """The LoRA matrices among parameters, by the name in the base of the module or fused parameter they adapt."""
@@ -300,14 +311,19 @@ def recover_targets(hidden_TD: torch.Tensor, gradient_TD: torch.Tensor, weight_V
     return Targets(labels, weights, fit)
 
 
-def clip_factor(gradients: Tensors, max_norm: float) -> tuple[float, float]:
+def clip_factor(gradients: Tensors, max_norm: float, norms: Mapping[str, float] | None = None) -> tuple[float, float]:
     """The global norm of the gradients and the factor that clipping multiplies them by.
 
+    Args:
+        gradients: The gradient of each parameter, or a sample of it.
+        max_norm: The largest norm; 0 for none.
+        norms: The norms of the gradients that are samples.
     Returns:
         ``(norm, factor)``; the factor is ``min(1, max_norm / (norm + 1e-6))``, and 1 if ``max_norm`` is 0.
     Source: ``torch.nn.utils.clip_grad_norm_``.
     """
-    norm = math.sqrt(sum(float(g.double().pow(2).sum()) for g in gradients.values()))
+    known = norms or {}
+    norm = math.hypot(*(known.get(n, 0.0) or float(g.double().norm()) for n, g in gradients.items()))
     return norm, min(1.0, max_norm / (norm + 1e-6)) if max_norm else 1.0
 
 

@@ -45,9 +45,7 @@ def require_ranks_stage(trial: Trial, stage: str) -> RecordedRun:
 def require_ranks_agree(trial: Trial) -> None:
     """Fail if the processes hold different parameters after a step."""
     _, traces = run_of_ranks(trial)
-    number, name = first_difference(traces)
+    number, text = first_difference(traces)
     if number:
-        raise CheckFailed(
-            f"after step {number} the {NUM_PROCESSES} processes hold different parameters, e.g. {name}: gradients are "
-            "not averaged over the processes, or each process clips them differently"
-        )
+        why = "gradients are not averaged over the processes, or each process clips them differently"
+        raise CheckFailed(f"step {number}: {text}: {why}")

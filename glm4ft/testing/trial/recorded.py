@@ -8,8 +8,8 @@ its optimizer and its gradients: a stage is then judged for agreement with itsel
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,10 @@ from glm4ft.testing.trial.recorded_rows import (
 from glm4ft.testing.trial.recorded_settings import settings_departures
 from glm4ft.testing.trial.stages import STAGES
 
+UNDECIDED = (
+    "the loss is the sum over the tokens, and whether the gradient is divided by their number before it is clipped "
+    "makes no difference in these steps, since all are clipped"
+)
 JUDGED_STAGES = STAGES[: STAGES.index("side-effects")]  # what the first steps of a run can show
 
 
@@ -97,17 +101,25 @@ def judge_recording(folder: Path, base_dir: str = "", data: str | None = None) -
         )  # fmt: skip
     trace = merge_ranks(traces) if len(traces) > 1 else traces[0]
     reference = reference_of(about, base_dir)
+    if trace.sampled:
+        trace.steps[0].whole = reference.first_weights(trace)
     rows, not_judged = trained_rows(trace, reference), unjudged(trace, about, len(traces))
     marks, why = _marks(reference)
     known, why = _known_rows(rows, reference, marks, data) if data else ([], why)
     if not known and not (marks and has_answers(rows, marks)):
         not_judged["rows"] = why or "no row has the assistant header of the base's chat template"
+    differ, alike = _ranks_differ(traces), trace
+    if differ:  # from then on each process trains a model of its own
+        alike = replace(trace, steps=trace.steps[: differ[0].step])
+        not_judged["clipping"] = "the processes clip different gradients"
     plan, own = plan_of(trace, about["configuration"], len(traces)), [(r.ids, r.labels) for r in rows if r.ids]
     limits = measured_limits(reference, trace, own)
-    verdict = replay(trace, reference, known or own, plan, not_judged, limits)
+    verdict = replay(alike, reference, known or own, plan, not_judged, limits)
     if known and "rows" in verdict.departures:
-        verdict = _rows_of(verdict, replay(trace, reference, own, plan, [*not_judged, "rows"], limits))
-    more = [*settings_departures(trace, about, reference, verdict.packed), *_ranks_differ(traces)]
+        verdict = _rows_of(verdict, replay(alike, reference, own, plan, [*not_judged, "rows"], limits))
+    if verdict.is_undecided:
+        not_judged["gradient"] = UNDECIDED
+    more = [*settings_departures(trace, about, reference, verdict.packed), *differ]
     if marks and not known:
         more += template_departures(rows, reference, marks)
     verdict = _with(verdict, more)
@@ -136,11 +148,9 @@ def _with(verdict: Verdict, more: Sequence[Departure]) -> Verdict:
     return verdict
 
 
-def _ranks_differ(traces: Sequence[Trace]) -> Iterator[Departure]:
-    number, name = first_difference(traces)
-    if number:
-        text = f"after step {number} the {len(traces)} processes hold different parameters, e.g. {name}"
-        yield Departure("gradient", number, text, "their gradients are not averaged")
+def _ranks_differ(traces: Sequence[Trace]) -> list[Departure]:
+    number, text = first_difference(traces)
+    return [Departure("gradient", number, text, "gradients are not averaged over the processes")] if number else []
 
 
 def _known_rows(

@@ -33,13 +33,13 @@ def plan_of(trace: Trace, configuration: Mapping[str, Any], num_processes: int) 
     if asked["schedule"] == "constant" and configuration.get("lr_scheduler_type") == "constant":
         asked["warmup_steps"] = 0  # transformers' constant schedule has none
     asked["learning_rate"] = float(asked.get("learning_rate") or own["learning_rate"])
-    return {**make_plan(**{**own, **asked}), "processes": num_processes}
+    return {**make_plan(**{**own, **asked}), "processes": num_processes, "is_only_run": True}
 
 
 def own_settings(trace: Trace) -> dict[str, Any]:
     """The plan that a run's own optimizer and gradients state, as far as they do."""
     settings = holding(trace.steps[0])[0].settings
-    limits = [clip_factor(step.clipped, 0)[0] for step in trace.steps if _is_clipped(step)]
+    limits = [clip_factor(step.clipped, 0, step.norms.get("clipped"))[0] for step in trace.steps if _is_clipped(step)]
     return {
         "steps": len(trace.steps),
         "accumulation": max(1, len(trace.steps[0].forwards)),
@@ -56,7 +56,7 @@ def holding(step: Step) -> list[ParameterGroup]:
 
 
 def _is_clipped(step: Step) -> bool:
-    raw, clipped = (clip_factor(gradients, 0)[0] for gradients in (step.raw, step.clipped))
+    raw, clipped = (clip_factor(getattr(step, part), 0, step.norms.get(part))[0] for part in ("raw", "clipped"))
     return clipped < (1 - 1e-5) * raw
 
 
@@ -78,6 +78,8 @@ def unjudged(trace: Trace, about: Mapping[str, Any], num_recorded: int) -> dict[
     if num_recorded < about["world_size"]:
         why = f"{num_recorded} of {about['world_size']} processes were recorded"
         found |= dict.fromkeys(("batches", "loss", "gradient", "clipping"), why)
+    if trace.sampled and any(step.norms["raw"].keys() != trace.sampled.keys() for step in trace.steps):
+        found["clipping"] = "a sample of the gradient is recorded, and its norm before clipping is not known"
     return found | _no_update(trace)
 
 

@@ -43,7 +43,9 @@ def trained_rows(trace: Trace, reference: Reference) -> list[TrainedRow]:
     """The different rows of the recorded steps, in order."""
     rows: dict[tuple[int, ...], TrainedRow] = {}
     for number, step in enumerate(trace.steps, start=1):
-        weight_VD = reference.head_weight(step.before)
+        if trace.sampled and step.whole is None:
+            break
+        weight_VD = reference.head_weight(step.weights)
         for forward in step.forwards:
             if forward.gradient_BTD is None or not forward.gradient_BTD.isfinite().all():
                 continue

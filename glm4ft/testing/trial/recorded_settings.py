@@ -33,6 +33,7 @@ def settings_departures(
         yield from _wrong_sizes(trace, about["configuration"])
     yield from _wrong_precision(trace, about["configuration"])
     yield from _wrong_optimizer(trace, about["configuration"])
+    yield from _wrong_decay(trace, about["configuration"])
     if about["model"]["adapter"] is not None:
         yield from _wrong_adapters(trace, about["model"], reference)
         yield from _wrong_dropout(trace, float(about["model"]["adapter"].get("lora_dropout") or 0.0))
@@ -46,6 +47,26 @@ def _wrong_optimizer(trace: Trace, configuration: Mapping[str, Any]) -> Iterator
         yield Departure("update", 1, text, "the decay is added to the gradient instead of decoupled from it")
 
 
+def _wrong_decay(trace: Trace, configuration: Mapping[str, Any]) -> Iterator[Departure]:
+    """Groups of different weight decay: norms and biases may do without, matrices may not.
+
+    One weight decay for all parameters is judged with the update.
+    Source: transformers' ``Trainer.get_decay_parameter_names``.
+    """
+    first, asked = trace.steps[0], configuration.get("weight_decay")
+    decays = {name: float(g.settings.get("weight_decay", 0.0)) for g in first.groups for name in g.names}
+    if asked is None or len(set(decays.values())) < 2:
+        return
+    wrong = [name for name, decay in decays.items() if decay != asked and _is_matrix(trace, name)]
+    if wrong:
+        text = f"the weight_decay of {len(wrong)} matrices is {decays[wrong[0]]:g}, not {asked:g}, e.g. {wrong[0]}"
+        yield Departure("update", 1, text, "the optimizer's groups divide the weight decay another way than asked for")
+
+
+def _is_matrix(trace: Trace, name: str) -> bool:
+    return len(trace.sampled.get(name, trace.steps[0].before[name].shape)) > 1
+
+
 def _wrong_sizes(trace: Trace, configuration: Mapping[str, Any]) -> Iterator[Departure]:
     """The sequences of a step, against batch size, accumulation and processes; an epoch's last step may be short."""
     names = ("per_device_train_batch_size", "gradient_accumulation_steps")
@@ -54,11 +75,17 @@ def _wrong_sizes(trace: Trace, configuration: Mapping[str, Any]) -> Iterator[Dep
         return
     sizes = [configuration[name] for name in names]
     asked = math.prod(sizes) * int(configuration.get("world_size") or 1)
-    got = [sum(len(forward.input_ids_BT) for forward in step.forwards) for step in trace.steps if step.forwards]
-    wrong = next((i for i, count in enumerate(got) if count > asked), 0 if max(got, default=asked) < asked else None)
-    if wrong is not None:
+    got = {n: sum(len(forward.input_ids_BT) for forward in step.forwards)
+           for n, step in enumerate(trace.steps, start=1) if step.forwards}  # fmt: skip
+    too_few = min(got) if got and max(got.values()) < asked else 0
+    if not (wrong := next((n for n, count in got.items() if count > asked), too_few)):
+        return
+    if min(got.values()) == asked and got[wrong] % asked == 0:
+        text = f"{got[wrong]} sequences went through the model before it, not {asked}"
+        yield Departure("update", wrong, text, "an update was left out, of a step before it")
+    else:
         text = f"{got[wrong]} sequences, not {asked}: {' times '.join(map(str, sizes))} of {' and '.join(names)}"
-        yield Departure("batches", wrong + 1, text, "batch size or accumulation do not reach the trainer")
+        yield Departure("batches", wrong, text, "batch size or accumulation do not reach the trainer")
 
 
 def _wrong_precision(trace: Trace, configuration: Mapping[str, Any]) -> Iterator[Departure]:

@@ -151,7 +151,7 @@ replace = os.replace
 def replace_and_die(source, target):
     has_json = os.path.exists(os.path.join(os.path.dirname(target), "trace.json"))
     replace(source, target)
-    if has_json and str(target).endswith("trace.safetensors"):
+    if has_json and str(target).endswith("step-2.safetensors"):
         os.kill(os.getpid(), signal.SIGKILL)
 
 os.replace = replace_and_die

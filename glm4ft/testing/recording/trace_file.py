@@ -18,7 +18,7 @@ from glm4ft.testing.recording.trace import Forward, ParameterGroup, Step, Tensor
 Layout = list[Any]
 
 TRACE, TENSORS = "trace.json", "trace.safetensors"
-_TENSORS = ("raw", "clipped", "before", "after")
+STEP_TENSORS = ("raw", "clipped", "before", "after")
 _FIELDS = ("input_ids_BT", "positions_BT", "attention_mask", "hidden_BTD", "gradient_BTD")
 
 
@@ -52,7 +52,7 @@ def write_trace(trace: Trace, folder: Path, about: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True)
     tensors: Tensors = {}
     for i, step in enumerate(trace.steps):
-        for name in _TENSORS:
+        for name in STEP_TENSORS:
             tensors |= {f"{i}/{name}/{dtype}": flat for dtype, flat in _flattened(getattr(step, name)).items()}
         for j, forward in enumerate(step.forwards):
             found = {name: getattr(forward, name) for name in _FIELDS}
@@ -75,6 +75,12 @@ def write_trace(trace: Trace, folder: Path, about: Mapping[str, Any]) -> None:
         "steps": steps,
     }
     (folder / TRACE).write_text(json.dumps(record, allow_nan=False) + "\n", "utf-8")
+
+
+def mapped(tensors: Tensors, file: Path) -> Tensors:
+    """Write tensors to a new file and return them as parts of it, which take memory only while they are looked at."""
+    save_file(_flattened(tensors), file)
+    return _unflattened(_layout(tensors), load_file(file))
 
 
 def read_trace(folder: Path) -> tuple[Trace, dict[str, Any]]:
@@ -128,7 +134,7 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 def _step_record(step: Step, layouts: list[Layout]) -> dict[str, Any]:
     numbers = {}
-    for name in _TENSORS:
+    for name in STEP_TENSORS:
         layout = _layout(getattr(step, name))
         if layout not in layouts:  # as a rule all are alike
             layouts.append(layout)

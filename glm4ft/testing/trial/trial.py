@@ -50,8 +50,8 @@ class Trial:
         standard: The changes of the standard plan that the base needs.
         overfit_steps: The number of steps that suffices to memorise two conversations; by default that of the
             built-in bases.
-        keeps_models: Whether every run keeps its model; if False, only the overfit run does, for bases of which two
-            do not fit into memory.
+        keeps_models: Whether every run keeps its model; if False, only the overfit run does, and what is recorded is
+            kept on the disk, for bases of which two do not fit into memory.
         left_out: The names of plans that are not run.
         shared: Further results that several checks share, by key.
     """
@@ -273,9 +273,10 @@ class Trial:
         plan = make_plan(**plan)
         model = self.subject.build_model(str(self.base_dir), plan["seed"])
         rows = self.rows(self.data[of])
+        kept_in = None if self.keeps_models else self.new_folder("trace")
         # the check that asks for the run may have disabled gradients
         with (
-            torch.enable_grad(), record(model, plan["steps"]) as trace, dropping(model, dropout),
+            torch.enable_grad(), record(model, plan["steps"], kept_in) as trace, dropping(model, dropout),
             without_dropout(model) if self.requested_dropout else contextlib.nullcontext(),
         ):  # fmt: skip
             log = self.subject.train(model, self.data[of], plan)

@@ -192,11 +192,14 @@ def test_wrong_target_comes_before_a_bad_curve() -> None:
     ("lowest", "reached", "says"),
     [
         (2.7, 2.71, "cannot express it (an unreachable target: 2.70 nats at best, certified), so the loss stops"),
-        (0.0, 0.002, "can express it (0.00 nats were reached), so the loss may fall to 0 and show nothing of it"),
-        (0.0, 80.4, "Whether the frozen head can express it is undecided"),
+        (
+            0.0, 0.002, "can express it (0.00 nats were reached), so the loss may fall to 0 and show nothing of it: "
+            "the mask (glm4ft inspect) and the round trip (train --round_trip true) do",
+        ),
+        (0.0, 80.4, "Whether the frozen head can express it is undecided (a loss between 0.00 and 80.40 nats)"),
     ],
     ids=["certified above", "certified reachable", "undecided"],
-)
+)  # fmt: skip
 def test_what_the_head_can_express_is_said_by_certificate_only(lowest: float, reached: float, says: str) -> None:
     """On a head that was trained on its headers, a supervised header leaves no plateau."""
     header = row(mask=(0, 0, 1, 1, 1, 1))

@@ -78,9 +78,12 @@ def _reach(evidence: Evidence, token: TokenEvidence) -> str:
     if known.is_decided:
         return (
             f" The frozen head can express it ({known.head_reaches:.2f} nats were reached), so the loss may fall to 0 "
-            "and show nothing of it: the mask and the round trip do."
+            "and show nothing of it: the mask (glm4ft inspect) and the round trip (train --round_trip true) do."
         )
-    return " Whether the frozen head can express it is undecided."
+    return (
+        f" Whether the frozen head can express it is undecided (a loss between {known.head:.2f} and "
+        f"{known.head_reaches:.2f} nats)."
+    )
 
 
 def prompt_supervised(evidence: Evidence) -> Finding | None:

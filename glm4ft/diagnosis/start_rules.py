@@ -14,9 +14,11 @@ from glm4ft.diagnosis.finding import Finding
 # conversations of the demo, a batch of one differs by 6 % at most (4 seeds of the built-in base, x86-64 CPU,
 # 2026-11-25).
 START_DIFFERENCE = 0.3
-# The same if the first step saw all rows: fresh adapters have no effect, so the two losses are equal. Between fp32 and
-# bf16 the loss of the demo differs by 0.04 % at most (3 seeds of the built-in base, x86-64 CPU, 2026-11-25).
-WHOLE_START_DIFFERENCE = 0.02
+# The same if the first step saw all rows: fresh adapters have no effect, so the two losses are equal but for rounding,
+# since the run may have been in bf16 and the base is measured in fp32. On real weights (SmolLM2, short answers) they
+# differ by 4.0 % at most on one row, 2.9 % on two and 2.4 % on four; on the built-in base by 0.04 % (all sets of 16
+# rows, x86-64 CPU, 2026-11-27).
+WHOLE_START_DIFFERENCE = 0.05
 # A first loss above this multiple of ln V is no mean over tokens of a sound model. Random weights have about ln V. The
 # built-in base, whose head is sharp and which knows nothing, has 1.4 times that.
 IMPOSSIBLE = 1.5

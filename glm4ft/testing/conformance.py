@@ -72,6 +72,7 @@ class Trials:
         folder, base_dir = self.folder / str(len(self._trials)), find_checkpoint(self.bases.get(dtype), weights=True)
         folder.mkdir()
         trial = Trial(load_subject(spec, base_dir), base_dir, folder, spec, self.bases.spec)
+        trial.require_recent_libraries()
         if is_large(self.bases.spec) or is_heavy(base_dir):
             spare(trial)
         return trial

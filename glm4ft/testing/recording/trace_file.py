@@ -18,7 +18,7 @@ from glm4ft.testing.recording.trace import Forward, ParameterGroup, Step, Tensor
 Layout = list[Any]
 
 TRACE = "trace.json"
-_TENSORS = ("raw", "clipped", "before", "after")
+STEP_TENSORS = ("raw", "clipped", "before", "after")
 _FIELDS = ("input_ids_BT", "positions_BT", "attention_mask", "hidden_BTD", "gradient_BTD")
 
 
@@ -85,13 +85,19 @@ def _write(trace: Trace, new: Iterable[int], folder: Path, about: Mapping[str, A
 def _tensors_of(step: Step) -> Tensors:
     """The tensors of a step, by their names in its file."""
     tensors: Tensors = {}
-    for name in _TENSORS:
+    for name in STEP_TENSORS:
         tensors |= {f"{name}/{dtype}": flat for dtype, flat in _flattened(getattr(step, name)).items()}
     for j, forward in enumerate(step.forwards):
         found = {name: getattr(forward, name) for name in _FIELDS}
         found |= {f"kept/{name}": kept for name, kept in (forward.kept or {}).items()}
         tensors |= {f"forward-{j}/{name}": t.contiguous() for name, t in found.items() if t is not None}
     return tensors
+
+
+def mapped(tensors: Tensors, file: Path) -> Tensors:
+    """Write tensors to a new file and return them as parts of it, which take memory only while they are looked at."""
+    save_file(_flattened(tensors), file)
+    return _unflattened(_layout(tensors), load_file(file))
 
 
 def read_trace(folder: Path) -> tuple[Trace, dict[str, Any]]:
@@ -146,7 +152,7 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 def _step_record(step: Step, layouts: list[Layout]) -> dict[str, Any]:
     numbers = {}
-    for name in _TENSORS:
+    for name in STEP_TENSORS:
         layout = _layout(getattr(step, name))
         if layout not in layouts:  # as a rule all are alike
             layouts.append(layout)

@@ -13,15 +13,68 @@ router GLM-4.5 has, arXiv 2508.06471, section 2.1.
 from __future__ import annotations
 
 import functools
+import json
 import re
 from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from glm4ft.errors import ModelError
+
+# Before these, transformers chose experts by other arithmetic, and peft gave their fused adapters other shapes.
+NEEDED = {"transformers": "5.14", "peft": "0.19.1"}
+_NUMBER_OF_EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")  # in the configurations of transformers
 BLOCKS = ("Glm4MoeMoE", "Glm4MoeLiteMoE")  # transformers' names of these layers
 _STORED = re.compile(r"(?P<experts>.+\.experts)\.(?P<number>\d+)\.(?P<part>gate|up|down)_proj\.weight")
+
+
+def has_experts(base_dir: Path) -> bool:
+    """Whether a base has layers with routed experts, by its ``config.json``; False where there is none."""
+    file = base_dir / "config.json"
+    config = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    return any(config.get(name) for name in _NUMBER_OF_EXPERTS)
+
+
+def too_old(found: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The libraries in versions that this specification is not about.
+
+    Args:
+        found: The version of each library; by default the installed ones. A library that it lacks is not judged.
+    Returns:
+        The name and version of each; empty if all are recent enough.
+    """
+    known = {name: version(name) for name in NEEDED} if found is None else found
+    return {name: known[name] for name, least in NEEDED.items() if name in known and _key(known[name]) < _key(least)}
+
+
+def require_recent_libraries(base_dir: Path, found: Mapping[str, str] | None = None, *, by: str = "installed") -> None:
+    """Refuse to judge a model with experts that libraries of other arithmetic or shapes of adapters computed.
+
+    Args:
+        base_dir: The model folder of the base.
+        found: The version of each library, as for ``too_old``.
+        by: Where the versions come from, for the message.
+    Raises:
+        ModelError: If the base has experts and a library is too old.
+    """
+    if has_experts(base_dir) and (old := too_old(found)):
+        least = [f"{name}>={NEEDED[name]}" for name in NEEDED]
+        raise ModelError(
+            "a model with experts cannot be judged: before these versions its experts or their adapters were computed "
+            "otherwise than the specification does", where=str(base_dir),
+            found=f"{', '.join(f'{name} {number}' for name, number in old.items())} ({by})", expected=", ".join(least),
+            fix=f"pip install {' '.join(repr(one) for one in least)}" + ", and record the run again" * bool(found),
+        )  # fmt: skip
+
+
+def _key(number: str) -> tuple[int, ...]:
+    """A version as numbers that can be compared; what follows them (a build, a development version) does not count."""
+    numbers = re.match(r"\d+(\.\d+)*", number)
+    return tuple(map(int, numbers[0].split("."))) if numbers else ()
 
 
 def specify_experts(model: torch.nn.Module) -> None:

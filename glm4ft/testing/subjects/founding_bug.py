@@ -13,8 +13,9 @@ from glm4ft.testing.subjects import own
 class FoundingBugFormat(ChatFormat):
     """Supervises each assistant turn from its header to the token before its terminator, which is wrong on both ends.
 
-    Inference provides the header, so training it is useless; the frozen head cannot express it, so the loss has a
-    floor; and the terminator is never learnt, so the model does not stop.
+    Inference provides the header, so training it is useless, and the terminator is never learnt, so the model does not
+    stop. Whether the loss shows it depends on the base: the frozen head of the built-in one cannot express the header
+    (certified by ``glm4ft floor``), and the loss has a floor; that of SmolLM2 can (``docs/real-weights.md``).
     Source: the label rule of ``finetune_demo/finetune_vision.py`` at commit b5683f2 of THUDM/GLM-4.
     """
 

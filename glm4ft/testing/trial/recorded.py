@@ -26,6 +26,7 @@ from glm4ft.testing.specification.chat_template import Marks, marks_of
 from glm4ft.testing.specification.lora_spec import LoraSpec
 from glm4ft.testing.specification.mask_oracle import Undecidable
 from glm4ft.testing.specification.reference import LabelledIds, Reference
+from glm4ft.testing.specification.routed_experts import require_recent_libraries
 from glm4ft.testing.trial.recorded_plan import plan_of, unjudged
 from glm4ft.testing.trial.recorded_rows import (
     TrainedRow,
@@ -87,7 +88,8 @@ def judge_recording(folder: Path, base_dir: str = "", data: str | None = None) -
         base_dir: The model folder of the base; by default the one that the run loaded.
         data: The conversations that the run trained on; None to judge rows by the base's chat template alone.
     Raises:
-        InputError: If nothing was recorded, or the base is not there.
+        InputError: If nothing was recorded, the base is not there, or it has experts and a library is too old to be
+            judged, here or where the run was recorded.
         DataError: If the conversations cannot be read.
     """
     began_s = time.perf_counter()
@@ -101,6 +103,8 @@ def judge_recording(folder: Path, base_dir: str = "", data: str | None = None) -
         )  # fmt: skip
     trace = merge_ranks(traces) if len(traces) > 1 else traces[0]
     reference = reference_of(about, base_dir)
+    require_recent_libraries(Path(reference.base_dir), about.get("versions", {}), by="recorded")
+    require_recent_libraries(Path(reference.base_dir))
     if trace.sampled:
         trace.steps[0].whole = reference.first_weights(trace)
     rows, not_judged = trained_rows(trace, reference), unjudged(trace, about, len(traces))

@@ -136,6 +136,8 @@ def trial_of(spec: str, base: str = TINY) -> Iterator[Trial]:
         spec: The subject as ``MODULE:ATTR``.
         base: The base: ``tiny``, ``tiny-glm4-ids`` (the same with GLM-4's own ids), ``tiny:`` and the name of a
             chat format (the same for its checkpoints), or a checkpoint's folder.
+    Raises:
+        ModelError: If the base has experts and a library is too old for them to be judged.
     """
     num_threads = torch.get_num_threads()
     # the base's matrices are too small for several threads: two were measured 12 times slower on a busy machine
@@ -145,6 +147,7 @@ def trial_of(spec: str, base: str = TINY) -> Iterator[Trial]:
             folder = Path(name)
             base_dir = _base_dir(base, folder / "base")
             trial = Trial(load_subject(spec, base_dir), base_dir, folder, spec, base)
+            trial.require_recent_libraries()
             if is_heavy(base_dir):
                 spare(trial)
             with _imports_kept_from_the_collector():

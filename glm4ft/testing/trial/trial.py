@@ -19,6 +19,7 @@ from glm4ft.testing.recording.recorder import record
 from glm4ft.testing.replay.step import Departure
 from glm4ft.testing.specification.lora_spec import LoraSpec
 from glm4ft.testing.specification.reference import LabelledIds, Reference
+from glm4ft.testing.specification.routed_experts import has_experts, require_recent_libraries
 from glm4ft.testing.subject import load_subject, make_plan
 from glm4ft.testing.trial.conversations import Conversations, all_conversations
 from glm4ft.testing.trial.interventions import dropping, without_dropout
@@ -49,8 +50,8 @@ class Trial:
         standard: The changes of the standard plan that the base needs.
         overfit_steps: The number of steps that suffices to memorise two conversations; by default that of the
             built-in bases.
-        keeps_models: Whether every run keeps its model; if False, only the overfit run does, for bases of which two
-            do not fit into memory.
+        keeps_models: Whether every run keeps its model; if False, only the overfit run does, and what is recorded is
+            kept on the disk, for bases of which two do not fit into memory.
         left_out: The names of plans that are not run.
         shared: Further results that several checks share, by key.
     """
@@ -68,9 +69,16 @@ class Trial:
     _runs: dict[str, RecordedRun] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.overfit_steps:
-            file = self.base_dir / "config.json"
-            self.overfit_steps = OVERFIT_STEPS[file.exists() and "n_routed_experts" in file.read_text("utf-8")]
+        self.overfit_steps = self.overfit_steps or OVERFIT_STEPS[has_experts(self.base_dir)]
+
+    def require_recent_libraries(self) -> None:
+        """Refuse a subject that trains a base with experts by libraries that the specification is not about.
+
+        Raises:
+            ModelError: If a library is too old.
+        """
+        if getattr(self.subject, "build_model", None):  # rows are judged without a model
+            require_recent_libraries(self.base_dir)
 
     @functools.cached_property
     def data(self) -> dict[str, Conversations]:
@@ -265,9 +273,10 @@ class Trial:
         plan = make_plan(**plan)
         model = self.subject.build_model(str(self.base_dir), plan["seed"])
         rows = self.rows(self.data[of])
+        kept_in = None if self.keeps_models else self.new_folder("trace")
         # the check that asks for the run may have disabled gradients
         with (
-            torch.enable_grad(), record(model, plan["steps"]) as trace, dropping(model, dropout),
+            torch.enable_grad(), record(model, plan["steps"], kept_in) as trace, dropping(model, dropout),
             without_dropout(model) if self.requested_dropout else contextlib.nullcontext(),
         ):  # fmt: skip
             log = self.subject.train(model, self.data[of], plan)

@@ -7,29 +7,21 @@ from __future__ import annotations
 
 import copy
 import inspect
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 
 from glm4ft.model.tiny import tiny_model, write_tiny_base
 from glm4ft.testing.specification import routed_experts
 from glm4ft.testing.specification.lora_spec import LoraSpec
 from glm4ft.testing.specification.reference import Reference
-from glm4ft.testing.specification.routed_experts import specify_experts
+from glm4ft.testing.specification.routed_experts import NEEDED, specify_experts, too_old
 
 ARCHITECTURES = ("Glm4MoeForCausalLM", "Glm4MoeLiteForCausalLM")
-# Before these, transformers computed routers and peft adapted fused experts in another way (docs/chat-formats.md).
-NEEDED = {"transformers": "5.14", "peft": "0.19.1"}
-FOUND = {name: version(name) for name in NEEDED}
-pytestmark = pytest.mark.skipif(
-    any(Version(FOUND[name]) < Version(least) for name, least in NEEDED.items()),
-    reason=f"models with experts need {NEEDED}; found {FOUND}",
-)
+pytestmark = pytest.mark.skipif(bool(too_old()), reason=f"models with experts need {NEEDED}; found {too_old()}")
 IDS = tuple(torch.randint(0, 200, (60,), generator=torch.Generator().manual_seed(0)).tolist())
 LIMIT = 1e-5  # that of the model's stage; measured 4e-7 (x86-64 CPU, 2026-11-27)
 

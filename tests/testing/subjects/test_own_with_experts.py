@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from packaging.version import Version
 
 from glm4ft.model.lora import LoraOptions
 from glm4ft.model.tiny import write_tiny_base
 from glm4ft.testing.checks import all_checks
+from glm4ft.testing.specification.routed_experts import NEEDED, too_old
 from glm4ft.testing.subjects import own
 from glm4ft.testing.trial.plans import NAMED
 from glm4ft.testing.trial.runner import run_check
@@ -28,13 +27,7 @@ from glm4ft.testing.trial.trial import Trial
 CHECKS = {check.name: check for check in all_checks()}
 PLANS = {plan.name: plan for plan in NAMED}
 ARCHITECTURES = ("Glm4MoeForCausalLM", "Glm4MoeLiteForCausalLM")
-# Before these, transformers computed routers and peft adapted fused experts in another way (docs/chat-formats.md).
-NEEDED = {"transformers": "5.14", "peft": "0.19.1"}
-FOUND = {name: version(name) for name in NEEDED}
-pytestmark = pytest.mark.skipif(
-    any(Version(FOUND[name]) < Version(least) for name, least in NEEDED.items()),
-    reason=f"models with experts need {NEEDED}; found {FOUND}",
-)
+pytestmark = pytest.mark.skipif(bool(too_old()), reason=f"models with experts need {NEEDED}; found {too_old()}")
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES, ids=["glm-4.5", "glm-4.7"])

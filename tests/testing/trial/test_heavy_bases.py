@@ -10,8 +10,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from glm4ft.model.checkpoint import TINY_GLM4_IDS
+from glm4ft.testing.recording.trace_file import STEP_TENSORS
 from glm4ft.testing.trial import heavy_bases
 from glm4ft.testing.trial.conversations import all_conversations
 from glm4ft.testing.trial.heavy_bases import OVERFIT_STEPS, is_heavy, spare
@@ -59,6 +61,25 @@ def test_equal_tensors_of_a_trace_are_kept_once(healthy: Trial) -> None:
     assert all(second.before[name] is tensor for name, tensor in first.after.items())
     assert all(first.raw[name] is tensor for name, tensor in first.clipped.items())
     assert any(first.before[name] is not tensor for name, tensor in first.after.items())
+
+
+def test_recording_on_the_disk_is_the_one_in_memory(healthy: Trial, tmp_path: Path) -> None:
+    """Bit by bit, and what two steps share is written once."""
+    plan = {"steps": 3, "micro_batch_size": 1, "max_grad_norm": 0}
+    trial = Trial(healthy.subject, healthy.base_dir, tmp_path, keeps_models=False)
+    steps, expected = trial.run(**plan).trace.steps, healthy.run(**plan).trace.steps
+    for step, other in zip(steps, expected, strict=True):
+        for part in STEP_TENSORS:
+            own, others = getattr(step, part), getattr(other, part)
+            assert own.keys() == others.keys()
+            assert all(torch.equal(own[name], others[name]) for name in own)
+    assert all(steps[1].before[name] is tensor for name, tensor in steps[0].after.items())
+    assert all(step.raw[name] is step.clipped[name] for step in steps for name in step.raw)
+    size = sum(tensor.nbytes for tensor in steps[0].after.values())
+    written = [file.stat().st_size for file in sorted((tmp_path / "trace-0").iterdir())]
+    # the parameters at the start, the gradient, the parameters at the end; then without those at the start
+    assert [round(bytes_ / size, 1) for bytes_ in written] == [3.0, 2.0, 2.0]
+    assert not trial.run(**plan).verdict.departures
 
 
 def test_subject_may_state_a_single_stop_id() -> None:

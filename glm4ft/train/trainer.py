@@ -200,8 +200,9 @@ class SupervisedTrainer(Trainer):
         # imported here: it takes a second that no other run has to wait for
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+        model: Any = self.model
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-        self._save(output_dir, get_model_state_dict(self.model, options=whole))
+        self._save(output_dir, get_model_state_dict(model, options=whole))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         self._require_finite_weights(state_dict or {})

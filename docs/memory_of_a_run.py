@@ -67,9 +67,11 @@ def activations(config: Mapping[str, Any], step: Step) -> int:
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     layer, layers = step.tokens * kept_by_layer(config, step), config["num_hidden_layers"]
     at_once = min(step.supervised, max(1, MAX_LOGITS // config["vocab_size"]))
-    # log-probabilities, their gradient and that of the logits
-    head = 3 * FP32 * at_once * config["vocab_size"]
+    # the gradient of fp32 logits takes their place; a base in bf16 has logits and gradient in bf16 beside them
+    head = (FP32 if step.width == FP32 else FP32 + 2 * step.width) * at_once * config["vocab_size"]
     backward = step.tokens * step.width * 2 * inner  # the gradient of gate and up, the widest within a layer
+    if step.width == 2:
+        backward += step.tokens * FP32 * 3 * hidden  # norms are fp32: the gradients of output, product and input
     if step.checkpointing:
         return layers * step.tokens * hidden * step.width + max(head, layer + backward)
     return layers * layer + max(head, backward)
@@ -135,6 +137,7 @@ SMALL = [
     (small(256, 896, 4, 8000), Step(768, 192)),
     (small(512, 1792, 3, 30_000), Step(512, 128)),
     (small(256, 896, 8, 8000), Step(1024, 256, checkpointing=True)),
+    (small(768, 2688, 3, 2000), Step(512, 64, checkpointing=True)),
 ]
 
 

@@ -47,7 +47,7 @@ def test_first_step_of_the_demo(benchmark: Any, tmp_path: Path) -> None:
         imports.append(seconds_to_import())
         first_step.append(seconds_to_first_step(tmp_path / str(len(first_step))))
 
-    benchmark.pedantic(round_, rounds=5, warmup_rounds=1)
+    benchmark.pedantic(round_, rounds=4, warmup_rounds=1)
     benchmark.extra_info.update({
         "first step s": [round(found, 2) for found in sorted(first_step[1:])],
         "import of the libraries s": [round(found, 2) for found in sorted(imports[1:])],

@@ -58,7 +58,7 @@ class Case:
     lengths: tuple[int, ...] = (512, 512)
     share: float = 0.25
     packed: bool = False
-    rounds: int = 9
+    rounds: int = 7
 
     def __str__(self) -> str:
         rows = "packed" if self.packed else "padded" if len(set(self.lengths)) > 1 else "equal"

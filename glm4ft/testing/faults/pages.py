@@ -64,11 +64,10 @@ def _stage(stage: str, matrix: Matrix) -> str:
             all_faults()[caught.id].evidence,
             _verdict(caught),
             "yes" if caught.names_cause else "",
-            f"{caught.seconds:.1f}",
         )
         for caught in faults
     ]
-    text = table(("fault", "what is wrong", "seen in", "caught by", "cause named", "seconds"), rows)
+    text = table(("fault", "what is wrong", "seen in", "caught by", "cause named"), rows)
     return f"## {stage}\n\n{text}\n{_notes(faults)}{_escapes(stage)}"
 
 

@@ -21,7 +21,7 @@ from glm4ft.data.chat_format import ChatFormat
 from glm4ft.data.data_report import DataReport, list_lines
 from glm4ft.data.inputs import DataInput, DataNames, data_inputs
 from glm4ft.data.read_options import AS_IS, ReadOptions
-from glm4ft.data.stored_rows import JoinedRows, Rows, RowsWriter
+from glm4ft.data.stored_rows import JoinedRows, Rows, RowsWriter, repeats
 from glm4ft.errors import DataError
 
 if TYPE_CHECKING:
@@ -83,10 +83,10 @@ def _weighted(report: DataReport, rows: Rows, one: DataInput) -> DataReport:
     """The report, with rows and tokens counted as often as they are trained."""
     if one.weight == 1 or not len(rows):
         return report
-    repeats = one.all_repeats(len(rows))
+    times = repeats(one, len(rows))
     supervised = np.add.reduceat(rows.supervised, rows.offsets[:-1], dtype=np.int64)
-    tokens, targets = int(repeats @ rows.lengths), int(repeats @ supervised)
-    return replace(report, rows=int(repeats.sum()), tokens=tokens, supervised_tokens=targets)
+    tokens, targets = int(times @ rows.lengths), int(times @ supervised)
+    return replace(report, rows=int(times.sum()), tokens=tokens, supervised_tokens=targets)
 
 
 def _nothing_left(reports: Sequence[DataReport]) -> DataError:

@@ -9,9 +9,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 import glm4ft
 from glm4ft.errors import ConfigError, Location
@@ -50,14 +47,6 @@ class DataInput:
             index: The number of the row in this input, from 0.
         """
         return math.floor((index + 1) * self.weight) - math.floor(index * self.weight)
-
-    def all_repeats(self, num_rows: int) -> np.ndarray[Any, Any]:
-        """How often each row is trained in an epoch.
-
-        Args:
-            num_rows: The number of rows of this input.
-        """
-        return np.array([self.repeats(index) for index in range(num_rows)], dtype=np.int64)
 
 
 def data_inputs(data: DataNames) -> list[DataInput]:

@@ -116,7 +116,7 @@ class JoinedRows(RowSet):
 
     def __init__(self, parts: Sequence[Rows], inputs: Sequence[DataInput], offsets: Sequence[int]) -> None:
         self.parts, self.offsets = parts, offsets
-        copies = [one.all_repeats(len(part)) for one, part in zip(inputs, parts, strict=True)]
+        copies = [repeats(one, len(part)) for one, part in zip(inputs, parts, strict=True)]
         self.part = np.concatenate([np.full(int(c.sum()), number) for number, c in enumerate(copies)])
         self.index = np.concatenate([np.repeat(np.arange(len(c)), c) for c in copies])
         self.lengths = np.concatenate([np.repeat(p.lengths, c) for p, c in zip(parts, copies, strict=True)])
@@ -146,6 +146,16 @@ class JoinedRows(RowSet):
         part = int(self.part[index])
         row = self.parts[part].encoded(int(self.index[index]))
         return replace(row, line=row.line + self.offsets[part])
+
+
+def repeats(one: DataInput, num_rows: int) -> np.ndarray[Any, Any]:
+    """How often each row of an input is trained in an epoch, by its weight.
+
+    Args:
+        one: The input.
+        num_rows: The number of its rows.
+    """
+    return np.array([one.repeats(index) for index in range(num_rows)], dtype=np.int64)
 
 
 def _joined(arrays: Sequence[Any], *width: int) -> np.ndarray[Any, Any]:

@@ -430,7 +430,7 @@ def test_processes_that_drift_or_overlap_are_named(healthy: Trial, tmp_path: Pat
         for step in run.trace.steps:
             step.forwards = step.forwards[:2] * 2
 
-    with pytest.raises(CheckFailed, match="after step 1 the 2 processes hold different parameters"):
+    with pytest.raises(CheckFailed, match="step 1: the 2 processes hold different parameters after it"):
         CHECKS["processes_train_as_one_process_would"].run(tampered(drift))
     with pytest.raises(CheckFailed, match="divided by the number of processes twice"):
         CHECKS["processes_train_as_one_process_would"].run(tampered(averaged_twice))

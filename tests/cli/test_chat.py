@@ -192,7 +192,8 @@ def test_pieces_of_a_stream_are_characters_of_the_text(text: str) -> None:
     shown = "".join(streamed(text))
     assert not any("\ud800" <= char <= "\udfff" for char in shown)
     assert not any(line.lstrip().startswith("::") for line in shown.split("\n"))
-    if text.isascii() and text.replace("\n", "").isprintable() and ":" not in text and "\\" not in text:
+    is_plain = text.isascii() and text.replace("\n", "").isprintable()
+    if is_plain and not {":", "\\", "<"} & set(text):  # text like a control token's, <sop>, is marked as text
         assert shown == text
 
 

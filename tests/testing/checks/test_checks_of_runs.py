@@ -434,7 +434,7 @@ def test_processes_that_drift_or_overlap_are_named(healthy: Trial, tmp_path: Pat
         CHECKS["processes_train_as_one_process_would"].run(tampered(drift))
     with pytest.raises(CheckFailed, match="divided by the number of processes twice"):
         CHECKS["processes_train_as_one_process_would"].run(tampered(averaged_twice))
-    with pytest.raises(CheckFailed, match="seen 2 times, another 0 times"):
+    with pytest.raises(CheckFailed, match="seen 2 times by process 0, another 0 times"):
         CHECKS["processes_see_each_row_once_per_epoch"].run(tampered(overlap))
     with pytest.raises(CheckFailed, match="the learning rate is"):
         CHECKS["schedule_is_the_same_on_several_processes"].run(tampered(lambda run, _: rate(lambda i, r: r / 2)(run)))

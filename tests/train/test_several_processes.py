@@ -3,7 +3,7 @@
 Two launches, each of which runs several commands, since a process takes seconds to start. One process with twice the
 accumulation takes the same rows in each step.
 
-Run: pytest tests/train/test_processes.py     (GLM4FT_PROCESSES=4 before it: with four)
+Run: pytest tests/train/test_several_processes.py     (GLM4FT_PROCESSES=4 before it: with four)
 """
 
 from __future__ import annotations

@@ -9,7 +9,9 @@ pass either: what a token's loss hands down depends on that token alone, and is 
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -106,13 +108,14 @@ class _FrozenHeadNll(torch.autograd.Function):
     def forward(ctx: Any, hidden_ND: torch.Tensor, head: nn.Module, targets_N: torch.Tensor, chunk: int) -> Any:
         nll_N = hidden_ND.new_empty(len(targets_N), dtype=torch.float32)
         grad_ND = torch.empty_like(hidden_ND)
-        for start in range(0, len(targets_N), chunk):
-            piece = slice(start, start + chunk)
-            with torch.enable_grad():  # the head is called as a module: hooks, autocast and quantised weights work
-                hidden_nD = hidden_ND[piece].detach().requires_grad_()
-                logits_nV = head(hidden_nD)
-            nll_N[piece], grad_nV = _nll_and_gradient(logits_nV.detach().float(), targets_N[piece])
-            (grad_ND[piece],) = torch.autograd.grad(logits_nV, hidden_nD, grad_nV.to(logits_nV.dtype))
+        with _gathered(head) as whole:
+            for start in range(0, len(targets_N), chunk):
+                piece = slice(start, start + chunk)
+                with torch.enable_grad():  # the head is called as a module: hooks, autocast, quantised weights work
+                    hidden_nD = hidden_ND[piece].detach().requires_grad_()
+                    logits_nV = whole(hidden_nD)
+                nll_N[piece], grad_nV = _nll_and_gradient(logits_nV.detach().float(), targets_N[piece])
+                (grad_ND[piece],) = torch.autograd.grad(logits_nV, hidden_nD, grad_nV.to(logits_nV.dtype))
         ctx.save_for_backward(grad_ND)
         return nll_N
 
@@ -121,6 +124,19 @@ class _FrozenHeadNll(torch.autograd.Function):
     def backward(ctx: Any, grad_N: torch.Tensor) -> Any:
         (grad_ND,) = ctx.saved_tensors
         return grad_ND * grad_N[:, None].to(grad_ND.dtype), None, None, None
+
+
+@contextlib.contextmanager
+def _gathered(head: Any) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+    """The head, held whole for all of its calls: under FSDP2 processes have different numbers of them, or none."""
+    if not hasattr(head, "unshard"):
+        yield head
+        return
+    head.unshard()
+    try:
+        yield head.forward  # without the hooks, each of which would gather it anew
+    finally:
+        head.reshard()
 
 
 def _nll_and_gradient(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

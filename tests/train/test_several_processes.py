@@ -15,12 +15,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from accelerate import FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
 
 from glm4ft.errors import ConfigError, RunError
@@ -31,6 +33,10 @@ from glm4ft.train.run_folder import last_checkpoint
 from glm4ft.train.trainer import SupervisedTrainer
 from glm4ft.train.trajectory import Trajectory, read_trajectory
 
+pytestmark = pytest.mark.skipif(
+    not hasattr(FullyShardedDataParallelPlugin, "fsdp_version"),
+    reason="needs an accelerate that knows FSDP2, and restores optimizers on CPUs; found " + version("accelerate"),
+)
 PROCESSES = int(os.environ.get("GLM4FT_PROCESSES", "2"))
 DRIVER = Path(__file__).with_name("in_processes.py")
 CONFIG = TrainConfig(max_steps=20, eval_every=7, save_every=5, micro_batch_size=2)

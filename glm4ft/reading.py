@@ -12,11 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TypeVar
 
+import yaml
 from pydantic import BaseModel, ValidationError
 
 from glm4ft.errors import InputError, show
 
 Model = TypeVar("Model", bound=BaseModel)
+_TOO_DEEP = "it is nested too deeply"
 
 
 def read_text(path: Path, error: type[InputError], message: str) -> str:
@@ -36,20 +38,38 @@ def read_text(path: Path, error: type[InputError], message: str) -> str:
         raise _unreadable(path, error, message, problem) from problem
 
 
-def decode_json(text: str) -> Any:
-    """Decode strict JSON.
+def decode_json(text: str, *, strict: bool = True) -> Any:
+    """Decode JSON.
+
+    Args:
+        text: The text.
+        strict: Whether NaN and infinity are refused; other trainers write them into their logs.
+    Raises:
+        ValueError: Whatever is wrong with the text: a nesting or a number that Python cannot read, too.
+    """
+    options: dict[str, Any] = {"parse_constant": _refuse_constant, "parse_float": _finite_float} if strict else {}
+    try:
+        return json.loads(text, **options)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+
+
+def decode_yaml(text: str) -> Any:
+    """Decode YAML without objects.
 
     Raises:
-        ValueError: Whatever is wrong with the text: NaN, infinity, a nesting or a number that Python cannot read, too.
+        ValueError: Whatever is wrong with the text.
     """
     try:
-        return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite_float)
+        return yaml.safe_load(text)
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise ValueError(_TOO_DEEP) from None
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
 
 
 def json_lines(
-    path: Path, error: type[InputError], message: str, *, kind: str, skip_unfinished: bool = False
+    path: Path, error: type[InputError], message: str, *, kind: str, skip_unfinished: bool = False, fix: str = ""
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Read a file with one JSON object on each line, line by line.
 
@@ -59,6 +79,7 @@ def json_lines(
         message: What cannot be done if the file cannot be read, for the error.
         kind: What a wrong line is not, for the error: ``an encoded row``.
         skip_unfinished: Whether to pass over a last line without a newline, which a killed writer leaves.
+        fix: What to do about a file that cannot be read, or a line that is none.
     Yields:
         The place of each line, for messages, and the object on it.
     """
@@ -67,19 +88,19 @@ def json_lines(
             for number, line in enumerate(file, start=1):
                 if line.endswith(b"\n") or not skip_unfinished:
                     where = f"{path}, line {number}"
-                    yield where, _object(line, where, error, kind)
+                    yield where, _object(line, where, error, kind, fix)
     except (OSError, ValueError) as problem:
-        raise _unreadable(path, error, message, problem) from problem
+        raise _unreadable(path, error, message, problem, fix) from problem
 
 
-def _object(line: bytes, where: str, error: type[InputError], kind: str) -> dict[str, Any]:
+def _object(line: bytes, where: str, error: type[InputError], kind: str, fix: str) -> dict[str, Any]:
     shown = show(line[:200].decode("utf-8", "replace").strip())
     try:
         record = decode_json(line.decode("utf-8"))
     except ValueError as problem:
-        raise error(f"not {kind}: the line is not JSON: {problem}", where=where, found=shown) from problem
+        raise error(f"not {kind}: the line is not JSON: {problem}", where=where, found=shown, fix=fix) from problem
     if not isinstance(record, dict):
-        raise error(f"not {kind}: the line is no JSON object", where=where, found=shown)
+        raise error(f"not {kind}: the line is no JSON object", where=where, found=shown, fix=fix)
     return record
 
 
@@ -90,8 +111,8 @@ def _opened(path: Path) -> BinaryIO:
     return open(descriptor, "rb")
 
 
-def _unreadable(path: Path, error: type[InputError], message: str, problem: Exception) -> InputError:
-    return error(message, where=str(path), found=getattr(problem, "strerror", None) or str(problem))
+def _unreadable(path: Path, error: type[InputError], message: str, problem: Exception, fix: str = "") -> InputError:
+    return error(message, where=str(path), found=getattr(problem, "strerror", None) or str(problem), fix=fix)
 
 
 def validated(

@@ -111,7 +111,8 @@ def _given_to_run(folder: str, argv: Sequence[str]) -> list[Given]:
     """The options that a run to resume was started with."""
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
-        raise ConfigError("there is no run to resume", where="--resume", found=f"no {path}")
+        fix = "name the folder of a run, or restore the file from a copy"
+        raise ConfigError("there is no run to resume", where="--resume", found=f"no {path}", fix=fix)
     if len(argv) > 2 or (len(argv) == 2 and argv[0] != "--resume"):
         raise ConfigError(
             "a resumed run keeps its options",

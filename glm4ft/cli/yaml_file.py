@@ -73,7 +73,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
         content = yaml.load(text, Loader)
     except _UNREADABLE as error:
         found = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise ConfigError("cannot read the configuration", where=str(path), found=found[:500]) from error
+        fix = "correct the file, or restore it from a copy"
+        raise ConfigError("cannot read the configuration", where=str(path), found=found[:500], fix=fix) from error
     if not isinstance(content, dict) or not content:
         raise ConfigError("not a configuration", where=str(path), found=show(content), expected="key: value")
     return content

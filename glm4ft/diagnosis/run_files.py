@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from glm4ft.data.encoded_rows import ROWS_FILE
 from glm4ft.diagnosis.trainer_logs import STATE_FILE, RunLog, find_logs, join_logs
 from glm4ft.errors import ConfigError
 from glm4ft.model.adapter import PICKLE, WEIGHTS
 from glm4ft.model.checkpoint import INDEX, SINGLE_FILE, one_line
+from glm4ft.reading import decode_json, decode_yaml
 from glm4ft.train.run_folder import CONFIG_FILE
 from glm4ft.train.trajectory import FILE_NAME
 
@@ -176,7 +174,7 @@ def _config(run: Path) -> dict[str, Any]:
         return {}
     try:
         return _mapping(run / CONFIG_FILE)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         where = str(run / CONFIG_FILE)
         raise ConfigError("cannot read the configuration", where=where, found=one_line(error)) from error
 
@@ -185,7 +183,7 @@ def _options(folders: Sequence[Path], log: RunLog | None) -> dict[str, Any]:
     """The options of any run that a diagnosis uses, by our names; of numbers those above zero."""
     given = [log.settings] if log else []
     for path in _option_files(folders):
-        with contextlib.suppress(OSError, ValueError, yaml.YAMLError):  # such a file is listed as unread
+        with contextlib.suppress(OSError, ValueError):  # such a file is listed as unread
             given.append(_mapping(path))
     found = dict[str, Any]()
     for options in given:
@@ -215,7 +213,7 @@ def _mapping(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     text = path.read_text("utf-8")
-    content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    content = decode_json(text, strict=False) if path.suffix == ".json" else decode_yaml(text)
     return content if isinstance(content, dict) else {}
 
 
@@ -229,7 +227,7 @@ def _unread(named: Path, run: Path, adapter: Path | None) -> Iterator[str]:
     for path in _option_files([run]):
         try:
             _mapping(path)
-        except (OSError, ValueError, yaml.YAMLError) as error:
+        except (OSError, ValueError) as error:
             yield f"{path.relative_to(named)}: {one_line(error)}"
     for pattern, why in _UNREAD.items():
         files = sorted({*run.glob(pattern), *named.glob(pattern)})

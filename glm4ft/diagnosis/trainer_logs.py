@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import ast
 import csv
-import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from typing import Any
 
 from glm4ft.errors import DataError
 from glm4ft.model.checkpoint import one_line
+from glm4ft.reading import decode_json
 from glm4ft.train.best import is_exhausted, log_of_adapter
 from glm4ft.train.trajectory import FILE_NAME, read_trajectory
 
@@ -132,7 +132,7 @@ def _of_trajectory(path: Path) -> RunLog:
 
 def _of_state(path: Path) -> RunLog:
     try:
-        state = json.loads(_text(path))  # not as strict JSON: where a run broke, transformers writes NaN into its state
+        state = decode_json(_text(path), strict=False)  # where a run broke, transformers writes NaN into its state
     except ValueError as error:
         raise DataError("the file is not JSON", where=str(path), found=one_line(error)) from error
     history = (state.get("log_history") or []) if isinstance(state, dict) else None
@@ -150,7 +150,7 @@ def _of_json_lines(path: Path) -> RunLog:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = decode_json(line, strict=False)
         except ValueError as error:
             if number == len(lines):  # a killed run could not finish it
                 continue

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 from torch import nn
 
 from glm4ft.errors import ConfigError, ModelError
 from glm4ft.model.checkpoint import one_line
-from glm4ft.reading import read_text
+from glm4ft.reading import decode_yaml, read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -142,8 +141,8 @@ def quantisation_of_run(adapter: Path) -> str | None:
         if path.is_file():
             message = "the options of the run cannot be read"
             try:
-                options = yaml.safe_load(read_text(path, ModelError, message))
-            except yaml.YAMLError as error:
+                options = decode_yaml(read_text(path, ModelError, message))
+            except ValueError as error:
                 raise ModelError(message, where=str(path), found=one_line(error)) from error
             value = options.get("quantise") if isinstance(options, dict) else None
             return str(value) if value else None

@@ -125,7 +125,8 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     fix = "restore the file from a copy, or start a new run"
     step = 0
-    for where, row in json_lines(path, DataError, "cannot read the trajectory", kind=_KIND, skip_unfinished=True):
+    lines = json_lines(path, DataError, "cannot read the trajectory", kind=_KIND, skip_unfinished=True, fix=fix)
+    for where, row in lines:
         if not rows and row.get("type") != "header":
             raise _no_header(where, show(row))
         model = ROWS.get(str(row.get("type")), OtherRow) if rows else HeaderRow

@@ -213,6 +213,8 @@ def test_reader_raises_nothing_but_input_errors(reader: Reader, valid: Path, tmp
               suppress_health_check=list(HealthCheck))  # fmt: skip
     @given(st.integers(0, 2**64 - 1))
     @example(0)
+    @example(335)  # YAML and JSON that nest too deeply for the decoder
+    @example(5107)
     def read(seed: int) -> None:
         nonlocal num_refused
         (folder / reader.file).write_bytes(mutated(content, seed))

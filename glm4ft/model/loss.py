@@ -85,7 +85,7 @@ def supervised_nll(
     hidden_ND, targets_N = hidden_BTD[:, :-1][keep_BT], targets_BT[keep_BT]
     row_N = keep_BT.nonzero()[:, 0]
     chunk = max(1, MAX_LOGITS // getattr(head, "out_features", MAX_LOGITS))
-    if torch.is_grad_enabled() and not any(parameter.requires_grad for parameter in head.parameters()):
+    if not any(parameter.requires_grad for parameter in head.parameters()):
         return _FrozenHeadNll.apply(hidden_ND, head, targets_N, chunk), row_N  # type: ignore[no-untyped-call]
     if len(targets_N) <= chunk:
         return _nll(head, hidden_ND, targets_N), row_N
@@ -108,14 +108,16 @@ class _FrozenHeadNll(torch.autograd.Function):
     def forward(ctx: Any, hidden_ND: torch.Tensor, head: nn.Module, targets_N: torch.Tensor, chunk: int) -> Any:
         nll_N = hidden_ND.new_empty(len(targets_N), dtype=torch.float32)
         grad_ND = torch.empty_like(hidden_ND)
+        is_trained = ctx.needs_input_grad[0]  # an evaluation needs no gradient
         with _gathered(head) as whole:
             for start in range(0, len(targets_N), chunk):
                 piece = slice(start, start + chunk)
-                with torch.enable_grad():  # the head is called as a module: hooks, autocast, quantised weights work
-                    hidden_nD = hidden_ND[piece].detach().requires_grad_()
+                hidden_nD = hidden_ND[piece].detach().requires_grad_(is_trained)
+                with torch.set_grad_enabled(is_trained):  # called as a module: hooks, autocast, quantised weights work
                     logits_nV = whole(hidden_nD)
                 nll_N[piece], grad_nV = _nll_and_gradient(logits_nV.detach().float(), targets_N[piece])
-                (grad_ND[piece],) = torch.autograd.grad(logits_nV, hidden_nD, grad_nV.to(logits_nV.dtype))
+                if is_trained:
+                    (grad_ND[piece],) = torch.autograd.grad(logits_nV, hidden_nD, grad_nV.to(logits_nV.dtype))
         ctx.save_for_backward(grad_ND)
         return nll_N
 

@@ -132,6 +132,16 @@ def test_losses_of_confident_tokens_are_exact(frozen: bool) -> None:
     assert torch.allclose(gradient[0, :3].double(), exact_gradient @ head.weight.double(), rtol=0, atol=1e-4)
 
 
+def test_an_evaluation_computes_no_gradient(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And loses what training loses."""
+    model.requires_grad_(False)
+    hidden, labels = torch.randn(3, 40, 128, requires_grad=True), batch(0)["labels"]
+    expected = supervised_nll(model.lm_head, hidden, labels)[0].detach()
+    monkeypatch.setattr(torch.autograd, "grad", lambda *_: pytest.fail("a gradient was computed"))
+    with torch.no_grad():
+        assert torch.equal(supervised_nll(model.lm_head, hidden, labels)[0], expected)
+
+
 def test_rows_are_summed_apart(model: nn.Module) -> None:
     """With ``per_row`` each row's loss equals the loss of the row alone."""
     install_supervised_loss(model)

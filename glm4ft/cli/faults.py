@@ -25,7 +25,7 @@ def parse(argv: Sequence[str]) -> Namespace:
     parser.add_argument("--markdown", annotation=str | None, help="Write the page docs/kill-matrix.md here.")
     parser.add_argument("--practices", action="store_true", help="Try what the common practices notice, too.")
     parser.add_argument(
-        "--calibrate", annotation=str | None, help="Measure the thresholds instead; write the page here."
+        "--calibrate", annotation=str | None, help="Measure the thresholds, too; write docs/thresholds.md here."
     )
     parser.add_argument("--seeds", annotation=int, default=20, help="Seeds of the calibration.")
     parser.add_argument("--workers", annotation=int | None, help="Processes; by default one per core.")
@@ -46,18 +46,14 @@ def run(options: Namespace) -> bool:
 
         os.environ[EXTERNAL_MODULES] = options.module
         load_external()
-    if options.calibrate:
-        from glm4ft.testing.faults.calibration import show_calibration
-
-        return not show_calibration(
-            options.ids, options.calibrate, num_seeds=options.seeds, num_workers=options.workers
-        )
     from glm4ft.testing.faults.kill_matrix import show_faults
 
     return not show_faults(
         options.ids,
         json_file=options.json,
         markdown=options.markdown,
+        calibrate=options.calibrate,
+        num_seeds=options.seeds,
         practices=options.practices,
         num_workers=options.workers,
     )

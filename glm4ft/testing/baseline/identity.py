@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from glm4ft.testing.checks.model import NOT_ARITHMETIC
+from glm4ft.testing.checks.base import NOT_ARITHMETIC
 from glm4ft.testing.recording.trace import Tensors
 from glm4ft.testing.specification.reference import LabelledIds
 

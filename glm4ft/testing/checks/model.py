@@ -1,34 +1,24 @@
-"""Claims about the model before its first step: it is the requested base with the requested adapters."""
+"""Claims about what is trained on the base: the requested adapters, at their scale and precision, and nothing else."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from transformers import AutoTokenizer
 
+from glm4ft.testing.checks.base import built, logits_of
 from glm4ft.testing.recording.trace import Tensors
 from glm4ft.testing.replay.step import LIMITS, relative
 from glm4ft.testing.replay.tolerances import within
-from glm4ft.testing.specification.lora_spec import LoraSpec, adapted_modules, base_name
-from glm4ft.testing.specification.reference import Reference
-from glm4ft.testing.specification.routed_experts import stored_in
+from glm4ft.testing.specification.lora_spec import adapted_modules, base_name
 from glm4ft.testing.subject import make_plan
-from glm4ft.testing.trial.first_module import describe_first_differing_module
 from glm4ft.testing.trial.interventions import adapter_dropouts
 from glm4ft.testing.trial.registry import check
 from glm4ft.testing.trial.stages import CheckFailed, NotApplicable
 from glm4ft.testing.trial.trial import Trial
 
 NEEDS = ("build_model", "train")
-# Fields of a configuration that state how the model was loaded, not what it computes.
-NOT_ARITHMETIC = (
-    "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache", "_name_or_path", "name_or_path",
-    "_attn_implementation", "auto_map",
-)  # fmt: skip
 
 
 @check(stage="model", needs=NEEDS, incident="torchtune 1049, TRL 3337: evaluated with dropout on")
@@ -63,47 +53,12 @@ def check_trained_parameters_and_moments_are_fp32(trial: Trial) -> None:
                 raise CheckFailed(f"step {number}: {coarse[0]} {what} in {dtypes[coarse[0]]} ({len(coarse)} like it)")
 
 
-@check(stage="model", needs=("build_model",), incident="torchtune 997 and 409: another rope base, another norm epsilon")
-def check_configuration_equals_that_of_the_base(trial: Trial) -> None:
-    """Every configuration field that affects what the model computes has the value in the base's ``config.json``."""
-    stored = json.loads((trial.base_dir / "config.json").read_text("utf-8"))
-    config = _built(trial).config.to_dict()
-    for name, expected in stored.items():
-        got = json.loads(json.dumps(config.get(name, expected)))
-        if name not in NOT_ARITHMETIC and got != expected:
-            raise CheckFailed(f"{name} is {got} in the model, {expected} in the base's config.json")
-
-
-@check(stage="model", needs=("build_model",), incident="unsloth-zoo 913: a square weight was transposed on load")
-def check_weights_equal_those_of_the_base(trial: Trial) -> None:
-    """Before training, every tensor of the base folder is in the model, bit by bit."""
-    weights = {base_name(name): tensor for name, tensor in _built(trial).state_dict().items() if "lora_" not in name}
-    for shard in sorted(trial.base_dir.glob("*.safetensors")):
-        with safe_open(shard, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  # not a dict
-                found = stored_in(name, weights)
-                if found is None:
-                    raise CheckFailed(f"the model has no {name}")
-                got, stored = found[1].cpu(), file.get_tensor(name).to(found[1].dtype)
-                if not torch.equal(got, stored):
-                    raise CheckFailed(f"{name} is not the base's{_weight_cause(got, stored)}")
-
-
-def _weight_cause(got: torch.Tensor, stored: torch.Tensor) -> str:
-    if got.dim() == 2 and torch.equal(got.T, stored):
-        return ": it is transposed"
-    a, b = got.double().flatten(), stored.double().flatten()
-    cosine = float(a @ b / (a.norm() * b.norm()).clamp_min(1e-300)) if a.shape == b.shape else 1.0
-    # of random vectors of n entries it is about n ** -0.5
-    return f": it was drawn anew (cosine {cosine:.2g})" if abs(cosine) < 8 * len(a) ** -0.5 else ""
-
-
 @check(
     stage="model", needs=("build_model",), incident="axolotl's GLM-4 example names gate_proj; PEFT 3318, 2195 and 3315"
 )
 def check_adapters_are_on_the_requested_modules(trial: Trial) -> None:
     """Exactly the requested modules have adapters, each with its requested rank."""
-    asked, model = trial.lora_spec, _built(trial)
+    asked, model = trial.lora_spec, built(trial)
     parameters = dict(model.named_parameters())
     found = trial.reference.adapters(parameters)
     wanted = asked.modules_of(trial.reference.model)
@@ -130,39 +85,12 @@ def check_adapters_are_on_the_requested_modules(trial: Trial) -> None:
 
 
 @check(
-    stage="model", needs=("build_model",), incident="axolotl 1886, unsloth-zoo 913: another norm, a weight transposed"
-)
-def check_first_loss_equals_that_of_the_base(trial: Trial) -> None:
-    """Before training, the model has the logits of the base without adapters, and therefore its loss."""
-    model, base = _built(trial).eval(), _plain_base(trial)
-    ids, labels = trial.rows(trial.conversations)[0]
-    expected_TV, got_TV = base.logits(base.hidden(ids, {}), {}), _logits(model, ids)
-    size = float((got_TV - expected_TV).norm() / expected_TV.norm())
-    if not within("model: first logits", size, LIMITS[trial.dtype]):
-        wanted = torch.tensor(labels[1:])
-        first, own = (float(torch.nn.functional.cross_entropy(x[:-1], wanted)) for x in (got_TV, expected_TV))
-        where = describe_first_differing_module(model, base.model, ids, LIMITS[trial.dtype])
-        raise CheckFailed(
-            f"the first loss is {first:.6f}, the base's {own:.6f}; the logits are {size:.1e} off"
-            + (f"; {where}" if where else "")
-        )
-
-
-def _plain_base(trial: Trial) -> Reference:
-    """The specification of the base, for any kind of adapter: before training none of them changes the output."""
-    try:
-        return trial.reference
-    except NotApplicable:
-        return Reference(trial.base_dir, LoraSpec(rank=1, alpha=1))
-
-
-@check(
     stage="model", needs=("build_model",), incident="PEFT 2489, 2775 and 1930: no scale, or alpha over the root of r"
 )
 @torch.no_grad()
 def check_adapters_act_at_the_requested_scale(trial: Trial) -> None:
     """With random A and B, each adapter adds alpha / r times ``B A x``, one at a time and all together."""
-    model, base = _built(trial).eval(), trial.reference
+    model, base = built(trial).eval(), trial.reference
     parameters = dict(model.named_parameters())
     found = base.adapters(parameters)
     if not found:
@@ -174,7 +102,7 @@ def check_adapters_act_at_the_requested_scale(trial: Trial) -> None:
         if pair:
             _fill(parameters[pair["B"]], 0.05)
         trained = {n: parameters[n].detach().float().cpu() for names in found.values() for n in names.values()}
-        got_TV = _logits(model, ids)
+        got_TV = logits_of(model, ids)
         expected_TV = base.logits(base.hidden(ids, trained), trained)
         size = float((got_TV - expected_TV).norm() / expected_TV.norm())
         if not within("model: logits with adapters at random", size, LIMITS[trial.dtype]):
@@ -186,10 +114,10 @@ def check_adapters_act_at_the_requested_scale(trial: Trial) -> None:
 @check(stage="model", needs=("build_model",), incident="PEFT 282, TRL 4081, transformers 24463: everything was frozen")
 def check_only_what_was_asked_for_is_trained(trial: Trial) -> None:
     """Exactly the LoRA matrices, and whatever else was requested, require a gradient."""
-    trained = {name for name, p in _built(trial).named_parameters() if p.requires_grad}
+    trained = {name for name, p in built(trial).named_parameters() if p.requires_grad}
     all_matrices = {
         n
-        for pair in adapted_modules([name for name, _ in _built(trial).named_parameters()]).values()
+        for pair in adapted_modules([name for name, _ in built(trial).named_parameters()]).values()
         for n in pair.values()
     }
     saved = tuple((getattr(trial.subject, "lora", None) or {}).get("modules_to_save") or ())
@@ -220,14 +148,6 @@ def check_adapters_depend_on_the_seed_alone(trial: Trial) -> None:
         raise CheckFailed("models of seed 0 and seed 1 have the same trained parameters: the seed reaches nothing")
 
 
-@check(stage="model", needs=("build_model",), incident="torchtune 1909 and 2139: magnitudes in empty memory")
-def check_all_parameters_are_finite(trial: Trial) -> None:
-    """No weight and no buffer contains NaN or infinity."""
-    for name, tensor in _built(trial).state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise CheckFailed(f"{name} has {int((~torch.isfinite(tensor)).sum())} entries that are not finite")
-
-
 @check(stage="model", needs=NEEDS, incident="unsloth 9331: a fused loss read lm_head.weight, so its adapter never ran")
 def check_no_adapter_is_dead(trial: Trial) -> None:
     """After a few steps, every matrix B differs from zero and every matrix A from its initial value."""
@@ -239,22 +159,6 @@ def check_no_adapter_is_dead(trial: Trial) -> None:
     dead = [name for name in steps[0].before if name in held and name not in moved]
     if dead:
         raise CheckFailed(f"{len(dead)} of {len(steps[0].before)} trained parameters never moved, as {dead[0]}")
-
-
-@check(
-    stage="model", needs=("build_model",), incident="axolotl 787, qlora 190d22a: new tokens, neither trained nor saved"
-)
-def check_every_id_is_in_the_vocabulary_of_the_base(trial: Trial) -> None:
-    """Every token id in the data is in the base's vocabulary, or its embedding row is trained."""
-    rows = trial.rows(trial.conversations) + trial.rows(trial.demo)
-    largest, model = max(max(ids) for ids, _ in rows), _built(trial)
-    num_known = len(AutoTokenizer.from_pretrained(trial.base_dir))  # later rows only pad the matrix
-    trained = [name for name, p in model.named_parameters() if p.requires_grad and "embed_tokens" in name]
-    if largest >= num_known and not trained:
-        raise CheckFailed(
-            f"id {largest} is none of the {num_known} of the base's tokenizer: a new token, whose embedding row is not "
-            "trained"
-        )
 
 
 @check(stage="model", needs=NEEDS, incident="ms-swift 9832, PEFT 2893: another precision than was asked for")
@@ -301,37 +205,22 @@ def _require_dropped(model: Any, use: Callable[[], Any], expected: float, where:
         raise CheckFailed(f"in {where}, {found}, not {expected:g}: dropout acts at another rate than requested")
 
 
-def _built(trial: Trial) -> Any:
-    return trial.subject.build_model(str(trial.base_dir), 0)
-
-
 def _fill(parameter: torch.Tensor, std: float) -> None:
     generator = torch.Generator().manual_seed(parameter.numel())
     parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
-
-
-def _logits(model: Any, ids: tuple[int, ...]) -> torch.Tensor:
-    with torch.no_grad():
-        output = model(input_ids=torch.tensor([ids], device=next(model.parameters()).device))
-    logits_TV: torch.Tensor = output.logits[0].float().cpu()
-    return logits_TV
 
 
 def _scale_words(trial: Trial, module: str, pair: dict[str, str], trained: Tensors, got_TV: torch.Tensor) -> str:
     """Names the scale of one module's adapter that explains the logits."""
     base, asked = trial.reference, trial.lora_spec
     rank, alpha = asked.rank_of(module), asked.alpha_of(module)
+    ids = trial.rows(trial.conversations)[0][0]
     candidates = {"1, so none": 1.0, "0, so it does not act": 0.0, "alpha / sqrt(r)": alpha / rank**0.5, "alpha / r":
                   alpha / rank, "alpha": alpha, "that of another alpha": asked.alpha / rank,
                   "that of another rank": alpha / asked.rank}  # fmt: skip
     for words, scale in candidates.items():
         changed = {**trained, pair["B"]: trained[pair["B"]] * scale / asked.scale_of(module)}
-        logits_TV = base.logits(base.hidden(base_ids(trial), changed), changed)
+        logits_TV = base.logits(base.hidden(ids, changed), changed)
         if relative({"": got_TV}, {"": logits_TV}) <= LIMITS[trial.dtype]:
             return f"it acts at scale {words} ({scale:.4g})"
     return "no likely scale explains it"
-
-
-def base_ids(trial: Trial) -> tuple[int, ...]:
-    """Ids of the row on which the model is tried."""
-    return trial.rows(trial.conversations)[0][0]

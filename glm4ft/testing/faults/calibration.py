@@ -20,8 +20,7 @@ from glm4ft.files import write_atomically
 from glm4ft.testing.faults.pages import table
 from glm4ft.testing.faults.reach import reaching
 from glm4ft.testing.faults.registry import all_faults
-from glm4ft.testing.faults.results import Caught
-from glm4ft.testing.faults.runner import require_known_ids, run_one
+from glm4ft.testing.faults.results import Matrix
 from glm4ft.testing.faults.variations import all_variations
 from glm4ft.testing.faults.warm import in_parallel, warm_base
 from glm4ft.testing.replay.tolerances import Observation, observing
@@ -83,25 +82,21 @@ class Threshold:
         return self.nearest[0] / largest if self.nearest and largest > 0 else float("inf")
 
 
-def show_calibration(ids: Sequence[str], page: str, *, num_seeds: int, num_workers: int | None = None) -> bool:
-    """Measure the thresholds, write the page and print alarms and narrow thresholds.
+def show_calibration(matrix: Matrix, page: str, *, num_seeds: int, num_workers: int | None = None) -> bool:
+    """Measure the thresholds on the variations of a matrix, write the page and print alarms and narrow thresholds.
 
     Args:
-        ids: The ids of faults and variations to run. If they name no fault, all faults run; likewise for variations.
+        matrix: The results of faults, with the numbers that were over their limits, and of variations.
         page: The path of the Markdown file to write.
         num_seeds: The number of seeds for each variation.
         num_workers: The number of processes; by default one per core.
     Returns:
         True if a healthy pipeline raised an alarm, or a fault is too near to a threshold (see ``MIN_ROOM``).
     """
-    require_known_ids(ids)
-    faults = [id for id in all_faults() if id in ids] or list(all_faults())
-    variations = [id for id in all_variations() if id in ids] or list(all_variations())
-    tasks = [(id, seed) for seed in range(num_seeds) for id in variations]
+    tasks = [(silence.id, seed) for seed in range(num_seeds) for silence in matrix.benign]
     clean = list(tqdm(in_parallel(run_clean, tasks, num_workers), total=len(tasks), unit="run", disable=None))
-    tried = in_parallel(run_one, faults, num_workers)
-    over = {r.id: r.over for r in tqdm(tried, total=len(faults), unit="fault", disable=None) if isinstance(r, Caught)}
-    missed = [id for id in faults if all_faults()[id].stage == "rows"]
+    over = {caught.id: caught.over for caught in matrix.faults}
+    missed = [caught.id for caught in matrix.faults if caught.expected_stage == "rows"]
     for id, seen in tqdm(in_parallel(run_outcome, missed, num_workers), total=len(missed), unit="fault", disable=None):
         over[id] = (*over[id], *seen)
     thresholds = collect(clean, over)

@@ -16,6 +16,7 @@ from rich.text import Text
 from tqdm import tqdm
 
 from glm4ft.files import write_atomically
+from glm4ft.testing.faults.calibration import show_calibration
 from glm4ft.testing.faults.pages import matrix_page
 from glm4ft.testing.faults.practices import try_practices
 from glm4ft.testing.faults.registry import all_faults
@@ -64,6 +65,8 @@ def show_faults(
     *,
     json_file: str | None = None,
     markdown: str | None = None,
+    calibrate: str | None = None,
+    num_seeds: int = 20,
     practices: bool = False,
     num_workers: int | None = None,
 ) -> bool:
@@ -73,10 +76,12 @@ def show_faults(
         ids: The ids of faults and variations to run; by default all.
         json_file: The file for the results as JSON; ``-`` writes them to stdout and nothing else.
         markdown: The file for the page of the documentation.
+        calibrate: The file for the page of the thresholds, which are measured on the variations, too.
+        num_seeds: The number of seeds of each variation for the thresholds.
         practices: Whether to also measure which faults the common practices notice.
         num_workers: The number of processes; by default one per core.
     Returns:
-        True if a fault was not caught at its stage, or a variation raised an alarm.
+        True if a fault was not caught at its stage, a variation raised an alarm, or a threshold has too little room.
     """
     matrix = try_all(ids, practices=practices, num_workers=num_workers)
     # a log file has no width, and 80 columns would cut off the ids
@@ -89,7 +94,10 @@ def show_faults(
         write_atomically(Path(json_file), text)
     if markdown:
         write_atomically(Path(markdown), matrix_page(matrix))
-    return bool(matrix.failures)
+    is_narrow = bool(calibrate) and show_calibration(
+        matrix, str(calibrate), num_seeds=num_seeds, num_workers=num_workers
+    )
+    return bool(matrix.failures) or is_narrow
 
 
 def matrix_record(matrix: Matrix) -> dict[str, Any]:

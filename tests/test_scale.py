@@ -29,10 +29,14 @@ def script() -> Any:
 
 @pytest.mark.parametrize("number", range(9))
 def test_formula_is_within_a_tenth_of_a_measured_step(script: Any, number: int) -> None:
-    """Measured with torch 2.13: -1.4 to +0.6 %; with checkpointing -0.3 to +1.2 % in bf16, +7.2 and +9.3 % in fp32."""
+    """Measured with torch 2.13: -1.4 to +0.6 %; with checkpointing +7.2 and +9.3 % in fp32, -0.3 to +1.2 % in bf16.
+
+    In bf16 with checkpointing it is -3.1 and -5.1 % on a CPU without bf16 instructions, whose kernels copy more.
+    """
     config, step = script.SMALL[number]
     said, was = script.compared(config, step)
-    assert 0.97 < said / was < (1.1 if step.checkpointing else 1.03)
+    least, most = (0.9, 1.1) if step.checkpointing else (0.97, 1.03)
+    assert least < said / was < most
 
 
 def test_page_is_what_the_formula_says(script: Any) -> None:

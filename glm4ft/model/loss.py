@@ -87,7 +87,8 @@ def supervised_nll(
     chunk = max(1, MAX_LOGITS // getattr(head, "out_features", MAX_LOGITS))
     if not any(parameter.requires_grad for parameter in head.parameters()):
         return _FrozenHeadNll.apply(hidden_ND, head, targets_N, chunk), row_N  # type: ignore[no-untyped-call]
-    if len(targets_N) <= chunk:
+    # A sharded head is called once, whatever the number of targets: processes must gather it equally often.
+    if len(targets_N) <= chunk or hasattr(head, "unshard"):
         return _nll(head, hidden_ND, targets_N), row_N
     pieces = [
         checkpoint(_nll, head, h, t, use_reentrant=False)

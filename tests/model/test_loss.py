@@ -192,3 +192,24 @@ def test_without_labels_the_model_is_as_before(model: nn.Module) -> None:
     expected = model(input_ids=ids).logits
     install_supervised_loss(model)
     assert torch.equal(model(input_ids=ids).logits, expected)
+
+
+@pytest.mark.parametrize("num_targets", [0, 3])
+def test_a_trained_head_that_is_sharded_is_called_once(num_targets: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes with other numbers of targets would otherwise gather it unequally often, and wait for each other."""
+
+    class ShardedHead(nn.Linear):
+        calls = 0
+
+        def unshard(self) -> None: ...
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return super().forward(hidden)
+
+    monkeypatch.setattr(glm4ft.model.loss, "MAX_LOGITS", 16)  # one token of it
+    head = ShardedHead(8, 16)
+    labels = torch.full((1, 6), IGNORED)
+    labels[0, 1 : 1 + num_targets] = 5
+    supervised_nll(head, torch.randn(1, 6, 8), labels)
+    assert head.calls == 1

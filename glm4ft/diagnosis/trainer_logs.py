@@ -119,7 +119,7 @@ def ended_by_patience(output: Path) -> int | None:
         output: The folder of the run, with its trajectory.
     """
     trajectory = read_trajectory(output / FILE_NAME)
-    patience, found = (trajectory.header.get("config") or {}).get("patience"), trajectory.evaluations
+    patience, found = trajectory.header.get("config", {}).get("patience"), trajectory.evaluations
     is_last = bool(found and trajectory.steps) and found[-1]["step"] == trajectory.steps[-1]["step"]
     return int(found[-1]["step"]) if is_last and is_exhausted(found, patience) else None
 

@@ -49,7 +49,7 @@ def shared_accumulation(output: Path, config: TrainConfig, processes: int) -> in
     Raises:
         ConfigError: If the micro-batches of a step cannot be shared among so many processes.
     """
-    began = read_trajectory(output / FILE_NAME).header.get("processes") or 1
+    began: int = read_trajectory(output / FILE_NAME).header.get("processes", 1)
     micro_batches = config.accumulation * began
     if micro_batches % processes:
         raise ConfigError(

@@ -40,13 +40,14 @@ Count = Annotated[int, Field(ge=0)] | None
 
 
 class HeaderRow(BaseModel, extra="allow"):
-    """The first row. Other fields are allowed in every row: another version may write more."""
+    """The first row. Another version may write fewer fields, or, as in every row, others; none of these is null."""
 
     type: Literal["header"]
-    rows: Count = None
-    rows_sha256: str | None = None
-    processes: Annotated[int, Field(ge=1)] | None = None
-    config: dict[str, Any] | None = None
+    rows: Annotated[int, Field(ge=0)] = 0
+    rows_sha256: str = ""
+    processes: Annotated[int, Field(ge=1)] = 1
+    config: dict[str, Any] = {}
+    libraries: dict[str, Any] = {}
 
 
 class StepRow(BaseModel, extra="allow"):

@@ -214,6 +214,7 @@ def test_reader_raises_nothing_but_input_errors(reader: Reader, valid: Path, tmp
     @given(st.integers(0, 2**64 - 1))
     @example(0)
     @example(335)  # YAML and JSON that nest too deeply for the decoder
+    @example(4943)  # a number that is null in the header of a trajectory
     @example(5107)
     def read(seed: int) -> None:
         nonlocal num_refused

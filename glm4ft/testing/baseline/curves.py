@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from glm4ft.data.encoded_row import IGNORED
 from glm4ft.testing.recording.trace import Step, Trace
 from glm4ft.testing.replay.matching import KnownRows
-from glm4ft.testing.specification.reference import Reference, clip_factor
+from glm4ft.testing.specification.reference import Reference
+from glm4ft.testing.specification.update_rule import clip_factor
 
 
 @dataclass(frozen=True)

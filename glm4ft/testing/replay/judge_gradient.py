@@ -20,7 +20,7 @@ from glm4ft.testing.replay.step import (
     relative,
 )
 from glm4ft.testing.replay.tolerances import within
-from glm4ft.testing.specification.reference import clip_factor
+from glm4ft.testing.specification.update_rule import clip_factor
 
 # The smallest cosine between the gradient at the final norm and that of cross entropy with the best-fitting label; with
 # a smaller one, the loss is not cross entropy.

@@ -10,7 +10,7 @@ import torch
 
 from glm4ft.testing.recording.trace import Tensors
 from glm4ft.testing.replay.step import EXPLAINED, Departures, ReplayedStep, relative
-from glm4ft.testing.specification.reference import scheduled_rate, warmups_above_zero
+from glm4ft.testing.specification.update_rule import scheduled_rate, warmups_above_zero
 
 
 def judge_schedule(step: ReplayedStep) -> Departures:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from glm4ft.testing.recording.trace import Forward
-from glm4ft.testing.specification.reference import LabelledIds, split_rows
+from glm4ft.testing.specification.recovered_targets import split_rows
+from glm4ft.testing.specification.reference import LabelledIds
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,9 @@ from glm4ft.data.encoded_row import IGNORED
 from glm4ft.testing.recording.sampling import norms, samples
 from glm4ft.testing.recording.trace import Step, Tensors
 from glm4ft.testing.replay.matching import KnownRows, RowMatches, RowSpan
-from glm4ft.testing.specification.reference import (
-    AdamW,
-    LabelledIds,
-    Reference,
-    Targets,
-    clip_factor,
-    recover_targets,
-)
+from glm4ft.testing.specification.recovered_targets import Targets, recover_targets
+from glm4ft.testing.specification.reference import LabelledIds, Reference
+from glm4ft.testing.specification.update_rule import AdamW, clip_factor
 
 # The largest relative departure that counts as rounding, by the dtype of the base. In fp32, 240 clean runs of 10 steps
 # (20 seeds, padded and packed, 1, 2 and 4 micro-batches, clipping on and off; x86-64 CPU, 2026-11-25) stayed below

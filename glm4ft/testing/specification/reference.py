@@ -8,10 +8,8 @@ Shapes: N supervised tokens, T positions, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,35 +20,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from glm4ft.data.encoded_row import IGNORED
 from glm4ft.testing.recording.discovery import decoder_of
-from glm4ft.testing.recording.trace import Forward, Tensors, Trace
+from glm4ft.testing.recording.trace import Tensors, Trace
 from glm4ft.testing.specification.lora_spec import LoraSpec, adapted_modules, base_name
 from glm4ft.testing.specification.routed_experts import fused_delta, fused_name, specify_experts
 
 LabelledIds = tuple[tuple[int, ...], tuple[int, ...]]  # input ids and unshifted labels
 
 CPU = torch.device("cpu")
-# A gradient that is smaller than the largest of its sequence by this factor is rounding: bf16 keeps 8 bits of mantissa.
-ZERO_GRADIENT = 1e-6
-CHUNK = 64  # tokens whose logits are held at a time
-
-
-@dataclass(frozen=True)
-class Targets:
-    """The labels and weights of a sequence's tokens in the loss, recovered from the gradient at the final norm.
-
-    Args:
-        labels_T: The unshifted labels, -100 where no gradient arrives.
-        weights_T: The weight of each target in the loss; 0 where there is no target.
-        fit_T: The cosine between the gradient and that of cross entropy with the found label; 1 is a perfect fit.
-    """
-
-    labels_T: torch.Tensor
-    weights_T: torch.Tensor
-    fit_T: torch.Tensor
-
-    def at(self, positions: torch.Tensor) -> Targets:
-        """The targets at the given positions."""
-        return Targets(self.labels_T[positions], self.weights_T[positions], self.fit_T[positions])
 
 
 class Reference:
@@ -249,140 +225,3 @@ def _product(*weights: torch.Tensor, dropout_TD: torch.Tensor | None = None) -> 
         return output + added
 
     return hook
-
-
-def split_rows(forward: Forward) -> list[tuple[int, torch.Tensor]]:
-    """Split a forward pass into rows: padded rows by the mask, packed rows where the position ids restart.
-
-    Returns:
-        For each row, the index of its sequence in the batch and the row's positions (T,) in that sequence.
-    """
-    rows = []
-    for b, ids_T in enumerate(forward.input_ids_BT):
-        mask = forward.attention_mask
-        if mask is not None and mask.dim() == 2:
-            real = mask[b, -len(ids_T) :].bool()  # with a cache it begins with the tokens of earlier passes
-        else:
-            real = torch.ones(len(ids_T), dtype=torch.bool)
-        used = real.nonzero()[:, 0]
-        if forward.positions_BT is None:
-            rows.append((b, used))
-            continue
-        positions = forward.positions_BT[min(b, len(forward.positions_BT) - 1)][used]
-        starts = [i for i in range(len(used)) if i == 0 or positions[i] <= positions[i - 1]]
-        ends = [*starts[1:], len(used)]
-        rows += [(b, used[start:end]) for start, end in zip(starts, ends, strict=True)]
-    return rows
-
-
-def recover_targets(hidden_TD: torch.Tensor, gradient_TD: torch.Tensor, weight_VD: torch.Tensor) -> Targets:
-    """Recover the label and the weight of every token from the loss's gradient at the final norm.
-
-    For cross entropy that gradient is ``w * W^T (p - e_y)``. Given the hidden state, only ``w`` and ``y`` are unknown,
-    and ``y`` is the token whose direction ``W^T p - W_y`` is that of the gradient.
-
-    Args:
-        hidden_TD: The output of the final norm for a sequence.
-        gradient_TD: The gradient of the loss with respect to that output.
-        weight_VD: The weight of the output head.
-    Returns:
-        The targets by the position of the token that is predicted, T + 1 of them: the last position predicts a token
-        behind the sequence.
-    """
-    weight_VD = weight_VD.detach().double()
-    hidden, gradient = (tensor.double().to(weight_VD.device) for tensor in (hidden_TD, gradient_TD))
-    labels, weights = torch.full((len(hidden) + 1,), IGNORED), torch.zeros(len(hidden) + 1, dtype=torch.float64)
-    size = gradient.norm(dim=1)
-    active = (size > ZERO_GRADIENT * size.max()).nonzero()[:, 0] if size.max() > 0 else torch.zeros(0, dtype=torch.long)
-    fit = torch.ones(len(hidden) + 1, dtype=torch.float64)
-    lengths_V = (weight_VD * weight_VD).sum(1)
-    for chunk in active.split(CHUNK):
-        expected_TD = (hidden[chunk] @ weight_VD.T).softmax(1) @ weight_VD
-        # |W^T p - W_y|^2 and its product with the gradient, without the V directions themselves
-        squares_TV = (expected_TD * expected_TD).sum(1)[:, None] - 2 * expected_TD @ weight_VD.T + lengths_V
-        products_TV = (expected_TD * gradient[chunk]).sum(1)[:, None] - gradient[chunk] @ weight_VD.T
-        # the squares are differences of large numbers: below this they are rounding
-        best_T = (products_TV / squares_TV.clamp_min(1e-14 * lengths_V.max()).sqrt()).argmax(1)
-        directions_TD = expected_TD - weight_VD[best_T]
-        lengths_T = directions_TD.norm(dim=1).clamp_min(1e-300)
-        fit[chunk + 1] = ((directions_TD * gradient[chunk]).sum(1) / (lengths_T * size[chunk])).cpu()
-        labels[chunk + 1] = best_T.cpu()
-        weights[chunk + 1] = (size[chunk] / lengths_T).cpu()
-    return Targets(labels, weights, fit)
-
-
-def clip_factor(gradients: Tensors, max_norm: float, norms: Mapping[str, float] | None = None) -> tuple[float, float]:
-    """The global norm of the gradients and the factor that clipping multiplies them by.
-
-    Args:
-        gradients: The gradient of each parameter, or a sample of it.
-        max_norm: The largest norm; 0 for none.
-        norms: The norms of the gradients that are samples.
-    Returns:
-        ``(norm, factor)``; the factor is ``min(1, max_norm / (norm + 1e-6))``, and 1 if ``max_norm`` is 0.
-    Source: ``torch.nn.utils.clip_grad_norm_``.
-    """
-    known = norms or {}
-    norm = math.hypot(*(known.get(n, 0.0) or float(g.double().norm()) for n, g in gradients.items()))
-    return norm, min(1.0, max_norm / (norm + 1e-6)) if max_norm else 1.0
-
-
-def scheduled_rate(step: int, plan: Mapping[str, Any], total_steps: int) -> float:
-    """The learning rate of an optimizer step.
-
-    Args:
-        step: The number of the step, from 1.
-        plan: The plan, with ``learning_rate`` (the peak), ``schedule`` and ``warmup_steps``.
-        total_steps: The number of steps of the whole run.
-    Source: the closed forms of transformers' ``get_scheduler``: linear warm-up from 0 over ``warmup_steps``, then
-        constant, linear to 0, or half a cosine to 0.
-    """
-    done, warmup = step - 1, plan["warmup_steps"]
-    if done < warmup:
-        return float(plan["learning_rate"] * done / warmup)
-    share = (done - warmup) / max(1, total_steps - warmup)
-    shape = {"constant": 1.0, "linear": 1 - share, "cosine": (1 + math.cos(math.pi * share)) / 2}[plan["schedule"]]
-    return float(plan["learning_rate"] * shape)
-
-
-def warmups_above_zero(plan: Mapping[str, Any]) -> list[list[float]]:
-    """The learning rates of the warm-up in pipelines whose first step already moves.
-
-    Args:
-        plan: The plan, with ``learning_rate`` and ``warmup_steps``.
-    Returns:
-        The learning rate of each warm-up step, in each of the forms that are in use.
-    Source: karpathy/nanoGPT's ``train.py``, ``(done + 1) / (warmup + 1)``; Megatron-LM's scheduler, which counts the
-        step that it is about to take: ``(done + 1) / warmup``.
-    """
-    peak, warmup = float(plan["learning_rate"]), int(plan["warmup_steps"])
-    return [[peak * (done + 1) / divisor for done in range(warmup)] for divisor in (warmup + 1, max(warmup, 1))]
-
-
-class AdamW:
-    """AdamW in float64, with its moments kept from step to step.
-
-    Args:
-        betas: The decay rates of the first and second moment.
-        eps: The term added to the root of the second moment.
-        weight_decay: The decoupled weight decay, applied to every trained parameter.
-    Source: Loshchilov and Hutter, arXiv 1711.05101, algorithm 2.
-    """
-
-    def __init__(self, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
-        self.betas, self.eps, self.weight_decay, self.steps = betas, eps, weight_decay, 0
-        self.first, self.second = Tensors(), Tensors()
-
-    def update(self, before: Tensors, gradients: Tensors, rate: float) -> Tensors:
-        """Advance the moments by one step and return the parameters after it."""
-        self.steps += 1
-        beta1, beta2 = self.betas
-        after = {}
-        for name, gradient in gradients.items():
-            g = gradient.double()
-            self.first[name] = beta1 * self.first.get(name, torch.zeros_like(g)) + (1 - beta1) * g
-            self.second[name] = beta2 * self.second.get(name, torch.zeros_like(g)) + (1 - beta2) * g * g
-            root = (self.second[name] / (1 - beta2**self.steps)).sqrt() + self.eps
-            direction = self.first[name] / (1 - beta1**self.steps) / root
-            after[name] = before[name].double() * (1 - rate * self.weight_decay) - rate * direction
-        return after

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from glm4ft.testing.recording.trace import ParameterGroup, Step, Trace
-from glm4ft.testing.specification.reference import clip_factor, split_rows
+from glm4ft.testing.specification.recovered_targets import split_rows
+from glm4ft.testing.specification.update_rule import clip_factor
 from glm4ft.testing.subject import make_plan
 
 # The schedules of transformers that the specification has closed forms for, by lr_scheduler_type.

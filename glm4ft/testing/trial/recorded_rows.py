@@ -21,7 +21,8 @@ from glm4ft.testing.recording.trace import Trace
 from glm4ft.testing.replay.step import Departure
 from glm4ft.testing.specification.chat_template import WHY, Marks, Mistake, answers, expected_row, find_mistakes
 from glm4ft.testing.specification.mask_oracle import Undecidable, show_tokens
-from glm4ft.testing.specification.reference import LabelledIds, Reference, recover_targets, split_rows
+from glm4ft.testing.specification.recovered_targets import recover_targets, split_rows
+from glm4ft.testing.specification.reference import LabelledIds, Reference
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import torch
 from glm4ft.testing.recording.trace import Trace
 from glm4ft.testing.replay.step import LIMITS, Departure
 from glm4ft.testing.specification.lora_spec import base_name
-from glm4ft.testing.specification.reference import Reference, split_rows
+from glm4ft.testing.specification.recovered_targets import split_rows
+from glm4ft.testing.specification.reference import Reference
 
 # The number of standard deviations by which the share of dropped entries may differ from the probability. Over all
 # layers and steps, chance exceeds it in one of a billion runs.

@@ -23,7 +23,7 @@ from glm4ft.report.failure_card import explain_failure
 from glm4ft.report.wording import parts_sentence
 from glm4ft.testing.specification import chat_template
 from glm4ft.testing.specification.mask_oracle import IGNORED, Undecidable, control_ids, find_mistakes
-from glm4ft.testing.specification.reference import clip_factor
+from glm4ft.testing.specification.update_rule import clip_factor
 from glm4ft.testing.trial.registry import Check
 from glm4ft.testing.trial.runner import Result
 from glm4ft.testing.trial.runs import RecordedRun

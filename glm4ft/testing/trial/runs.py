@@ -11,7 +11,8 @@ from glm4ft.testing.recording.trace import Forward, Tensors, Trace
 from glm4ft.testing.replay.matching import KnownRows
 from glm4ft.testing.replay.replay import Verdict, replay
 from glm4ft.testing.replay.step import History, ReplayedStep
-from glm4ft.testing.specification.reference import LabelledIds, Reference, clip_factor
+from glm4ft.testing.specification.reference import LabelledIds, Reference
+from glm4ft.testing.specification.update_rule import clip_factor
 from glm4ft.testing.trial.stages import NotApplicable
 
 Order = list[list[tuple[int, ...]]]

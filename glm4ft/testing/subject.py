@@ -8,7 +8,9 @@ Required
     ``name``: the name that reports show.
     ``tokenizer``: a transformers tokenizer.
     ``encode(messages, tools=None)``: returns ``{"input_ids": [...], "labels": [...]}``, plain lists, labels unshifted,
-    -100 where a token is not supervised.
+    -100 where a token is not supervised. It may add ``"weights"``, the weight of each token in the loss, where these
+    are not all 1: then the weighted sum over a step is divided by the sum of the weights, or by the number of
+    supervised tokens.
 
 Optional
     ``chat_format``: ``"glm-4-9b-chat"`` or ``"glm-4-0414"``; without it only rules that hold for every template apply,

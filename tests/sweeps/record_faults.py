@@ -40,6 +40,8 @@ CONFIGURATIONS: Mapping[str, Mapping[str, Any]] = {
                     "lr_scheduler_type": "linear"},
     "packed": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1, "lr_scheduler_type": "cosine",
                "packing": True},
+    "two packs": {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 2, "lr_scheduler_type": "linear",
+                  "packing": True},
     "checkpointed": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 3, "warmup_steps": 2,
                      "lr_scheduler_type": "constant_with_warmup", "gradient_checkpointing": True, "max_grad_norm": 0.0},
     "single": {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 1, "lr_scheduler_type": "linear"},
@@ -199,7 +201,8 @@ def _tried(id: str) -> list[str]:
     own = {
         name for kind in _kind(id).__mro__ if kind.__module__.startswith("glm4ft.testing.faults") for name in vars(kind)
     }
-    names = sorted(CONFIGURATIONS, key=lambda name: (name != "packed") == bool(own & PACKING))
+    is_packed = {name: options.get("packing", False) for name, options in CONFIGURATIONS.items()}
+    names = sorted(CONFIGURATIONS, key=lambda name: is_packed[name] != bool(own & PACKING))
     return names if id in all_faults() else names[:2]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,6 +55,12 @@ def check_lists_have_one_length_and_labels_equal_ids_where_supervised(trial: Tri
             )
         if len(ids) != len(labels):
             raise CheckFailed(f"conversation {name_of(talk)}: {len(ids)} input_ids but {len(labels)} labels")
+        weights = row.get("weights", [1.0] * len(ids))
+        if len(weights) != len(ids) or not all(0 <= weight < math.inf for weight in weights):
+            raise CheckFailed(
+                f"conversation {name_of(talk)}: weights of tokens are to be {len(ids)} numbers from 0 on, "
+                f"found {len(weights)} from {min(weights)} to {max(weights)}"
+            )
         encoded = BankRow(talk, tuple(ids), tuple(labels))
         for position, (token, label) in enumerate(zip(ids, labels, strict=True)):
             if label not in (token, IGNORED):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from glm4ft.testing.faults.token_weights import Weighted
 from glm4ft.testing.faults.variations import variation
 from glm4ft.testing.subjects.plain_loop import Subject
 from glm4ft.testing.subjects.plain_loop_data import Batch
@@ -70,3 +71,16 @@ class Bf16Autocast(Subject):
     def forward(self, model: Any, batch: Batch) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):
             return super().forward(model, batch)
+
+
+@variation("token-weights")
+class TokenWeights(Weighted):
+    """Tokens have weights in the loss, whose weighted sum is divided by the sum of the weights."""
+
+
+@variation("token-weights-over-the-count")
+class TokenWeightsOverTheCount(Weighted):
+    """Tokens have weights in the loss, whose weighted sum is divided by the number of supervised tokens (ms-swift)."""
+
+    def count_targets(self, batches: Sequence[Batch]) -> int:
+        return Subject.count_targets(self, batches)

@@ -20,7 +20,7 @@ from glm4ft.testing.subjects.plain_loop_data import Batch
 
 ESCAPES = (
     "A requested setting that the interface of a subject has no word for (other initialisations than LoRA's own, "
-    "weights of single tokens, trained rows of an embedding) is not compared with what was built."
+    "trained rows of an embedding) is not compared with what was built."
 )
 
 model_fault = faults_at("model")

@@ -12,9 +12,6 @@ from glm4ft.testing.recording.trace import Forward
 from glm4ft.testing.replay.matching import RowSpan, is_part_of
 from glm4ft.testing.replay.step import Departure, Departures, ReplayedStep, SeenRow, relative
 
-# A target that the model predicts with at least this probability may leave no gradient in the dtype of the run, so a
-# missing gradient there does not show that the target is masked.
-SURE = 0.999
 # The judges for which all rows of a step have to be known.
 UNKNOWN = ("batches", "loss", "gradient")
 NULL_MEMBER = re.compile(r',\s*"[^"]+": null|"[^"]+": null,?\s*')
@@ -89,7 +86,7 @@ def _wrong_targets(step: ReplayedStep, row: SeenRow) -> Departures:
     trained = got != IGNORED
     if int((trained & (got != ids)).sum()) > int(trained.sum()) // 2:
         return  # the trained labels differ from the ids at their positions: judged with the gradient
-    missing = (expected != IGNORED) & ~trained & _unsure(step, row, expected)
+    missing = (expected != IGNORED) & ~trained & step.is_unsure(row)
     if row.span.is_short and missing[-1]:
         text = f"a row was cut to {len(row.ids) - 1} of its {len(row.ids)} tokens"
         yield step.depart("rows", text, "truncation, or no terminator is appended", hides=UNKNOWN)
@@ -115,14 +112,6 @@ def _masked_by_id(step: ReplayedStep, missing: set[int]) -> str:
     if missing != padding:
         return ""
     return f"{step.reference.show(sorted(padding))} also pads the batches, and labels are ignored wherever it occurs"
-
-
-def _unsure(step: ReplayedStep, row: SeenRow, expected: torch.Tensor) -> torch.Tensor:
-    """True where the target's probability is low enough for its gradient to be measurable."""
-    probability = torch.zeros(len(expected))
-    logits = step.reference.logits(row.hidden_TD[: len(expected) - 1], step.step.weights)
-    probability[1:] = logits.softmax(1).gather(1, expected[1:].clamp_min(0)[:, None])[:, 0]
-    return probability < SURE
 
 
 def judge_batches(step: ReplayedStep) -> Departures:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import statistics
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -20,6 +21,7 @@ from glm4ft.testing.replay.step import (
     relative,
 )
 from glm4ft.testing.replay.tolerances import within
+from glm4ft.testing.specification.reference import LabelledIds
 from glm4ft.testing.specification.update_rule import clip_factor
 
 # The smallest cosine between the gradient at the final norm and that of cross entropy with the best-fitting label; with
@@ -42,7 +44,8 @@ def judge_loss(step: ReplayedStep) -> Departures:
         return
     for row in step.seen:
         yield from _wrong_loss(step, row)
-    yield from _wrong_weights(step)
+    if not step.has_unstated_weights:
+        yield from _wrong_weights(step)
 
 
 def judge_gradient(step: ReplayedStep) -> Departures:
@@ -51,6 +54,8 @@ def judge_gradient(step: ReplayedStep) -> Departures:
     if lost:
         text = f"the accumulated gradient is not finite in {len(lost)} of {len(step.raw)} parameters, e.g. {lost[0]}"
         yield step.depart("gradient", text, hides=AFTER_THE_LOSS[1:])
+        return
+    if step.has_unstated_weights:
         return
     expected = step.gradient()
     size = max(relative(step.raw, expected), step.norms_off())
@@ -64,7 +69,7 @@ def _wrong_loss(step: ReplayedStep, row: SeenRow) -> Departures:
         text = f"the gradient at the final norm is not that of cross entropy with one label (cosine {fit:.4f})"
         yield step.depart("gradient", text, "label smoothing, or another term in the loss", hides=("gradient",))
     ids, expected, got = torch.tensor(row.ids), torch.tensor(step.labels_of(row.ids)), row.targets.labels_T
-    trained = (got != IGNORED).nonzero()[:, 0].tolist()
+    trained = ((got != IGNORED)[1:].nonzero()[:, 0] + 1).tolist()  # what is before a row may predict its first token
     if sum(bool(got[t] != ids[t]) for t in trained) > len(trained) // 2:
         following = sum(t + 1 < len(ids) and bool(got[t] == ids[t + 1]) for t in trained)
         before = sum(t > 0 and bool(got[t] == ids[t - 1]) for t in trained)
@@ -76,18 +81,20 @@ def _wrong_loss(step: ReplayedStep, row: SeenRow) -> Departures:
         text = "the trained labels are not the next tokens"
         yield step.depart("gradient", text, cause, hides=("gradient",))
         return
-    odd = [t for t in trained if t and expected[t] == IGNORED and got[t] != ids[t]]
+    odd = [t for t in trained if expected[t] == IGNORED and got[t] != ids[t]]
     if odd and len({int(got[t]) for t in odd}) == 1:
         text = f"{len(odd)} positions that are not supervised are trained as class {int(got[odd[0]])}"
         yield step.depart("gradient", text, "the ignored label reaches the loss as a class", hides=("gradient",))
 
 
 def _wrong_weights(step: ReplayedStep) -> Departures:
-    """Report tokens whose weight in the loss is not one over the number of the step's supervised tokens."""
+    """Report tokens whose weight in the loss is not that in the mean over the step's supervised tokens."""
     limit, ratios = WEIGHT_LIMITS[step.history.dtype], dict[int, list[float]]()
     for row in step.seen:
-        heavy = row.targets.weights_T[row.targets.labels_T != IGNORED] * step.num_targets / step.loss_scale
-        ratios.setdefault(row.forward, []).extend(heavy.tolist())
+        heavy = [share * step.divisor() / step.loss_scale for share in step.shares(row)]
+        ratios.setdefault(row.forward, []).extend(heavy)
+    if step.mean_weights(step.rows()) and any(_spread(values) > limit for values in ratios.values()):
+        return  # stated weights that are applied in another way: the gradient tells in which
     # the weight of a confidently predicted token is a quotient of two small numbers and so imprecise; the median is not
     medians = {index: sorted(values)[len(values) // 2] for index, values in ratios.items() if values}
     low, high = min(medians.values(), default=1.0), max(medians.values(), default=1.0)
@@ -102,9 +109,23 @@ def _wrong_weights(step: ReplayedStep) -> Departures:
     yield step.depart("gradient", text, _uneven_cause(step, medians, limit), hides=("gradient",))
 
 
+def _spread(values: list[float]) -> float:
+    """The distance of the quartiles of numbers, relative to the upper one."""
+    ordered = sorted(values)
+    low, high = (ordered[len(ordered) * part // 4] for part in (1, 3)) if ordered else (1.0, 1.0)
+    return (high - low) / high if high else 0.0
+
+
 def _uneven_cause(step: ReplayedStep, medians: Mapping[int, float], limit: float) -> str:
     """The mean that weights tokens as they are: one over the targets of a micro-batch, a process or a row, each."""
-    targets = {forward: count_targets(step.rows(forward)) for forward in medians}
+    causes = (_mean_cause(step, medians, limit, sum_of) for sum_of in (step.weight, count_targets))
+    return next((cause for cause in causes if cause), "")
+
+
+def _mean_cause(
+    step: ReplayedStep, medians: Mapping[int, float], limit: float, sum_of: Callable[[list[LabelledIds]], float]
+) -> str:
+    targets = {forward: sum_of(step.rows(forward)) for forward in medians}
     processes = step.history.plan.get("processes", 1)
     share = max(1, -(-len(step.step.forwards) // processes))  # forward passes of one process
     of_process = {forward: sum(n for f, n in targets.items() if f // share == forward // share) for forward in medians}
@@ -121,8 +142,8 @@ def _uneven_cause(step: ReplayedStep, medians: Mapping[int, float], limit: float
             found.append(words)
     if found:
         return found[0] if len(found) == 1 or processes == 1 else ""
-    by_row = [float(row.targets.weights_T[row.targets.labels_T != IGNORED].median()) * count_targets([(row.ids,
-              step.labels_of(row.ids))]) for row in step.seen if (row.targets.labels_T != IGNORED).any()]  # fmt: skip
+    by_row = [statistics.median_low(shares) * sum_of([(row.ids, step.labels_of(row.ids))])
+              for row in step.seen if (shares := step.shares(row))]  # fmt: skip
     is_by_row = bool(by_row) and max(by_row) - min(by_row) <= 10 * limit * max(by_row)
     return "a mean of the rows' own means: tokens of short rows weigh more" if is_by_row else ""
 
@@ -153,6 +174,8 @@ def _gradient_cause(step: ReplayedStep, expected: Tensors) -> tuple[str, float |
     raw, previous = step.raw, step.history.previous
     if raw.keys() != expected.keys():
         return f"no gradient was accumulated in {sorted(expected.keys() - raw.keys())[:1]}", None
+    if cause := _weights_cause(step):
+        return cause, None
     parts = _parts(step)
     if previous:
         parts.append(previous.clipped)
@@ -167,6 +190,26 @@ def _gradient_cause(step: ReplayedStep, expected: Tensors) -> tuple[str, float |
     if previous and abs(factors[-1]) > 0.1:
         return "the gradient of the previous step was not cleared", None
     return _counts(factors[: len(_forwards(step))].tolist(), 10 * rounding)
+
+
+def _weights_cause(step: ReplayedStep) -> str:
+    """The one other way to apply the stated weights of tokens that gives the recorded gradient, up to a factor."""
+    rows, kept, found = step.rows(), [step.kept(row) for row in step.seen], list[str]()
+    if not step.mean_weights(rows):
+        return ""
+    own = [step.token_weights(ids) for ids, _ in rows]
+    before = [torch.tensor(step.history.known.weights[ids], dtype=torch.float64).roll(1) for ids, _ in rows]
+    ways = {
+        "the weights of tokens are not applied": [(w > 0).double() for w in own],
+        "each token has the weight of the one before it: labels are shifted, weights are not": before,
+        "the weights of tokens are applied twice": [w * w for w in own],
+    }
+    for words, weights in ways.items():
+        told = step.sampled(step.reference.gradient(rows, step.step.weights, kept, weights))
+        factor = dot(step.raw, told) / (dot(told, told) or 1.0)
+        if relative(step.raw, {name: factor * g for name, g in told.items()}) <= step.limit("gradient"):
+            found.append(words)
+    return found[0] if len(found) == 1 else ""
 
 
 def _gradient_of_some(raw: Tensors, expected: Tensors) -> str:
@@ -191,7 +234,7 @@ def _parts(step: ReplayedStep) -> list[Tensors]:
     parts = []
     for forward in _forwards(step):
         rows = step.rows(forward)
-        share = sum(label != IGNORED for _, labels in rows for label in labels) / step.num_targets
+        share = step.divisor(rows) / step.divisor()
         parts.append({n: share * g for n, g in step.gradient(forward).items()})
     return parts
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from glm4ft.data.encoded_row import IGNORED
 from glm4ft.testing.recording.trace import Forward
 from glm4ft.testing.specification.recovered_targets import split_rows
 from glm4ft.testing.specification.reference import LabelledIds
+
+TokenWeights = Mapping[tuple[int, ...], Sequence[float]]  # of each token of a row, by the row's ids
 
 
 @dataclass(frozen=True)
@@ -63,10 +66,15 @@ class KnownRows:
 
     Args:
         rows: The encoded rows; no two have the same ids.
+        weights: The weight of each token in the loss, by the row's ids, for rows whose supervised tokens do not all
+            weigh 1. A token without weight is not supervised.
     """
 
-    def __init__(self, rows: Iterable[LabelledIds]) -> None:
-        self.labels = dict(rows)
+    def __init__(self, rows: Iterable[LabelledIds], weights: TokenWeights | None = None) -> None:
+        self.labels, self.weights = dict(rows), dict[tuple[int, ...], tuple[float, ...]]()
+        for ids, labels in self.labels.items():
+            given = self.weights[ids] = tuple((weights or {}).get(ids, (1.0,) * len(ids)))
+            self.labels[ids] = tuple(label if w else IGNORED for label, w in zip(labels, given, strict=True))
         self.by_first: dict[int, list[tuple[int, ...]]] = defaultdict(list)
         for ids in sorted(self.labels, key=len, reverse=True):  # longest first: a row may begin another
             self.by_first[ids[0]].append(ids)

@@ -16,7 +16,7 @@ from glm4ft.testing.recording.trace import Trace
 from glm4ft.testing.replay.judge_data import judge_batches, judge_model, judge_rows
 from glm4ft.testing.replay.judge_gradient import judge_clipping, judge_gradient, judge_loss
 from glm4ft.testing.replay.judge_update import judge_schedule, judge_update
-from glm4ft.testing.replay.matching import KnownRows
+from glm4ft.testing.replay.matching import KnownRows, TokenWeights
 from glm4ft.testing.replay.step import LIMITS, Departure, Departures, History, ReplayedStep
 from glm4ft.testing.replay.tolerances import within
 from glm4ft.testing.specification.reference import LabelledIds, Reference
@@ -53,6 +53,7 @@ class Verdict:
         removes_factor: Whether a factor on the loss was taken out of the gradient before the optimizer received it.
         is_undecided: Whether the gradient agrees if a sum over tokens is divided before it is clipped, and no step
             shows that it is.
+        has_unstated_weights: Whether the tokens of a row differ in their weight, in a run that does not state why.
         seen: The ids of the rows of each step, in order.
     """
 
@@ -65,6 +66,7 @@ class Verdict:
     packed: bool = False
     removes_factor: bool = False
     is_undecided: bool = False
+    has_unstated_weights: bool = False
     seen: list[list[tuple[int, ...]]] = field(default_factory=list)
 
     @property
@@ -91,6 +93,7 @@ def replay(
     plan: Mapping[str, Any],
     skip: Collection[str] = (),
     limits: Mapping[str, float] | None = None,
+    weights: TokenWeights | None = None,
 ) -> Verdict:
     """Compare a recorded run with the specification.
 
@@ -104,12 +107,13 @@ def replay(
         plan: The plan that the trainer was given.
         skip: The judges that have nothing to compare with.
         limits: The largest relative departure that counts as rounding, for stages where the usual one is not right.
+        weights: The weights of tokens in the loss, as in ``KnownRows``.
     Returns:
         The verdict.
     """
     verdict = Verdict()
-    history = History(reference, KnownRows(rows), plan, trace.dtype, dropout=trace.dropout, limits=limits or {},
-                      sampled=trace.sampled)  # fmt: skip
+    history = History(reference, KnownRows(rows, weights), plan, trace.dtype, dropout=trace.dropout,
+                      limits=limits or {}, sampled=trace.sampled)  # fmt: skip
     history.rates = [next((float(g.settings["lr"]) for g in s.groups if g.size), math.nan) for s in trace.steps]
     judged, hidden_from_now_on = set[str](), dict.fromkeys(skip, "")
     if not trace.steps:
@@ -124,6 +128,7 @@ def replay(
         judged |= _judge(replayed, verdict, hidden_from_now_on)
         verdict.removes_factor = verdict.removes_factor or replayed.removes_factor
         verdict.is_undecided = verdict.is_undecided or replayed.is_undecided
+        verdict.has_unstated_weights = verdict.has_unstated_weights or replayed.has_unstated_weights
         if not verdict.departures:
             verdict.steps = number
         if replayed.not_finite:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -32,6 +32,11 @@ SHALLOW = 8
 # The same for a token's weight in the loss. It is recovered from a gradient that shrinks as the model grows certain of
 # the token, so it is known less precisely.
 WEIGHT_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
+# A target that the model predicts with at least this probability may leave no gradient in the dtype of the run, so a
+# missing gradient there does not show that the target is masked, and a small one not what it weighs.
+SURE = 0.999
+# The least relative difference of two weights within a row that is taken for weights of single tokens.
+UNEVEN = 0.25
 # The largest residual, relative to a wrong gradient or update, with which a cause counts as its explanation.
 EXPLAINED = 1e-3
 # The smallest factor that counts as loss scaling, which fp16 training needs: a power of two at least this large.
@@ -218,10 +223,73 @@ class ReplayedStep:
         """The ids and labels of the known rows of the step, or of one of its forward passes."""
         return [(row.ids, self.labels_of(row.ids)) for row in self.seen if forward in (None, row.forward)]
 
+    def token_weights(self, ids: tuple[int, ...]) -> torch.Tensor:
+        """The weight (T,) of each token of a known row, 0 where it is not supervised."""
+        given = torch.tensor(self.history.known.weights[ids], dtype=torch.float64)
+        return given * (torch.tensor(self.labels_of(ids)) != IGNORED)
+
+    def divisor(self, rows: Iterable[LabelledIds] | None = None) -> float:
+        """What the weighted sum over the supervised tokens of rows, by default of all, is divided by.
+
+        It is the sum of the weights, or the number of those tokens, whichever the loss of this step was divided by.
+        """
+        rows = list(self.rows() if rows is None else rows)
+        return float(count_targets(rows) if self.is_over_count else self.weight(rows))
+
+    def weight(self, rows: Iterable[LabelledIds]) -> float:
+        """The sum of the weights of the supervised tokens of rows."""
+        return sum(float(self.token_weights(ids).sum()) for ids, _ in rows)
+
+    @cached_property
+    def is_over_count(self) -> bool:
+        """Whether a sum with weights is divided by the number of supervised tokens, as ms-swift's loss scale is."""
+        both, found = (self.weight(self.rows()), count_targets(self.rows())), self._median_share
+        if not found or both[0] == both[1]:
+            return False
+        by_weight, by_count = (abs(math.log(found * divisor)) for divisor in both)
+        return by_count < by_weight
+
+    def is_unsure(self, row: SeenRow) -> torch.Tensor:
+        """Where (T,) the probability of a row's target is low enough for its gradient to be measurable."""
+        expected = torch.tensor(self.labels_of(row.ids))
+        probability = torch.zeros(len(expected))
+        logits = self.reference.logits(row.hidden_TD[: len(expected) - 1], self.step.weights)
+        probability[1:] = logits.softmax(1).gather(1, expected[1:].clamp_min(0)[:, None])[:, 0]
+        return probability < SURE
+
+    @cached_property
+    def has_unstated_weights(self) -> bool:
+        """Whether tokens of one row differ in their weight, and nothing says which weights were asked for."""
+        if not self.history.plan.get("is_only_run") or not self.has_finite_loss:
+            return False
+        for row in self.seen:
+            weights = row.targets.weights_T[self.is_unsure(row) & (row.targets.labels_T != IGNORED)]
+            if len(weights) > 2 and float((weights / weights.median() - 1).abs().max()) > UNEVEN:
+                return True
+        return False
+
+    def shares(self, row: SeenRow) -> list[float]:
+        """The recovered weight of each trained token of a row, over the weight that it should have in the sum."""
+        is_trained, given = row.targets.labels_T != IGNORED, self.token_weights(row.ids)
+        given[given == 0] = 1.0  # trained, but not supervised: judged with the rows
+        return [float(share) for share in (row.targets.weights_T / given)[is_trained]]
+
+    @cached_property
+    def _median_share(self) -> float:
+        """The median of all shares of the step; 0 if nothing is trained."""
+        shares = sorted(share for row in self.seen for share in self.shares(row) if share > 0)
+        return shares[len(shares) // 2] if shares else 0.0
+
+    def mean_weights(self, rows: Sequence[LabelledIds]) -> list[torch.Tensor]:
+        """The weight (T,) of each token in the mean over some rows; empty if all supervised tokens weigh the same."""
+        weights, divisor = [self.token_weights(ids) for ids, _ in rows], self.divisor(rows)
+        is_plain = all(((w == 0) | (w == 1)).all() for w in weights)
+        return [] if is_plain else [w / divisor for w in weights]
+
     def gradient(self, forward: int | None = None) -> Tensors:
         """The gradient of the mean over the supervised tokens of the step's rows, or of one of its forward passes."""
-        kept = [self.kept(row) for row in self.seen if forward in (None, row.forward)]
-        whole = self.reference.gradient(self.rows(forward), self.step.weights, kept)
+        kept, rows = [self.kept(row) for row in self.seen if forward in (None, row.forward)], self.rows(forward)
+        whole = self.reference.gradient(rows, self.step.weights, kept, self.mean_weights(rows))
         if forward is None:
             self.expected_norms = norms(whole, self.history.sampled)
         return self.sampled(whole)
@@ -293,8 +361,7 @@ class ReplayedStep:
     @cached_property
     def _loss_factor(self) -> float:
         """The median weight of a token in the loss, as a multiple of its weight in the token mean."""
-        weights = [float(w) for row in self.seen for w in row.targets.weights_T if w > 0]
-        return sorted(weights)[len(weights) // 2] * self.num_targets if weights else 1.0
+        return self._median_share * self.divisor() if self._median_share else 1.0
 
     @property
     def is_token_mean(self) -> bool:

@@ -136,26 +136,41 @@ class Reference:
         logits = self.logits(self.hidden(input_ids, trained)[:-1], trained)
         return F.cross_entropy(logits, torch.tensor(list(input_ids))[1:], reduction="none")
 
-    def loss(self, rows: Sequence[LabelledIds], trained: Tensors, kept: Sequence[Tensors] = ()) -> torch.Tensor:
-        """The loss of an optimizer step: the mean over all supervised tokens of its rows.
+    def loss(
+        self,
+        rows: Sequence[LabelledIds],
+        trained: Tensors,
+        kept: Sequence[Tensors] = (),
+        weights: Sequence[torch.Tensor] = (),
+    ) -> torch.Tensor:
+        """The loss of an optimizer step: the mean over all supervised tokens of its rows, or their weighted sum.
 
         Args:
             rows: The ``(input_ids, labels)`` of each row, labels unshifted.
             trained: The trained parameters, by their names in the model under test.
             kept: For each row, what dropout multiplied entries by, as in ``hidden``; empty without dropout.
+            weights: For each row, the weight (T,) of each token in the sum; empty for the mean.
         """
         total, count = torch.zeros(()), 0
-        for (input_ids, labels), own in zip(rows, kept or [{}] * len(rows), strict=True):
-            targets = torch.tensor(list(labels))[1:]
+        none = [None] * len(rows)
+        for (input_ids, labels), own, weights_T in zip(rows, kept or none, weights or none, strict=True):
+            targets_T = torch.tensor(list(labels))[1:]
             logits = self.logits(self.hidden(input_ids, trained, own)[:-1], trained)
-            total = total + F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
-            count += int((targets != IGNORED).sum())
-        return total / count
+            nll_T = F.cross_entropy(logits, targets_T, ignore_index=IGNORED, reduction="none")
+            total = total + (nll_T if weights_T is None else nll_T * weights_T[1:].float()).sum()
+            count += int((targets_T != IGNORED).sum())
+        return total if weights else total / count
 
-    def gradient(self, rows: Sequence[LabelledIds], trained: Tensors, kept: Sequence[Tensors] = ()) -> Tensors:
+    def gradient(
+        self,
+        rows: Sequence[LabelledIds],
+        trained: Tensors,
+        kept: Sequence[Tensors] = (),
+        weights: Sequence[torch.Tensor] = (),
+    ) -> Tensors:
         """The gradient of ``loss`` with respect to each trained parameter."""
         leaves = {name: tensor.detach().float().clone().requires_grad_(True) for name, tensor in trained.items()}
-        gradients = torch.autograd.grad(self.loss(rows, leaves, kept), list(leaves.values()))
+        gradients = torch.autograd.grad(self.loss(rows, leaves, kept, weights), list(leaves.values()))
         return dict(zip(leaves, gradients, strict=True))
 
     def _replaced(self, trained: Tensors) -> Tensors:

@@ -21,9 +21,10 @@ def run_of_ranks(trial: Trial) -> tuple[RecordedRun, list[Trace]]:
         plan = make_plan(**{**trial.standard, **CHANGES}, output_dir=f"{folder}/output")
         job = Job(trial.importable_spec, str(trial.base_dir), trial.conversations, plan, folder)
         traces = run_ranks(job, NUM_PROCESSES)
-        rows = trial.rows(trial.conversations)
+        rows, weights = trial.rows(trial.conversations), trial.token_weights(trial.conversations)
         plan["processes"] = NUM_PROCESSES
-        trial.shared["ranks"] = RecordedRun(plan, rows, merge_ranks(traces), [], None, trial.reference), traces
+        run = RecordedRun(plan, rows, merge_ranks(traces), [], None, trial.reference, weights=weights)
+        trial.shared["ranks"] = run, traces
     found: tuple[RecordedRun, list[Trace]] = trial.shared["ranks"]
     return found
 

@@ -39,6 +39,10 @@ from glm4ft.testing.trial.recorded_rows import (
 from glm4ft.testing.trial.recorded_settings import settings_departures
 from glm4ft.testing.trial.stages import STAGES
 
+UNSTATED_WEIGHTS = (
+    "tokens of one row differ in their weight in the loss, and a recording does not say which weights were asked for; "
+    "put the trainer on trial with a subject whose encode returns them"
+)
 UNDECIDED = (
     "the loss is the sum over the tokens, and whether the gradient is divided by their number before it is clipped "
     "makes no difference in these steps, since all are clipped"
@@ -123,6 +127,8 @@ def judge_recording(folder: Path, base_dir: str = "", data: str | None = None) -
         verdict = _rows_of(verdict, replay(alike, reference, own, plan, [*not_judged, "rows"], limits))
     if verdict.is_undecided:
         not_judged["gradient"] = UNDECIDED
+    if verdict.has_unstated_weights:
+        not_judged["gradient"] = UNSTATED_WEIGHTS
     more = [*settings_departures(trace, about, reference, verdict.packed), *differ]
     if marks and not known:
         more += template_departures(rows, reference, marks)
@@ -147,6 +153,10 @@ def _with(verdict: Verdict, more: Sequence[Departure]) -> Verdict:
         if later and departure.step < later.step:
             verdict.departures[departure.stage], departure = departure, later
         verdict.add(departure)
+        for stage in departure.hides_later:
+            if stage in verdict.departures and verdict.departures[stage].step >= departure.step:
+                del verdict.departures[stage]
+                verdict.hidden[stage] = departure.stage
     first = sorted(verdict.departures.values(), key=lambda d: (d.step, STAGES.index(d.stage)))
     verdict.departures = {departure.stage: departure for departure in first}
     return verdict

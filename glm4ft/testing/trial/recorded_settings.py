@@ -83,7 +83,8 @@ def _wrong_sizes(trace: Trace, configuration: Mapping[str, Any]) -> Iterator[Dep
         return
     if min(got.values()) == asked and got[wrong] % asked == 0:
         text = f"{got[wrong]} sequences went through the model before it, not {asked}"
-        yield Departure("update", wrong, text, "an update was left out, of a step before it")
+        later = ("gradient", "schedule")  # which count what was left out as a part of this step
+        yield Departure("update", wrong, text, "an update was left out, of a step before it", hides_later=later)
     else:
         text = f"{got[wrong]} sequences, not {asked}: {' times '.join(map(str, sizes))} of {' and '.join(names)}"
         yield Departure("batches", wrong, text, "batch size or accumulation do not reach the trainer")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from glm4ft.testing.recording.trace import Forward, Tensors, Trace
-from glm4ft.testing.replay.matching import KnownRows
+from glm4ft.testing.replay.matching import KnownRows, TokenWeights
 from glm4ft.testing.replay.replay import Verdict, replay
 from glm4ft.testing.replay.step import History, ReplayedStep
 from glm4ft.testing.specification.reference import LabelledIds, Reference
@@ -30,6 +32,7 @@ class RecordedRun:
         model: The model after the run; None if it was released.
         reference: The specification on the same base.
         dropout: The dropout probability that the harness applied to the embeddings.
+        weights: The weights of tokens in the loss, as in ``KnownRows``.
     """
 
     plan: Mapping[str, Any]
@@ -39,11 +42,12 @@ class RecordedRun:
     model: Any
     reference: Reference
     dropout: float = 0.0
+    weights: TokenWeights = field(default_factory=dict)
 
     @functools.cached_property
     def verdict(self) -> Verdict:
         """The result of the replay of this run."""
-        return replay(self.trace, self.reference, self.rows, self.plan)
+        return replay(self.trace, self.reference, self.rows, self.plan, weights=self.weights)
 
     def judge_again(self, **settings: Any) -> None:
         """Replay the run once more, with further settings beside its plan."""
@@ -53,7 +57,7 @@ class RecordedRun:
     @functools.cached_property
     def known(self) -> KnownRows:
         """The rows of the run, searchable in its forward passes."""
-        return KnownRows(self.rows)
+        return KnownRows(self.rows, self.weights)
 
     @property
     def has_loss_factor(self) -> bool:
@@ -66,6 +70,14 @@ class RecordedRun:
         steps = self._replayed_steps()
         is_scaled = bool(steps) and steps[0].loss_scale != 1.0
         return [clip_factor(step.step.raw, 0)[0] / (step.loss_scale if is_scaled else 1.0) for step in steps]
+
+    def losses(self) -> list[float]:
+        """The loss of each step before its update, by the specification."""
+        with torch.no_grad():
+            return [
+                float(step.reference.loss(step.rows(), step.step.before, weights=step.mean_weights(step.rows())))
+                for step in self._replayed_steps()
+            ]
 
     def _replayed_steps(self) -> list[ReplayedStep]:
         history = History(self.reference, self.known, self.plan, self.trace.dtype)

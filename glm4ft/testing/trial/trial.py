@@ -177,6 +177,11 @@ class Trial:
         encoded = [self.subject.encode(c["messages"], c.get("tools")) for c in conversations]
         return [(tuple(row["input_ids"]), tuple(row["labels"])) for row in encoded]
 
+    def token_weights(self, conversations: Conversations) -> dict[tuple[int, ...], tuple[float, ...]]:
+        """The weights of tokens in the loss that the subject states, by the ids of their row."""
+        encoded = [self.subject.encode(c["messages"], c.get("tools")) for c in conversations]
+        return {tuple(row["input_ids"]): tuple(row["weights"]) for row in encoded if "weights" in row}
+
     def accepts(self, conversation: dict[str, Any]) -> bool:
         """Whether the subject accepts a conversation; it refuses one by raising ``NotImplementedError``."""
         try:
@@ -280,7 +285,8 @@ class Trial:
             without_dropout(model) if self.requested_dropout else contextlib.nullcontext(),
         ):  # fmt: skip
             log = self.subject.train(model, self.data[of], plan)
-        return RecordedRun(plan, rows, trace, list(log or []), model, self.reference, dropout)
+        weights = self.token_weights(self.data[of])
+        return RecordedRun(plan, rows, trace, list(log or []), model, self.reference, dropout, weights)
 
     @property
     def requested_dropout(self) -> float:

@@ -9,8 +9,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
-from glm4ft.testing.replay.step import LIMITS
-from glm4ft.testing.replay.tolerances import within
+from glm4ft.testing.replay.tolerances import LIMITS, within
 from glm4ft.testing.specification.lora_spec import LoraSpec, base_name
 from glm4ft.testing.specification.reference import Reference
 from glm4ft.testing.specification.routed_experts import stored_in

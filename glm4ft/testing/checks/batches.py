@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from glm4ft.testing.replay.step import LIMITS
-from glm4ft.testing.replay.tolerances import within
+from glm4ft.testing.replay.tolerances import LIMITS, within
 from glm4ft.testing.specification.mask_oracle import IGNORED
 from glm4ft.testing.subject import make_plan
 from glm4ft.testing.trial.leaks import Leak, watch_leaks

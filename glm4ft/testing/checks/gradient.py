@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from glm4ft.testing.replay.step import LIMITS, relative
-from glm4ft.testing.replay.tolerances import within
+from glm4ft.testing.replay.step import relative
+from glm4ft.testing.replay.tolerances import LIMITS, within
 from glm4ft.testing.specification.mask_oracle import IGNORED
 from glm4ft.testing.trial.processes import require_ranks_agree, require_ranks_stage
 from glm4ft.testing.trial.registry import check

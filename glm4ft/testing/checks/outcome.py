@@ -15,8 +15,7 @@ from glm4ft.floors.target import describe_unreachable
 from glm4ft.model.generation import greedy
 from glm4ft.testing.checks.another_mean import explain_mean
 from glm4ft.testing.recording.trace import Tensors
-from glm4ft.testing.replay.step import LIMITS
-from glm4ft.testing.replay.tolerances import within
+from glm4ft.testing.replay.tolerances import LIMITS, within
 from glm4ft.testing.specification.mask_oracle import IGNORED, TurnSpan, Undecidable
 from glm4ft.testing.specification.reference import LabelledIds
 from glm4ft.testing.stability import assert_few_steps_clipped, assert_grad_norms_decay, assert_grad_norms_stable

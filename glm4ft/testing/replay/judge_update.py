@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from glm4ft.testing.recording.trace import Tensors
-from glm4ft.testing.replay.step import EXPLAINED, Departures, ReplayedStep, relative
+from glm4ft.testing.replay.departure import Departures
+from glm4ft.testing.replay.step import ReplayedStep, relative
+from glm4ft.testing.replay.tolerances import EXPLAINED
 from glm4ft.testing.specification.update_rule import scheduled_rate, warmups_above_zero
 
 

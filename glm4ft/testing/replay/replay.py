@@ -13,12 +13,14 @@ from typing import Any
 import torch
 
 from glm4ft.testing.recording.trace import Trace
+from glm4ft.testing.replay.departure import Departure, Departures
+from glm4ft.testing.replay.history import History
 from glm4ft.testing.replay.judge_data import judge_batches, judge_model, judge_rows
 from glm4ft.testing.replay.judge_gradient import judge_clipping, judge_gradient, judge_loss
 from glm4ft.testing.replay.judge_update import judge_schedule, judge_update
 from glm4ft.testing.replay.matching import KnownRows, TokenWeights
-from glm4ft.testing.replay.step import LIMITS, Departure, Departures, History, ReplayedStep
-from glm4ft.testing.replay.tolerances import within
+from glm4ft.testing.replay.step import ReplayedStep
+from glm4ft.testing.replay.tolerances import LIMITS, within
 from glm4ft.testing.specification.reference import LabelledIds, Reference
 
 # In order. A judge reports departures of its stage; the loss is judged from the recorded hidden states alone, so that a

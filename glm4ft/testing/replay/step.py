@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -15,105 +13,13 @@ import torch
 from glm4ft.data.encoded_row import IGNORED
 from glm4ft.testing.recording.sampling import norms, samples
 from glm4ft.testing.recording.trace import Step, Tensors
-from glm4ft.testing.replay.matching import KnownRows, RowMatches, RowSpan
+from glm4ft.testing.replay.departure import Departure
+from glm4ft.testing.replay.history import History
+from glm4ft.testing.replay.matching import RowMatches, RowSpan
+from glm4ft.testing.replay.tolerances import LIMITS, MIN_LOSS_SCALE, SHALLOW, SURE, UNEVEN, WEIGHT_LIMITS
 from glm4ft.testing.specification.recovered_targets import Targets, recover_targets
-from glm4ft.testing.specification.reference import LabelledIds, Reference
-from glm4ft.testing.specification.update_rule import AdamW, clip_factor
-
-# The largest relative departure that counts as rounding, by the dtype of the base. In fp32, 240 clean runs of 10 steps
-# (20 seeds, padded and packed, 1, 2 and 4 micro-batches, clipping on and off; x86-64 CPU, 2026-11-25) stayed below
-# 8.3e-7 for batches, 8.4e-7 for the model, 2.2e-6 for the gradient, 1.9e-7 for clipping, and below rounding for the
-# update; see tests/sweeps/clean_departures.py.
-LIMITS = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
-# The number of layers up to which the limit of a gradient in fp32 holds; rounding adds up over the layers of a deeper
-# base. Measured: at most 1.9e-6 with 2 layers (docs/thresholds.md), 1.1e-5 with the 30 of SmolLM2-135M (x86-64 CPU,
-# 2026-11-27); the nearest fault departs by 1.2e-3.
-SHALLOW = 8
-# The same for a token's weight in the loss. It is recovered from a gradient that shrinks as the model grows certain of
-# the token, so it is known less precisely.
-WEIGHT_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
-# A target that the model predicts with at least this probability may leave no gradient in the dtype of the run, so a
-# missing gradient there does not show that the target is masked, and a small one not what it weighs.
-SURE = 0.999
-# The least relative difference of two weights within a row that is taken for weights of single tokens.
-UNEVEN = 0.25
-# The largest residual, relative to a wrong gradient or update, with which a cause counts as its explanation.
-EXPLAINED = 1e-3
-# The smallest factor that counts as loss scaling, which fp16 training needs: a power of two at least this large.
-MIN_LOSS_SCALE = 2.0**8
-
-
-@dataclass(frozen=True)
-class Departure:
-    """A point at which a run differs from the specification.
-
-    Args:
-        stage: The slug of the stage.
-        step: The optimizer step, from 1.
-        text: What was found and what was expected.
-        cause: The likely cause, if the numbers show it; "" otherwise.
-        size: The relative size of the departure; None if it is not measured by a number.
-        factor: The factor on the whole gradient, if that explains the departure; None otherwise.
-        hides: The judges of the same step whose comparison it makes meaningless, by their names in ``JUDGES``.
-        hides_later: The same for the steps that follow.
-    """
-
-    stage: str
-    step: int
-    text: str
-    cause: str = ""
-    size: float | None = None
-    factor: float | None = None
-    hides: tuple[str, ...] = ()
-    hides_later: tuple[str, ...] = ()
-
-    @property
-    def kind(self) -> str:
-        """The words of the cause, or without one of the text; departures of one kind are told once."""
-        return " ".join(re.findall(r"[a-zA-Z_]+", self.cause or self.text))
-
-    def __str__(self) -> str:
-        cause = f"; likely cause: {self.cause}" if self.cause else ""
-        return f"{self.stage}, step {self.step}: {self.text}{cause}"
-
-
-Departures = Iterator[Departure]
-
-
-@dataclass
-class History:
-    """The specification that a step is judged by, and what the earlier steps left.
-
-    Args:
-        reference: The reference on the base that the run started from.
-        known: The rows that the data should be encoded as.
-        plan: The plan that the trainer was given.
-        dtype: The dtype of the forward passes.
-        rates: The learning rate of each recorded step, of the first parameter group that holds a parameter.
-        seen: The number of times that each row has been seen, by its ids.
-        seen_by: The processes that have seen each row, by its ids.
-        previous: The previous step; None before the first.
-        dropout: The probability of each dropout layer, by its name; those whose choices were recorded are replayed.
-        limits: The limit of each stage for which it was measured on the run itself.
-        sampled: The shapes of the parameters of which a sample is recorded.
-    """
-
-    reference: Reference
-    known: KnownRows
-    plan: Mapping[str, Any]
-    dtype: torch.dtype
-    seen: Counter[tuple[int, ...]] = field(default_factory=Counter)
-    seen_by: dict[tuple[int, ...], set[int]] = field(default_factory=dict)
-    previous: Step | None = None
-    rates: list[float] = field(default_factory=list)
-    dropout: Mapping[str, float] = field(default_factory=dict)
-    limits: Mapping[str, float] = field(default_factory=dict)
-    sampled: Mapping[str, Sequence[int]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.dtype == torch.float16:
-            self.dtype = torch.bfloat16  # whose limits are the wider ones
-        self.optimizer = AdamW(self.plan["betas"], self.plan["eps"], self.plan["weight_decay"])
+from glm4ft.testing.specification.reference import LabelledIds
+from glm4ft.testing.specification.update_rule import clip_factor
 
 
 @dataclass(frozen=True)

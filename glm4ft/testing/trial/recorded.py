@@ -19,9 +19,9 @@ from glm4ft.testing.recording.environment import NOTE
 from glm4ft.testing.recording.merging import first_difference, merge_ranks
 from glm4ft.testing.recording.trace import Trace
 from glm4ft.testing.recording.trace_file import TRACE, read_trace
+from glm4ft.testing.replay.departure import Departure
 from glm4ft.testing.replay.replay import JUDGES, Verdict, replay
 from glm4ft.testing.replay.rounding import measured_limits
-from glm4ft.testing.replay.step import Departure
 from glm4ft.testing.specification.chat_template import Marks, marks_of
 from glm4ft.testing.specification.lora_spec import LoraSpec
 from glm4ft.testing.specification.mask_oracle import Undecidable

@@ -18,7 +18,7 @@ from glm4ft.data.reader import read_conversations
 from glm4ft.data.turn_format import FORMATS
 from glm4ft.errors import ModelError
 from glm4ft.testing.recording.trace import Trace
-from glm4ft.testing.replay.step import Departure
+from glm4ft.testing.replay.departure import Departure
 from glm4ft.testing.specification.chat_template import WHY, Marks, Mistake, answers, expected_row, find_mistakes
 from glm4ft.testing.specification.mask_oracle import Undecidable, show_tokens
 from glm4ft.testing.specification.recovered_targets import recover_targets, split_rows

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from glm4ft.testing.recording.trace import Trace
-from glm4ft.testing.replay.step import LIMITS, Departure
+from glm4ft.testing.replay.departure import Departure
+from glm4ft.testing.replay.tolerances import LIMITS
 from glm4ft.testing.specification.lora_spec import base_name
 from glm4ft.testing.specification.recovered_targets import split_rows
 from glm4ft.testing.specification.reference import Reference

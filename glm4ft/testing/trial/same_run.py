@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from glm4ft.testing.recording.trace import Step, Tensors
-from glm4ft.testing.replay.step import History, ReplayedStep
+from glm4ft.testing.replay.history import History
+from glm4ft.testing.replay.step import ReplayedStep
 from glm4ft.testing.trial.runs import RecordedRun
 
 

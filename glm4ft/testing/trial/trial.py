@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from glm4ft.model.checkpoint import TINY
 from glm4ft.testing.recording.recorder import record
-from glm4ft.testing.replay.step import Departure
+from glm4ft.testing.replay.departure import Departure
 from glm4ft.testing.specification.lora_spec import LoraSpec
 from glm4ft.testing.specification.reference import LabelledIds, Reference
 from glm4ft.testing.specification.routed_experts import has_experts, require_recent_libraries

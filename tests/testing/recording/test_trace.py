@@ -19,7 +19,9 @@ from glm4ft.data.encoded_row import IGNORED
 from glm4ft.model.tiny import write_tiny_base
 from glm4ft.testing.recording.trace import Forward
 from glm4ft.testing.recording.trace_file import read_trace, write_trace
-from glm4ft.testing.replay.step import WEIGHT_LIMITS, History, ReplayedStep
+from glm4ft.testing.replay.history import History
+from glm4ft.testing.replay.step import ReplayedStep
+from glm4ft.testing.replay.tolerances import WEIGHT_LIMITS
 from glm4ft.testing.specification.recovered_targets import split_rows
 from glm4ft.testing.subjects import own, plain_loop, transformers_trainer
 from glm4ft.testing.trial.runs import RecordedRun

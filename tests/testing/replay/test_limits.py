@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from glm4ft.testing.recording.trace import Step
-from glm4ft.testing.replay.step import LIMITS, SHALLOW, History, ReplayedStep
+from glm4ft.testing.replay.history import History
+from glm4ft.testing.replay.step import ReplayedStep
+from glm4ft.testing.replay.tolerances import LIMITS, SHALLOW
 
 PLAN = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
 

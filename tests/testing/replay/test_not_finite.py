@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glm4ft.testing.recording.trace import Trace
+from glm4ft.testing.replay.departure import Departure
 from glm4ft.testing.replay.replay import Verdict, replay
-from glm4ft.testing.replay.step import Departure
 from glm4ft.testing.replay.tolerances import within
 from glm4ft.testing.trial.trial import Trial
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import pytest
 
+from glm4ft.testing.replay.departure import Departure
 from glm4ft.testing.replay.replay import Verdict, _explain_by_scale
-from glm4ft.testing.replay.step import Departure
 
 
 @pytest.mark.parametrize(("hides", "left"), [((), ["model"]), (("gradient",), ["gradient", "model"])])

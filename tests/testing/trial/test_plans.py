@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from glm4ft.testing.checks import all_checks
+from glm4ft.testing.replay.departure import Departure
 from glm4ft.testing.replay.replay import Verdict
-from glm4ft.testing.replay.step import Departure
 from glm4ft.testing.subject import PLAN
 from glm4ft.testing.trial.plans import COMBINED, NAMED, PLANS, STAGE_OWNERS, Plan
 from glm4ft.testing.trial.stages import CheckFailed, NotApplicable

@@ -1,0 +1,51 @@
+"""The specification that the steps of a run are judged by, and what the earlier ones left."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from glm4ft.testing.recording.trace import Step
+from glm4ft.testing.replay.matching import KnownRows
+from glm4ft.testing.specification.reference import Reference
+from glm4ft.testing.specification.update_rule import AdamW
+
+
+@dataclass
+class History:
+    """The specification that a step is judged by, and what the earlier steps left.
+
+    Args:
+        reference: The reference on the base that the run started from.
+        known: The rows that the data should be encoded as.
+        plan: The plan that the trainer was given.
+        dtype: The dtype of the forward passes.
+        rates: The learning rate of each recorded step, of the first parameter group that holds a parameter.
+        seen: The number of times that each row has been seen, by its ids.
+        seen_by: The processes that have seen each row, by its ids.
+        previous: The previous step; None before the first.
+        dropout: The probability of each dropout layer, by its name; those whose choices were recorded are replayed.
+        limits: The limit of each stage for which it was measured on the run itself.
+        sampled: The shapes of the parameters of which a sample is recorded.
+    """
+
+    reference: Reference
+    known: KnownRows
+    plan: Mapping[str, Any]
+    dtype: torch.dtype
+    seen: Counter[tuple[int, ...]] = field(default_factory=Counter)
+    seen_by: dict[tuple[int, ...], set[int]] = field(default_factory=dict)
+    previous: Step | None = None
+    rates: list[float] = field(default_factory=list)
+    dropout: Mapping[str, float] = field(default_factory=dict)
+    limits: Mapping[str, float] = field(default_factory=dict)
+    sampled: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.dtype == torch.float16:
+            self.dtype = torch.bfloat16  # whose limits are the wider ones
+        self.optimizer = AdamW(self.plan["betas"], self.plan["eps"], self.plan["weight_decay"])

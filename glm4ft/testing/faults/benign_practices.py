@@ -10,7 +10,7 @@ import torch
 
 from glm4ft.data.encoded_row import IGNORED
 from glm4ft.testing.faults.variations import variation
-from glm4ft.testing.subjects.plain_loop import LoopState, Subject, trained
+from glm4ft.testing.subjects.plain_loop import LoopState, Subject, sum_over_processes, trained, world_size
 from glm4ft.testing.subjects.plain_loop_data import Batch, Features
 
 
@@ -183,7 +183,8 @@ class RowsShiftedInTheBatch(Subject):
             self.is_training = False
 
     def count_targets(self, batches: Sequence[Batch]) -> int:
-        return sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
+        own = sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
+        return int(sum_over_processes(torch.tensor(own)))
 
     def shift(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_training:
@@ -215,7 +216,8 @@ class BatchShiftedAfterPadding(Subject):
         return self.shifted(super().collate_packed(rows))
 
     def count_targets(self, batches: Sequence[Batch]) -> int:
-        return sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
+        own = sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
+        return int(sum_over_processes(torch.tensor(own)))
 
     def shift(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return logits.flatten(0, 1), labels.flatten()
@@ -253,7 +255,7 @@ class GradientDividedAfterAccumulation(Subject):
         if not num_targets:
             raise ValueError("no token of the step is supervised")
         self.num_targets = num_targets
-        return 1.0
+        return float(world_size())
 
     def clip(self, run: LoopState) -> float:
         for parameter in trained(run.model):

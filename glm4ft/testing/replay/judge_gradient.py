@@ -265,7 +265,7 @@ def _clipping_cause(step: ReplayedStep, norm: float, got: float) -> str:
         if norm < limit and abs(got * norm / limit - 1) <= 1e-3:
             return "the coefficient is inverted: a small gradient is scaled up to the limit"
         scale = step.loss_scale
-        if scale > 1 and abs(got * norm * scale / limit - 1) <= 1e-3:
+        if scale > 1 and limit and abs(got * norm * scale / limit - 1) <= 1e-3:
             return f"it was clipped before the loss scale of {scale:g} was divided out"
         return "the factor is computed from a norm other than the global one"
     if _is_parallel(raw, clipped):

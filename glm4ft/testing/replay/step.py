@@ -256,7 +256,7 @@ class ReplayedStep:
             return 1.0
         if self.history.plan.get("factor_is_removed") or self._is_removed(ratio):
             self.removes_factor = abs(ratio - 1) > WEIGHT_LIMITS[self.history.dtype]
-            return ratio
+            return self._removed_factor(ratio)
         self.is_undecided = bool(self.history.plan.get("is_only_run")) and self._is_clipped_sum(ratio)
         if self.is_undecided:
             return ratio
@@ -280,6 +280,12 @@ class ReplayedStep:
             return False
         expected = {name: tensor / factor for name, tensor in self.step.raw.items()}
         return relative(self.step.clipped, expected) <= WEIGHT_LIMITS[self.history.dtype]
+
+    def _removed_factor(self, ratio: float) -> float:
+        """The factor that was divided out: a ratio of weights to rounding, or exactly where nothing was clipped."""
+        raw, clipped = (clip_factor(tensors, 0)[0] for tensors in (self.step.raw, self.step.clipped))
+        limit = self.history.plan["max_grad_norm"] or math.inf
+        return raw / clipped if 0 < clipped < limit * (1 - WEIGHT_LIMITS[self.history.dtype]) else ratio
 
     def _is_clipped_sum(self, factor: float) -> bool:
         """Whether the loss is a sum over tokens, and the optimizer receives the same whether that is divided or not.

@@ -149,11 +149,8 @@ class ReplayedStep:
     @cached_property
     def is_over_count(self) -> bool:
         """Whether a sum with weights is divided by the number of supervised tokens, as ms-swift's loss scale is."""
-        both, found = (self.weight(self.rows()), count_targets(self.rows())), self._median_share
-        if not found or both[0] == both[1]:
-            return False
-        by_weight, by_count = (abs(math.log(found * divisor)) for divisor in both)
-        return by_count < by_weight
+        weight, count, found = self.weight(self.rows()), self.num_targets, self._median_share
+        return weight != count and found > 0 and abs(math.log(found * count)) < abs(math.log(found * weight))
 
     def is_unsure(self, row: SeenRow) -> torch.Tensor:
         """Where (T,) the probability of a row's target is low enough for its gradient to be measurable."""

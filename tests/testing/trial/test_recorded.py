@@ -120,6 +120,7 @@ def test_wrong_row_hides_nothing_that_follows(healthy: Trial, tmp_path: Path) ->
         "mean-of-micro-means",
         "warmup-skipped",
         "l2-in-place-of-decoupled",
+        "silent-row-costs-the-whole-step",
     ],
 )
 def test_fault_in_a_recorded_script_is_told_at_its_stage(id: str) -> None:
@@ -127,7 +128,7 @@ def test_fault_in_a_recorded_script_is_told_at_its_stage(id: str) -> None:
     assert outcome.is_right, outcome
 
 
-@pytest.mark.parametrize("id", ["healthy", "mean-of-micro-means", "rslora-scale-mixed"])
+@pytest.mark.parametrize("id", ["healthy", "mean-of-micro-means", "rslora-scale-mixed", "loss-scaling"])
 def test_limits_of_low_precision_are_measured_on_the_run(id: str) -> None:
     """Rounding of bf16 is no alarm, and hides neither a wrong loss nor a wrong model."""
     outcome = try_one((id, True, 0))
@@ -138,6 +139,12 @@ def test_limits_of_low_precision_are_measured_on_the_run(id: str) -> None:
 def test_first_step_is_recorded_where_the_loop_begins_it_in_another_way(id: str) -> None:
     """The first forward pass comes inside of the optimizer's step, or begins at the embedding alone."""
     outcome = try_one((id, False, 0))
+    assert outcome.is_right, outcome
+
+
+def test_rows_that_are_shifted_in_the_data_raise_no_alarm_beside_one_without_targets() -> None:
+    """In a pack, the last target of a row stands at the first position of the next."""
+    outcome = try_one(("rows-shifted-in-the-batch", False, 0))
     assert outcome.is_right, outcome
 
 

@@ -54,6 +54,7 @@ _ASKED = "what was asked for is lost before it reaches any object of the run"
 _SEED = "one run does not show what another seed would have given"
 _EVALUATION = "evaluation is not recorded"
 _LOG = "what the run logs is not recorded"
+_WEIGHTS = "a recording does not say which weights of tokens were asked for, and is not judged by equal ones"
 UNSEEN: Mapping[str, str] = {
     "stale-token-cache": "one run does not show what another tokenizer would have given",
     "pad-id-zero-is-falsy": "the padding id of this base is not 0",
@@ -69,6 +70,10 @@ UNSEEN: Mapping[str, str] = {
     "adapters-ignore-the-seed": _SEED,
     "adapters-not-repeatable": _SEED,
     "norm-logged-after-clip": _LOG,
+    "token-weights-ignored": _WEIGHTS,
+    "token-weights-not-shifted": _WEIGHTS,
+    "token-weights-applied-twice": _WEIGHTS,
+    "token-weights-mean-of-micro-means": _WEIGHTS,
     "lora-dropout-on-in-evaluation": _EVALUATION,
     "dropout-left-on-in-evaluation": _EVALUATION,
 }

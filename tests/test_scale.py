@@ -27,6 +27,7 @@ def script() -> Any:
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(9))
 def test_formula_is_within_a_tenth_of_a_measured_step(script: Any, number: int) -> None:
     """Measured with torch 2.13: -1.4 to +0.6 %; with checkpointing +7.2 and +9.3 % in fp32, -0.3 to +1.2 % in bf16.

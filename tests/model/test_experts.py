@@ -80,6 +80,7 @@ def learnt(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return train_observed(config, say=lambda line: said.append(str(line))), "\n".join(said)
 
 
+@pytest.mark.slow
 def test_two_conversations_are_learnt_and_said_back(learnt: Any) -> None:
     """With both stop tokens, reasoning and parallel calls.
 
@@ -134,6 +135,7 @@ def test_dropout_that_experts_cannot_have_is_refused(base: Path) -> None:
         attach_lora(load_base(str(base)).model, LoraOptions(dropout=0.1), seed=0)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(learnt: Any, tmp_path: Path) -> None:
     """Loss and gradient norm of every later step are bitwise the same."""
     result, _ = learnt

@@ -80,6 +80,7 @@ def test_same_seed_gives_the_same_bits(tmp_path: Path) -> None:
     assert figures(train(replace(config, seed=1), tmp_path / "c")) != figures(runs[0])
 
 
+@pytest.mark.slow
 def test_run_killed_at_a_random_step_resumes_bit_for_bit(tmp_path: Path) -> None:
     """SIGKILL leaves whatever it finds, half a checkpoint included; the rest of the run is that of an unbroken one."""
     config = replace(

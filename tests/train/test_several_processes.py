@@ -33,10 +33,13 @@ from glm4ft.train.run_folder import last_checkpoint
 from glm4ft.train.trainer import SupervisedTrainer
 from glm4ft.train.trajectory import Trajectory, read_trajectory
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(FullyShardedDataParallelPlugin, "fsdp_version"),
-    reason="needs an accelerate that knows FSDP2, and restores optimizers on CPUs; found " + version("accelerate"),
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not hasattr(FullyShardedDataParallelPlugin, "fsdp_version"),
+        reason="needs an accelerate that knows FSDP2, and restores optimizers on CPUs; found " + version("accelerate"),
+    ),
+]
 PROCESSES = int(os.environ.get("GLM4FT_PROCESSES", "2"))
 DRIVER = Path(__file__).with_name("in_processes.py")
 CONFIG = TrainConfig(max_steps=20, eval_every=7, save_every=5, micro_batch_size=2)

@@ -403,6 +403,7 @@ def test_dropout_that_equal_runs_do_not_share_is_not_held_against_a_resumed_one(
             CHECKS["resumed_run_equals_the_uninterrupted_run"].run(trial)
 
 
+@pytest.mark.slow
 def test_processes_that_drift_or_overlap_are_named(healthy: Trial, tmp_path: Path) -> None:
     """A run in two processes, healthy, then tampered with: not reduced, averaged twice, or the same shard twice."""
     run, traces = run_of_ranks(healthy)

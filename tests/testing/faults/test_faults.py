@@ -44,6 +44,7 @@ DOZEN = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("id", DOZEN)
 @pytest.mark.usefixtures("named_plans_only")
 def test_fault_is_caught_at_its_stage(id: str, tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ def trained(base: Path, how: str, recording: Path | None) -> dict[str, torch.Ten
     return {name: parameter.detach() for name, parameter in parameters.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["wrapped", "in place"])
 def test_compiled_model_is_recorded_without_a_trace_in_the_run(
     healthy: Trial, tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture

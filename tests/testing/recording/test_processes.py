@@ -17,6 +17,8 @@ from glm4ft.errors import InputError
 from glm4ft.testing.trial.recorded import judge_recording
 from glm4ft.testing.trial.trial import Trial
 
+pytestmark = pytest.mark.slow
+
 NUM_PROCESSES, STEPS = 2, 3
 SCRIPT = """
 import sys

@@ -112,6 +112,7 @@ def test_wrong_row_hides_nothing_that_follows(healthy: Trial, tmp_path: Path) ->
     assert len(found.rows) == len(trained)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "id",
     [
@@ -128,6 +129,7 @@ def test_fault_in_a_recorded_script_is_told_at_its_stage(id: str) -> None:
     assert outcome.is_right, outcome
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("id", ["healthy", "mean-of-micro-means", "rslora-scale-mixed", "loss-scaling"])
 def test_limits_of_low_precision_are_measured_on_the_run(id: str) -> None:
     """Rounding of bf16 is no alarm, and hides neither a wrong loss nor a wrong model."""
@@ -142,6 +144,7 @@ def test_first_step_is_recorded_where_the_loop_begins_it_in_another_way(id: str)
     assert outcome.is_right, outcome
 
 
+@pytest.mark.slow
 def test_rows_that_are_shifted_in_the_data_raise_no_alarm_beside_one_without_targets() -> None:
     """In a pack, the last target of a row stands at the first position of the next."""
     outcome = try_one(("rows-shifted-in-the-batch", False, 0))

@@ -115,6 +115,7 @@ def test_checks_come_in_the_order_of_the_stages_and_say_why_they_exist() -> None
     assert all(check.incident for check in checks)
 
 
+@pytest.mark.slow
 def test_own_trainer_passes_every_check_and_the_results_keep_the_contract(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -56,10 +56,13 @@ def check_lists_have_one_length_and_labels_equal_ids_where_supervised(trial: Tri
         if len(ids) != len(labels):
             raise CheckFailed(f"conversation {name_of(talk)}: {len(ids)} input_ids but {len(labels)} labels")
         weights = row.get("weights", [1.0] * len(ids))
-        if len(weights) != len(ids) or not all(0 <= weight < math.inf for weight in weights):
+        if len(weights) != len(ids):
             raise CheckFailed(
-                f"conversation {name_of(talk)}: weights of tokens are to be {len(ids)} numbers from 0 on, "
-                f"found {len(weights)} from {min(weights)} to {max(weights)}"
+                f"conversation {name_of(talk)}: {len(ids)} input_ids but {len(weights)} weights of tokens"
+            )
+        if wrong := [f"{w} at position {at}" for at, w in enumerate(weights) if not 0 <= w < math.inf]:
+            raise CheckFailed(
+                f"conversation {name_of(talk)}: {wrong[0]}, but weights of tokens are finite numbers from 0 on"
             )
         encoded = BankRow(talk, tuple(ids), tuple(labels))
         for position, (token, label) in enumerate(zip(ids, labels, strict=True)):

@@ -91,7 +91,7 @@ def test_loss_with_weights_is_their_sum(healthy: Trial) -> None:
     )
 
 
-@pytest.mark.parametrize("weights", [[1.0], [-1.0] * 1000, [float("nan")] * 1000])
+@pytest.mark.parametrize("weights", [[], [1.0], [-1.0] * 1000, [float("nan")] * 1000])
 def test_weights_that_are_no_weights_fail_at_the_rows(weights: list[float], healthy: Trial, tmp_path: Path) -> None:
     class Wrong(Weighted):
         def encode(self, messages: Any, tools: Any = None) -> Any:

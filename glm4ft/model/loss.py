@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -88,7 +89,7 @@ def supervised_nll(
     if not any(parameter.requires_grad for parameter in head.parameters()):
         return _FrozenHeadNll.apply(hidden_ND, head, targets_N, chunk), row_N  # type: ignore[no-untyped-call]
     # A sharded head is called once, whatever the number of targets: processes must gather it equally often.
-    if len(targets_N) <= chunk or hasattr(head, "unshard"):
+    if len(targets_N) <= chunk or _is_sharded(head):
         return _nll(head, hidden_ND, targets_N), row_N
     pieces = [
         checkpoint(_nll, head, h, t, use_reentrant=False)
@@ -129,17 +130,26 @@ class _FrozenHeadNll(torch.autograd.Function):
         return grad_ND * grad_N[:, None].to(grad_ND.dtype), None, None, None
 
 
+def _is_sharded(head: nn.Module) -> bool:
+    """Whether this process holds a part of the head only: FSDP2 adds a method, the third stage of DeepSpeed an id."""
+    return hasattr(head, "unshard") or any(hasattr(parameter, "ds_id") for parameter in head.parameters())
+
+
 @contextlib.contextmanager
 def _gathered(head: Any) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
-    """The head, held whole for all of its calls: under FSDP2 processes have different numbers of them, or none."""
-    if not hasattr(head, "unshard"):
+    """The head, held whole for all of its calls: processes may have different numbers of them, or none."""
+    if not _is_sharded(head):
         yield head
-        return
-    head.unshard()
-    try:
-        yield head.forward  # without the hooks, each of which would gather it anew
-    finally:
-        head.reshard()
+    elif hasattr(head, "unshard"):
+        head.unshard()
+        try:
+            yield head.forward  # without the hooks, each of which would gather it anew
+        finally:
+            head.reshard()
+    else:
+        deepspeed: Any = importlib.import_module("deepspeed")
+        with deepspeed.zero.GatheredParameters(list(head.parameters())):
+            yield head.forward
 
 
 def _nll_and_gradient(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -35,11 +35,28 @@ def describe_first_differing_module(model: Any, base: Any, ids: Sequence[int], l
             continue
         if given is None or _size(got[name][0], given) <= limit:
             off = f"{_size(got[name][1], output):.1e} off on the base's own input"
-            return f"the first module to differ is {name}, {off}{_input_words(base, name, given, got[name][1], limit)}"
+            words = _adapter_words(model, base, name, limit) or _input_words(base, name, given, got[name][1], limit)
+            return f"the first module to differ is {name}, {off}{words}"
         return (
             f"the first difference is in the input of {name}, {_size(got[name][0], given):.1e} off, "
             "while the outputs of all modules before it equal the base's"
         )
+    return ""
+
+
+@torch.no_grad()
+def _adapter_words(model: Any, base: Any, name: str, limit: float) -> str:
+    """What lets a module's adapter act before training; "" if the module has none, or one that starts without effect."""
+    adapted = next((m for n, m in model.named_modules() if base_name(n) == name and hasattr(m, "base_layer")), None)
+    if adapted is None:
+        return ""
+    parameters = {n: p.float().cpu() for n, p in adapted.named_parameters() if "lora_" in n}
+    started = [n for n, p in parameters.items() if "_B" in n if bool((p != 0).any())]
+    if started:
+        return f"; likely cause: its adapter acts before training, since {started[0]} is not zero"
+    norms = base.get_submodule(name).weight.float().cpu().norm(dim=1)
+    if any("magnitude" in n and not _size(p.flatten(), norms) <= limit for n, p in parameters.items()):
+        return "; likely cause: the magnitudes of its adapter (DoRA) are not the norms of its weight's rows"
     return ""
 
 

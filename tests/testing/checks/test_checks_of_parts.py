@@ -176,6 +176,13 @@ class Transposed(Subject):
         return base
 
 
+class StartsWithEffect(Subject):
+    def attach(self, base: Any, seed: int) -> Any:
+        model = super().attach(base, seed)
+        torch.nn.init.constant_(next(p for n, p in model.named_parameters() if "k_proj.lora_B" in n), 0.1)
+        return model
+
+
 class OtherAttentionScale(Subject):
     def load_base(self, base_dir: str) -> Any:
         base = super().load_base(base_dir)
@@ -454,6 +461,9 @@ CASES = (
     Case(OtherEpsilon, "configuration_equals_that_of_the_base", "rms_norm_eps is 1e-06 in the model, 1e-05"),
     Case(Transposed, "weights_equal_those_of_the_base", "o_proj.weight is not the base's: it is transposed"),
     Case(Transposed, "first_loss_equals_that_of_the_base", r"first module to differ is .*0.self_attn.o_proj, \d"),
+    Case(
+        StartsWithEffect, "first_loss_equals_that_of_the_base", r"k_proj, .*acts before training, since .*lora_B.* is not"
+    ),
     Case(
         OtherAttentionScale,
         "first_loss_equals_that_of_the_base",

@@ -46,7 +46,7 @@ def describe_first_differing_module(model: Any, base: Any, ids: Sequence[int], l
 
 @torch.no_grad()
 def _adapter_words(model: Any, base: Any, name: str, limit: float) -> str:
-    """What lets a module's adapter act before training; "" if the module has none, or one that starts without effect."""
+    """What lets a module's adapter act before training; "" if there is none, or it starts without effect."""
     adapted = next((m for n, m in model.named_modules() if base_name(n) == name and hasattr(m, "base_layer")), None)
     if adapted is None:
         return ""

@@ -25,6 +25,8 @@ Optional
     by its rate, and held off otherwise.
     ``autocast``: ``"bf16"`` or ``"fp16"`` if forward passes are to run under autocast, ``None`` if they are not to;
     without it either is accepted.
+    ``learning_rate_factors``: parts of parameters' names mapped to the factor of the plan's learning rate that these
+    parameters have, as ``{"lora_B": 16}`` for LoRA+; the others have the plan's. Without it all have the plan's.
     ``train(model, conversations, plan)``: trains in place. A conversation is ``{"messages": [...], "tools": [...]}``.
     ``plan["seed"]`` seeds all its random numbers: checks apply dropout with hooks, and two such runs must be the same.
     It may return its log: a mapping per optimizer step with any of ``step``, ``loss``, ``grad_norm`` (before clipping),
@@ -62,8 +64,8 @@ from glm4ft.errors import ConfigError
 
 REQUIRED = ("name", "tokenizer", "encode")
 OPTIONAL = (
-    "chat_format", "stop_ids", "prompt", "collate", "build_model", "lora", "autocast", "train", "distributed",
-    "evaluate", "generate", "save", "load", "merge",
+    "chat_format", "stop_ids", "prompt", "collate", "build_model", "lora", "autocast", "learning_rate_factors", "train",
+    "distributed", "evaluate", "generate", "save", "load", "merge",
 )  # fmt: skip
 
 PLAN: Mapping[str, Any] = {

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from glm4ft.testing.faults.rates_by_group import LoraPlus
 from glm4ft.testing.faults.token_weights import Weighted
 from glm4ft.testing.faults.variations import variation
 from glm4ft.testing.subjects.plain_loop import Subject
@@ -84,3 +85,8 @@ class TokenWeightsOverTheCount(Weighted):
 
     def count_targets(self, batches: Sequence[Batch]) -> int:
         return Subject.count_targets(self, batches)
+
+
+@variation("lora-plus")
+class FasterB(LoraPlus):
+    """The matrices B learn at four times the rate of A (LoRA+), as requested."""

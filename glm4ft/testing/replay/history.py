@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ class History:
         known: The rows that the data should be encoded as.
         plan: The plan that the trainer was given.
         dtype: The dtype of the forward passes.
-        rates: The learning rate of each recorded step, of the first parameter group that holds a parameter.
+        applied: The learning rate of each parameter group, for each recorded step.
         seen: The number of times that each row has been seen, by its ids.
         seen_by: The processes that have seen each row, by its ids.
         previous: The previous step; None before the first.
@@ -40,7 +41,7 @@ class History:
     seen: Counter[tuple[int, ...]] = field(default_factory=Counter)
     seen_by: dict[tuple[int, ...], set[int]] = field(default_factory=dict)
     previous: Step | None = None
-    rates: list[float] = field(default_factory=list)
+    applied: Sequence[Sequence[float]] = ()
     dropout: Mapping[str, float] = field(default_factory=dict)
     limits: Mapping[str, float] = field(default_factory=dict)
     sampled: Mapping[str, Sequence[int]] = field(default_factory=dict)
@@ -49,3 +50,17 @@ class History:
         if self.dtype == torch.float16:
             self.dtype = torch.bfloat16  # whose limits are the wider ones
         self.optimizer = AdamW(self.plan["betas"], self.plan["eps"], self.plan["weight_decay"])
+
+    def rates(self, group: int) -> list[float]:
+        """The learning rate of a parameter group for each recorded step; NaN where there is no such group."""
+        return [rates[group] if group < len(rates) else math.nan for rates in self.applied]
+
+    @property
+    def factors(self) -> Mapping[str, float]:
+        """The factors of the learning rate that were asked for, by a part of the names of their parameters."""
+        found: Mapping[str, float] = self.plan.get("learning_rate_factors") or {}
+        return found
+
+    def rate_factor(self, name: str) -> float:
+        """The factor of the learning rate of a parameter."""
+        return next((float(factor) for part, factor in self.factors.items() if part in name), 1.0)

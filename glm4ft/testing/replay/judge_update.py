@@ -1,10 +1,9 @@
-"""Judges what follows from the gradient of a recorded step: the learning rate and the update."""
+"""Judges the update that a recorded step makes of its gradient."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import torch
 
@@ -12,77 +11,6 @@ from glm4ft.testing.recording.trace import Tensors
 from glm4ft.testing.replay.departure import Departures
 from glm4ft.testing.replay.step import ReplayedStep, relative
 from glm4ft.testing.replay.tolerances import EXPLAINED
-from glm4ft.testing.specification.update_rule import scheduled_rate, warmups_above_zero
-
-
-def judge_schedule(step: ReplayedStep) -> Departures:
-    """Report a learning rate that differs from the schedule's closed form; a warm-up may start above zero."""
-    plan = step.history.plan
-    expected = _expected_rate(step)
-    for group in step.step.groups:
-        if group.size:
-            got = float(group.settings["lr"])
-            size = abs(got - expected) / plan["learning_rate"]
-            cause = "" if size <= step.limit("schedule") else _rate_cause(step)
-            yield step.depart("schedule", f"the learning rate is {got:.6g}, not {expected:.6g}", cause, size)
-
-
-def _expected_rate(step: ReplayedStep) -> float:
-    plan, rates = step.history.plan, step.history.rates
-    for warmup in warmups_above_zero(plan):
-        # what follows must be the schedule, or a run that is a step ahead throughout would pass for such a warm-up
-        after = [scheduled_rate(n, plan, plan["steps"]) for n in range(len(warmup) + 1, len(rates) + 1)]
-        if step.number <= len(warmup) and _equal(rates, [*warmup, *after], plan):
-            return warmup[step.number - 1]
-    return scheduled_rate(step.number, plan, plan["steps"])
-
-
-def _equal(rates: Sequence[float], others: Sequence[float], plan: Mapping[str, Any]) -> bool:
-    limit = 1e-6 * plan["learning_rate"]
-    return all(abs(a - b) <= limit for a, b in zip(rates, others, strict=False))
-
-
-def _rate_cause(step: ReplayedStep) -> str:
-    """The one mistake that predicts the learning rates of all recorded steps; "" if none does, or several do."""
-    plan, rates = step.history.plan, step.history.rates
-    fitting = [words for words, predicted in _wrong_rates(plan, len(rates)).items() if _equal(rates, predicted, plan)]
-    return fitting[0] if len(fitting) == 1 else ""
-
-
-def _wrong_rates(plan: Mapping[str, Any], count: int) -> dict[str, list[float]]:
-    """The learning rates that known mistakes give, by the mistake; those that the right schedule gives too left out."""
-    steps, numbers = plan["steps"], range(1, count + 1)
-
-    def rates(number: Callable[[int], int] = int, total: int = steps, **changes: Any) -> list[float]:
-        return [scheduled_rate(min(max(number(n), 1), total + 1), {**plan, **changes}, total) for n in numbers]
-
-    found = {f"the schedule has another shape than requested: {shape}": rates(schedule=shape)
-             for shape in ("linear", "cosine")}  # fmt: skip
-    found["there is no warm-up"] = rates(warmup_steps=0)
-    found["the schedule is one step ahead"] = rates(lambda n: n + 1)
-    found["the schedule is one step behind"] = rates(lambda n: n - 1)
-    found["it does not change"] = [plan["learning_rate"]] * count
-    found["it does not change after its warm-up"] = rates(schedule="constant")
-    for factor in dict.fromkeys((plan["accumulation"], 2, 3, 4, 8)):
-        if factor > 1:
-            found[f"the schedule is stretched over {steps * factor} steps, not {steps}"] = rates(total=steps * factor)
-            found[f"the schedule steps {factor} times per update"] = rates(_times(factor))
-            found[f"the learning rate is {factor} times the requested one"] = [factor * rate for rate in rates()]
-        if factor > 1 and (period := steps // factor):
-            found[f"the schedule starts again after {period} steps"] = rates(_cyclic(period), total=period)
-    distinct = dict[tuple[float, ...], str]()
-    for words, predicted in found.items():
-        if not _equal(predicted, rates(), plan):
-            distinct.setdefault(tuple(predicted), words)  # equal predictions are one mistake under two names
-    return {words: list(predicted) for predicted, words in distinct.items()}
-
-
-def _times(factor: int) -> Callable[[int], int]:
-    return lambda n: (n - 1) * factor + 1
-
-
-def _cyclic(period: int) -> Callable[[int], int]:
-    return lambda n: (n - 1) % period + 1
 
 
 def judge_update(step: ReplayedStep) -> Departures:
@@ -105,14 +33,21 @@ def judge_update(step: ReplayedStep) -> Departures:
     if empty:
         text = f"a parameter group with its own learning rate ({empty[0].settings['lr']:g}) holds no parameter"
         yield step.depart("update", text, "the name pattern that selects its parameters matches none")
-    size = _update_size(step, next(iter(rates)))
+    size = _update_size(step)
     cause = "" if size <= step.limit("update") else _update_cause(step)
     yield step.depart("update", f"the update is {size:.1e} off AdamW's ({recorded.optimizer})", cause, size)
 
 
-def _update_size(step: ReplayedStep, rate: float) -> float:
+def _rates(step: ReplayedStep) -> dict[str, float]:
+    """The learning rate of each trained parameter; that of the first group for those in no group."""
+    groups = [group for group in step.step.groups if group.size]
+    common = float(groups[0].settings["lr"])
+    return dict.fromkeys(step.step.before, common) | {n: float(g.settings["lr"]) for g in groups for n in g.names}
+
+
+def _update_size(step: ReplayedStep) -> float:
     recorded = step.step
-    expected = step.history.optimizer.update(recorded.before, recorded.clipped, rate)
+    expected = step.history.optimizer.update(recorded.before, recorded.clipped, _rates(step))
     moved = {name: expected[name] - recorded.before[name] for name in expected}
     got = {name: recorded.after[name].double() - recorded.before[name] for name in expected}
     # a parameter in fp32 cannot move by less than its own rounding
@@ -138,11 +73,11 @@ def _update_cause(step: ReplayedStep) -> str:
 def _variant_cause(step: ReplayedStep) -> str:
     """The one variant of AdamW that gives the first update; "" if none does, or several do."""
     plan, recorded = step.history.plan, step.step
-    rate = next(float(group.settings["lr"]) for group in recorded.groups if group.size)
+    rates = _rates(step)
     (beta1, beta2), eps, decay = plan["betas"], plan["eps"], plan["weight_decay"]
 
     def moved(first: Callable[[torch.Tensor], torch.Tensor]) -> Tensors:
-        return {n: -rate * (first(recorded.clipped[n].double()) + decay * recorded.before[n].double())
+        return {n: -rates[n] * (first(recorded.clipped[n].double()) + decay * recorded.before[n].double())
                 for n in recorded.clipped}  # fmt: skip
 
     def rounded(t: torch.Tensor) -> torch.Tensor:

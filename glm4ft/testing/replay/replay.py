@@ -17,7 +17,8 @@ from glm4ft.testing.replay.departure import Departure, Departures
 from glm4ft.testing.replay.history import History
 from glm4ft.testing.replay.judge_data import judge_batches, judge_model, judge_rows
 from glm4ft.testing.replay.judge_gradient import judge_clipping, judge_gradient, judge_loss
-from glm4ft.testing.replay.judge_update import judge_schedule, judge_update
+from glm4ft.testing.replay.judge_schedule import judge_schedule
+from glm4ft.testing.replay.judge_update import judge_update
 from glm4ft.testing.replay.matching import KnownRows, TokenWeights
 from glm4ft.testing.replay.step import ReplayedStep
 from glm4ft.testing.replay.tolerances import LIMITS, within
@@ -116,7 +117,7 @@ def replay(
     verdict = Verdict()
     history = History(reference, KnownRows(rows, weights), plan, trace.dtype, dropout=trace.dropout,
                       limits=limits or {}, sampled=trace.sampled)  # fmt: skip
-    history.rates = [next((float(g.settings["lr"]) for g in s.groups if g.size), math.nan) for s in trace.steps]
+    history.applied = [[float(group.settings["lr"]) for group in step.groups] for step in trace.steps]
     judged, hidden_from_now_on = set[str](), dict.fromkeys(skip, "")
     if not trace.steps:
         verdict.departures["update"] = Departure("update", 1, "no optimizer step changed a trained parameter")

@@ -73,8 +73,14 @@ class AdamW:
         self.betas, self.eps, self.weight_decay, self.steps = betas, eps, weight_decay, 0
         self.first, self.second = Tensors(), Tensors()
 
-    def update(self, before: Tensors, gradients: Tensors, rate: float) -> Tensors:
-        """Advance the moments by one step and return the parameters after it."""
+    def update(self, before: Tensors, gradients: Tensors, rates: Mapping[str, float]) -> Tensors:
+        """Advance the moments by one step and return the parameters after it.
+
+        Args:
+            before: The trained parameters.
+            gradients: The gradient of each parameter that has one.
+            rates: The learning rate of each parameter.
+        """
         self.steps += 1
         beta1, beta2 = self.betas
         after = {}
@@ -84,5 +90,6 @@ class AdamW:
             self.second[name] = beta2 * self.second.get(name, torch.zeros_like(g)) + (1 - beta2) * g * g
             root = (self.second[name] / (1 - beta2**self.steps)).sqrt() + self.eps
             direction = self.first[name] / (1 - beta1**self.steps) / root
+            rate = rates[name]
             after[name] = before[name].double() * (1 - rate * self.weight_decay) - rate * direction
         return after

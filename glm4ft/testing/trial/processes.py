@@ -22,7 +22,7 @@ def run_of_ranks(trial: Trial) -> tuple[RecordedRun, list[Trace]]:
         job = Job(trial.importable_spec, str(trial.base_dir), trial.conversations, plan, folder)
         traces = run_ranks(job, NUM_PROCESSES)
         rows, weights = trial.rows(trial.conversations), trial.token_weights(trial.conversations)
-        plan["processes"] = NUM_PROCESSES
+        plan = plan | trial.stated_rates | {"processes": NUM_PROCESSES}
         run = RecordedRun(plan, rows, merge_ranks(traces), [], None, trial.reference, weights=weights)
         trial.shared["ranks"] = run, traces
     found: tuple[RecordedRun, list[Trace]] = trial.shared["ranks"]

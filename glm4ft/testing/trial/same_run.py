@@ -30,9 +30,9 @@ def describe_divergence(whole: RecordedRun, other: RecordedRun, done: int = 0) -
             return where if offset else "it starts from other parameters"
         if sorted(whole.order[number - 1]) != sorted(other.order[offset]):
             return f"step {number} trains on other rows"
-        rates = [float(step.groups[0].settings["lr"]) for step in (expected, got)]
+        rates = [[f"{float(group.settings['lr']):.6g}" for group in step.groups] for step in (expected, got)]
         if rates[0] != rates[1]:
-            return f"the learning rate at step {number} is {rates[1]:.6g}, not {rates[0]:.6g}"
+            return f"the learning rate at step {number} is {' and '.join(rates[1])}, not {' and '.join(rates[0])}"
         if _differ(expected.after, got.after):
             same_order = whole.order[number - 1] == other.order[offset]
             return f"the parameters differ after step {number}{_cause(other, expected, got, same_order)}"

@@ -286,7 +286,15 @@ class Trial:
         ):  # fmt: skip
             log = self.subject.train(model, self.data[of], plan)
         weights = self.token_weights(self.data[of])
-        return RecordedRun(plan, rows, trace, list(log or []), model, self.reference, dropout, weights)
+        return RecordedRun(
+            plan | self.stated_rates, rows, trace, list(log or []), model, self.reference, dropout, weights
+        )
+
+    @property
+    def stated_rates(self) -> dict[str, Any]:
+        """The factors of the learning rate that the subject states, as a setting beside the plan."""
+        factors = getattr(self.subject, "learning_rate_factors", None)
+        return {"learning_rate_factors": dict(factors)} if factors else {}
 
     @property
     def requested_dropout(self) -> float:

@@ -82,9 +82,9 @@ def _wrong_loss(step: ReplayedStep, row: SeenRow) -> Departures:
 def _wrong_weights(step: ReplayedStep) -> Departures:
     """Report tokens whose weight in the loss is not that in the mean over the step's supervised tokens."""
     limit, ratios = WEIGHT_LIMITS[step.history.dtype], dict[int, list[float]]()
+    whole = step.divisor() / step.loss_scale
     for row in step.seen:
-        heavy = [share * step.divisor() / step.loss_scale for share in step.shares(row)]
-        ratios.setdefault(row.forward, []).extend(heavy)
+        ratios.setdefault(row.forward, []).extend(share * whole for share in step.shares(row))
     if step.mean_weights(step.rows()) and any(_spread(values) > limit for values in ratios.values()):
         return  # stated weights that are applied in another way: the gradient tells in which
     # the weight of a confidently predicted token is a quotient of two small numbers and so imprecise; the median is not

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from glm4ft.model.generation import TurnRoundTrip, round_trip
-from glm4ft.train.run import PreparedRun, RunObserver
+from glm4ft.train.observer import PreparedRun, RunObserver
 
 
 class RoundTripObserver(RunObserver):

@@ -17,7 +17,7 @@ from glm4ft.floors.head import Head, frozen_head
 from glm4ft.floors.solver import BF16, EXACT, Precision
 from glm4ft.floors.stops import stop_warnings
 from glm4ft.train.config import TrainConfig
-from glm4ft.train.run import PreparedRun, RunObserver
+from glm4ft.train.observer import PreparedRun, RunObserver
 
 _NAMED = 5
 

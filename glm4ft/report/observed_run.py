@@ -17,7 +17,8 @@ from glm4ft.report.files import HTML_FILE
 from glm4ft.report.run_report import RunReport
 from glm4ft.train.best import describe_evaluations, read_best
 from glm4ft.train.config import TrainConfig
-from glm4ft.train.run import PreparedRun, RunObserver, RunResult, run_training
+from glm4ft.train.observer import PreparedRun, RunObserver
+from glm4ft.train.run import RunResult, run_training
 from glm4ft.train.trajectory import Trajectory
 
 

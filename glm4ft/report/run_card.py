@@ -11,7 +11,7 @@ from glm4ft.report.content import Content
 from glm4ft.report.markdown import TONES
 from glm4ft.text.markdown_text import code, prose
 from glm4ft.train.best import describe_evaluations, read_best
-from glm4ft.train.run import PreparedRun
+from glm4ft.train.observer import PreparedRun
 from glm4ft.train.trajectory import Trajectory
 
 _USE = """```python

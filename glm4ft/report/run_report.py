@@ -31,7 +31,7 @@ from glm4ft.report.run_card import write_run_card
 from glm4ft.report.wording import diagnosed_run, failed_run, finished_run, supervised_sentence
 from glm4ft.train.best import describe_evaluations, log_of_adapter, read_best
 from glm4ft.train.config import TrainConfig
-from glm4ft.train.run import PreparedRun, RunObserver
+from glm4ft.train.observer import PreparedRun, RunObserver
 from glm4ft.train.trajectory import FILE_NAME, Trajectory, read_trajectory
 
 SHOWN_ROWS = 8

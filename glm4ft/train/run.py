@@ -16,7 +16,6 @@ from transformers.integrations.integration_utils import get_available_reporting_
 
 from glm4ft.data.batching import Collator, PackedRows, RowSet
 from glm4ft.data.chat_format import ChatFormat
-from glm4ft.data.data_report import DataReport
 from glm4ft.data.dataset import prepare_rows
 from glm4ft.data.format_check import format_warnings
 from glm4ft.data.formats import make_format
@@ -24,12 +23,14 @@ from glm4ft.data.stored_rows import JoinedRows, Rows
 from glm4ft.errors import ConfigError, RunError
 from glm4ft.folders import only_writer, require_unused
 from glm4ft.model.base_model import Base, load_base, load_format, require_loadable, write_built_in_base
-from glm4ft.model.lora import AdapterReport, attach_lora, audit_lora
+from glm4ft.model.lora import attach_lora, audit_lora
 from glm4ft.model.loss import install_supervised_loss
 from glm4ft.model.portable import write_beside_adapter
 from glm4ft.train import run_folder
+from glm4ft.train.arguments import trainer_arguments
 from glm4ft.train.best import WatchEvaluations, is_exhausted, restore_best
 from glm4ft.train.config import TrainConfig
+from glm4ft.train.observer import PreparedRun, RunObserver
 from glm4ft.train.processes import (
     explaining_lost_processes,
     is_main_process,
@@ -40,70 +41,8 @@ from glm4ft.train.processes import (
 )
 from glm4ft.train.run_folder import BASE_FOLDER, CONFIG_FILE, is_complete, last_checkpoint
 from glm4ft.train.stop import StopAfterStep, StopRequest, stopping_after_a_step
-from glm4ft.train.trainer import SupervisedTrainer, trainer_arguments
+from glm4ft.train.trainer import SupervisedTrainer
 from glm4ft.train.trajectory import FILE_NAME, Trajectory, append_row, read_trajectory
-
-
-@dataclass
-class PreparedRun:
-    """Everything that a run needs before its first step, read and checked.
-
-    Args:
-        config: The options; an observer may replace them until the run begins.
-        output: The folder of the run.
-        chat_format: The encoder of the conversations.
-        rows: The encoded conversations.
-        data: What became of the conversations.
-        eval_rows: The held-out conversations, or None.
-        base: The base.
-        model: The base with its adapters.
-        adapters: What is trained.
-        say: A function that is given each line of the account for people.
-        is_sharded: Whether no process holds the whole model (FSDP, DeepSpeed); known once training has begun.
-        is_distributed: Whether there are several processes.
-        is_main_process: Whether this process writes files and talks to people.
-    """
-
-    config: TrainConfig
-    output: Path
-    chat_format: ChatFormat
-    rows: Rows | JoinedRows
-    data: DataReport
-    eval_rows: Rows | JoinedRows | None
-    base: Base
-    model: PeftModel
-    adapters: AdapterReport
-    say: Callable[[str], object]
-    is_sharded: bool = False
-    is_distributed: bool = False
-    is_main_process: bool = True
-
-
-class RunObserver:
-    """Watches a run from its first check to its last file; a method that is not overridden does nothing.
-
-    Whoever starts a run says what watches it, so that training knows nothing of floors, diagnoses and reports.
-    """
-
-    def is_done(self, output: Path) -> bool:
-        """Whether a run that was trained to its end needs nothing more from this observer.
-
-        Args:
-            output: The folder of the run.
-        """
-        return True
-
-    def on_prepared(self, run: PreparedRun) -> None:
-        """Act once all input has been read and nothing has been written; ``run.config`` may be replaced."""
-
-    def on_begin(self, run: PreparedRun) -> None:
-        """Write into the new folder of the run; on the main process only, and not when a run is resumed."""
-
-    def on_end(self, run: PreparedRun) -> None:
-        """Act once the adapter is trained and saved."""
-
-    def on_failure(self, run: PreparedRun, error: RunError) -> None:
-        """Act when the run has to stop; the error is raised again afterwards."""
 
 
 @dataclass(frozen=True)

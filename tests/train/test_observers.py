@@ -15,7 +15,8 @@ import pytest
 
 from glm4ft.errors import ConfigError, RunError
 from glm4ft.train.config import TrainConfig
-from glm4ft.train.run import PreparedRun, RunObserver, run_training
+from glm4ft.train.observer import PreparedRun, RunObserver
+from glm4ft.train.run import run_training
 from glm4ft.train.trainer import SupervisedTrainer
 
 SHORT = TrainConfig(data=str(Path(__file__).with_name("two_short_talks.jsonl")), max_steps=8, save_every=0)

@@ -17,7 +17,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from glm4ft.data.format_check import detect_format
 from glm4ft.data.turn_format import TEMPLATE, FormatName
 from glm4ft.errors import ModelError
-from glm4ft.model.base_model import is_llama_like, load_tokenizer
+from glm4ft.model.architectures import is_llama_like
+from glm4ft.model.base_model import load_tokenizer
 from glm4ft.model.checkpoint import INDEX, SINGLE_FILE, TINY, find_checkpoint, listed, one_line, read_json
 from glm4ft.model.tiny import tiny_model
 

@@ -8,64 +8,24 @@ therefore refused before the weights are read, all others right after.
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import (
-    AutoTokenizer,
-    Glm4ForCausalLM,
-    Glm4MoeForCausalLM,
-    Glm4MoeLiteForCausalLM,
-    GlmForCausalLM,
-    LlamaForCausalLM,
-    MistralForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Qwen2ForCausalLM,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from glm4ft.data.control_tokens import END_OF_TEXT, control_ids
 from glm4ft.data.format_check import detect_format, require_agreement
 from glm4ft.data.formats import make_format
 from glm4ft.data.turn_format import TEMPLATE, FormatName
-from glm4ft.errors import ConfigError, ModelError, show
+from glm4ft.errors import ConfigError, ModelError
+from glm4ft.model.architectures import LLAMA_LIKE_CLASSES, MODEL_CLASSES, architecture_of, read_config
 from glm4ft.model.checkpoint import TINY, find_checkpoint, listed, one_line, read_json, require_whole_file, weight_files
 from glm4ft.model.portable import complete_stops
 
-# An explicit list, so that code in a checkpoint (`auto_map`) is never loaded.
-GLM4_CLASSES: dict[str, Any] = {
-    "GlmForCausalLM": GlmForCausalLM,
-    "Glm4ForCausalLM": Glm4ForCausalLM,
-    "Glm4MoeForCausalLM": Glm4MoeForCausalLM,
-    "Glm4MoeLiteForCausalLM": Glm4MoeLiteForCausalLM,
-}
-# Dense decoders of the same build: a backbone ``model`` with ``norm``, and a head ``lm_head`` without further scaling.
-LLAMA_LIKE_CLASSES: dict[str, Any] = {
-    "LlamaForCausalLM": LlamaForCausalLM,
-    "MistralForCausalLM": MistralForCausalLM,
-    "Qwen2ForCausalLM": Qwen2ForCausalLM,
-    "Qwen3ForCausalLM": Qwen3ForCausalLM,
-}
-MODEL_CLASSES = GLM4_CLASSES | LLAMA_LIKE_CLASSES
-# Others of the family, and why a language model's rows do not fit them.
-_VISION = "it sees images and video, so its rows need image tokens, which are not rendered here"
-REFUSED = {
-    "Glm4vForConditionalGeneration": f"GLM-4.1V: {_VISION}",
-    "Glm4vMoeForConditionalGeneration": f"GLM-4.5V: {_VISION}",
-    "Glm46VForConditionalGeneration": f"GLM-4.6V: {_VISION}",
-    "GlmOcrForConditionalGeneration": f"GLM-OCR: {_VISION}",
-    "GlmMoeDsaForCausalLM": "GLM-5 has a chat format of its own",
-}
-GLM4_VOCAB_SIZE = 151552  # rows of GLM-4's embeddings; ChatGLM2 and ChatGLM3 have 65,024
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-_ATTENTION = r"eager|sdpa|flex_attention|flash_attention_\d"
 
 
 @dataclass(frozen=True)
@@ -134,7 +94,7 @@ def load_base(
         tokenizer, format_name = load_format(model, chat_format, force=force_format)
     else:
         folder = find_checkpoint(model)
-        architecture = _architecture(folder)
+        architecture = architecture_of(folder)
         tokenizer, format_name = load_format(str(folder), chat_format, force=force_format)
         _require_room_for(tokenizer, architecture, folder)
         loaded = _read_weights(architecture, find_checkpoint(model, weights=True), torch_dtype, quantise, device)
@@ -165,7 +125,7 @@ def require_loadable(model: str, dtype: str, quantise: str | None = None) -> Non
     if model == TINY or not os.path.isdir(os.path.expanduser(model)):
         return
     folder = find_checkpoint(model)
-    architecture = _architecture(folder)
+    architecture = architecture_of(folder)
     if quantise:
         require_quantisable(architecture, folder)
     for shard in weight_files(folder):
@@ -189,7 +149,7 @@ def load_format(
         ModelError: If the tokenizer cannot be used, or the format is unknown or not the template's.
     """
     local = model if model == TINY else str(find_checkpoint(model))
-    architecture = "" if chat_format else "Glm4ForCausalLM" if model == TINY else _architecture(Path(local))
+    architecture = "" if chat_format else "Glm4ForCausalLM" if model == TINY else architecture_of(Path(local))
     tokenizer = load_tokenizer(local)
     if architecture in LLAMA_LIKE_CLASSES:
         chat_format = TEMPLATE
@@ -202,18 +162,6 @@ def load_format(
     if name != TEMPLATE and not force:
         require_agreement(name, tokenizer, where=model)
     return tokenizer, name
-
-
-def is_llama_like(model: str) -> bool:
-    """Whether a checkpoint is a dense decoder outside the GLM-4 family, whose format is its template's.
-
-    Args:
-        model: The base, as for ``load_base``.
-    """
-    if model == TINY:
-        return False
-    architectures = read_json(find_checkpoint(model) / "config.json").get("architectures") or []
-    return bool(set(architectures) & set(LLAMA_LIKE_CLASSES))
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
@@ -251,57 +199,6 @@ def _torch_dtype(dtype: str, device: torch.device) -> torch.dtype:
     raise ConfigError(message, where="--dtype", found=dtype, expected="auto, bf16 or fp32")
 
 
-def _architecture(folder: Path) -> str:
-    """Return the architecture named in config.json; refuse folders that this module cannot load."""
-    if (folder / "adapter_config.json").exists():  # beside a base, transformers would load the two as one
-        fix = "name the adapter's base, merge the two, or move the adapter into a folder of its own"
-        raise ModelError("the folder holds an adapter, not a base alone", where=str(folder), fix=fix)
-    config, where, expected = read_json(folder / "config.json"), str(folder / "config.json"), " or ".join(MODEL_CLASSES)
-    stated = config.get("architectures")
-    names = [str(name) for name in stated] if isinstance(stated, list) and stated else ["no architectures"]
-    found = ", ".join(names)
-    if names[0].startswith("ChatGLM"):
-        message = "the checkpoint needs remote code, which is never run here"
-        raise ModelError(message, where=where, found=found, expected=expected, fix=_converted(folder, config))
-    if found not in MODEL_CLASSES:
-        reason = REFUSED.get(names[0], "it sees images or video" if "vision_config" in config else "")
-        message = "not a GLM-4 or dense Llama-like language model" + f": {reason}" * bool(reason)
-        raise ModelError(message, where=where, found=found, expected=expected)
-    if config.get("quantization_config"):
-        message = "quantised bases are not supported: merging and the checks read plain weights"
-        fix = "use the bf16 checkpoint that this one was made from"
-        raise ModelError(message, where=where, found="quantization_config", fix=fix)
-    _refuse_kernels(config, where)
-    _config(found, folder)
-    return found
-
-
-def _converted(folder: Path, config: dict[str, Any]) -> str:
-    """Which checkpoint to take in place of one with remote code, if there is one."""
-    if "vision_config" in config:
-        return "a model with vision is not supported"
-    for name in (folder.as_posix(), config.get("_name_or_path"), *(config.get("auto_map") or {}).values()):
-        # parts of a path, of a hub id, and of a folder of the hub's cache (models--zai-org--glm-4-9b-chat)
-        if known := re.search(r"(?:^|/|--)glm-?4-9b((?:-chat)?(?:-1m)?)(?=$|/|--)", str(name)):
-            return f"use the converted checkpoint, zai-org/glm-4-9b{known[1]}-hf"
-    if config.get("padded_vocab_size") == GLM4_VOCAB_SIZE:
-        return "of glm-4-9b, glm-4-9b-chat and glm-4-9b-chat-1m there are converted checkpoints (-hf); use one of those"
-    return "not supported: ChatGLM models before GLM-4 and glm-4v-9b have no checkpoint without remote code"
-
-
-def _refuse_kernels(config: dict[str, Any], where: str) -> None:
-    """Refuse the name of a kernel on the hub: transformers would load its code."""
-    for key, value in config.items():
-        if "_implementation" in key and not (value is None or re.fullmatch(_ATTENTION, str(value))):
-            raise ModelError(
-                "the checkpoint asks for code from elsewhere",
-                where=f"{where}: {key}",
-                found=show(value),
-                expected="an attention of transformers' own, such as sdpa, or no such key",
-                fix="remove the key from a copy of the folder: attention is computed by PyTorch here",
-            )
-
-
 def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if not (folder / "tokenizer.json").is_file():
         fix = "copy tokenizer.json, tokenizer_config.json and chat_template.jinja from the original checkpoint"
@@ -313,16 +210,8 @@ def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _config(architecture: str, folder: Path) -> Any:
-    try:
-        return MODEL_CLASSES[architecture].config_class.from_pretrained(folder)
-    except Exception as error:  # its validation has error classes of its own
-        where, found = str(folder / "config.json"), one_line(error)
-        raise ModelError("the model's configuration cannot be used", where=where, found=found) from error
-
-
 def _require_room_for(tokenizer: PreTrainedTokenizerBase, architecture: str, folder: Path) -> None:
-    highest, vocab_size = max(tokenizer.get_vocab().values()), _config(architecture, folder).vocab_size
+    highest, vocab_size = max(tokenizer.get_vocab().values()), read_config(architecture, folder).vocab_size
     if highest >= vocab_size:
         raise ModelError(
             "the tokenizer has tokens that the model has no row for",

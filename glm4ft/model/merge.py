@@ -23,7 +23,8 @@ from glm4ft.data.turn_format import TEMPLATE
 from glm4ft.errors import ConfigError, ModelError, RunError
 from glm4ft.folders import appearing_whole, only_writer, require_unused
 from glm4ft.model.adapter import CONFIG, base_of, load_adapter, require_adapter
-from glm4ft.model.base_model import Base, is_llama_like, load_base
+from glm4ft.model.architectures import is_llama_like
+from glm4ft.model.base_model import Base, load_base
 from glm4ft.model.checkpoint import TINY, find_checkpoint, one_line, read_json
 from glm4ft.model.model_card import own_body, shown_base, table, write_card
 from glm4ft.model.portable import require_same_reading, write_both_names, write_tokenizer

@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from glm4ft.model.base_model import MODEL_CLASSES
+from glm4ft.model.architectures import MODEL_CLASSES
 from glm4ft.model.tiny import STOP_TOKENS, constructed_weights, never_sampled_ids
 from glm4ft.model.tiny_tokenizer import tiny_tokenizer
 from glm4ft.testing.bases.geometry import geometry

@@ -15,7 +15,8 @@ import torch
 from safetensors import safe_open
 
 from glm4ft.errors import ConfigError
-from glm4ft.model.base_model import MODEL_CLASSES, load_base
+from glm4ft.model.architectures import MODEL_CLASSES
+from glm4ft.model.base_model import load_base
 from glm4ft.model.tiny import never_sampled_ids
 from glm4ft.model.tiny_tokenizer import tiny_tokenizer
 from glm4ft.testing.bases.geometry import GEOMETRIES, geometry, num_parameters, size_of

@@ -16,7 +16,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import Glm4Config, Glm4ForCausalLM
 
-from glm4ft.model.lora import LoraOptions, attach_lora
+from glm4ft.model.lora import attach_lora
+from glm4ft.model.lora_options import LoraOptions
 from glm4ft.model.loss import MAX_LOGITS, install_supervised_loss
 from glm4ft.testing.bases.geometry import GEOMETRIES, num_parameters
 

@@ -18,7 +18,7 @@ from glm4ft.cli.libraries import quiet_libraries
 from glm4ft.cli.output import complain, say
 from glm4ft.data.inputs import data_inputs
 from glm4ft.errors import ConfigError, harmless
-from glm4ft.model.lora import LoraOptions
+from glm4ft.model.lora_options import LoraOptions
 from glm4ft.train.config import TrainConfig
 from glm4ft.train.run_folder import CONFIG_FILE, is_run, new_output
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from glm4ft.errors import ModelError
 from glm4ft.folders import COMPLETE_MARKER, damage
 from glm4ft.model.checkpoint import listed, one_line, read_json, require_whole_file
-from glm4ft.model.lora import GLM4_TARGETS
+from glm4ft.model.lora_options import GLM4_TARGETS
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from glm4ft.data.read_options import ReadOptions, columns_of
 from glm4ft.errors import ConfigError
-from glm4ft.model.lora import LoraOptions
+from glm4ft.model.lora_options import LoraOptions
 
 _ABOVE_FLOOR = re.compile(r"floor\s*\+\s*(\d*\.?\d+(?:e-?\d+)?)")
 

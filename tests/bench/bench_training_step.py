@@ -30,7 +30,8 @@ from transformers import (
 
 from glm4ft.data.batching import Collator, PackedRows
 from glm4ft.data.encoded_row import IGNORED
-from glm4ft.model.lora import LoraOptions, attach_lora
+from glm4ft.model.lora import attach_lora
+from glm4ft.model.lora_options import LoraOptions
 from glm4ft.model.loss import install_supervised_loss
 from glm4ft.model.tiny_tokenizer import tiny_tokenizer
 from glm4ft.train.trainer import SupervisedTrainer

@@ -16,7 +16,7 @@ import pytest
 
 from glm4ft.cli.commands import COMMANDS
 from glm4ft.cli.main import run
-from glm4ft.model.lora import LoraOptions
+from glm4ft.model.lora_options import LoraOptions
 from glm4ft.train.config import TrainConfig
 
 SLOW = {"torch", "transformers", "peft", "accelerate", "tokenizers", "numpy", "rich", "hypothesis", "pytest", "copier"}

@@ -19,7 +19,8 @@ from glm4ft.cli.main import run
 from glm4ft.data.encoded_rows import ROWS_FILE, TrainedRow, read_rows, write_rows
 from glm4ft.diagnosis.run_folder import explain_run
 from glm4ft.model.base_model import load_base
-from glm4ft.model.lora import LoraOptions, attach_lora
+from glm4ft.model.lora import attach_lora
+from glm4ft.model.lora_options import LoraOptions
 from glm4ft.train.trajectory import FILE_NAME
 
 FALLING = [1.0 + 2.0 * 0.9**i + 0.05 * math.sin(7 * i) for i in range(150)]  # the losses of a run without a fault

@@ -35,7 +35,8 @@ from glm4ft.floors.prefix_targets import group_targets
 from glm4ft.floors.solver import BF16
 from glm4ft.floors.stops import stop_warnings
 from glm4ft.model.base_model import load_base
-from glm4ft.model.lora import LoraOptions, attach_lora
+from glm4ft.model.lora import attach_lora
+from glm4ft.model.lora_options import LoraOptions
 from glm4ft.model.tiny import write_tiny_base
 from glm4ft.model.tiny_tokenizer import tiny_tokenizer
 from glm4ft.report.floor_view import encoded_rows, print_floor

@@ -496,7 +496,8 @@ def test_base_without_a_template_is_taken_with_a_warning(folder: Path) -> None:
 
 def test_chatml_base_is_trained_in_the_format_that_its_own_template_writes(tmp_path: Path) -> None:
     """LoRA adapts all linear layers of its decoder layers, whose gate and up projection are two modules."""
-    from glm4ft.model.lora import LLAMA_TARGETS, LoraOptions, attach_lora
+    from glm4ft.model.lora import attach_lora
+    from glm4ft.model.lora_options import LLAMA_TARGETS, LoraOptions
     from glm4ft.testing.bases.chatml_base import END, write_chatml_base
 
     base = load_base(str(write_chatml_base(tmp_path / "base")))

@@ -16,7 +16,8 @@ import yaml
 
 from glm4ft.errors import ConfigError
 from glm4ft.model.base_model import load_base
-from glm4ft.model.lora import LoraOptions, attach_lora, audit_lora
+from glm4ft.model.lora import attach_lora, audit_lora
+from glm4ft.model.lora_options import LoraOptions
 from glm4ft.model.loss import install_supervised_loss
 from glm4ft.model.merge import merge_adapter
 from glm4ft.model.tiny import tiny_model, write_tiny_base

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from glm4ft.errors import ConfigError
 from glm4ft.model.base_model import load_base
-from glm4ft.model.lora import GLM4_TARGETS, AdapterReport, LoraOptions, attach_lora, audit_lora
+from glm4ft.model.lora import AdapterReport, attach_lora, audit_lora
+from glm4ft.model.lora_options import GLM4_TARGETS, LoraOptions
 
 IDS = torch.arange(40, 72)[None]
 # entries of A and B per unit of rank in one decoder layer of the tiny base: inputs + outputs of the six modules
@@ -94,7 +95,9 @@ def test_options_reach_peft_under_its_names() -> None:
 
 def test_options_load_without_torch() -> None:
     """The command line needs them to print its help."""
-    code = "import sys; from glm4ft.model.lora import LoraOptions; LoraOptions(); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys; from glm4ft.model.lora_options import LoraOptions; LoraOptions(); sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

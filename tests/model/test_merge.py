@@ -29,7 +29,8 @@ from glm4ft.errors import ConfigError, InputError, ModelError, RunError
 from glm4ft.model import base_model
 from glm4ft.model.adapter import WEIGHTS
 from glm4ft.model.base_model import load_base
-from glm4ft.model.lora import LoraOptions, attach_lora
+from glm4ft.model.lora import attach_lora
+from glm4ft.model.lora_options import LoraOptions
 from glm4ft.model.merge import TOLERANCES, MergeReport, merge_adapter
 from glm4ft.model.model_card import write_card
 from glm4ft.model.tiny import write_tiny_base

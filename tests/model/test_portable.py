@@ -22,7 +22,8 @@ from glm4ft.data.control_tokens import STOPS
 from glm4ft.errors import RunError
 from glm4ft.model.base_model import load_base
 from glm4ft.model.checkpoint import read_json
-from glm4ft.model.lora import LoraOptions, attach_lora
+from glm4ft.model.lora import attach_lora
+from glm4ft.model.lora_options import LoraOptions
 from glm4ft.model.merge import merge_adapter
 from glm4ft.model.portable import (
     TOKENIZER_CLASS,

@@ -25,7 +25,8 @@ from glm4ft.model import base_model
 from glm4ft.model.base_model import Base, load_base
 from glm4ft.model.chat import load_chat
 from glm4ft.model.checkpoint import TINY
-from glm4ft.model.lora import LoraOptions, attach_lora, audit_lora
+from glm4ft.model.lora import attach_lora, audit_lora
+from glm4ft.model.lora_options import LoraOptions
 from glm4ft.model.merge import merge_adapter
 from glm4ft.model.quantisation import quantisation_of_run, quantised_layers
 from glm4ft.model.tiny import write_tiny_base

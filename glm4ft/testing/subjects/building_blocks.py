@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 from glm4ft.data.chat_format import ChatFormat
 from glm4ft.data.reader import from_messages
 from glm4ft.data.turn_format import TEMPLATE
-from glm4ft.model.lora import LoraOptions
+from glm4ft.model.lora_options import LoraOptions
 
 
 class PeftSubject:

@@ -18,7 +18,8 @@ from glm4ft.data.turn_format import TEMPLATE
 from glm4ft.model.base_model import Base, load_base, load_format
 from glm4ft.model.checkpoint import read_json
 from glm4ft.model.generation import greedy
-from glm4ft.model.lora import LoraOptions, attach_lora
+from glm4ft.model.lora import attach_lora
+from glm4ft.model.lora_options import LoraOptions
 from glm4ft.model.loss import install_supervised_loss
 from glm4ft.model.merge import merge_adapter
 from glm4ft.testing.subjects.building_blocks import EncodedHere, default_lora

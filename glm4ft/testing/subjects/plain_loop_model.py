@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from glm4ft.model.lora import GLM4_TARGETS
+from glm4ft.model.lora_options import GLM4_TARGETS
 
 
 class Model:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from glm4ft.data.conversation import Conversation
 from glm4ft.data.encoded_row import EncodedRow
 from glm4ft.data.template_format import TemplateFormat
-from glm4ft.model.lora import LoraOptions
+from glm4ft.model.lora_options import LoraOptions
 from glm4ft.report.observed_run import ObservedRun, train_observed
 from glm4ft.train.config import TrainConfig
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from glm4ft.model.lora import LoraOptions
+from glm4ft.model.lora_options import LoraOptions
 from glm4ft.model.tiny import write_tiny_base
 from glm4ft.testing.checks import all_checks
 from glm4ft.testing.specification.routed_experts import NEEDED, too_old

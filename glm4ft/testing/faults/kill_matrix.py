@@ -15,6 +15,7 @@ from rich.table import Column, Table
 from rich.text import Text
 from tqdm import tqdm
 
+from glm4ft.errors import ConfigError
 from glm4ft.files import write_atomically
 from glm4ft.testing.faults.calibration import show_calibration
 from glm4ft.testing.faults.pages import matrix_page
@@ -82,7 +83,12 @@ def show_faults(
         num_workers: The number of processes; by default one per core.
     Returns:
         True if a fault was not caught at its stage, a variation raised an alarm, or a threshold has too little room.
+    Raises:
+        ConfigError: If an id is unknown, or thresholds are to be measured without a variation.
     """
+    if calibrate and ids and not all_variations().keys() & set(ids):
+        raise ConfigError("thresholds lie between faults and healthy pipelines", where="--calibrate",
+                          found=", ".join(ids), fix="name variations, too, or no ids at all")  # fmt: skip
     matrix = try_all(ids, practices=practices, num_workers=num_workers)
     # a log file has no width, and 80 columns would cut off the ids
     width = None if sys.stdout.isatty() else LOG_WIDTH

@@ -21,7 +21,7 @@ def run_of_ranks(trial: Trial) -> tuple[RecordedRun, list[Trace]]:
         plan = make_plan(**{**trial.standard, **CHANGES}, output_dir=f"{folder}/output")
         job = Job(trial.importable_spec, str(trial.base_dir), trial.conversations, plan, folder)
         traces = run_ranks(job, NUM_PROCESSES)
-        rows, weights = trial.rows(trial.conversations), trial.token_weights(trial.conversations)
+        rows, weights = trial.weighted_rows(trial.conversations)
         plan = plan | trial.stated_rates | {"processes": NUM_PROCESSES}
         run = RecordedRun(plan, rows, merge_ranks(traces), [], None, trial.reference, weights=weights)
         trial.shared["ranks"] = run, traces

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from glm4ft.model.checkpoint import TINY
 from glm4ft.testing.recording.recorder import record
+from glm4ft.testing.replay.matching import TokenWeights
 from glm4ft.testing.specification.lora_spec import LoraSpec
 from glm4ft.testing.specification.reference import LabelledIds, Reference
 from glm4ft.testing.specification.routed_experts import has_experts, require_recent_libraries
@@ -171,13 +172,13 @@ class SharedRuns:
 
     def rows(self, conversations: Conversations) -> list[LabelledIds]:
         """The rows that the subject encodes conversations as."""
-        encoded = [self.subject.encode(c["messages"], c.get("tools")) for c in conversations]
-        return [(tuple(row["input_ids"]), tuple(row["labels"])) for row in encoded]
+        return self.weighted_rows(conversations)[0]
 
-    def token_weights(self, conversations: Conversations) -> dict[tuple[int, ...], tuple[float, ...]]:
-        """The weights of tokens in the loss that the subject states, by the ids of their row."""
+    def weighted_rows(self, conversations: Conversations) -> tuple[list[LabelledIds], TokenWeights]:
+        """The rows that the subject encodes conversations as, and the weights in the loss that it states for them."""
         encoded = [self.subject.encode(c["messages"], c.get("tools")) for c in conversations]
-        return {tuple(row["input_ids"]): tuple(row["weights"]) for row in encoded if "weights" in row}
+        rows = [(tuple(row["input_ids"]), tuple(row["labels"])) for row in encoded]
+        return rows, {ids: tuple(e["weights"]) for (ids, _), e in zip(rows, encoded, strict=True) if "weights" in e}
 
     def accepts(self, conversation: dict[str, Any]) -> bool:
         """Whether the subject accepts a conversation; it refuses one by raising ``NotImplementedError``."""
@@ -274,7 +275,7 @@ class SharedRuns:
         plan = {"steps": RECORDED_STEPS, "output_dir": str(self.new_folder("run")), **self.standard, **changes}
         plan = make_plan(**plan)
         model = self.subject.build_model(str(self.base_dir), plan["seed"])
-        rows = self.rows(self.data[of])
+        rows, weights = self.weighted_rows(self.data[of])
         kept_in = None if self.keeps_models else self.new_folder("trace")
         # the check that asks for the run may have disabled gradients
         with (
@@ -282,7 +283,6 @@ class SharedRuns:
             without_dropout(model) if self.requested_dropout else contextlib.nullcontext(),
         ):  # fmt: skip
             log = self.subject.train(model, self.data[of], plan)
-        weights = self.token_weights(self.data[of])
         return RecordedRun(
             plan | self.stated_rates, rows, trace, list(log or []), model, self.reference, dropout, weights
         )

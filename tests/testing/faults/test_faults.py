@@ -94,6 +94,13 @@ def test_unknown_fault_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no such fault" in capsys.readouterr().err
 
 
+def test_thresholds_without_a_healthy_pipeline_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "thresholds.md"
+    assert run(["faults", "wrong-stop-id", "--calibrate", str(page)]) == 2
+    assert "name variations, too" in capsys.readouterr().err
+    assert not page.exists()
+
+
 OWN_FAULT = """
 from dataclasses import replace
 from glm4ft.testing.faults.registry import faults_at

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -143,17 +142,18 @@ def _recorded(output: Path, options: Namespace) -> Baseline:
 
 
 def _compare(options: Namespace) -> bool:
-    from glm4ft.files import write_atomically
+    from glm4ft.files import finite_or_null, write_atomically
     from glm4ft.testing.baseline.compare import compare_again
+    from glm4ft.text.safe_text import json_text
 
     records, is_quiet, recordings = list[dict[str, Any]](), options.json == "-", [Path(n) for n in options.recordings]
     for file in _files(options.files):
         keep = Path(options.keep) / file.name if options.keep else None
         comparison = compare_again(file, keep, _progress, recordings=recordings, base=options.model)
-        records.append({"file": str(file), **comparison.record()})
+        records.append({"file": str(file), **finite_or_null(comparison.record())})
         if not is_quiet:
             print(f"{file}: {comparison}")
-    text = json.dumps({"schema": 1, "comparisons": records}, ensure_ascii=False, indent=1) + "\n"
+    text = json_text({"schema": 1, "comparisons": records}, indent=1) + "\n"
     if is_quiet:
         sys.stdout.write(text)
     elif options.json:

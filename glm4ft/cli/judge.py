@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from argparse import Namespace
@@ -51,9 +50,10 @@ def run(options: Namespace) -> bool:
     from glm4ft.report.markdown import render_summary
     from glm4ft.testing.trial.recorded import judge_recording
     from glm4ft.testing.trial.recorded_text import content_of, lines, record
+    from glm4ft.text.safe_text import json_text
 
     judged = judge_recording(Path(options.recording), options.model, options.data or None)
-    text = json.dumps(record(judged), ensure_ascii=False, indent=1) + "\n"
+    text = json_text(record(judged), indent=1) + "\n"
     if options.json == "-":
         sys.stdout.write(text)
     else:

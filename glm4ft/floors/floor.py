@@ -8,7 +8,6 @@ known before training.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -24,6 +23,7 @@ from glm4ft.floors.flat_rows import Array, FlatRows, chunks, counts
 from glm4ft.floors.head import Head
 from glm4ft.floors.prefix_targets import PrefixTargets, group_targets
 from glm4ft.floors.solver import EXACT, Precision
+from glm4ft.text.safe_text import json_text
 from glm4ft.text.token_text import TokenDecoder, token_text
 
 # A token whose floor under the head is above this is called hard to reach: its probability stays below 0.9.
@@ -173,9 +173,9 @@ class Floor:
             "parts": dict(self.parts),
             "tokens": [vars(token) for token in self.tokens],
         }
-        yield json.dumps(record, ensure_ascii=False, allow_nan=False).removesuffix("}") + ', "samples": ['
+        yield json_text(record).removesuffix("}") + ', "samples": ['
         for number, sample in enumerate(self.samples):
-            yield (", " if number else "") + json.dumps(vars(sample), allow_nan=False)
+            yield (", " if number else "") + json_text(vars(sample))
         yield "]}\n"
 
 

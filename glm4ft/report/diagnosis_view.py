@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from glm4ft.diagnosis.rules import Diagnosis
 from glm4ft.errors import harmless
 from glm4ft.files import write_atomically
 from glm4ft.report.plain_words import NOTHING_WRONG
-from glm4ft.text.safe_text import Ruled, visible
+from glm4ft.text.safe_text import Ruled, json_text, visible
 
 _TOKENS = 10
 _LEAST_LOSS = 0.05  # tokens with a smaller loss are not listed
@@ -32,7 +31,7 @@ def show_diagnosis(diagnosis: Diagnosis, *, json_file: str | None = None) -> Non
         diagnosis: The diagnosis of a run.
         json_file: The file to write the diagnosis to as JSON; ``-`` writes only the JSON to stdout.
     """
-    text = json.dumps(diagnosis.record(), ensure_ascii=False, allow_nan=False) + "\n"
+    text = json_text(diagnosis.record()) + "\n"
     if json_file == "-":
         sys.stdout.write(text)
         return

@@ -12,9 +12,11 @@ JSON strings are unchanged.
 from __future__ import annotations
 
 import functools
+import json
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from rich.cells import get_character_cell_size
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -114,6 +116,29 @@ def harmless(text: str) -> str:
         shown.append(char if is_harmless else escape(char))
         previous = char if is_harmless and char != "\n" else ""
     return "".join(shown)
+
+
+def json_text(value: Any, *, indent: int | None = None) -> str:
+    r"""Write a value as JSON that is safe to print, too, and means the same to every reader of JSON.
+
+    Letters of all scripts stay; what ``visible`` would escape is written as ``\uXXXX``.
+
+    Args:
+        value: The value; numbers are finite.
+        indent: The indentation of nested values, as for ``json.dumps``; None for one line.
+    """
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
+    commands = {match.start(match.lastindex or 0) for match in _COMMANDS.finditer(text)}
+    written, previous = list[str](), ""
+    for at, char in enumerate(text):
+        if char != "\n" and (at in commands or _is_hidden(char, previous, text[at + 1 : at + 2])):
+            code = char.encode("utf-16-be", "surrogatepass").hex()
+            written.extend(f"\\u{code[i : i + 4]}" for i in range(0, len(code), 4))
+            previous = ""
+        else:
+            written.append(char)
+            previous = char
+    return "".join(written)
 
 
 class Ruled:

@@ -6,6 +6,8 @@ Run: pytest tests/text/test_safe_text.py
 from __future__ import annotations
 
 import io
+import json
+import math
 import re
 import sys
 import unicodedata
@@ -17,7 +19,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from glm4ft.text.safe_text import Ruled, escape, visible
+from glm4ft.text.safe_text import Ruled, escape, harmless, json_text, visible
 
 BIDI = [chr(code) for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C)]
 CONTROLS = [chr(code) for code in (*range(0x20), *range(0x7F, 0xA0))]
@@ -170,3 +172,14 @@ def test_the_rule_is_heavy_where_a_line_begins_between_the_cues() -> None:
     text = Text("a <b\nc\nd> <e> f\ng <h\ni")
     Console(file=file, width=40, color_system=None).print(Ruled(text, cues="<>"))
     assert file.getvalue().split("\n") == ["│ a <b", "┃ c", "┃ d> <e> f", "│ g <h", "┃ i", ""]
+
+
+def test_json_is_safe_to_print_and_means_the_same() -> None:
+    value = {"text": "\x1b[31m \x9b \u202e \U000e0041 \ud800 ##[error] 你好 é\u0301 \n", "numbers": [1, 2.5, None]}
+    for indent in (None, 1):
+        text = json_text(value, indent=indent)
+        assert json.loads(text) == value
+        assert harmless(text) == text
+        assert "你好" in text
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        json_text(math.inf)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ from glm4ft.testing.faults.runner import require_known_ids, run_one
 from glm4ft.testing.faults.variations import all_variations
 from glm4ft.testing.faults.warm import in_parallel
 from glm4ft.testing.subjects.plain_loop import Subject
-from glm4ft.text.safe_text import visible
+from glm4ft.text.safe_text import json_text, visible
 
 LOG_WIDTH = 150
 COLUMNS = ("stage", "first check that caught it", "verdict", "cause", "seconds")
@@ -93,7 +92,7 @@ def show_faults(
     # a log file has no width, and 80 columns would cut off the ids
     width = None if sys.stdout.isatty() else LOG_WIDTH
     _print(Console(highlight=False, quiet=json_file == "-", width=width), matrix)
-    text = json.dumps(matrix_record(matrix), ensure_ascii=False, indent=1) + "\n"
+    text = json_text(matrix_record(matrix), indent=1) + "\n"
     if json_file == "-":
         sys.stdout.write(text)
     elif json_file:

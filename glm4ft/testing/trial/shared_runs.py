@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from glm4ft.errors import ConfigError
 from glm4ft.model.checkpoint import TINY
 from glm4ft.testing.recording.recorder import record
 from glm4ft.testing.replay.matching import TokenWeights
@@ -289,9 +290,16 @@ class SharedRuns:
 
     @property
     def stated_rates(self) -> dict[str, Any]:
-        """The factors of the learning rate that the subject states, as a setting beside the plan."""
-        factors = getattr(self.subject, "learning_rate_factors", None)
-        return {"learning_rate_factors": dict(factors)} if factors else {}
+        """The factors of the learning rate that the subject states, as a setting beside the plan.
+
+        Raises:
+            ConfigError: If one of them is not a positive number.
+        """
+        factors = dict(getattr(self.subject, "learning_rate_factors", None) or {})
+        if wrong := [part for part, factor in factors.items() if not 0 < factor < float("inf")]:
+            where, found = "learning_rate_factors", f"{wrong[0]}: {factors[wrong[0]]}"
+            raise ConfigError("not a factor of the learning rate", where=where, found=found, expected="more than 0")
+        return {"learning_rate_factors": factors} if factors else {}
 
     @property
     def requested_dropout(self) -> float:

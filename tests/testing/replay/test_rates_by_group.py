@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from glm4ft.errors import ConfigError
 from glm4ft.testing.faults.rates_by_group import LoraPlus
 from glm4ft.testing.faults.registry import all_faults
 from glm4ft.testing.replay.replay import Verdict
@@ -53,6 +54,14 @@ def test_rates_that_nobody_stated_are_told(healthy: Trial, tmp_path: Path) -> No
 
     departure = verdict_on(Unstated, healthy, tmp_path).departures["schedule"]
     assert "0.08, not 0.005" in departure.text
+
+
+@pytest.mark.parametrize("factor", [0, -1, float("nan")])
+def test_a_factor_that_is_none_is_refused(factor: float, healthy: Trial, tmp_path: Path) -> None:
+    trial = trial_of(LoraPlus, healthy, tmp_path)
+    trial.subject.learning_rate_factors = {"lora_B": factor}
+    with pytest.raises(ConfigError, match=f"lora_B: {factor}"):
+        trial.stated_rates  # noqa: B018
 
 
 def test_divergence_names_the_rates_of_all_groups(healthy: Trial, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from glm4ft.files import write_atomically
 from glm4ft.model.checkpoint import TINY, TINY_GLM4_IDS
 from glm4ft.testing.subjects import known_failures, known_failures_reasoning
 from glm4ft.testing.subjects.known_failures import KnownFailure
@@ -219,15 +220,20 @@ def main(names: Sequence[str]) -> int:
     """Judge the named peers, or all without names, and write the page; returns the exit status."""
     store = DOCS / "scoreboard.json"
     results = json.loads(store.read_text("utf-8")) if store.exists() else {}
+    bad = []
     for peer in PEERS:
         if not names or peer.name in names:
             print(f"{peer.name} ...", flush=True)
-            results[peer.name] = judge(peer)
-    store.write_text(json.dumps(results, ensure_ascii=False, indent=1) + "\n", "utf-8")
+            try:
+                results[peer.name] = judge(peer)
+            except subprocess.CalledProcessError as error:  # the former result stays, and the others are judged
+                bad.append(f"{peer.name}: not judged: tox -e {peer.env} ended with status {error.returncode}")
+            # at once: a run of all peers takes long, and may be ended
+            write_atomically(store, json.dumps(results, ensure_ascii=False, indent=1) + "\n")
     known = [peer for peer in PEERS if peer.name in results]
     page = "\n".join([INTRODUCTION, *table(known, results), *(detail(peer, results[peer.name]) for peer in known)])
     (DOCS / "scoreboard.md").write_text(page.rstrip() + "\n", "utf-8")
-    bad = [f"{peer.name}: {c['check']}: {c['message']}" for peer in known for c in unexpected(results[peer.name])]
+    bad += [f"{peer.name}: {c['check']}: {c['message']}" for peer in known for c in unexpected(results[peer.name])]
     print("\n".join(bad))
     return 1 if bad else 0
 

@@ -51,6 +51,10 @@ def judge_gradient(step: ReplayedStep) -> Departures:
         return
     expected = step.gradient()
     size = max(relative(step.raw, expected), step.norms_off())
+    if not size <= step.limit("gradient"):
+        as_most = step.gradient(in_fp32=True)  # what the softmax of most trainers rounds to is no departure
+        other = max(relative(step.raw, as_most), step.norms_off())
+        expected, size = (as_most, other) if other < size else (expected, size)
     cause, factor = ("", None) if size <= step.limit("gradient") else _gradient_cause(step, expected)
     yield step.depart("gradient", f"the gradient is {size:.1e} off the token mean", cause, size, factor=factor)
 
@@ -235,6 +239,8 @@ def _counts(factors: list[float], rounding: float) -> tuple[str, float | None]:
     """The weight of each micro-batch in words; and the common factor, None if the weights differ by more."""
     mean = sum(factors) / len(factors)
     if max(abs(f - mean) for f in factors) <= rounding * abs(mean):
+        if abs(mean - 1) <= EXPLAINED:
+            return "", None  # each micro-batch counts once: what is off is within them
         return f"it is {mean:.4g} times the token mean", mean
     lost = [str(i) for i, f in enumerate(factors, start=1) if abs(f) < 0.1]
     if lost:

@@ -189,10 +189,15 @@ class ReplayedStep:
         is_plain = all(((w == 0) | (w == 1)).all() for w in weights)
         return [] if is_plain else [w / divisor for w in weights]
 
-    def gradient(self, forward: int | None = None) -> Tensors:
-        """The gradient of the mean over the supervised tokens of the step's rows, or of one of its forward passes."""
+    def gradient(self, forward: int | None = None, *, in_fp32: bool = False) -> Tensors:
+        """The gradient of the mean over the supervised tokens of the step's rows, or of one of its forward passes.
+
+        Args:
+            forward: The index of the forward pass; None for all of them.
+            in_fp32: Whether softmax is torch's in fp32, as in ``Reference.loss``.
+        """
         kept, rows = [self.kept(row) for row in self.seen if forward in (None, row.forward)], self.rows(forward)
-        whole = self.reference.gradient(rows, self.step.weights, kept, self.mean_weights(rows))
+        whole = self.reference.gradient(rows, self.step.weights, kept, self.mean_weights(rows), in_fp32=in_fp32)
         if forward is None:
             self.expected_norms = norms(whole, self.history.sampled)
         return self.sampled(whole)

@@ -64,7 +64,7 @@ def test_of_a_large_file_only_what_is_looked_at_is_kept(
     foreign: Path, learnt: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = str(learnt.output / "base")
-    monkeypatch.setattr("glm4ft.diagnosis.run_folder.KEPT_TOKENS", 1)
+    monkeypatch.setattr("glm4ft.diagnosis.served_rows.KEPT_TOKENS", 1)
     alone = explain_run(foreign, data="demo", model=base)
     assert [row.line for row in alone.evidence.rows] == [1]
     assert alone.evidence.num_rows == 2

@@ -15,7 +15,7 @@ import functools
 import json
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rich.cells import get_character_cell_size
@@ -109,13 +109,7 @@ def harmless(text: str) -> str:
     Returns:
         Printable lines.
     """
-    commands = {match.start(match.lastindex or 0) for match in _COMMANDS.finditer(text)}
-    shown, previous = [], ""
-    for at, char in enumerate(text):
-        is_harmless = char == "\n" or not (at in commands or _is_hidden(char, previous, text[at + 1 : at + 2]))
-        shown.append(char if is_harmless else escape(char))
-        previous = char if is_harmless and char != "\n" else ""
-    return "".join(shown)
+    return _escaped(text, escape)
 
 
 def json_text(value: Any, *, indent: int | None = None) -> str:
@@ -127,18 +121,23 @@ def json_text(value: Any, *, indent: int | None = None) -> str:
         value: The value; numbers are finite.
         indent: The indentation of nested values, as for ``json.dumps``; None for one line.
     """
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
+    return _escaped(json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent), _json_escape)
+
+
+def _json_escape(char: str) -> str:
+    code = char.encode("utf-16-be", "surrogatepass").hex()
+    return "".join(f"\\u{code[i : i + 4]}" for i in range(0, len(code), 4))
+
+
+def _escaped(text: str, escaped: Callable[[str], str]) -> str:
+    """A text with its hidden characters, and the first character of commands to CI runners, replaced; newlines stay."""
     commands = {match.start(match.lastindex or 0) for match in _COMMANDS.finditer(text)}
-    written, previous = list[str](), ""
+    shown, previous = list[str](), ""
     for at, char in enumerate(text):
-        if char != "\n" and (at in commands or _is_hidden(char, previous, text[at + 1 : at + 2])):
-            code = char.encode("utf-16-be", "surrogatepass").hex()
-            written.extend(f"\\u{code[i : i + 4]}" for i in range(0, len(code), 4))
-            previous = ""
-        else:
-            written.append(char)
-            previous = char
-    return "".join(written)
+        is_harmless = char == "\n" or not (at in commands or _is_hidden(char, previous, text[at + 1 : at + 2]))
+        shown.append(char if is_harmless else escaped(char))
+        previous = char if is_harmless and char != "\n" else ""
+    return "".join(shown)
 
 
 class Ruled:

@@ -54,8 +54,10 @@ def _adapter_words(model: Any, base: Any, name: str, limit: float) -> str:
     started = [n for n, p in parameters.items() if "_B" in n if bool((p != 0).any())]
     if started:
         return f"; likely cause: its adapter acts before training, since {started[0]} is not zero"
-    norms = base.get_submodule(name).weight.float().cpu().norm(dim=1)
-    if any("magnitude" in n and not _size(p.flatten(), norms) <= limit for n, p in parameters.items()):
+    magnitudes = [p.flatten() for n, p in parameters.items() if "magnitude" in n]
+    # fused experts, which have none, are no module with a weight
+    norms = base.get_submodule(name).weight.float().cpu().norm(dim=1) if magnitudes else None
+    if norms is not None and any(not _size(magnitude, norms) <= limit for magnitude in magnitudes):
         return "; likely cause: the magnitudes of its adapter (DoRA) are not the norms of its weight's rows"
     return ""
 

@@ -15,7 +15,8 @@ import matplotlib.pyplot as plt
 
 from glm4ft.data.chat_format import ChatFormat
 from glm4ft.data.inputs import DEMO_DATA, data_inputs
-from glm4ft.floors.floor import Floor, find_floor
+from glm4ft.floors.find_floor import find_floor
+from glm4ft.floors.floor import Floor
 from glm4ft.floors.head import read_head
 from glm4ft.model.base_model import load_format
 from glm4ft.report.floor_view import encoded_rows

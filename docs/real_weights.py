@@ -18,7 +18,7 @@ from glm4ft.data.inputs import data_inputs
 from glm4ft.data.reader import read_conversations
 from glm4ft.diagnosis.finding import CERTAIN
 from glm4ft.diagnosis.run_folder import explain_run
-from glm4ft.floors.floor import find_floor
+from glm4ft.floors.find_floor import find_floor
 from glm4ft.floors.head import read_head
 from glm4ft.model.base_model import load_format
 from glm4ft.report.floor_view import encoded_rows

@@ -1,4 +1,4 @@
-"""Rules about the targets of training: the wrong tokens, too few of them, or tokens that cannot be learnt."""
+"""Rules about the targets of training: the wrong tokens, or too few of them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from glm4ft.diagnosis.evidence import Evidence, RowEvidence, TokenEvidence
 from glm4ft.diagnosis.finding import Finding
+from glm4ft.diagnosis.floor_rules import certified_reach, floor_facts
 from glm4ft.floors.floor import HARD_TO_REACH
 
 # A token is learnt once its probability is above 0.9. When the demo has reached a mean loss of 0.01, the worst token
 # has 0.038 nats (2 seeds of the built-in base, x86-64 CPU, 2026-11-25).
 LEARNT_TOKEN = 0.1
 INSPECT = "glm4ft inspect shows the mask"
-# The share of the loss from which its certified part explains why a run does not get lower. Clean runs have none.
-EXPLAINS = 0.5
 # The share of targets at which the model predicts another token of the row. A run that learnt predicts the next token
 # at all of them; texts repeat letters, so a few per cent agree with a neighbour by chance.
 SAYS_ANOTHER = 0.5
@@ -43,16 +42,14 @@ def header_supervised(evidence: Evidence) -> Finding | None:
     headers = [token for token in evidence.supervised if token.role == "assistant" and token.part == "header"]
     if not headers:
         return None
-    name = headers[0].text
-    text = (
-        f"{name} is trained as a target, though the prompt always gives it at inference.{_reach(evidence, headers[0])}"
-    )
+    name, reach = headers[0].text, certified_reach(evidence, headers[0])
+    text = f"{name} is trained as a target, though the prompt always gives it at inference.{reach}"
     ends = _untrained_ends(evidence)
     if ends:
         text += f" {_names(ends)}, which ends the turn, is not trained: the terminator is never learned."
     facts = [
         f"{len(headers)} supervised headers hold {_share(headers)} of the loss, {_mean(headers):.2f} nats each",
-        *_floor_facts(evidence),
+        *floor_facts(evidence),
         *_end_facts(ends),
     ]
     return Finding(
@@ -61,28 +58,6 @@ def header_supervised(evidence: Evidence) -> Finding | None:
         text,
         tuple(facts),
         f"start the supervised span after the header and end it with the next control token; {INSPECT}",
-    )
-
-
-def _reach(evidence: Evidence, token: TokenEvidence) -> str:
-    """What is certified of the loss of one token under the frozen head; "" where there is no certificate."""
-    floor = evidence.floor
-    known = next((f for f in floor.tokens if f.id == token.id), None) if floor and evidence.has_head else None
-    if known is None:
-        return ""
-    if known.head > HARD_TO_REACH:
-        return (
-            f" The frozen head cannot express it (an unreachable target: {known.head:.2f} nats at best, certified), so "
-            "the loss stops."
-        )
-    if known.is_decided:
-        return (
-            f" The frozen head can express it ({known.head_reaches:.2f} nats were reached), so the loss may fall to 0 "
-            "and show nothing of it: the mask (glm4ft inspect) and the round trip (train --round_trip true) do."
-        )
-    return (
-        f" Whether the frozen head can express it is undecided (a loss between {known.head:.2f} and "
-        f"{known.head_reaches:.2f} nats)."
     )
 
 
@@ -98,7 +73,7 @@ def prompt_supervised(evidence: Evidence) -> Finding | None:
         "prompt-supervised",
         "rows",
         f"Tokens of the prompt ({roles}) are trained as targets: the model learns to write its own questions.",
-        (*facts, *_floor_facts(evidence)),
+        (*facts, *floor_facts(evidence)),
         f"set the labels of everything but assistant turns to -100; {INSPECT}",
         # roles cannot be identified in a row whose headers are missing
         0.4 if evidence.differences else 1.0,
@@ -162,7 +137,7 @@ def terminator_never_learned(evidence: Evidence) -> Finding | None:
 def _dead_end(evidence: Evidence, open_rows: Sequence[RowEvidence]) -> str:
     """The token that stands in place of the terminator, if the frozen head cannot express it."""
     last = next((token for row in open_rows for token in reversed(row.tokens) if token.supervised), None)
-    reach = _reach(evidence, last) if last else ""
+    reach = certified_reach(evidence, last) if last else ""
     return f" {last.text} ends them instead.{reach}" if last and "an unreachable target" in reach else ""
 
 
@@ -202,46 +177,6 @@ def not_as_served(evidence: Evidence) -> Finding | None:
         tuple(f"line {d.line}, position {d.position}: trained {d.trained!r}, served {d.served!r}" for d in found[:3]),
         f"render rows with the template that serving uses, once; the first difference is at position {first.position}",
         0.9,
-    )
-
-
-def contradictory_samples(evidence: Evidence) -> Finding | None:
-    """Equal prompts have different continuations, so no model can be right every time."""
-    floor = evidence.floor
-    if floor is None or not floor.entropy > 1e-3:
-        return None
-    lines = [f"line {sample.line} ({sample.floor:.4f})" for sample in floor.samples[:4] if sample.floor > 1e-3]
-    return Finding(
-        "contradictory-samples",
-        "rows",
-        f"Equal prompts are answered differently, so the mean loss cannot go below {floor.entropy:.4f}, whatever is "
-        "trained.",
-        (f"entropy {floor.entropy:.4f} of a loss of {evidence.loss:.4f}", f"in {', '.join(lines)}"),
-        "keep one answer per prompt, or take the floor as the target: --target_loss floor+0.01",
-        _explained(floor.entropy, evidence.loss),
-    )
-
-
-def unreachable_target(evidence: Evidence) -> Finding | None:
-    """The frozen head cannot express some targets."""
-    floor = evidence.floor
-    if floor is None or not floor.head > 1e-3:
-        return None
-    hard = [token for token in floor.tokens if token.head > HARD_TO_REACH]
-    names = ", ".join(f"{t.text} ({t.count} times, {t.floor:.2f} each)" for t in hard[:5]) or "many, each a little"
-    return Finding(
-        "unreachable-target",
-        "model",
-        f"The frozen output head cannot express some targets, so no adapter below it gets the mean loss under "
-        f"{floor.floor:.4f}.",
-        (
-            f"certified floor {floor.floor:.4f} (gap {floor.gap:.1g}) of a loss of {evidence.loss:.4f}",
-            f"by {names}",
-            *([f"undecided: {', '.join(t.text for t in floor.undecided[:5])}"] if floor.undecided else []),
-        ),
-        "take these tokens out of the targets, train the head's rows (modules_to_save: [lm_head]), or use tokens that "
-        "the base was trained to predict",
-        _explained(floor.head, evidence.loss),
     )
 
 
@@ -316,20 +251,6 @@ def _turns(row: RowEvidence) -> Iterable[tuple[int, list[TokenEvidence]]]:
         if token.turn is not None:
             turns.setdefault(token.turn, []).append(token)
     return turns.items()
-
-
-def _explained(part: float, loss: float) -> float:
-    """Return the strength with which a certified part explains the loss: 1 if it makes up most of it, else 0.4."""
-    if not math.isfinite(loss):
-        return 0.4
-    return 1.0 if part >= EXPLAINS * loss else 0.4
-
-
-def _floor_facts(evidence: Evidence) -> list[str]:
-    floor = evidence.floor
-    if floor is None or not floor.floor > 1e-3:
-        return []
-    return [f"certified floor of the mean loss {floor.floor:.4f}, measured loss {evidence.loss:.4f}"]
 
 
 def _end_facts(ends: Sequence[TokenEvidence], how: str = "not supervised") -> list[str]:

@@ -29,7 +29,8 @@ from glm4ft.diagnosis.evidence import (
 )
 from glm4ft.diagnosis.gradient_norms import spike_ratios
 from glm4ft.diagnosis.token_losses import measure_targets
-from glm4ft.floors.floor import Floor, find_floor
+from glm4ft.floors.find_floor import find_floor
+from glm4ft.floors.floor import Floor
 from glm4ft.floors.head import Head, frozen_head
 from glm4ft.floors.solver import BF16, EXACT
 from glm4ft.model.generation import TurnRoundTrip

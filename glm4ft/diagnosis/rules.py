@@ -34,8 +34,8 @@ from glm4ft.diagnosis.evaluation_rules import (
 )
 from glm4ft.diagnosis.evidence import Evidence
 from glm4ft.diagnosis.finding import CERTAIN, Finding, Rule
+from glm4ft.diagnosis.floor_rules import contradictory_samples, unreachable_target
 from glm4ft.diagnosis.mask_rules import (
-    contradictory_samples,
     header_supervised,
     labels_shifted,
     not_as_served,
@@ -43,7 +43,6 @@ from glm4ft.diagnosis.mask_rules import (
     terminator_never_learned,
     truncated_answers,
     turns_not_trained,
-    unreachable_target,
     zero_targets,
 )
 from glm4ft.diagnosis.numerics_rules import memorised, numerics, zero_loss

@@ -21,15 +21,14 @@ import torch
 from tqdm import tqdm
 
 from glm4ft.floors.head import Head
+from glm4ft.floors.head_passes import Groups, first_look, likeliest, logits_of_all, sum_groups
 from glm4ft.floors.solver import EXACT, TOLERANCE, HeadRows, Precision, Solution, solve
 
 SMALL_HEAD = 8192  # rows; the largest head that is solved whole
 _BATCH = 64  # distributions solved side by side
 _SCANNED = 256  # distributions in one pass over the head
-_CANDIDATES = 512  # rows that a pass over the head proposes for each distribution
 _MAX_SUBSET = 8192  # rows: 256 MiB in float64 at D = 4,096, and as much again while solving
 _GROUPS, _GROUP_WIDTH = 96, 0.25  # of logits, nats: the rows outside the subset, down to e^-24 of the probability
-_SIDE_BY_SIDE = 32  # hidden states in one product with rows of the head
 _GROUPED = 32  # targets whose groups are summed in one pass: 3 MiB each at D = 4,096
 _MAX_ROUNDS = 16
 _PROGRESS, _PATIENCE = 0.9, 2  # a target is given up after this many rounds that leave more than this share of its gap
@@ -130,7 +129,7 @@ class _Search:
         # the state in the direction of the target rows reaches almost every token, at the cost of one pass
         hidden_KD = torch.stack([self._mean_row(target) for target in targets])
         hidden_KD = self.head.radius * hidden_KD / hidden_KD.norm(dim=1, keepdim=True).clamp_min(1e-300)
-        look = self._first_look(hidden_KD)
+        look = first_look(self.head, hidden_KD)
         bounds = [
             self._bound(target, target.entropy, hidden_KD[k], float(look.total_K[k]))
             for k, target in enumerate(targets)
@@ -146,7 +145,7 @@ class _Search:
             if not subsets:
                 break
             solved = self._solve_all(targets, subsets, groups_V)
-            scan = self._scan(torch.cat([solution.hidden_BD for solution in solved.values()]))
+            scan = logits_of_all(self.head, torch.cat([solution.hidden_BD for solution in solved.values()]))
             for i, (k, solution) in enumerate(solved.items()):
                 total = torch.logsumexp(scan[i].double(), dim=0)
                 found = self._bound(targets[k], float(solution.lower_B[0]), solution.hidden_BD[0], float(total))
@@ -156,26 +155,9 @@ class _Search:
                     del subsets[k]
                     continue
                 groups_V[k] = ((total - scan[i]) / _GROUP_WIDTH).clamp(0, _GROUPS - 1).to(torch.uint8)
-                new = [id for id in scan[i].topk(_candidates(self.head)).indices.tolist() if id not in subsets[k]]
+                new = [id for id in likeliest(scan[i]) if id not in subsets[k]]
                 subsets[k] |= set(new[: max(0, _MAX_SUBSET - len(subsets[k]))])
         return bounds
-
-    def _first_look(self, hidden_KD: torch.Tensor) -> _Look:
-        """Make a pass over the whole head that compares its rows with each hidden state."""
-        scaled_KD = (hidden_KD * self.head.norm_D).float()
-        total_K = torch.full((len(hidden_KD),), -math.inf, dtype=torch.float64)
-        likeliest, nearest = _Top(len(hidden_KD)), _Top(len(hidden_KD))
-        for start, rows_CD in self.head.chunks("first look at the head"):
-            logits_KC = _logits(scaled_KD, rows_CD)
-            total_K = torch.logaddexp(total_K, torch.logsumexp(logits_KC.double(), dim=1))
-            likeliest.add(logits_KC, start)
-            nearest.add(logits_KC / self.head.lengths(rows_CD).clamp_min(1e-30), start)
-        return _Look(total_K, likeliest.ids_KM, nearest.ids_KM)
-
-    def _scan(self, hidden_KD: torch.Tensor) -> torch.Tensor:
-        """Return the logits of the whole head at the hidden states, K x V in fp32."""
-        scaled_KD = (hidden_KD * self.head.norm_D).float()
-        return torch.cat([_logits(scaled_KD, rows_CD) for _, rows_CD in self.head.chunks("whole head")], dim=1)
 
     def _solve_all(
         self, targets: Sequence[Target], subsets: dict[int, set[int]], groups_V: dict[int, torch.Tensor]
@@ -185,32 +167,11 @@ class _Search:
         open_targets = list(subsets)
         for at in range(0, len(open_targets), _GROUPED):
             block = open_targets[at : at + _GROUPED]
-            tails = self._tails({k: groups_V[k] for k in block})
+            tails = sum_groups(self.head, {k: groups_V[k] for k in block})
             solved |= {k: self._solve(targets[k], sorted(subsets[k]), groups_V[k], tails[k]) for k in block}
         return solved
 
-    def _tails(self, groups_V: dict[int, torch.Tensor]) -> dict[int, _Tail]:
-        """Sum the rows of each group of each target, in one pass over the head."""
-        # targets that nothing was learnt of yet have the same groups
-        distinct = {id(group_V): group_V for group_V in groups_V.values()}
-        width, counts = self.head.width, {at: int(group_V.max()) + 1 for at, group_V in distinct.items()}
-        # float64: the bound holds only if the means are exact
-        sums = {at: torch.zeros(n, width + 1, dtype=torch.float64) for at, n in counts.items()}
-        buffer = torch.empty(self.head.chunk_rows, width + 1, dtype=torch.float64)
-        for start, rows_CD in self.head.chunks("groups of rows"):
-            summands = buffer[: len(rows_CD)]
-            summands[:, :-1], summands[:, -1] = rows_CD, self.head.lengths(rows_CD)
-            for at, group_V in distinct.items():
-                sums[at].index_add_(0, group_V[start : start + len(rows_CD)].int(), summands)
-        tails = {
-            at: _Tail(
-                sum_GD[:, :-1] * self.head.norm_D, sum_GD[:, -1], torch.bincount(distinct[at], minlength=counts[at])
-            )
-            for at, sum_GD in sums.items()
-        }
-        return {k: tails[id(group_V)] for k, group_V in groups_V.items()}
-
-    def _solve(self, target: Target, ids: list[int], group_V: torch.Tensor, tail: _Tail) -> Solution:
+    def _solve(self, target: Target, ids: list[int], group_V: torch.Tensor, tail: Groups) -> Solution:
         """Solve a target on a subset of the rows, with the mean rows of all others beside it."""
         own = HeadRows.of(self.head.rows(ids))
         rows = _joined(own, tail.without(own, group_V[ids]))
@@ -228,79 +189,6 @@ class _Search:
 
     def _mean_row(self, target: Target) -> torch.Tensor:
         return torch.tensor(target.weights, dtype=torch.float64) @ self.head.rows(list(target.ids))
-
-
-@dataclass(frozen=True)
-class _Look:
-    """The result of the first pass over the whole head at K hidden states.
-
-    Args:
-        total_K: The logsumexp of the logits.
-        likeliest_KM: The ids of the likeliest rows.
-        nearest_KM: The ids of the rows with the largest cosine to the hidden state.
-    """
-
-    total_K: torch.Tensor
-    likeliest_KM: torch.Tensor
-    nearest_KM: torch.Tensor
-
-
-@dataclass(frozen=True)
-class _Tail:
-    """All rows of the head in G groups of rows that had about the same logit at the last hidden state.
-
-    Args:
-        sum_GD: The sum of the rows of each group, norm weight applied.
-        norm_sum_G: The sum of their Euclidean norms.
-        count_G: The number of rows of each group.
-    """
-
-    sum_GD: torch.Tensor
-    norm_sum_G: torch.Tensor
-    count_G: torch.Tensor
-
-    def without(self, own: HeadRows, group_M: torch.Tensor) -> HeadRows:
-        """Return the mean row of each group that has other rows than the M given ones, whose groups are given."""
-        group_M = group_M.long()
-        count_G = self.count_G - torch.bincount(group_M, minlength=len(self.count_G))
-        left = count_G > 0
-        count_G1 = count_G[left, None].double()
-        sum_GD = self.sum_GD.index_add(0, group_M, -own.vectors_MD)[left]
-        norm_sum_G = self.norm_sum_G.index_add(0, group_M, -own.norms_M)[left]
-        return HeadRows(sum_GD / count_G1, count_G1[:, 0].log(), norm_sum_G / count_G1[:, 0])
-
-
-class _Top:
-    """The ids with the largest scores of each hidden state, over chunks of rows.
-
-    Args:
-        count: The number of hidden states.
-    """
-
-    def __init__(self, count: int) -> None:
-        self.best_KM, self.ids_KM = torch.empty(count, 0), torch.empty(count, 0, dtype=torch.long)
-
-    def add(self, scores_KC: torch.Tensor, start: int) -> None:
-        """Add the scores of a chunk that begins at an id."""
-        ids_KC = torch.arange(start, start + scores_KC.shape[1]).expand_as(scores_KC)
-        all_KM, ids_KM = torch.cat([self.best_KM, scores_KC], dim=1), torch.cat([self.ids_KM, ids_KC], dim=1)
-        self.best_KM, at_KM = all_KM.topk(min(_CANDIDATES, all_KM.shape[1]), dim=1)
-        self.ids_KM = ids_KM.gather(1, at_KM)
-
-
-def _logits(hidden_KD: torch.Tensor, rows_CD: torch.Tensor) -> torch.Tensor:
-    """Return the logits of C rows, K x C, computed 32 hidden states at a time.
-
-    Products of other shapes round otherwise, and rounding decides which rows join a subset: a target's bound would
-    depend on how many targets are asked for with it.
-    """
-    missing = -len(hidden_KD) % _SIDE_BY_SIDE
-    padded = torch.cat([hidden_KD, hidden_KD.new_zeros(missing, hidden_KD.shape[1])])
-    return torch.cat([block @ rows_CD.T for block in padded.split(_SIDE_BY_SIDE)])[: len(hidden_KD)]
-
-
-def _candidates(head: Head) -> int:
-    return min(_CANDIDATES, head.num_rows)
 
 
 def _joined(own: HeadRows, others: HeadRows) -> HeadRows:

@@ -12,7 +12,8 @@ from glm4ft.data.chat_format import ChatFormat
 from glm4ft.data.encoded_rows import rows_of
 from glm4ft.data.stored_rows import JoinedRows, Rows
 from glm4ft.floors.bounds import Target, bound_targets
-from glm4ft.floors.floor import Floor, TokenFloor, find_floor, token_floor
+from glm4ft.floors.find_floor import find_floor, token_floor
+from glm4ft.floors.floor import Floor, TokenFloor
 from glm4ft.floors.head import Head, frozen_head
 from glm4ft.floors.solver import BF16, EXACT, Precision
 from glm4ft.floors.stops import stop_warnings

@@ -20,7 +20,8 @@ from glm4ft.data.inputs import DataInput
 from glm4ft.data.read_options import AS_IS, ReadOptions
 from glm4ft.files import write_atomically
 from glm4ft.floors.bounds import UNDECIDED
-from glm4ft.floors.floor import Floor, TokenFloor, find_floor
+from glm4ft.floors.find_floor import find_floor
+from glm4ft.floors.floor import Floor, TokenFloor
 from glm4ft.floors.head import Head
 from glm4ft.floors.solver import BF16, EXACT
 from glm4ft.floors.stops import stop_warnings

@@ -19,7 +19,8 @@ from glm4ft.data.encoding import encoded_conversations
 from glm4ft.data.inputs import DataInput
 from glm4ft.data.read_options import AS_IS, ReadOptions
 from glm4ft.errors import ConfigError
-from glm4ft.report.mask_view import Totals, mask_record, render_legend, render_row, render_totals
+from glm4ft.report.mask_totals import Totals, render_totals
+from glm4ft.report.mask_view import mask_record, render_legend, render_row
 from glm4ft.text.safe_text import Ruled, visible
 
 

@@ -10,7 +10,7 @@ from glm4ft.diagnosis.finding import CERTAIN
 from glm4ft.diagnosis.rules import Diagnosis
 from glm4ft.model.generation import TurnRoundTrip
 from glm4ft.report.content import Headline, Tone
-from glm4ft.report.plain_words import NOTHING_WRONG, OPEN_VERDICTS, sentence
+from glm4ft.report.plain_words import NOTHING_WRONG, OPEN_VERDICTS, number_of, sentence
 
 MORE_FINDINGS = 1
 Counts = Mapping[str, tuple[int, int, int | None]]
@@ -34,7 +34,7 @@ def supervised_sentence(data: DataReport, counts: Counts, *, num_shown: int) -> 
         counts: The token counts of the conversations shown, by part.
         num_shown: The number of conversations shown.
     """
-    total = f"{data.supervised_tokens:,} of {data.tokens:,} tokens in {_number(data.rows, 'conversation')}"
+    total = f"{data.supervised_tokens:,} of {data.tokens:,} tokens in {number_of(data.rows, 'conversation')}"
     where = "" if num_shown == data.rows else f" in the {num_shown} shown"
     return f"{total}{where and ';'}{where}: {parts_sentence(counts)}"
 
@@ -59,17 +59,17 @@ def finished_run(
     """Make the headline of a run that finished; ``evaluations`` is what ``describe_evaluations`` says of them."""
     last = steps[-1]["loss"]
     wrong = [turn for turn in round_trips if turn.supervised and not turn.exact]
-    happened = [f"The loss went from {steps[0]['loss']:.3g} to {last:.3g} in {_number(len(steps), 'step')}."]
+    happened = [f"The loss went from {steps[0]['loss']:.3g} to {last:.3g} in {number_of(len(steps), 'step')}."]
     if evaluations:
         happened.append(sentence(evaluations))
     if target is not None:
         happened.append(f"It was to fall below {target:g}, and {'did' if last < target else 'did not'}.")
     if round_trips:
         exact = sum(turn.exact for turn in round_trips)
-        happened.append(f"{exact} of {_number(len(round_trips), 'assistant turn')} came back word for word.")
+        happened.append(f"{exact} of {number_of(len(round_trips), 'assistant turn')} came back word for word.")
     missed = target is not None and not last < target
     if missed or wrong:
-        text = f"The loss stopped at {last:.3g}" if missed else f"{_number(len(wrong), 'turn')} did not come back"
+        text = f"The loss stopped at {last:.3g}" if missed else f"{number_of(len(wrong), 'turn')} did not come back"
         return Headline("bad", text, supervised, tuple(happened))
     is_proven = target is not None or bool(round_trips)
     text = f"Learnt: the loss is {last:.3g}" if is_proven else f"Trained: the loss is {last:.3g}"
@@ -112,7 +112,3 @@ def _share(part: int, whole: int) -> str:
 
 def _all(part: int, whole: int) -> str:
     return f"all {whole:,}" if part == whole and whole > 1 else f"{part:,}"
-
-
-def _number(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' * (number != 1)}"

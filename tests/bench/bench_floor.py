@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import save_file
 
 from glm4ft.data.encoded_rows import TrainedRow
-from glm4ft.floors.floor import Floor, find_floor
+from glm4ft.floors.find_floor import find_floor
+from glm4ft.floors.floor import Floor
 from glm4ft.floors.head import HEAD, NORM, read_head
 from glm4ft.model.checkpoint import INDEX
 from glm4ft.model.tiny_tokenizer import tiny_tokenizer

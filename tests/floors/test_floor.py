@@ -28,8 +28,9 @@ from glm4ft.data.inputs import DEMO_DATA, data_inputs
 from glm4ft.errors import ModelError
 from glm4ft.floors import bounds as head_bounds
 from glm4ft.floors.bounds import Target, bound_targets
+from glm4ft.floors.find_floor import find_floor
 from glm4ft.floors.flat_rows import FlatRows
-from glm4ft.floors.floor import Floor, find_floor
+from glm4ft.floors.floor import Floor
 from glm4ft.floors.head import HEAD, NORM, Head, frozen_head, read_head
 from glm4ft.floors.prefix_targets import group_targets
 from glm4ft.floors.solver import BF16
@@ -191,7 +192,7 @@ def test_memory_of_a_data_set_is_that_of_its_tokens() -> None:
 def search_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Treat the tiny head as too large to solve whole."""
     monkeypatch.setattr(head_bounds, "SMALL_HEAD", 10)
-    monkeypatch.setattr(head_bounds, "_CANDIDATES", 60)
+    monkeypatch.setattr("glm4ft.floors.head_passes._CANDIDATES", 60)
 
 
 @pytest.mark.usefixtures("search_everywhere")

@@ -23,7 +23,8 @@ from glm4ft.data.conversation import Conversation, Message
 from glm4ft.data.encoded_row import EncodedRow
 from glm4ft.data.reader import read_conversations
 from glm4ft.model.tiny_tokenizer import tiny_tokenizer
-from glm4ft.report.mask_view import Totals, mask_record, mask_text, render_legend, render_row, render_totals
+from glm4ft.report.mask_totals import Totals, render_totals
+from glm4ft.report.mask_view import mask_record, mask_text, render_legend, render_row
 from glm4ft.text.safe_text import escape, visible
 
 DEMO = Path(glm4ft.__file__).parent / "demo" / "two_conversations.jsonl"

@@ -19,7 +19,8 @@ from glm4ft.data.formats import make_format
 from glm4ft.data.inputs import data_inputs
 from glm4ft.data.reader import read_conversations
 from glm4ft.diagnosis.run_folder import explain_run
-from glm4ft.floors.floor import Floor, find_floor
+from glm4ft.floors.find_floor import find_floor
+from glm4ft.floors.floor import Floor
 from glm4ft.floors.head import read_head
 from glm4ft.floors.stops import stop_warnings
 from glm4ft.model.base_model import load_format

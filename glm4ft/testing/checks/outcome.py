@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from glm4ft.data.encoded_rows import TrainedRow
-from glm4ft.floors.floor import find_floor
+from glm4ft.floors.find_floor import find_floor
 from glm4ft.floors.head import frozen_head
 from glm4ft.floors.target import describe_unreachable
 from glm4ft.model.generation import greedy

@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from glm4ft.testing.recording.discovery import decoder_of
 from glm4ft.testing.recording.sampling import norms, sample, sampled_shapes
+from glm4ft.testing.recording.tensors import copy_of, dtype_of_moments, is_multiple, sharing, split_dimension
 from glm4ft.testing.recording.trace import Forward, ParameterGroup, Step, Tensors, Trace
 from glm4ft.testing.recording.trace_file import STEP_TENSORS, mapped
 
@@ -124,7 +125,7 @@ class Recorder:
 
     def _body_called(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         # the ids may be embedded before the body is called: a trainer may hand over the embeddings
-        self.inputs |= {name: _copy(kwargs.get(name)) for name in ("position_ids", "attention_mask")}
+        self.inputs |= {name: copy_of(kwargs.get(name)) for name in ("position_ids", "attention_mask")}
 
     def ids_embedded(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         """Keep the ids of a forward pass.
@@ -135,7 +136,7 @@ class Recorder:
         """
         if len(self.trace.steps) >= self.max_steps:
             self.close()  # not before: a second optimizer may share the last step
-        self.inputs["input_ids"], self.kept = _copy(args[0]), {}
+        self.inputs["input_ids"], self.kept = copy_of(args[0]), {}
 
     def _hidden_ready(self, module: nn.Module, args: Any, hidden: torch.Tensor) -> None:
         if len(self.trace.steps) >= self.max_steps:
@@ -191,7 +192,7 @@ class Recorder:
 
     def _add_up(self, name: str) -> Any:
         def add(gradient: torch.Tensor) -> None:
-            own = _copy(sample(name, gradient, self.sampled))
+            own = copy_of(sample(name, gradient, self.sampled))
             self.summed[name] = self.summed[name] + own if name in self.summed else own
 
         return add
@@ -200,7 +201,7 @@ class Recorder:
         def keep(parameter: torch.Tensor) -> None:
             # every backward pass overwrites this, so at the step it is the gradient accumulated over all of them
             assert parameter.grad is not None
-            self.last[name] = _copy(sample(name, parameter.grad, self.sampled))
+            self.last[name] = copy_of(sample(name, parameter.grad, self.sampled))
             if name in self.sampled:
                 self.last_norms |= norms({name: parameter.grad}, self.sampled)
 
@@ -212,9 +213,7 @@ class Recorder:
         It is what ``grad`` held after the last backward pass, or, where a trainer accumulates in a buffer of its own
         (Megatron's ``main_grad``), the sum over all backward passes: whichever has the direction of what is received.
         """
-        return (
-            self.summed if _is_multiple(received, self.summed) and not _is_multiple(received, self.last) else self.last
-        )
+        return self.summed if is_multiple(received, self.summed) and not is_multiple(received, self.last) else self.last
 
     def _step_begins(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
         self.depth += 1
@@ -257,9 +256,9 @@ class Recorder:
         self.trace.steps.append(
             Step(
                 forwards=forwards,
-                raw=_sharing(accumulated, received),
+                raw=sharing(accumulated, received),
                 clipped=received,
-                before=_sharing(self._kept(self.parameters), self._left()),
+                before=sharing(self._kept(self.parameters), self._left()),
                 groups=groups,
                 optimizer=type(optimizer).__name__,
                 num_detached=self.num_detached,
@@ -274,7 +273,7 @@ class Recorder:
 
     def _kept(self, tensors: Mapping[str, torch.Tensor]) -> Tensors:
         """Copies of tensors, of a large model those of a sample of their entries."""
-        return {name: _copy(sample(name, tensor, self.sampled)) for name, tensor in tensors.items()}
+        return {name: copy_of(sample(name, tensor, self.sampled)) for name, tensor in tensors.items()}
 
     def _left(self) -> Tensors:
         """The trained parameters as the last step left them."""
@@ -292,7 +291,7 @@ class Recorder:
             return
         step = self.trace.steps[-1]
         step.after = self._kept(self.parameters)
-        step.state_dtypes |= {n: found for n in held if (found := _moments(optimizer, self.parameters[n]))}
+        step.state_dtypes |= {n: found for n in held if (found := dtype_of_moments(optimizer, self.parameters[n]))}
         self.step_recorded()
 
 
@@ -311,48 +310,3 @@ class _OnDisk(Recorder):
         for part in STEP_TENSORS:
             setattr(step, part, {name: kept[str(id(t))] for name, t in getattr(step, part).items()})
         self.left = {str(id(t)): t for t in step.after.values()}
-
-
-def _sharing(tensors: Tensors, others: Tensors) -> Tensors:
-    """The tensors, those that equal another of their name replaced by it: half of a trace is there twice."""
-    return {n: others[n] if n in others and torch.equal(t, others[n]) else t for n, t in tensors.items()}
-
-
-def _is_multiple(received: Tensors, gradient: Tensors) -> bool:
-    """Whether one gradient is the other times a positive factor, to the rounding of fp32."""
-    if received.keys() != gradient.keys():
-        return False
-    pairs = [(received[name].double(), gradient[name].double()) for name in received]
-    product = sum(float((a * b).sum()) for a, b in pairs)
-    lengths = [sum(float((t * t).sum()) for t in tensors) for tensors in zip(*pairs, strict=True)] if pairs else [0.0]
-    return product > 0 and product**2 >= (1 - 1e-9) * lengths[0] * lengths[-1]
-
-
-def _moments(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> torch.dtype | None:
-    """The dtype of the optimizer's moments of a parameter; None if it keeps none."""
-    state = optimizer.state.get(parameter, {}).values()
-    return next((v.dtype for v in state if isinstance(v, torch.Tensor) and v.shape == parameter.shape), None)
-
-
-def _copy(tensor: Any) -> Any:
-    if not isinstance(tensor, torch.Tensor):
-        return None
-    # a part of a sharded tensor is recorded as it is: gathering it would make one process wait for the others
-    own: Any = tensor.detach()
-    return (own.to_local() if hasattr(own, "to_local") else own).cpu().clone()
-
-
-def split_dimension(name: str, parameter: Any) -> int | None:
-    """The dimension along which FSDP2 splits a parameter over the processes; None if each process holds it whole.
-
-    Raises:
-        ValueError: If the parameter is split in another way.
-    """
-    if type(parameter).__name__ == "FlatParameter" or hasattr(parameter, "ds_id"):
-        raise ValueError(f"{name} is split over the processes by FSDP's first version or DeepSpeed's third stage")
-    if not hasattr(parameter, "to_local"):
-        return None
-    placements = parameter.placements
-    if len(placements) != 1 or not placements[0].is_shard():
-        raise ValueError(f"{name} is a distributed tensor of placements {placements}, not split once as by FSDP2")
-    return int(placements[0].dim)

@@ -16,7 +16,7 @@ import pytest
 
 from glm4ft.data.chat_format import ChatFormat
 from glm4ft.model.tiny import write_tiny_base
-from glm4ft.testing.checks import rows
+from glm4ft.testing.checks import loss_flags, rows
 from glm4ft.testing.specification.mask_oracle import (
     IGNORED,
     Mistake,
@@ -33,7 +33,8 @@ from glm4ft.testing.trial.registry import CHECKS, Check
 from glm4ft.testing.trial.stages import CheckFailed, NotApplicable
 from glm4ft.testing.trial.trial import Trial
 
-ROWS = {check.name: check for check in CHECKS if check.run.__module__ == rows.__name__ and "train" not in check.needs}
+MODULES = {rows.__name__, loss_flags.__name__}
+ROWS = {check.name: check for check in CHECKS if check.run.__module__ in MODULES and "train" not in check.needs}
 Messages = Sequence[dict[str, Any]]
 Lists = dict[str, list[int]]
 

@@ -13,7 +13,7 @@ import pytest
 from glm4ft.data.template_format import TemplateFormat
 from glm4ft.data.turn_format import TEMPLATE
 from glm4ft.testing.bases.chatml_base import write_chatml_base
-from glm4ft.testing.checks import rows
+from glm4ft.testing.checks import loss_flags, rows
 from glm4ft.testing.subjects import own, transformers_trainer
 from glm4ft.testing.subjects.template_shapes import HeaderIn, NoTerminator, OtherStop
 from glm4ft.testing.trial.registry import CHECKS, Check
@@ -21,7 +21,8 @@ from glm4ft.testing.trial.stages import CheckFailed, NotApplicable
 from glm4ft.testing.trial.trial import Trial
 from glm4ft.testing.trial.turns import sampled_spans
 
-ROWS = {check.name: check for check in CHECKS if check.run.__module__ == rows.__name__ and "train" not in check.needs}
+MODULES = {rows.__name__, loss_flags.__name__}
+ROWS = {check.name: check for check in CHECKS if check.run.__module__ in MODULES and "train" not in check.needs}
 GLM_ONLY = ("prefix_occurs_once", "supervised_text_is_the_answer")
 
 

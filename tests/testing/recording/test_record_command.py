@@ -135,7 +135,7 @@ def test_run_that_dies_leaves_what_was_recorded(healthy: Trial, tmp_path: Path) 
 def test_error_of_the_recorder_does_not_reach_the_run(
     healthy: Trial, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recorder, "_copy", lambda tensor: 1 / 0)
+    monkeypatch.setattr(recorder, "copy_of", lambda tensor: 1 / 0)
     with record_run(tmp_path / "recording"):
         train(str(healthy.base_dir), str(tmp_path / "adapter"))
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()

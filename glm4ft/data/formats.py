@@ -7,7 +7,6 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from glm4ft.data.chat_format import ChatFormat
-from glm4ft.data.template_format import TemplateFormat
 from glm4ft.data.turn_format import TEMPLATE
 
 
@@ -21,4 +20,8 @@ def make_format(name: str, tokenizer: PreTrainedTokenizerBase, **options: Any) -
     Raises:
         ModelError: If the format is unknown, or the tokenizer cannot write it.
     """
-    return (TemplateFormat if name == TEMPLATE else ChatFormat)(name, tokenizer, **options)
+    if name == TEMPLATE:
+        from glm4ft.data.template_format import TemplateFormat  # a trainer of GLM-4 does without it
+
+        return TemplateFormat(name, tokenizer, **options)
+    return ChatFormat(name, tokenizer, **options)

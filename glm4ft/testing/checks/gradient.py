@@ -103,9 +103,26 @@ def check_logged_loss_is_the_loss(trial: Trial) -> None:
             ratio = logged[number] / expected
             if not within("gradient: logged loss", abs(ratio - 1), LOGGED_LIMIT[trial.dtype]):
                 words = f"; it is {ratio:.4g} times the loss" if ratio > 0 else ""
+                cause = _logged_instead(logged[number], run.losses_of_micro_batches(number), LOGGED_LIMIT[trial.dtype])
                 raise CheckFailed(
                     f"step {number}: the log says {logged[number]:.6g}, the loss is {expected:.6g}{words}"
+                    + f"; likely cause: {cause}" * bool(cause),
+                    cause=cause,
                 )
+
+
+def _logged_instead(logged: float, losses: list[float], limit: float) -> str:
+    """What a log has in place of the loss of a step of several micro-batches; "" if nothing fits, or several do."""
+    if len(losses) < 2:
+        return ""
+    others = {
+        "the loss of the last micro-batch alone is logged": losses[-1],
+        "the loss of the first micro-batch alone is logged": losses[0],
+        "the micro-batches' own means are averaged in the log": sum(losses) / len(losses),
+        "the micro-batches' own means are added up in the log": sum(losses),
+    }
+    fitting = [words for words, other in others.items() if abs(logged - other) <= limit * other]
+    return fitting[0] if len(fitting) == 1 else ""
 
 
 @check(

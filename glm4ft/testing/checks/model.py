@@ -19,6 +19,7 @@ from glm4ft.testing.trial.stages import CheckFailed, NotApplicable
 from glm4ft.testing.trial.trial import Trial
 
 NEEDS = ("build_model", "train")
+EVALUATED: dict[str, Any] = {"accumulation": 2, "schedule": "linear", "steps": 4, "eval_every": 2}  # the run of a plan
 
 
 @check(stage="model", needs=NEEDS, incident="torchtune 1049, TRL 3337: evaluated with dropout on")
@@ -172,13 +173,47 @@ def check_forward_passes_have_the_requested_autocast(trial: Trial) -> None:
         raise CheckFailed(f"forward passes run under autocast to {found}, requested was {asked}")
 
 
+@check(stage="model", needs=NEEDS, incident="verl 3830: validated without the adapters")
+def check_evaluation_computes_what_was_trained(trial: Trial) -> None:
+    """While a run evaluates, the model computes what the base and the adapters trained so far compute.
+
+    Judged of rows that follow no other and no padding; whether the others are kept apart is a claim about batches.
+    """
+    run, limit = trial.run(**EVALUATED), LIMITS[trial.dtype]
+    if "model" in run.verdict.departures:
+        raise NotApplicable("not judged: the model is off in training, too")
+    if not (rows := [row for row in run.evaluated if not row.span.start]):
+        raise NotApplicable("the trainer was asked to evaluate and did not")
+    for row in rows:
+        if not within("model: rows of an evaluation", row.size, limit):
+            is_base = run.size_off(row.span.ids, row.hidden_TD, {}) <= limit
+            cause = "it is evaluated without its adapters" * is_base
+            raise CheckFailed(
+                f"evaluated after step {row.num_steps}, a row of {len(row.span.ids)} tokens is {row.size:.1e} off what "
+                "base and adapters compute" + f"; likely cause: {cause}" * is_base,
+                cause=cause,
+            )
+
+
 @check(stage="model", needs=NEEDS, incident="mlx-lm 1698: all of each head rotated; PEFT 2489: scale left out")
 def check_model_computes_what_was_requested(trial: Trial) -> None:
     """In every recorded run, the model computes what the base on the disk and the requested adapters compute.
 
     It runs as the last check of its stage, since the others report more precisely what is wrong.
     """
-    trial.require_plans("model_computes_what_was_requested", "model")
+    try:
+        trial.require_plans("model_computes_what_was_requested", "model")
+    except CheckFailed as error:
+        if error.cause or not (cause := _cause_in_training(trial)):
+            raise
+        raise CheckFailed(f"{error}\nlikely cause: {cause}", cause=cause) from error
+
+
+def _cause_in_training(trial: Trial) -> str:
+    """What is wrong if the same model is right whenever it evaluates; "" if it is not, or never evaluates."""
+    rows = [row for row in trial.run(**EVALUATED).evaluated if not row.span.start]
+    is_right = bool(rows) and all(row.size <= LIMITS[trial.dtype] for row in rows)
+    return "something acts in training alone, as noise or dropout: in evaluation the model is right" * is_right
 
 
 def _require_dropped(model: Any, use: Callable[[], Any], expected: float, where: str) -> None:

@@ -173,17 +173,22 @@ def _nll(trial: Trial, row: LabelledIds, trained: Tensors | None = None) -> list
 def _learnt_turns(trial: Trial) -> Iterator[tuple[LabelledIds, TurnSpan]]:
     """The turns of the two conversations, each with its row."""
     for conversation, row in zip(trial.demo, trial.rows(trial.demo), strict=True):
-        for turn in asked_turns(trial, conversation, row[0]):
+        for turn in ended_turns(trial, conversation, row[0]):
             yield row, turn
 
 
 def asked_turns(trial: Trial, conversation: Mapping[str, Any], ids: Sequence[int]) -> list[TurnSpan]:
-    """The assistant turns of a row that serving asks for; one without terminator is left out."""
+    """The assistant turns of a row that serving asks for; that one has no terminator is for the rows' checks to say."""
     try:
         turns = turns_in(trial, conversation, ids)
     except Undecidable as error:
         raise CheckFailed(str(error)) from error
-    return [turn for turn in turns if turn.asked and turn.end < len(ids)]
+    return [turn for turn in turns if turn.asked]
+
+
+def ended_turns(trial: Trial, conversation: Mapping[str, Any], ids: Sequence[int]) -> list[TurnSpan]:
+    """The assistant turns of a row that serving asks for and that have a terminator."""
+    return [turn for turn in asked_turns(trial, conversation, ids) if turn.end < len(ids)]
 
 
 def require_said(trial: Trial, got: list[int], expected: list[int]) -> None:

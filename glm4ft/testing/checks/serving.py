@@ -11,7 +11,7 @@ import torch
 from glm4ft.data.control_tokens import common_prefix_length
 from glm4ft.model.generation import greedy
 from glm4ft.testing.checks.encoding import chat_format_of
-from glm4ft.testing.checks.outcome import NEEDS, asked_turns, require_said
+from glm4ft.testing.checks.outcome import NEEDS, asked_turns, ended_turns, require_said
 from glm4ft.testing.recording.recorder import record
 from glm4ft.testing.recording.trace import Forward
 from glm4ft.testing.specification.turn_text import THINKING_FORMATS, carries_reasoning
@@ -34,7 +34,7 @@ def check_own_inference_reproduces_every_turn(trial: Trial) -> None:
     """
     can_think = chat_format_of(trial) in THINKING_FORMATS
     for conversation, (ids, _) in zip(trial.demo, trial.rows(trial.demo), strict=True):
-        for turn in asked_turns(trial, conversation, ids):
+        for turn in ended_turns(trial, conversation, ids):
             if can_think and not carries_reasoning(conversation["messages"], turn.message):
                 continue
             expected = list(ids[turn.start : turn.end + 1])

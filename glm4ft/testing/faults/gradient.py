@@ -245,3 +245,26 @@ class DividedByAllPositions(Subject):
 
     def count_targets(self, batches: Sequence[Batch]) -> int:
         return sum(batch["labels"].numel() for batch in batches)
+
+
+@fault("penalty-on-the-logits", evidence=MADE_UP, cause=r"another term in the loss")
+class PenaltyOnTheLogits(Subject):
+    """The loss has a penalty on the size of the logits, as in pretraining, that nobody asked for."""
+
+    def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        predictions, targets = self.shift(logits, labels)
+        sizes = torch.logsumexp(predictions[targets != IGNORED].float(), dim=-1)
+        return super().loss_sum(logits, labels) + 1e-3 * (sizes * sizes).sum()
+
+
+@fault("last-micro-batch-logged", evidence=MADE_UP, cause=r"last micro-batch alone")
+class LastMicroBatchLogged(Subject):
+    """The logged loss is that of the step's last micro-batch."""
+
+    def train_micro_batch(self, run: LoopState, batch: Batch, num_targets: int, num_micro_batches: int) -> torch.Tensor:
+        part = super().train_micro_batch(run, batch, num_targets, num_micro_batches)
+        self.last = float(part) * num_targets / max(1, self.count_targets([batch]))
+        return part
+
+    def log_entry(self, run: LoopState, loss: float, grad_norm: float) -> dict[str, Any]:
+        return super().log_entry(run, self.last, grad_norm)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from glm4ft.testing.faults.registry import MADE_UP, faults_at
 from glm4ft.testing.recording.discovery import decoder_of
-from glm4ft.testing.subjects.plain_loop import Subject, trained
-from glm4ft.testing.subjects.plain_loop_data import Batch
+from glm4ft.testing.subjects.plain_loop import Conversations, LoopState, Subject, trained
+from glm4ft.testing.subjects.plain_loop_data import Batch, Features
 
 ESCAPES = (
     "The reference also uses the forward pass of transformers, so both sides share a bug of that library's GLM-4; and "
@@ -271,3 +271,25 @@ class ModuleDrawnAnew(Subject):
         weight = base.model.layers[1].mlp.down_proj.weight
         weight.data = 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
         return base
+
+
+@fault("evaluated-without-adapters", evidence="verl 3830", cause=r"without its adapters")
+class EvaluatedWithoutAdapters(Subject):
+    """The evaluations of a run judge the base: the adapters are off in them."""
+
+    def score(self, model: Any, rows: Sequence[Features]) -> dict[str, float]:
+        with model.disable_adapter():
+            return super().score(model, rows)
+
+
+@fault("noise-on-the-embeddings", evidence=MADE_UP, cause=r"in training alone")
+class NoiseOnTheEmbeddings(Subject):
+    """Noise is added to the embeddings in training (NEFTune) that nobody asked for."""
+
+    def begin(self, model: Any, conversations: Conversations, plan: Mapping[str, Any]) -> LoopState:
+        def add_noise(embedding: nn.Module, args: Any, embedded: torch.Tensor) -> torch.Tensor | None:
+            largest = 5 / (embedded.shape[1] * embedded.shape[2]) ** 0.5
+            return embedded + torch.empty_like(embedded).uniform_(-largest, largest) if embedding.training else None
+
+        model.get_input_embeddings().register_forward_hook(add_noise)
+        return super().begin(model, conversations, plan)

@@ -11,11 +11,14 @@ from glm4ft.data.encoded_row import IGNORED
 from glm4ft.testing.recording.trace import Forward
 from glm4ft.testing.replay.departure import Departure, Departures
 from glm4ft.testing.replay.matching import RowSpan, is_part_of
-from glm4ft.testing.replay.step import ReplayedStep, SeenRow, relative
+from glm4ft.testing.replay.step import ReplayedStep, SeenHidden, SeenRow, relative
 
 # The judges for which all rows of a step have to be known.
 UNKNOWN = ("batches", "loss", "gradient")
 NULL_MEMBER = re.compile(r',\s*"[^"]+": null|"[^"]+": null,?\s*')
+# The number of tokens that must agree at a row's beginning to say that the weights are right: a wrong weight changes
+# the first token already, a wrong rotary angle the second.
+SOUND_START = 8
 SHOWN = 3  # the number of tokens of a row that a message quotes
 
 
@@ -130,7 +133,8 @@ def judge_batches(step: ReplayedStep) -> Departures:
         who, cause = _repeated_by(step, again)
         text = f"a row ({len(again)} tokens) was seen {most} times{who}, another {least} times"
         yield step.depart("batches", text, cause)
-    for row, size in step.hidden_sizes:
+    for found in step.hidden_states:
+        row, size = found.row, found.size
         cause = _wrong_surroundings(step.step.forwards[row.forward], row.span)
         if cause or (row.span.start > 0 and _rows_in_front_agree(step)):
             where = "that follows another or padding" if row.span.start else "of a batch"
@@ -185,7 +189,7 @@ def _wrong_surroundings(forward: Forward, span: RowSpan) -> str:
 
 
 def _rows_in_front_agree(step: ReplayedStep) -> bool:
-    in_front = [size for row, size in step.hidden_sizes if not row.span.start]
+    in_front = [found.size for found in step.hidden_states if not found.row.span.start]
     return bool(in_front) and all(size <= step.limit("batches") for size in in_front)
 
 
@@ -203,11 +207,28 @@ def judge_model(step: ReplayedStep) -> Departures:
         yield step.depart("model", text, "another base, or weights drawn anew", size, hides=("gradient",))
     if not all(forward.training for forward in step.step.forwards):
         yield step.depart("model", "the model is not in training mode")
-    for _, size in step.hidden_sizes:
-        cause = "another base, adapter scale or dtype than requested"
-        text = f"the final norm's output is {size:.1e} off the specification"
-        yield step.depart("model", text, cause, size, hides=("gradient",))
+    for found in step.hidden_states:
+        cause = "" if found.size <= step.limit("model") else _other_model(step, found)
+        text = f"the final norm's output is {found.size:.1e} off the specification"
+        yield step.depart("model", text, cause, found.size, hides=("gradient",))
     unused = sorted(before.keys() - step.step.raw.keys())
     if unused and step.step.raw:
         text = f"no gradient reaches {len(unused)} of {len(before)} trained parameters, e.g. {unused[0]}"
         yield step.depart("model", text, "their output does not enter the loss", hides=("gradient",))
+
+
+def _other_model(step: ReplayedStep, found: SeenHidden) -> str:
+    """The other model, or the other rows, that a row's hidden states are those of; "" if none is found."""
+    if found.num_right >= SOUND_START:
+        return (
+            f"the first {found.num_right:,} tokens of the row are right and the next is not, so the weights are: how "
+            "far attention reaches, or the positions of a longer row"
+        )
+    left = step.history.previous.after if step.history.previous else {}
+    others = {
+        "the adapters have no effect: the hidden states are those of the base": {},
+        "the parameters were changed between the forward pass and the optimizer's step": left,
+    }
+    limit = step.limit("model")
+    fitting = [words for words, trained in others.items() if step.size_off(found.row, trained) <= limit]
+    return fitting[0] if len(fitting) == 1 else ""

@@ -97,12 +97,33 @@ def _wrong_weights(step: ReplayedStep) -> Departures:
     if within("gradient: weight of a token", max(abs(low - 1), abs(high - 1)), limit):
         return
     if high - low <= limit * high:
-        cause = f"the loss is {high:.4g} times the token mean" + _factor_words(step, high)
         text = f"tokens count {low:.4g} to {high:.4g} times what they should"
+        whole = f"the loss is {high:.4g} times the token mean{_factor_words(step, high)}"
+        cause = whole if _is_multiple(step) else _chunk_cause(step, limit)
         yield step.depart("gradient", text, cause, factor=high, hides=("gradient",))
         return
     text = f"tokens count {low:.4g} to {high:.4g} times what they should"
     yield step.depart("gradient", text, _uneven_cause(step, medians, limit), hides=("gradient",))
+
+
+def _is_multiple(step: ReplayedStep) -> bool:
+    """Whether the accumulated gradient is a multiple of the right one, which only a factor on the whole loss gives."""
+    expected = step.gradient()
+    factor = dot(step.raw, expected) / (dot(expected, expected) or 1.0)
+    return relative(step.raw, {name: factor * g for name, g in expected.items()}) <= EXPLAINED
+
+
+def _chunk_cause(step: ReplayedStep, limit: float) -> str:
+    """The position where a row's tokens begin to count otherwise, if each part counts as a mean of its own; else ""."""
+    for row in step.seen:
+        at_N = (row.targets.labels_T != IGNORED).nonzero()[:, 0]
+        weights_N = row.targets.weights_T[at_N]
+        starts = ((weights_N[1:] / weights_N[:-1] - 1).abs() > 10 * limit).nonzero()[:, 0] + 1
+        chunks = weights_N.tensor_split(starts.tolist())
+        sums = [float(chunk.sum()) for chunk in chunks]
+        if len(chunks) > 1 and max(sums) - min(sums) <= limit * max(sums) and min(map(len, chunks)) > 1:
+            return f"means over chunks of positions are added, a second one from position {int(at_N[starts[0]])} on"
+    return ""
 
 
 def _spread(values: list[float]) -> float:

@@ -44,6 +44,21 @@ class SeenRow:
         return self.span.ids
 
 
+@dataclass(frozen=True)
+class SeenHidden:
+    """How far the hidden states of a row are from those that the specification computes of the row alone.
+
+    Args:
+        row: The row.
+        size: The relative departure over all of its tokens.
+        num_right: The number of tokens at its beginning whose own hidden states agree.
+    """
+
+    row: SeenRow
+    size: float
+    num_right: int
+
+
 class ReplayedStep:
     """A recorded step and what the specification states about it.
 
@@ -232,14 +247,24 @@ class ReplayedStep:
         return count_targets(self.rows())
 
     @cached_property
-    def hidden_sizes(self) -> list[tuple[SeenRow, float]]:
-        """Each row with the relative departure of its hidden states from those of the row alone."""
-        sizes = []
+    def hidden_states(self) -> list[SeenHidden]:
+        """Each row with how far its hidden states are from those of the row alone."""
+        found = []
         for row in self.seen:
             with torch.no_grad():
-                alone = self.reference.hidden(row.ids, self.step.weights, self.kept(row))[: len(row.hidden_TD)]
-            sizes.append((row, float((row.hidden_TD - alone).norm() / alone.norm())))
-        return sizes
+                alone_TD = self.reference.hidden(row.ids, self.step.weights, self.kept(row))[: len(row.hidden_TD)]
+            off_TD = row.hidden_TD - alone_TD
+            size = float(off_TD.norm() / alone_TD.norm())
+            # rounding, and far below the departure of the whole row, which is spread unevenly over its tokens
+            is_right_T = off_TD.norm(dim=1) <= min(self.limit("model"), size / 100) * alone_TD.norm(dim=1)
+            found.append(SeenHidden(row, size, int(is_right_T.cumprod(0).sum())))
+        return found
+
+    def size_off(self, row: SeenRow, trained: Tensors) -> float:
+        """The relative departure of a row's hidden states from those that other trained parameters give."""
+        with torch.no_grad():
+            alone_TD = self.reference.hidden(row.ids, trained, self.kept(row))[: len(row.hidden_TD)]
+        return float((row.hidden_TD - alone_TD).norm() / alone_TD.norm())
 
     def kept(self, row: SeenRow) -> Tensors:
         """What dropout multiplied each entry (T, D) of a row by, by the dropout layer."""

@@ -161,12 +161,12 @@ class Reference:
         total, count = torch.zeros((), dtype=torch.float64), 0
         none = [None] * len(rows)
         for (input_ids, labels), own, weights_T in zip(rows, kept or none, weights or none, strict=True):
-            targets_T = torch.tensor(list(labels))[1:]
-            logits = self.logits(self.hidden(input_ids, trained, own)[:-1], trained)
-            logits = logits if in_fp32 else logits.double()
-            nll_T = F.cross_entropy(logits, targets_T, ignore_index=IGNORED, reduction="none").double()
-            total = total + (nll_T if weights_T is None else nll_T * weights_T[1:]).sum()
-            count += int((targets_T != IGNORED).sum())
+            at_N = (torch.tensor(list(labels))[1:] != IGNORED).nonzero()[:, 0]  # the positions that predict them
+            logits_NV = self.logits(self.hidden(input_ids, trained, own)[at_N], trained)
+            targets_N = torch.tensor(list(labels))[at_N + 1]
+            nll_N = F.cross_entropy(logits_NV if in_fp32 else logits_NV.double(), targets_N, reduction="none").double()
+            total = total + (nll_N if weights_T is None else nll_N * weights_T[at_N + 1]).sum()
+            count += len(at_N)
         return total if weights else total / count
 
     def gradient(

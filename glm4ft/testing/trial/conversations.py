@@ -10,6 +10,8 @@ from glm4ft.testing.specification.turn_text import ALWAYS_THINKS, THINKING_FORMA
 
 Conversations = list[dict[str, Any]]
 
+LONG = 1050  # words of a long text: more than 1,024, and two of them more than 2,048
+
 
 def all_conversations(*, with_tools: bool = True, chat_format: str = "") -> dict[str, Conversations]:
     """Every set of conversations by its name, in the form that ``train`` accepts.
@@ -27,6 +29,7 @@ def all_conversations(*, with_tools: bool = True, chat_format: str = "") -> dict
         "mixed": [*_tool_calls(), *_several_turns()] if with_tools else _several_turns(),
         "silent": [_silent(talk) for talk in short],
         "half-silent": [_silent(talk) if i % 2 else talk for i, talk in enumerate(short)],
+        "long": [_long(), short[0]],
     }
     if chat_format in ALWAYS_THINKS:
         return {name: [_thinking(talk) for talk in talks] for name, talks in found.items()}
@@ -52,6 +55,19 @@ def _short() -> Conversations:
         }
         for i in range(8)
     ]
+
+
+def _long() -> dict[str, Any]:
+    """A conversation whose prompt and answer have a thousand tokens each, whatever the tokenizer.
+
+    Losses in chunks, windows of attention and limits of lengths are right for every row that is short enough.
+    """
+    words = ["the", "and", "of", "to", "in", "is", "it"]  # a token each, with the space before it
+
+    def text(length: int) -> str:
+        return " ".join(words[(i * i + i // 7) % len(words)] for i in range(length))
+
+    return {"messages": [_message("user", text(LONG)), _message("assistant", text(LONG + 50))], "tools": None}
 
 
 def _thinking(conversation: dict[str, Any]) -> dict[str, Any]:

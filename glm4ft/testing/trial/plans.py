@@ -67,6 +67,7 @@ SMALL_NORM, LARGE_NORM = 0.05, 1000.0  # every gradient norm here exceeds the fi
 NAMED = (
     Plan("standard"),
     Plan("conversations of every kind", {"steps": 4, "micro_batch_size": 1}, of="mixed"),
+    Plan("a row of two thousand tokens", {"micro_batch_size": 1, "steps": 2}, of="long"),
     Plan("half of the rows without targets", {"accumulation": 8, "micro_batch_size": 1, "steps": 2}, "half-silent",
          _SILENT_ROWS),
     Plan("larger batches", {"micro_batch_size": 4, "steps": 2}),

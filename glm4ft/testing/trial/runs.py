@@ -11,14 +11,31 @@ import torch
 
 from glm4ft.testing.recording.trace import Forward, Tensors, Trace
 from glm4ft.testing.replay.history import History
-from glm4ft.testing.replay.matching import KnownRows, TokenWeights
+from glm4ft.testing.replay.matching import KnownRows, RowSpan, TokenWeights
 from glm4ft.testing.replay.replay import Verdict, replay
-from glm4ft.testing.replay.step import ReplayedStep
+from glm4ft.testing.replay.step import ReplayedStep, count_targets
 from glm4ft.testing.specification.reference import LabelledIds, Reference
 from glm4ft.testing.specification.update_rule import clip_factor
 from glm4ft.testing.trial.stages import NotApplicable
 
 Order = list[list[tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class EvaluatedRow:
+    """A known row in a forward pass of an evaluation.
+
+    Args:
+        num_steps: The number of steps before the evaluation.
+        span: The row's span in the forward pass.
+        hidden_TD: The output of the final norm for the row.
+        size: The relative departure from the hidden states that the row has alone with the parameters of that step.
+    """
+
+    num_steps: int
+    span: RowSpan
+    hidden_TD: torch.Tensor
+    size: float
 
 
 @dataclass
@@ -79,6 +96,30 @@ class RecordedRun:
                 float(step.reference.loss(step.rows(), step.step.before, weights=step.mean_weights(step.rows())))
                 for step in self._replayed_steps()
             ]
+
+    def losses_of_micro_batches(self, number: int) -> list[float]:
+        """The loss of each micro-batch of a step, counted from 1, as the mean over its own supervised tokens."""
+        step = self._replayed_steps()[number - 1]
+        rows = [rows for index in range(len(step.step.forwards)) if count_targets(rows := step.rows(index))]
+        with torch.no_grad():
+            return [float(step.reference.loss(own, step.step.before, weights=step.mean_weights(own))) for own in rows]
+
+    @functools.cached_property
+    def evaluated(self) -> list[EvaluatedRow]:
+        """The known rows that the run evaluated."""
+        found = list[EvaluatedRow]()
+        for num_steps, forward in self.trace.evaluations:
+            for span in self.known.find_in(forward).rows:
+                hidden_TD = forward.hidden_BTD[span.b][span.positions]
+                size = self.size_off(span.ids, hidden_TD, self.at(num_steps))
+                found.append(EvaluatedRow(num_steps, span, hidden_TD, size))
+        return found
+
+    def size_off(self, ids: tuple[int, ...], hidden_TD: torch.Tensor, trained: Tensors) -> float:
+        """The relative departure of a row's hidden states from those that it has alone with trained parameters."""
+        with torch.no_grad():
+            alone_TD = self.reference.hidden(ids, trained)[: len(hidden_TD)]
+        return float((hidden_TD - alone_TD).norm() / alone_TD.norm())
 
     def _replayed_steps(self) -> list[ReplayedStep]:
         history = History(self.reference, self.known, self.plan, self.trace.dtype)

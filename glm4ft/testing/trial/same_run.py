@@ -79,7 +79,7 @@ def _forward_cause(run: RecordedRun, step: Step) -> str:
         return ""  # the specification drops nothing
     history = History(run.reference, run.known, run.plan, run.trace.dtype)
     replayed = ReplayedStep(1, step, history)
-    if all(size <= replayed.limit("model") for _, size in replayed.hidden_sizes):
+    if all(found.size <= replayed.limit("model") for found in replayed.hidden_states):
         return ""
     return ": the model does not compute what its base and adapters say, e.g. dropout acts, or another LoRA scale"
 

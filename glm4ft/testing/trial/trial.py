@@ -114,9 +114,9 @@ class Trial(SharedRuns):
             else:
                 judged.append(run)
         if departures:
-            first = next(iter(departures.values()))[0]
             lines = [f"{departure} (plan {plan})" for departure, plan in departures.values()]
-            raise CheckFailed("\n".join(lines), cause=first.cause)
+            causes = (departure.cause for departure, _ in departures.values() if departure.cause)
+            raise CheckFailed("\n".join(lines), cause=next(causes, ""))
         if not judged:
             raise NotApplicable(reasons[0])
         return judged

@@ -98,8 +98,8 @@ def _wrong_weights(step: ReplayedStep) -> Departures:
         return
     if high - low <= limit * high:
         text = f"tokens count {low:.4g} to {high:.4g} times what they should"
-        whole = f"the loss is {high:.4g} times the token mean{_factor_words(step, high)}"
-        cause = whole if _is_multiple(step) else _chunk_cause(step, limit)
+        as_factor = f"the loss is {high:.4g} times the token mean{_factor_words(step, high)}"
+        cause = as_factor if _is_multiple(step) else _chunk_cause(step, limit)
         yield step.depart("gradient", text, cause, factor=high, hides=("gradient",))
         return
     text = f"tokens count {low:.4g} to {high:.4g} times what they should"

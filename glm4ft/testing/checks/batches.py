@@ -100,7 +100,7 @@ def check_no_gradient_leaks_between_packed_rows(trial: Trial) -> None:
 def check_evaluation_keeps_rows_apart(trial: Trial) -> None:
     """While a run evaluates, each row has the hidden states that it has alone."""
     run = trial.run(steps=4, packing=True, micro_batch_size=1, eval_every=2)
-    _require_judged_model(run)
+    run.require_sound_model()
     if not run.evaluated:
         raise NotApplicable("the trainer was asked to evaluate and did not")
     limit = LIMITS[trial.dtype]
@@ -112,14 +112,6 @@ def check_evaluation_keeps_rows_apart(trial: Trial) -> None:
                 f"evaluated after step {row.num_steps}, a row of {len(row.span.ids)} tokens at position "
                 f"{row.span.start} is {row.size:.1e} off the same row alone: it attends to neighbours or padding"
             )
-
-
-def _require_judged_model(run: RecordedRun) -> None:
-    """Skip if the model itself is wrong: every row is off then, alone or not, and the checks of the model report it."""
-    if "model" in run.verdict.departures or not run.trace.steps:
-        raise NotApplicable("not judged: the run departs, whether or not it evaluates")
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in run.trained.values()):
-        raise NotApplicable("not judged: the run trains to parameters that are not finite, which other checks report")
 
 
 @check(

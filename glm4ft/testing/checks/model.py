@@ -180,8 +180,7 @@ def check_evaluation_computes_what_was_trained(trial: Trial) -> None:
     Judged of rows that follow no other and no padding; whether the others are kept apart is a claim about batches.
     """
     run, limit = trial.run(**EVALUATED), LIMITS[trial.dtype]
-    if "model" in run.verdict.departures:
-        raise NotApplicable("not judged: the model is off in training, too")
+    run.require_sound_model()
     if not (rows := [row for row in run.evaluated if not row.span.start]):
         raise NotApplicable("the trainer was asked to evaluate and did not")
     for row in rows:

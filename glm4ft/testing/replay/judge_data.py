@@ -8,7 +8,7 @@ import torch
 
 from glm4ft.data.control_tokens import common_prefix_length
 from glm4ft.data.encoded_row import IGNORED
-from glm4ft.testing.recording.trace import Forward
+from glm4ft.testing.recording.trace import Forward, Tensors
 from glm4ft.testing.replay.departure import Departure, Departures
 from glm4ft.testing.replay.matching import RowSpan, is_part_of
 from glm4ft.testing.replay.step import ReplayedStep, SeenHidden, SeenRow, relative
@@ -224,11 +224,9 @@ def _other_model(step: ReplayedStep, found: SeenHidden) -> str:
             f"the first {found.num_right:,} tokens of the row are right and the next is not, so the weights are: how "
             "far attention reaches, or the positions of a longer row"
         )
-    left = step.history.previous.after if step.history.previous else {}
-    others = {
-        "the adapters have no effect: the hidden states are those of the base": {},
-        "the parameters were changed between the forward pass and the optimizer's step": left,
-    }
+    others: dict[str, Tensors] = {"what is trained has no effect: the hidden states are those of the base": {}}
+    if previous := step.history.previous:
+        others["the parameters were changed between the forward pass and the optimizer's step"] = previous.after
     limit = step.limit("model")
     fitting = [words for words, trained in others.items() if step.size_off(found.row, trained) <= limit]
     return fitting[0] if len(fitting) == 1 else ""

@@ -115,6 +115,19 @@ class RecordedRun:
                 found.append(EvaluatedRow(num_steps, span, hidden_TD, size))
         return found
 
+    def require_sound_model(self) -> None:
+        """Skip what would be off in every row of the run: other checks report the model, and what is not finite.
+
+        Raises:
+            NotApplicable: If the model departs in training, or the run trains to parameters that are not finite.
+        """
+        if "model" in self.verdict.departures or not self.trace.steps:
+            raise NotApplicable("not judged: the run departs, whether or not it evaluates")
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in self.trained.values()):
+            raise NotApplicable(
+                "not judged: the run trains to parameters that are not finite, which other checks report"
+            )
+
     def size_off(self, ids: tuple[int, ...], hidden_TD: torch.Tensor, trained: Tensors) -> float:
         """The relative departure of a row's hidden states from those that it has alone with trained parameters."""
         with torch.no_grad():

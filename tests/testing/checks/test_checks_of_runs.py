@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import pad
 
 from glm4ft.testing.checks import all_checks
 from glm4ft.testing.recording.trace import Step, Tensors
@@ -98,6 +99,22 @@ def lose_last_pack(run: RecordedRun) -> None:
 def noise_in_evaluation(run: RecordedRun) -> None:
     for _, forward in run.trace.evaluations:
         forward.hidden_BTD += 1e-3
+
+
+def noise_behind_padding(run: RecordedRun) -> None:
+    for _, forward in run.trace.evaluations:
+        assert forward.attention_mask is not None
+        forward.input_ids_BT, forward.attention_mask = (
+            pad(t, (3, 0)) for t in (forward.input_ids_BT, forward.attention_mask)
+        )
+        forward.hidden_BTD = pad(forward.hidden_BTD, (0, 0, 3, 0)) + 1e-3
+
+
+def evaluated_on_the_base(run: RecordedRun) -> None:
+    with torch.no_grad():
+        for _, forward in run.trace.evaluations:
+            for span in run.known.find_in(forward).rows:
+                forward.hidden_BTD[span.b][span.positions] = run.reference.hidden(span.ids, {})
 
 
 def moved_b(step: Step) -> None:
@@ -240,13 +257,16 @@ class Case:
 
 OVERFIT = {"steps": 60}
 PACKED = {"packing": True}
+EVALUATED = {"eval_every": 2}
 CASES = (
     Case("mask_reaches_the_loss", at_step(2, other_rows), "rows, step 2: no row of the data went through the model"),
     Case("gradient_is_that_of_the_token_mean", at_step(2, not_a_number), "step 2: .* is not finite"),
     Case("every_row_is_seen_once_per_epoch", repeat_first_step, "seen 2 times, another 0"),
     Case("row_order_is_shuffled_by_seed_and_epoch", same_epochs, "same order in the first and in the second epoch"),
     Case("packed_rows_are_isolated_and_whole", lose_last_pack, "seen 2 times, another 0", PACKED),
-    Case("evaluation_keeps_rows_apart", noise_in_evaluation, "evaluated after step 2, a row of", PACKED),
+    Case("evaluation_keeps_rows_apart", noise_behind_padding, "attends to neighbours or padding", PACKED),
+    Case("evaluation_computes_what_was_trained", noise_in_evaluation, "off what base and adapters compute$", EVALUATED),
+    Case("evaluation_computes_what_was_trained", evaluated_on_the_base, "without its adapters", EVALUATED),
     Case("model_computes_what_was_requested", at_step(1, moved_b), "1 matrices B are not zero at the start"),
     Case(
         "trained_parameters_and_moments_are_fp32",

@@ -128,6 +128,47 @@ def matrices_b_drawn_at_random(model: Any) -> None:
             torch.nn.init.normal_(parameter, std=1e-3)
 
 
+def adapters_off_after_a_step(trainer: Trainer) -> None:
+    step = trainer.training_step
+
+    def training_step(*args: Any) -> torch.Tensor:
+        for module in trainer.model.modules():
+            if trainer.state.global_step and isinstance(getattr(module, "scaling", None), dict):
+                module.scaling["default"] = 0.0
+        return step(*args)
+
+    trainer.training_step = training_step
+
+
+def moved_before_the_step(trainer: Trainer) -> None:
+    """As by a decay that is done by hand between backward pass and optimizer."""
+    step = trainer.training_step
+
+    def training_step(*args: Any) -> torch.Tensor:
+        loss = step(*args)
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad and trainer.state.global_step:
+                parameter.data *= 0.99
+        return loss
+
+    trainer.training_step = training_step
+
+
+def attention_window(model: Any) -> None:
+    """A token attends to the 16 tokens before it only."""
+    model.config._attn_implementation = "eager"
+
+    def hide(attention: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        length = kwargs["hidden_states"].shape[1]
+        at_T = torch.arange(length)
+        far_TT = (at_T[:, None] - at_T >= 16) | (at_T[:, None] < at_T)
+        mask = torch.zeros(length, length).masked_fill(far_TT, torch.finfo(torch.float32).min)[None, None]
+        return args, {**kwargs, "attention_mask": mask}
+
+    for layer in model.base_model.model.model.layers:
+        layer.self_attn.register_forward_pre_hook(hide, with_kwargs=True)
+
+
 def transposed_square_weight(model: Any) -> None:
     weight = model.base_model.model.model.layers[0].self_attn.o_proj.base_layer.weight
     weight.data = weight.data.T.contiguous()
@@ -162,7 +203,10 @@ FAULTS = [
     Fault("one-row-for-all", "batches", "repeat", rows=lambda rows: [rows[0]] * len(rows), plan={"steps": 2}),
     Fault("scale-lost", "model", "scale", model=scale_lost, plan={"steps": 2}),
     Fault("B-not-zero", "model", "", model=matrices_b_drawn_at_random),
-    Fault("weight-transposed", "model", "another base", model=transposed_square_weight),
+    Fault("weight-transposed", "model", "", model=transposed_square_weight),
+    Fault("adapters-off", "model", "what is trained has no effect", trainer=adapters_off_after_a_step),
+    Fault("moved-before-the-step", "model", "changed between the forward pass", trainer=moved_before_the_step),
+    Fault("window", "model", "the first 16 tokens of the row are right", model=attention_window),
     Fault("mean-of-micro-means", "gradient", "micro-batch means", {"accumulation": 2}, trainer=mean_of_micro_means),
     Fault("loss-scaled", "gradient", "1.75 times the token mean", trainer=scaled_loss),
     Fault("double-shift", "gradient", "shifted twice", rows=changed("labels", shift_once_more)),

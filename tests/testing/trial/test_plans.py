@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from glm4ft.data.encoded_row import IGNORED
 from glm4ft.testing.checks import all_checks
 from glm4ft.testing.replay.departure import Departure
 from glm4ft.testing.replay.replay import Verdict
@@ -92,3 +93,11 @@ def test_every_pair_of_settings_is_combined() -> None:
         if not any((plan[one], plan[other]) == (a, b) for plan in plans)
     ]
     assert missing == []
+
+
+def test_one_plan_trains_a_row_longer_than_common_chunks_and_windows(healthy: Trial) -> None:
+    """Its targets too: chunked losses cut what is supervised at 1,024 tokens, kernels the row at 2,048."""
+    assert any(plan.of == "long" for plan in NAMED)
+    ids, labels = healthy.rows(healthy.data["long"])[0]
+    assert len(ids) > 2048
+    assert sum(label != IGNORED for label in labels) > 1024

@@ -16,6 +16,9 @@ RISEN_AT_ONCE = 0.1
 # The share by which the training loss fell meanwhile; and the share that it may rise by, in the noise of its batches,
 # where it is at its end already. If it rises with the evaluations, the run diverges.
 FALLEN, NOT_RISEN = 0.05, 0.1
+# The share of the evaluation loss below which the training loss is far from it: a held-out set of the same kind is
+# within a third of it where a run does not learn by heart.
+APART = 0.5
 UNMOVED = 1e-6  # relative difference below which evaluations are of the same weights
 LEAST_UNMOVED = 3
 
@@ -93,6 +96,28 @@ def over_fitting(evidence: Evidence) -> Finding | None:
         f"{_best_checkpoint(evidence, best)}; train for fewer epochs, on more conversations, or with a lower rate or "
         "rank",
         0.95,
+    )
+
+
+def evaluation_apart(evidence: Evidence) -> Finding | None:
+    """The evaluation loss stays where it is, far above the training loss, which falls."""
+    found = [e for e in evidence.evaluations if math.isfinite(e.loss)]
+    if len(found) < LEAST_UNMOVED or evidence.target_loss is not None or not evidence.losses:
+        return None
+    low, high = min(e.loss for e in found), max(e.loss for e in found)
+    trained = statistics.median(evidence.losses[-5:])
+    if not (high - low <= RISEN * low and trained < APART * low and _change(evidence, 0) < -FALLEN):
+        return None
+    return Finding(
+        "evaluation-apart",
+        "outcome",
+        f"The evaluation loss stays at {found[-1].loss:.4g} while the training loss falls to {trained:.4g}: what is "
+        "learnt does not carry over. The evaluation conversations are of another kind, are rendered or masked "
+        "otherwise, or the run had learnt its own by heart before the first evaluation.",
+        (f"evaluations: {', '.join(f'{e.loss:.3g}' for e in found[:12])}",),
+        "evaluate some of the training conversations: if their loss is high, too, rows or mask of the evaluation "
+        "differ (glm4ft inspect); if it is low, train for fewer steps on more conversations",
+        0.8,
     )
 
 

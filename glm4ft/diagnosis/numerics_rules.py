@@ -189,6 +189,23 @@ def zero_loss(evidence: Evidence) -> Finding | None:
     )
 
 
+def negative_loss(evidence: Evidence) -> Finding | None:
+    """The logged loss is below zero."""
+    below = [p for p in evidence.curve if p.loss is not None and p.loss < 0]
+    if not below or not math.isfinite(lowest := min(p.loss or 0.0 for p in below)):
+        return None
+    return Finding(
+        "negative-loss",
+        "gradient",
+        f"The logged loss is negative from step {below[0].step} on, {lowest:.4g} at least. No cross entropy is below "
+        "0: another objective is trained (preferences, a reward), a term is subtracted from it, or its sign is lost.",
+        (f"{len(below)} of {len(evidence.losses)} logged losses are below 0",),
+        "fine-tune with the cross entropy of the answers alone; of another objective no loss here says whether "
+        "anything was learnt",
+        0.9,
+    )
+
+
 def memorised(evidence: Evidence) -> Finding | None:
     """The logged loss has come down to 0 step by step; what the weights do was not measured."""
     losses = evidence.losses

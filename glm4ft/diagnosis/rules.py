@@ -27,6 +27,7 @@ from glm4ft.diagnosis.curve_rules import (
     still_falling,
 )
 from glm4ft.diagnosis.evaluation_rules import (
+    evaluation_apart,
     evaluation_not_finite,
     evaluation_unmoved,
     over_fitting,
@@ -45,7 +46,7 @@ from glm4ft.diagnosis.mask_rules import (
     turns_not_trained,
     zero_targets,
 )
-from glm4ft.diagnosis.numerics_rules import memorised, numerics, zero_loss
+from glm4ft.diagnosis.numerics_rules import memorised, negative_loss, numerics, zero_loss
 from glm4ft.diagnosis.resume_rules import resume_lost_state
 from glm4ft.diagnosis.standstill_rules import losses_repeat, no_gradient, rate_zero, training_stopped
 from glm4ft.diagnosis.start_rules import loss_not_a_mean, wrong_start
@@ -65,6 +66,7 @@ RULES: tuple[Rule, ...] = (
     not_as_served,
     numerics,
     zero_loss,
+    negative_loss,
     adapters_missing,
     adapters_dead,
     rate_zero,
@@ -80,6 +82,7 @@ RULES: tuple[Rule, ...] = (
     over_fitting,
     evaluation_not_finite,
     evaluation_unmoved,
+    evaluation_apart,
     rate_too_high,
     schedule_ended_early,
     rate_too_low,
@@ -94,6 +97,7 @@ RULES: tuple[Rule, ...] = (
 EXPLAINED: Mapping[str, frozenset[str]] = {
     "numerics": frozenset({"zero-loss", "memorised", "not-falling", "rate-too-high"}),
     "zero-loss": frozenset({"memorised", "not-falling"}),
+    "negative-loss": frozenset({"memorised", "not-falling", "still-falling", "rate-too-high"}),
     "rate-zero": frozenset({"updates-without-effect", "training-stopped", "not-falling"}),
     "no-gradient": frozenset({"updates-without-effect", "training-stopped", "not-falling"}),
     "updates-without-effect": frozenset({"not-falling"}),
@@ -102,6 +106,7 @@ EXPLAINED: Mapping[str, frozenset[str]] = {
     "wrong-start": frozenset({"still-falling"}),
     "resume-lost-state": frozenset({"rate-too-high", "not-falling"}),
     "over-fitting": frozenset({"stopped-by-patience", "still-falling", "memorised"}),
+    "evaluation-apart": frozenset({"still-falling", "memorised"}),
     "stopped-by-patience": frozenset({"still-falling", "memorised", "not-falling"}),
     "rate-too-high": frozenset({"not-falling"}),
     "rate-too-low": frozenset({"not-falling", "still-falling"}),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 
-from glm4ft.diagnosis.curve import LEAST_STEPS, peak_rate
+from glm4ft.diagnosis.curve import LEAST_STEPS, fall, peak_rate
 from glm4ft.diagnosis.curve_rules import ENDED, HIGH_RATE, LEARNT_LOSS
 from glm4ft.diagnosis.evidence import CurvePoint, Evidence
 from glm4ft.diagnosis.finding import Finding
@@ -15,6 +15,7 @@ EFFECT = (
     "create the optimizer from the parameters of the model that is trained, after adapters are attached and wrapped; "
     "look for a step that is skipped (fp16), and for bf16 weights that round small updates away"
 )
+FELL = 0.05  # the share of a loss by which it falls in training, and not in the noise of its batches alone
 NO_NORMS = 3  # gradient norms of exactly 0, from which it is no accident
 
 
@@ -31,6 +32,18 @@ def no_gradient(evidence: Evidence) -> Finding | None:
         f"{len(zeros)} of {len(known)} logged gradient norms are exactly 0",
         f"the loss meanwhile: {losses[0]:.4f} to {losses[-1]:.4f}",
     )
+    trained = fall(losses)
+    if trained.is_falling and trained.change < -FELL * losses[0]:
+        return Finding(
+            "norms-not-logged",
+            "side-effects",
+            "The gradient norm is logged as exactly 0, and yet the loss falls: the logged norm is not that of the "
+            "gradients, which were taken away before it was computed, as DeepSpeed does in its own step.",
+            facts,
+            "log the norm that the engine knows (model.get_global_grad_norm()), or compute it before the step: without "
+            "it no spike is seen",
+            0.6,
+        )
     if not moved:
         return Finding(
             "no-gradient",

@@ -233,6 +233,11 @@ CASES = (
          end=0.1, pace=0.5, checkpoints=(200,)),
     case("evaluation-nan/transformers", evaluated(NAN, NAN, NAN), "evaluation-not-finite", "NaN | target"),
     case("evaluation-of-the-base/axolotl", evaluated(1.9321, 1.9321, 1.9321), "evaluation-unmoved", "last digit"),
+    case("evaluation-of-other-rows/transformers", evaluated(2.87, 2.88, 2.9, 2.9), "evaluation-apart",
+         "stays at 2.9 | another kind", end=0.4),
+    # the log itself (finetrainers 63; composer 1501)
+    case("norms-taken-away/transformers", each(grad_norm=0.0), "norms-not-logged", "the loss falls | DeepSpeed"),
+    case("preferences/transformers", since(0, up=-3.0), "negative-loss", "No cross entropy is below"),
     # the rate (LLaVA 1301, 1375)
     case("diverged/transformers", diverging(at=30, to=6.5, over=5), "rate-too-high", "learning rate", rate=1e-3),
     case("climbs/swift", diverging(at=20, to=3.0, over=40), "rate-too-high", "learning rate", rate=4e-4),

@@ -42,6 +42,7 @@ SHAPES_IN_WORDS = (
 # Columns that hold questions and answers in common data sets; for hints, never read by themselves.
 _QUESTIONS = ("prompt", "question", "query", "instruction", "input", "content", "source", "user", "problem")
 _ANSWERS = ("completion", "answer", "response", "output", "summary", "target", "assistant", "solution")
+_CONTEXTS = ("context", "passage", "document")  # what a question is about: without it the answer is from nowhere
 # Keys of records that are no conversations, and hold none under another key.
 NO_CONVERSATION = {
     "input_ids": Refusal(
@@ -177,6 +178,10 @@ def _no_shape(record: Record, place: Location) -> DataError:
         problem = "the file is an object around its records"
         lines = f"{os.path.splitext(os.path.basename(place.path))[0]}-lines.jsonl"
         fix = f"write the records alone: jq -c '.{wrapped}[]' {shlex.quote(place.path)} > {shlex.quote(lines)}"
+    elif question and answer and (context := next((key for key in _CONTEXTS if key in texts), None)):
+        named = {"instruction": question, "input": context, "output": answer}
+        columns = ",".join(f"{name}={key}" for name, key in named.items() if name != key)
+        fix = f"if these are a question, what it is about and the answer: --columns {columns}"
     elif question and answer:
         fix = f"if these are question and answer: --columns prompt={question},completion={answer}"
     elif len(texts) == 2:

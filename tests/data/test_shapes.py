@@ -140,7 +140,8 @@ def test_a_named_column_that_is_missing_is_said() -> None:
 HINTS = [
     ({"content": "One?", "summary": "Un."}, "--columns prompt=content,completion=summary"),
     ({"question": "One?", "answer": "Un.", "id": 3}, "--columns prompt=question,completion=answer"),
-    ({"instruction": "One?", "context": "x", "response": "Un."}, "--columns prompt=instruction,completion=response"),
+    ({"instruction": "One?", "context": "x", "response": "Un."}, "--columns input=context,output=response"),
+    ({"question": "Q", "passage": "x", "answer": "A"}, "--columns instruction=question,input=passage,output=answer"),
     ({"en": "One?", "fr": "Un."}, "--columns prompt=en,completion=fr"),
     ({"prompt": "One?", "answer": "Un."}, "--columns prompt=prompt,completion=answer"),
     ({"turns": MESSAGES}, "--columns messages=turns"),

@@ -33,8 +33,8 @@ ENCODER_MODULES = (
     "record_files", "file_kinds", "json_stream", "columnar", "inputs", "json_values", "read_options", "refusals",
     "sources", "known_keys", "messages", "source_message", "tool_calls", "written_calls", "call_binding",
     "foreign_text", "reader", "conversation", "control_tokens", "turn_format", "render", "tool_block", "time_limit",
-    "encoded_row", "chat_format", "template_format", "formats", "encoding", "portions", "stored_rows", "data_report",
-    "dataset",
+    "encoded_row", "chat_format", "template_format", "template_rendering", "formats", "encoding", "portions",
+    "stored_rows", "data_report", "dataset",
 )  # fmt: skip
 
 

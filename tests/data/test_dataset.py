@@ -198,6 +198,7 @@ def test_every_module_that_encoding_loads_is_known_to_matter_or_not() -> None:
     }  # fmt: skip
     code = (
         "import sys, glm4ft.data.dataset, glm4ft.data.portions, glm4ft.data.formats, glm4ft.data.reader as reader\n"
+        "import glm4ft.data.template_format\n"  # which formats loads when it is asked for
         "reader.from_messages([{'role': 'assistant', 'content': 'a'}]).warnings\n"
         "print(*(n for n in sys.modules if 'glm4ft' in n))"
     )

@@ -32,7 +32,7 @@ def trial_with(verdict: Verdict, *departing: Plan | None) -> Trial:
 
     def run_plan(plan: Plan) -> Any:
         return SimpleNamespace(
-            verdict=verdict if plan in departing else good, order=[], rows=[], plan={"packing": True}
+            verdict=verdict if plan in departing else good, order=[], rows=[], plan={"packing": True}, evaluated=[]
         )
 
     trial.run_plan = run_plan  # type: ignore[method-assign]
@@ -49,6 +49,21 @@ def test_departure_fails_in_the_check_that_owns_its_stage(plan: Plan, stage: str
     with pytest.raises(CheckFailed) as caught:
         owner.run(trial)
     assert f"{stage}, step 1: it is wrong (plan {plan})" in str(caught.value)
+
+
+def test_wrong_model_fails_though_the_subject_never_evaluates() -> None:
+    """What an evaluation would show beside it is not needed, and a refusal may not turn the failure into a skip."""
+    trial = trial_with(Verdict({"model": Departure("model", 1, "it is wrong")}), PLANS[0])
+    run = trial.run_plan
+
+    def refuse(plan: Plan) -> Any:
+        if plan.changes.get("eval_every"):
+            raise NotImplementedError("it never evaluates")
+        return run(plan)
+
+    trial.run_plan = refuse  # type: ignore[method-assign]
+    with pytest.raises(CheckFailed, match="it is wrong"):
+        CHECKS["model_computes_what_was_requested"].run(trial)
 
 
 @pytest.mark.parametrize("plan", [plan for plan in PLANS if plan.uninterrupted()], ids=str)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from glm4ft.testing.replay.step import relative
+from glm4ft.testing.replay.comparison import relative
 from glm4ft.testing.replay.tolerances import LIMITS, within
 from glm4ft.testing.specification.mask_oracle import IGNORED
 from glm4ft.testing.trial.processes import require_ranks_agree, require_ranks_stage

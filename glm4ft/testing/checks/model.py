@@ -9,7 +9,7 @@ import torch
 
 from glm4ft.testing.checks.base import built, logits_of
 from glm4ft.testing.recording.trace import Tensors
-from glm4ft.testing.replay.step import relative
+from glm4ft.testing.replay.comparison import relative
 from glm4ft.testing.replay.tolerances import LIMITS, within
 from glm4ft.testing.specification.lora_spec import adapted_modules, base_name
 from glm4ft.testing.subject import make_plan

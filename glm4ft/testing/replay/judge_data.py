@@ -9,9 +9,10 @@ import torch
 from glm4ft.data.control_tokens import common_prefix_length
 from glm4ft.data.encoded_row import IGNORED
 from glm4ft.testing.recording.trace import Forward, Tensors
+from glm4ft.testing.replay.comparison import relative
 from glm4ft.testing.replay.departure import Departure, Departures
 from glm4ft.testing.replay.matching import RowSpan, is_part_of
-from glm4ft.testing.replay.step import ReplayedStep, SeenHidden, SeenRow, relative
+from glm4ft.testing.replay.step import ReplayedStep, SeenHidden, SeenRow
 
 # The judges for which all rows of a step have to be known.
 UNKNOWN = ("batches", "loss", "gradient")

@@ -10,8 +10,9 @@ import torch
 
 from glm4ft.data.encoded_row import IGNORED
 from glm4ft.testing.recording.trace import Tensors
+from glm4ft.testing.replay.comparison import count_targets, dot, relative
 from glm4ft.testing.replay.departure import Departures
-from glm4ft.testing.replay.step import ReplayedStep, SeenRow, count_targets, dot, relative
+from glm4ft.testing.replay.step import ReplayedStep, SeenRow
 from glm4ft.testing.replay.tolerances import EXPLAINED, WEIGHT_LIMITS, within
 from glm4ft.testing.specification.reference import LabelledIds
 from glm4ft.testing.specification.update_rule import clip_factor

@@ -8,8 +8,9 @@ from collections.abc import Callable
 import torch
 
 from glm4ft.testing.recording.trace import Tensors
+from glm4ft.testing.replay.comparison import relative
 from glm4ft.testing.replay.departure import Departures
-from glm4ft.testing.replay.step import ReplayedStep, relative
+from glm4ft.testing.replay.step import ReplayedStep
 from glm4ft.testing.replay.tolerances import EXPLAINED
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from glm4ft.testing.recording.trace import Trace
-from glm4ft.testing.replay.step import relative
+from glm4ft.testing.replay.comparison import relative
 from glm4ft.testing.specification.reference import LabelledIds, Reference
 
 # Runs of 8 steps under bf16 autocast whose rounding is nothing but legitimate, in 44 variations of packing, batches,

@@ -13,6 +13,7 @@ import torch
 from glm4ft.data.encoded_row import IGNORED
 from glm4ft.testing.recording.sampling import norms, samples
 from glm4ft.testing.recording.trace import Step, Tensors
+from glm4ft.testing.replay.comparison import count_targets, relative
 from glm4ft.testing.replay.departure import Departure
 from glm4ft.testing.replay.history import History
 from glm4ft.testing.replay.matching import RowMatches, RowSpan
@@ -333,22 +334,3 @@ class ReplayedStep:
     def raw(self) -> Tensors:
         """The accumulated gradient by parameter, with the loss scale divided out."""
         return {name: tensor / self.loss_scale for name, tensor in self.step.raw.items()}
-
-
-def count_targets(rows: Sequence[LabelledIds]) -> int:
-    """The number of supervised tokens in rows; a row's first token never counts."""
-    return sum(label != IGNORED for _, labels in rows for label in labels[1:])
-
-
-def relative(got: Tensors, expected: Tensors) -> float:
-    """The norm of the difference over the norm of the expected tensors, over all of them; inf if the names differ."""
-    if got.keys() != expected.keys():
-        return math.inf
-    off = sum(float((got[name].double() - expected[name].double()).pow(2).sum()) for name in expected)
-    size = sum(float(tensor.double().pow(2).sum()) for tensor in expected.values())
-    return math.sqrt(off / size) if size else math.sqrt(off)
-
-
-def dot(a: Tensors, b: Tensors) -> float:
-    """The dot product over all entries of the tensors that both mappings hold."""
-    return sum(float((a[name].double() * b[name].double()).sum()) for name in a if name in b)

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from glm4ft.testing.recording.trace import Forward, Tensors, Trace
+from glm4ft.testing.replay.comparison import count_targets
 from glm4ft.testing.replay.history import History
 from glm4ft.testing.replay.matching import KnownRows, RowSpan, TokenWeights
 from glm4ft.testing.replay.replay import Verdict, replay
-from glm4ft.testing.replay.step import ReplayedStep, count_targets
+from glm4ft.testing.replay.step import ReplayedStep
 from glm4ft.testing.specification.reference import LabelledIds, Reference
 from glm4ft.testing.specification.update_rule import clip_factor
 from glm4ft.testing.trial.stages import NotApplicable

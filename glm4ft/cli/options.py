@@ -57,7 +57,10 @@ class Parser(argparse.ArgumentParser):
         for name in (arg.partition("=")[0] for arg in argv if arg.startswith("--")):
             if name not in self.annotations and not self.accept(name):
                 near = nearest(name, [known for known in self.annotations if known.startswith("--")])
-                raise ConfigError("unknown option", found=name, expected=near, fix="" if near else self.see_help)
+                fix = "" if near else self.see_help
+                if name.removeprefix("--") in self.annotations:  # an option of other commands, here the argument itself
+                    near, fix = "", f"it is given without a name: {self.prog} {name.removeprefix('--').upper()}"
+                raise ConfigError("unknown option", found=name, expected=near, fix=fix)
         try:
             return self.parse_args(argv)
         except argparse.ArgumentError as error:

@@ -212,6 +212,12 @@ def test_unknown_option_is_refused_with_the_nearest(argv: list[str], found: str,
     assert bool(error.fix) == (not expected)
 
 
+def test_argument_given_as_an_option_is_told_how_it_is_given(capsys: pytest.CaptureFixture[str]) -> None:
+    """``train --data FILE`` leads to ``inspect --data FILE``."""
+    assert run(["inspect", "--data", "talks.jsonl"]) == 2
+    assert "it is given without a name: glm4ft inspect DATA" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("argv", [["extra"], ["-x"]])
 def test_argument_that_belongs_to_nothing_is_refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["train", "--data=demo", *argv]) == 2

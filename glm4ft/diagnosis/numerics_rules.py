@@ -17,6 +17,8 @@ NOT_YET = 0.02
 MEMORISED = 0.01
 # The share of steps with a loss of exactly 0 that is no accident.
 MANY_ZEROS = 0.05
+# Nats by which a loss may be below 0 by rounding alone, where rows are known by heart.
+ROUNDED = 1e-3
 # The share of its level by which a loss falls that is trained.
 FALLEN = 0.1
 # The norm before a breakdown is a spike above this multiple of the median norm: the run diverged.
@@ -191,13 +193,13 @@ def zero_loss(evidence: Evidence) -> Finding | None:
 
 def negative_loss(evidence: Evidence) -> Finding | None:
     """The logged loss is below zero."""
-    below = [p for p in evidence.curve if p.loss is not None and p.loss < 0]
+    below = [p for p in evidence.curve if p.loss is not None and p.loss < -ROUNDED]
     if not below or not math.isfinite(lowest := min(p.loss or 0.0 for p in below)):
         return None
     return Finding(
         "negative-loss",
         "gradient",
-        f"The logged loss is negative from step {below[0].step} on, {lowest:.4g} at least. No cross entropy is below "
+        f"The logged loss is negative from step {below[0].step} on, down to {lowest:.4g}. No cross entropy is below "
         "0: another objective is trained (preferences, a reward), a term is subtracted from it, or its sign is lost.",
         (f"{len(below)} of {len(evidence.losses)} logged losses are below 0",),
         "fine-tune with the cross entropy of the answers alone; of another objective no loss here says whether "

@@ -210,10 +210,12 @@ def check_model_computes_what_was_requested(trial: Trial) -> None:
 
 
 def _cause_in_training(trial: Trial) -> str:
-    """What is wrong if the same model is right whenever it evaluates; "" if it is not, or never evaluates."""
+    """What is wrong if a run's model is off in training and right whenever it evaluates; "" if no such run shows it."""
     try:
         run = trial.run_plan(EVALUATED)
     except NotImplementedError:  # the subject never evaluates
+        return ""
+    if "model" not in run.verdict.departures:  # it departs under other plans only
         return ""
     rows = [row for row in run.evaluated if not row.span.start]
     is_right = bool(rows) and all(row.size <= LIMITS[trial.dtype] for row in rows)

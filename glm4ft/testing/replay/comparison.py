@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
+
 from glm4ft.data.encoded_row import IGNORED
 from glm4ft.testing.recording.trace import Tensors
 from glm4ft.testing.specification.reference import LabelledIds
@@ -13,6 +15,11 @@ from glm4ft.testing.specification.reference import LabelledIds
 def count_targets(rows: Sequence[LabelledIds]) -> int:
     """The number of supervised tokens in rows; a row's first token never counts."""
     return sum(label != IGNORED for _, labels in rows for label in labels[1:])
+
+
+def distance(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """The norm of the difference of two tensors over that of the expected one."""
+    return float((got - expected).norm() / expected.norm())
 
 
 def relative(got: Tensors, expected: Tensors) -> float:

@@ -111,7 +111,8 @@ def _is_multiple(step: ReplayedStep) -> bool:
     """Whether the accumulated gradient is a multiple of the right one, which only a factor on the whole loss gives."""
     expected = step.gradient()
     factor = dot(step.raw, expected) / (dot(expected, expected) or 1.0)
-    return relative(step.raw, {name: factor * g for name, g in expected.items()}) <= EXPLAINED
+    rounding = max(EXPLAINED, step.limit("gradient"))
+    return relative(step.raw, {name: factor * g for name, g in expected.items()}) <= rounding
 
 
 def _chunk_cause(step: ReplayedStep, limit: float) -> str:

@@ -13,7 +13,7 @@ import torch
 from glm4ft.data.encoded_row import IGNORED
 from glm4ft.testing.recording.sampling import norms, samples
 from glm4ft.testing.recording.trace import Step, Tensors
-from glm4ft.testing.replay.comparison import count_targets, relative
+from glm4ft.testing.replay.comparison import count_targets, distance, relative
 from glm4ft.testing.replay.departure import Departure
 from glm4ft.testing.replay.history import History
 from glm4ft.testing.replay.matching import RowMatches, RowSpan
@@ -254,10 +254,10 @@ class ReplayedStep:
         for row in self.seen:
             with torch.no_grad():
                 alone_TD = self.reference.hidden(row.ids, self.step.weights, self.kept(row))[: len(row.hidden_TD)]
-            off_TD = row.hidden_TD - alone_TD
-            size = float(off_TD.norm() / alone_TD.norm())
+            size = distance(row.hidden_TD, alone_TD)
             # rounding, and far below the departure of the whole row, which is spread unevenly over its tokens
-            is_right_T = off_TD.norm(dim=1) <= min(self.limit("model"), size / 100) * alone_TD.norm(dim=1)
+            right = min(self.limit("model"), size / 100)
+            is_right_T = (row.hidden_TD - alone_TD).norm(dim=1) <= right * alone_TD.norm(dim=1)
             found.append(SeenHidden(row, size, int(is_right_T.cumprod(0).sum())))
         return found
 
@@ -265,7 +265,7 @@ class ReplayedStep:
         """The relative departure of a row's hidden states from those that other trained parameters give."""
         with torch.no_grad():
             alone_TD = self.reference.hidden(row.ids, trained, self.kept(row))[: len(row.hidden_TD)]
-        return float((row.hidden_TD - alone_TD).norm() / alone_TD.norm())
+        return distance(row.hidden_TD, alone_TD)
 
     def kept(self, row: SeenRow) -> Tensors:
         """What dropout multiplied each entry (T, D) of a row by, by the dropout layer."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from glm4ft.testing.recording.trace import Forward, Tensors, Trace
-from glm4ft.testing.replay.comparison import count_targets
+from glm4ft.testing.replay.comparison import count_targets, distance
 from glm4ft.testing.replay.history import History
 from glm4ft.testing.replay.matching import KnownRows, RowSpan, TokenWeights
 from glm4ft.testing.replay.replay import Verdict, replay
@@ -133,7 +133,7 @@ class RecordedRun:
         """The relative departure of a row's hidden states from those that it has alone with trained parameters."""
         with torch.no_grad():
             alone_TD = self.reference.hidden(ids, trained)[: len(hidden_TD)]
-        return float((hidden_TD - alone_TD).norm() / alone_TD.norm())
+        return distance(hidden_TD, alone_TD)
 
     def _replayed_steps(self) -> list[ReplayedStep]:
         history = History(self.reference, self.known, self.plan, self.trace.dtype)

@@ -12,9 +12,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from glm4ft.data.encoded_row import IGNORED
 from glm4ft.testing.checks import all_checks
+from glm4ft.testing.checks.model import EVALUATED
 from glm4ft.testing.replay.departure import Departure
 from glm4ft.testing.replay.replay import Verdict
 from glm4ft.testing.subject import PLAN
@@ -64,6 +66,21 @@ def test_wrong_model_fails_though_the_subject_never_evaluates() -> None:
     trial.run_plan = refuse  # type: ignore[method-assign]
     with pytest.raises(CheckFailed, match="it is wrong"):
         CHECKS["model_computes_what_was_requested"].run(trial)
+
+
+@pytest.mark.parametrize("is_evaluated_run_wrong", [True, False])
+def test_only_a_run_that_is_wrong_in_training_and_right_in_evaluation_shows_the_difference(
+    is_evaluated_run_wrong: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = Verdict({"model": Departure("model", 1, "it is wrong")})
+    trial = trial_with(wrong, PLANS[1], *([EVALUATED, EVALUATED.uninterrupted()] if is_evaluated_run_wrong else []))
+    run = trial.run_plan
+    right = [SimpleNamespace(span=SimpleNamespace(start=0), size=0.0)]
+    trial.run_plan = lambda plan: SimpleNamespace(**{**vars(run(plan)), "evaluated": right})  # type: ignore[method-assign]
+    monkeypatch.setattr(Trial, "dtype", torch.float32)
+    with pytest.raises(CheckFailed) as caught:
+        CHECKS["model_computes_what_was_requested"].run(trial)
+    assert ("in training alone" in caught.value.cause) == is_evaluated_run_wrong
 
 
 @pytest.mark.parametrize("plan", [plan for plan in PLANS if plan.uninterrupted()], ids=str)

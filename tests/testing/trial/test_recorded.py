@@ -137,6 +137,13 @@ def test_limits_of_low_precision_are_measured_on_the_run(id: str) -> None:
     assert outcome.is_right, outcome
 
 
+@pytest.mark.slow
+def test_factor_on_the_loss_is_named_in_low_precision() -> None:
+    """There even the right gradient is off by the rounding of bf16."""
+    outcome = try_one(("fused-loss-assumes-unit-grad", True, 0))
+    assert "times the token mean" in outcome.text
+
+
 @pytest.mark.parametrize("id", ["backward-in-a-closure", "embeddings-handed-over"])
 def test_first_step_is_recorded_where_the_loop_begins_it_in_another_way(id: str) -> None:
     """The first forward pass comes inside of the optimizer's step, or begins at the embedding alone."""

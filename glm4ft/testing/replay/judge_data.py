@@ -12,7 +12,8 @@ from glm4ft.testing.recording.trace import Forward, Tensors
 from glm4ft.testing.replay.comparison import relative
 from glm4ft.testing.replay.departure import Departure, Departures
 from glm4ft.testing.replay.matching import RowSpan, is_part_of
-from glm4ft.testing.replay.step import ReplayedStep, SeenHidden, SeenRow
+from glm4ft.testing.replay.seen_row import SeenHidden, SeenRow
+from glm4ft.testing.replay.step import ReplayedStep
 
 # The judges for which all rows of a step have to be known.
 UNKNOWN = ("batches", "loss", "gradient")

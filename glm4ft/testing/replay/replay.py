@@ -15,8 +15,9 @@ import torch
 from glm4ft.testing.recording.trace import Trace
 from glm4ft.testing.replay.departure import Departure, Departures
 from glm4ft.testing.replay.history import History
+from glm4ft.testing.replay.judge_clipping import judge_clipping
 from glm4ft.testing.replay.judge_data import judge_batches, judge_model, judge_rows
-from glm4ft.testing.replay.judge_gradient import judge_clipping, judge_gradient, judge_loss
+from glm4ft.testing.replay.judge_gradient import judge_gradient, judge_loss
 from glm4ft.testing.replay.judge_schedule import judge_schedule
 from glm4ft.testing.replay.judge_update import judge_update
 from glm4ft.testing.replay.matching import KnownRows, TokenWeights

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -16,48 +15,12 @@ from glm4ft.testing.recording.trace import Step, Tensors
 from glm4ft.testing.replay.comparison import count_targets, distance, relative
 from glm4ft.testing.replay.departure import Departure
 from glm4ft.testing.replay.history import History
-from glm4ft.testing.replay.matching import RowMatches, RowSpan
+from glm4ft.testing.replay.matching import RowMatches
+from glm4ft.testing.replay.seen_row import SeenHidden, SeenRow
 from glm4ft.testing.replay.tolerances import LIMITS, MIN_LOSS_SCALE, SHALLOW, SURE, UNEVEN, WEIGHT_LIMITS
 from glm4ft.testing.specification.recovered_targets import Targets, recover_targets
 from glm4ft.testing.specification.reference import LabelledIds
 from glm4ft.testing.specification.update_rule import clip_factor
-
-
-@dataclass(frozen=True)
-class SeenRow:
-    """A known row in a forward pass, with its hidden states and targets.
-
-    Args:
-        span: The row's span in the forward pass.
-        forward: The index of the forward pass in its step.
-        hidden_TD: The output of the final norm for the row.
-        targets: The row's targets, recovered from the gradient at the final norm.
-    """
-
-    span: RowSpan
-    forward: int
-    hidden_TD: torch.Tensor
-    targets: Targets
-
-    @property
-    def ids(self) -> tuple[int, ...]:
-        """The token ids of the row."""
-        return self.span.ids
-
-
-@dataclass(frozen=True)
-class SeenHidden:
-    """How far the hidden states of a row are from those that the specification computes of the row alone.
-
-    Args:
-        row: The row.
-        size: The relative departure over all of its tokens.
-        num_right: The number of tokens at its beginning whose own hidden states agree.
-    """
-
-    row: SeenRow
-    size: float
-    num_right: int
 
 
 class ReplayedStep:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -156,11 +157,18 @@ def check_no_adapter_is_dead(trial: Trial) -> None:
     steps = trial.run().trace.steps
     if len(steps) < 2:
         raise NotApplicable("not judged: fewer than two steps")
+    for step, following in pairwise(steps):
+        if any(
+            torch.equal(following.before[n], t) and not torch.equal(step.after[n], t) for n, t in step.before.items()
+        ):
+            raise NotApplicable(
+                "not judged: steps are undone before the next one, which the checks of the update report"
+            )
+    first = steps[0].before
     held = {name for group in steps[0].groups for name in group.names}  # what is in no group is the update's fault
-    moved = {name for name, start in steps[0].before.items() if not torch.equal(start, steps[-1].after[name])}
-    dead = [name for name in steps[0].before if name in held and name not in moved]
-    if dead:
-        raise CheckFailed(f"{len(dead)} of {len(steps[0].before)} trained parameters never moved, as {dead[0]}")
+    moved = {name for name, start in first.items() if not torch.equal(start, steps[-1].after[name])}
+    if dead := [name for name in first if name in held - moved]:
+        raise CheckFailed(f"{len(dead)} of {len(first)} trained parameters never moved, as {dead[0]}")
 
 
 @check(stage="model", needs=NEEDS, incident="ms-swift 9832, PEFT 2893: another precision than was asked for")

@@ -20,7 +20,7 @@ from glm4ft.testing.checks.encoding import (
     name_of,
     row_of,
 )  # fmt: skip
-from glm4ft.testing.recording.recorder import record
+from glm4ft.testing.recording.record import record
 from glm4ft.testing.replay.matching import KnownRows
 from glm4ft.testing.specification.mask_oracle import END_OF_TEXT, HEADERS, IGNORED, PREFIX, show_token
 from glm4ft.testing.subject import make_plan, parts

@@ -12,7 +12,7 @@ from glm4ft.data.control_tokens import common_prefix_length
 from glm4ft.model.generation import greedy
 from glm4ft.testing.checks.encoding import chat_format_of
 from glm4ft.testing.checks.outcome import NEEDS, asked_turns, ended_turns, require_said
-from glm4ft.testing.recording.recorder import record
+from glm4ft.testing.recording.record import record
 from glm4ft.testing.recording.trace import Forward
 from glm4ft.testing.specification.turn_text import THINKING_FORMATS, carries_reasoning
 from glm4ft.testing.trial.registry import check

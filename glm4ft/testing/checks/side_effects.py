@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from glm4ft.testing.recording.recorder import record
+from glm4ft.testing.recording.record import record
 from glm4ft.testing.specification.lora_spec import base_name
 from glm4ft.testing.specification.routed_experts import stored_in
 from glm4ft.testing.subject import make_plan
@@ -53,11 +53,11 @@ def check_base_is_unchanged_by_training(trial: Trial) -> None:
 def check_evaluation_runs_in_eval_mode(trial: Trial) -> None:
     """Dropout and trained modules are in eval mode while a run evaluates or generates, in training mode afterwards."""
     run = trial.run(**WATCHING["evaluating"])
-    passes = [forward for _, forward in run.trace.evaluations]
+    passes = [forward for _, forward in run.trace.evaluated]
     for _, use in _parts_that_look(trial, trial.trained.model.train()):
         with record(trial.trained.model, 1) as trace:
             use()
-        passes += [forward for _, forward in trace.evaluations]
+        passes += [forward for _, forward in trace.evaluated]
     if not passes:
         raise NotApplicable("the subject evaluated nothing")
     wrong = sum(forward.training is not False for forward in passes)
@@ -163,7 +163,9 @@ def check_numbers_that_are_not_finite_are_reported(trial: Trial) -> None:
         plan = make_plan(steps=4, output_dir=str(trial.new_folder("spoilt")))
         with (
             record(model, plan["steps"]) as trace,
-            spoiling(model, what, lambda _: len(trace.steps) == 1 and not happened) as happened,
+            spoiling(
+                model, what, lambda _: len(trace.steps) == 1 and torch.is_grad_enabled() and not happened
+            ) as happened,
         ):
             try:
                 log = list(trial.subject.train(model, trial.conversations, plan) or [])

@@ -23,7 +23,7 @@ from glm4ft.testing.trial.stages import STAGES
 FAULT_MODULES = (
     "rows_rendering", "rows_mask", "rows_reasoning", "batches", "model", "gradient", "clipping", "schedule", "update",
     "side_effects", "persistence", "export", "outcome", "varied_plans", "not_finite", "user_variations", "randomness",
-    "requested_settings", "token_weights", "rates_by_group", "long_rows",
+    "requested_settings", "token_weights", "rates_by_group", "long_rows", "master_copies",
 )  # fmt: skip
 
 MADE_UP = "made up: no public report"  # the evidence of a fault that was not found in real code

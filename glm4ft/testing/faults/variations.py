@@ -10,7 +10,7 @@ from typing import TypeVar
 from glm4ft.testing.faults.registry import load_external
 from glm4ft.testing.subjects.plain_loop import Subject
 
-VARIATION_MODULES = ("benign", "benign_practices", "benign_requests")
+VARIATION_MODULES = ("benign", "benign_practices", "benign_optimizers", "benign_requests")
 
 VARIATIONS: dict[str, Variation] = {}
 Kind = TypeVar("Kind", bound=type[Subject])

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from glm4ft.testing.recording.recorder import record
+from glm4ft.testing.recording.record import record
 from glm4ft.testing.recording.trace import Trace
 from glm4ft.testing.recording.trace_file import read_trace, write_trace
 from glm4ft.testing.subject import load_subject

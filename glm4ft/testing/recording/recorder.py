@@ -9,9 +9,8 @@ Shapes: B sequences of a forward pass, T positions, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -20,32 +19,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.hooks import RemovableHandle
 
 from glm4ft.testing.recording.discovery import decoder_of
+from glm4ft.testing.recording.held_parameters import HeldParameters
 from glm4ft.testing.recording.sampling import norms, sample, sampled_shapes
 from glm4ft.testing.recording.tensors import copy_of, dtype_of_moments, is_multiple, sharing, split_dimension
-from glm4ft.testing.recording.trace import Forward, ParameterGroup, Step, Tensors, Trace
-from glm4ft.testing.recording.trace_file import STEP_TENSORS, mapped
+from glm4ft.testing.recording.trace import Forward, Step, Tensors, Trace
 
 # The largest number of entries of a forward pass of which it is recorded whether dropout kept them; a byte for each.
 MAX_KEPT = 2**26
-
-
-@contextmanager
-def record(model: nn.Module, max_steps: int, folder: Path | None = None) -> Iterator[Trace]:
-    """Record the optimizer steps taken while the context is open.
-
-    Args:
-        model: The model with its adapters attached; in the context it may be wrapped, moved and trained.
-        max_steps: The number of steps to record; then the hooks are removed and the run goes on at full speed.
-        folder: An empty folder for the gradients and parameters of the steps, where there are too many of them for the
-            memory; None keeps them there.
-    Yields:
-        The trace, filled as the run proceeds.
-    """
-    recorder = Recorder(model, max_steps) if folder is None else _OnDisk(model, max_steps, folder)
-    try:
-        yield recorder.trace
-    finally:
-        recorder.close()
 
 
 class Recorder:
@@ -66,7 +46,7 @@ class Recorder:
         # of optimizer steps inside of one another: a subclass calls its parent's, a wrapper that of the optimizer in it
         self.depth = 0
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.names = {id(p): name for name, p in self.parameters.items()}
+        self.held = HeldParameters(self.parameters)
         dims = {name: split_dimension(name, parameter) for name, parameter in self.parameters.items()}
         split = {name: dim for name, dim in dims.items() if dim is not None}
         self.sampled = sampled_shapes(self.parameters, split)
@@ -232,24 +212,23 @@ class Recorder:
         return (args[0],), {**kwargs, "closure": closure_then_keep}
 
     def _keep_step(self, optimizer: torch.optim.Optimizer) -> None:
-        groups = [
-            ParameterGroup(
-                tuple(self.names[id(p)] for p in group["params"] if id(p) in self.names),
-                {key: value for key, value in group.items() if key != "params"},
-                len(group["params"]),
-            )
-            for group in optimizer.param_groups
-        ]
+        self.held.meet(optimizer, {} if self.sampled else self.last)
+        groups = self.held.groups(optimizer)
         own = {name for group in groups for name in group.names}
         if not own:
             self.trace.foreign_steps += 1
+            if self.held.is_share(optimizer):
+                self.refuse(
+                    "the optimizer holds copies of the parameters that are split over the processes, as by DeepSpeed's "
+                    "ZeRO; a run of one process is recorded"
+                )
             return  # the step of an optimizer that holds no trained parameter of this model
         forwards = [forward for forward in self.pending if forward.gradient_BTD is not None]
         if not forwards and self.trace.steps and own.isdisjoint(self.trace.optimized):
             self.trace.steps[-1].groups += groups  # a second optimizer's part of the same step
             self.trace.optimized += tuple(own)
             return
-        gradients = {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
+        gradients = self.held.gradients()
         received = self._kept(gradients)
         accumulated = self._accumulated(received)
         self.trace.optimized = tuple(name for group in groups for name in group.names)
@@ -258,7 +237,7 @@ class Recorder:
                 forwards=forwards,
                 raw=sharing(accumulated, received),
                 clipped=received,
-                before=sharing(self._kept(self.parameters), self._left()),
+                before=sharing(self._kept(self.held.before_step()), self._left()),
                 groups=groups,
                 optimizer=type(optimizer).__name__,
                 num_detached=self.num_detached,
@@ -286,27 +265,11 @@ class Recorder:
                 first.before = self.at_start
         self.depth = max(0, self.depth - 1)
         self.at_start = {}
-        held = {name for group in optimizer.param_groups for p in group["params"] if (name := self.names.get(id(p)))}
+        held = self.held.names_in(tensor for group in optimizer.param_groups for tensor in group["params"])
         if self.depth or not held or not self.trace.steps:
             return
         step = self.trace.steps[-1]
-        step.after = self._kept(self.parameters)
-        step.state_dtypes |= {n: found for n in held if (found := dtype_of_moments(optimizer, self.parameters[n]))}
+        step.after = self._kept(self.held.after_step())
+        places = {name: self.held.places[name].tensor for name in held}
+        step.state_dtypes |= {n: found for n, t in places.items() if (found := dtype_of_moments(optimizer, t))}
         self.step_recorded()
-
-
-class _OnDisk(Recorder):
-    """Keeps the tensors of each step in a file, those that a step finds as the last one left them in one place."""
-
-    def __init__(self, model: nn.Module, max_steps: int, folder: Path) -> None:
-        super().__init__(model, max_steps)
-        self.folder, self.left = folder, Tensors()
-
-    def step_recorded(self) -> None:
-        step = self.trace.steps[-1]
-        held = {str(id(t)): t for part in STEP_TENSORS for t in getattr(step, part).values()}
-        file = self.folder / f"{len(list(self.folder.iterdir()))}.safetensors"
-        kept = self.left | mapped({key: t for key, t in held.items() if key not in self.left}, file)
-        for part in STEP_TENSORS:
-            setattr(step, part, {name: kept[str(id(t))] for name, t in getattr(step, part).items()})
-        self.left = {str(id(t)): t for t in step.after.values()}

@@ -18,6 +18,13 @@ def copy_of(tensor: Any) -> Any:
     return (own.to_local() if hasattr(own, "to_local") else own).cpu().clone()
 
 
+def as_number(setting: Any) -> Any:
+    """A setting of an optimizer; in place of a tensor of one entry, which may be filled anew, the number in it."""
+    if isinstance(setting, tuple):
+        return tuple(as_number(part) for part in setting)
+    return setting.item() if isinstance(setting, torch.Tensor) and setting.numel() == 1 else setting
+
+
 def sharing(tensors: Tensors, others: Tensors) -> Tensors:
     """The tensors, those that equal another of their name replaced by it: half of a trace is there twice."""
     return {n: others[n] if n in others and torch.equal(t, others[n]) else t for n, t in tensors.items()}

@@ -122,6 +122,22 @@ class Trace:
     sampled: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
+    def evaluated(self) -> list[tuple[int, Forward]]:
+        """The forward passes that evaluate: those without gradient, but for a step's further passes over its own batch.
+
+        A step may look at its batch again, in training mode or without adapters, as distillation and metrics do.
+        """
+        return [
+            (num_steps, forward)
+            for num_steps, forward in self.evaluations
+            if not any(torch.equal(forward.input_ids_BT, own.input_ids_BT) for own in self._forwards_after(num_steps))
+        ]
+
+    def _forwards_after(self, num_steps: int) -> list[Forward]:
+        """The forward passes of the step that follows a number of steps; none after the last."""
+        return self.steps[num_steps].forwards if num_steps < len(self.steps) else []
+
+    @property
     def num_bytes(self) -> int:
         """The size of all tensors of the steps, in bytes."""
         return sum(tensor.nbytes for step in self.steps for tensor in _tensors(step))

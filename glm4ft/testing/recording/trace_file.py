@@ -190,10 +190,9 @@ def _step(stored: dict[str, Any], tensors: Tensors, layouts: list[Layout]) -> St
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that JSON can represent, tensors as numbers; what is not finite is left out."""
-    plain = {name: value.item() if isinstance(value, torch.Tensor) else value for name, value in settings.items()}
+    """The settings that JSON can represent; what is not finite is left out."""
     return {
         name: value
-        for name, value in plain.items()
+        for name, value in settings.items()
         if isinstance(value, (int, bool, str, tuple, list)) or (isinstance(value, float) and math.isfinite(value))
     }

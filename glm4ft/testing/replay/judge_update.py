@@ -20,8 +20,11 @@ def judge_update(step: ReplayedStep) -> Departures:
     if previous:
         moved = [name for name, after in previous.after.items() if not torch.equal(after, recorded.before[name])]
         if moved:
-            is_bf16 = all(torch.equal(t, t.bfloat16().to(t.dtype)) for t in recorded.before.values())
-            cause = "they are rounded to bfloat16, which loses small updates" if is_bf16 else ""
+            cause = ""
+            if all(torch.equal(t, t.bfloat16().to(t.dtype)) for t in recorded.before.values()):
+                cause = "they are rounded to bfloat16, which loses small updates"
+            elif all(torch.equal(recorded.before[name], previous.before[name]) for name in moved):
+                cause = "they are as before the last update, which did not reach the model: it changed a copy"
             text = f"{len(moved)} parameters changed between two steps, e.g. {moved[0]}"
             yield step.depart("update", text, cause)
     unused = sorted(set(recorded.before) - {name for group in recorded.groups for name in group.names})

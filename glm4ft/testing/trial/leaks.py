@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch._functorch.config as functorch_config
 from torch import nn
 
 from glm4ft.testing.recording.discovery import decoder_of
@@ -47,6 +48,8 @@ def watch_leaks(model: nn.Module, known: KnownRows) -> Iterator[list[Leak]]:
     watcher = _Watcher(known, model)
     decoder = decoder_of(model)
     with ExitStack() as stack:
+        if hasattr(functorch_config, "donated_buffer"):  # a compiled backward pass would give away what others need
+            stack.enter_context(functorch_config.patch(donated_buffer=False))
         for hook in (
             decoder.body.register_forward_pre_hook(watcher.backbone_called, with_kwargs=True),
             decoder.embedding.register_forward_hook(watcher.embedded),
@@ -59,19 +62,21 @@ def watch_leaks(model: nn.Module, known: KnownRows) -> Iterator[list[Leak]]:
 class _Watcher:
     def __init__(self, known: KnownRows, model: nn.Module) -> None:
         self.known, self.model, self.leaks = known, model, list[Leak]()
-        self.was_enabled = True
+        self.mode = ExitStack()
 
-    def backbone_called(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self.inputs = kwargs
+    def backbone_called(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         # evaluation runs without gradients, but the measurement needs them up to the final norm
-        self.was_enabled = torch.is_grad_enabled()
-        torch.set_grad_enabled(True)
+        self.mode.enter_context(torch.inference_mode(False))
+        self.mode.enter_context(torch.enable_grad())
+        self.inputs = {name: _usable(value) for name, value in kwargs.items()}
+        return args, self.inputs
 
     def embedded(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        self.input_ids = args[0]
-        self.probe = torch.zeros_like(output, requires_grad=True)
-        with torch.enable_grad():  # the ids may be embedded before the backbone is called
-            return output + self.probe
+        with torch.inference_mode(False), torch.enable_grad():  # the backbone may be called later
+            self.input_ids = _usable(args[0])
+            self.probe = torch.zeros_like(output, requires_grad=True)
+            moved: torch.Tensor = _usable(output) + self.probe
+            return moved
 
     def hidden_ready(self, module: nn.Module, args: Any, hidden: torch.Tensor) -> None:
         positions, mask = (self.inputs.get(name) for name in ("position_ids", "attention_mask"))
@@ -82,7 +87,7 @@ class _Watcher:
             target = (hidden[span.b, span.positions.to(hidden.device)] * direction_D).sum()
             (gradient,) = torch.autograd.grad(target, self.probe, retain_graph=True)
             self.leaks.append(self._leak(span, gradient, sum(other.b == span.b for other in spans)))
-        torch.set_grad_enabled(self.was_enabled)
+        self.mode.close()
 
     def _leak(self, span: RowSpan, gradient_BTD: torch.Tensor, neighbours: int) -> Leak:
         size_BT = gradient_BTD.detach().float().norm(dim=-1).cpu()
@@ -92,3 +97,8 @@ class _Watcher:
         share = float(size_BT.max()) / max(own, 1e-30)
         position = worst % size_BT.shape[1] if share > 0 else -1
         return Leak(span, position, share, self.model.training, neighbours)
+
+
+def _usable(value: Any) -> Any:
+    """The value; of a tensor made in inference mode, which no gradient can be computed from, a copy."""
+    return value.clone() if isinstance(value, torch.Tensor) and value.is_inference() else value

@@ -109,7 +109,7 @@ class RecordedRun:
     def evaluated(self) -> list[EvaluatedRow]:
         """The known rows that the run evaluated."""
         found = list[EvaluatedRow]()
-        for num_steps, forward in self.trace.evaluations:
+        for num_steps, forward in self.trace.evaluated:
             for span in self.known.find_in(forward).rows:
                 hidden_TD = forward.hidden_BTD[span.b][span.positions]
                 size = self.size_off(span.ids, hidden_TD, self.at(num_steps))

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from glm4ft.errors import ConfigError
 from glm4ft.model.checkpoint import TINY
-from glm4ft.testing.recording.recorder import record
+from glm4ft.testing.recording.record import record
 from glm4ft.testing.replay.matching import TokenWeights
 from glm4ft.testing.specification.lora_spec import LoraSpec
 from glm4ft.testing.specification.reference import LabelledIds, Reference

@@ -16,6 +16,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from glm4ft.testing.recording.attach import record_run
+from glm4ft.testing.replay.matching import KnownRows
+from glm4ft.testing.trial.leaks import watch_leaks
 from glm4ft.testing.trial.recorded import judge_recording
 from glm4ft.testing.trial.trial import Trial
 
@@ -56,3 +58,17 @@ def test_compiled_model_is_recorded_without_a_trace_in_the_run(
     assert (found.num_steps, found.verdict.departures) == (STEPS, {})
     plain = trained(healthy.base_dir, how, None)
     assert all(torch.equal(recorded[name], plain[name]) for name in plain)
+
+
+@pytest.mark.slow
+def test_rows_of_a_compiled_model_are_measured_for_leaks(healthy: Trial) -> None:
+    """Each row takes a backward pass of its own, for which a compiled one would have given its buffers away."""
+    torch._dynamo.reset()
+    lora = LoraConfig(task_type="CAUSAL_LM", r=3, lora_alpha=8, target_modules=["q_proj", "down_proj"])
+    model: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(healthy.base_dir), lora).train()
+    ids = torch.randint(20, 60, (2, 24), generator=torch.Generator().manual_seed(0))
+    rows = [(tuple(row), tuple(row)) for row in ids.tolist()]
+    with watch_leaks(model, KnownRows(rows)) as leaks:
+        compiled = torch.compile(model, backend=COMPILER, dynamic=True)
+        compiled(input_ids=ids, labels=ids).loss.backward()
+    assert [(leak.size, leak.neighbours) for leak in leaks] == [(0.0, 1), (0.0, 1)]

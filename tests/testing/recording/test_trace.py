@@ -17,7 +17,7 @@ from transformers import Trainer
 
 from glm4ft.data.encoded_row import IGNORED
 from glm4ft.model.tiny import write_tiny_base
-from glm4ft.testing.recording.trace import Forward
+from glm4ft.testing.recording.trace import Forward, Step, Trace
 from glm4ft.testing.recording.trace_file import read_trace, write_trace
 from glm4ft.testing.replay.history import History
 from glm4ft.testing.replay.step import ReplayedStep
@@ -112,6 +112,16 @@ def test_trace_survives_the_disk(bases: dict[torch.dtype, Path], tmp_path: Path)
         assert [f.input_ids_BT.tolist() for f in got.forwards] == [f.input_ids_BT.tolist() for f in expected.forwards]
         assert [f.training for f in got.forwards] == [f.training for f in expected.forwards]
         assert [g.settings["lr"] for g in got.groups] == [g.settings["lr"] for g in expected.groups]
+
+
+def test_second_pass_over_the_batch_of_its_step_is_no_evaluation() -> None:
+    def forward(*ids: int) -> Forward:
+        return Forward(torch.tensor([ids]), None, None, torch.zeros(1, len(ids), 2), None, training=True)
+
+    own, other = forward(1, 2), forward(1, 2, 3)
+    step = Step([own], {}, {}, {}, [], "AdamW")
+    trace = Trace(steps=[step], evaluations=[(0, forward(1, 2)), (0, other), (1, forward(1, 2))])
+    assert [(num_steps, found.input_ids_BT.shape[1]) for num_steps, found in trace.evaluated] == [(0, 3), (1, 2)]
 
 
 def test_row_of_a_step_of_generation_with_a_cache_is_its_last_tokens() -> None:

@@ -18,7 +18,7 @@ from transformers import Trainer
 from glm4ft.data.batching import Collator
 from glm4ft.data.encoded_row import IGNORED
 from glm4ft.model.tiny import tiny_model, write_tiny_base
-from glm4ft.testing.recording.recorder import record
+from glm4ft.testing.recording.record import record
 from glm4ft.testing.specification.recovered_targets import recover_targets
 from glm4ft.testing.subjects import own, transformers_trainer
 from glm4ft.testing.trial.trial import Trial

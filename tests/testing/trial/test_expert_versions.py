@@ -14,7 +14,7 @@ from glm4ft.cli.main import run
 from glm4ft.errors import ModelError
 from glm4ft.model.tiny import write_tiny_base
 from glm4ft.testing.recording.description import describe
-from glm4ft.testing.recording.recorder import record
+from glm4ft.testing.recording.record import record
 from glm4ft.testing.recording.trace_file import write_trace
 from glm4ft.testing.specification import routed_experts
 from glm4ft.testing.specification.routed_experts import too_old

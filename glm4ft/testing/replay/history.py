@@ -49,7 +49,8 @@ class History:
     def __post_init__(self) -> None:
         if self.dtype == torch.float16:
             self.dtype = torch.bfloat16  # whose limits are the wider ones
-        self.optimizer = AdamW(self.plan["betas"], self.plan["eps"], self.plan["weight_decay"])
+        plan = self.plan
+        self.optimizer = AdamW(plan["betas"], plan["eps"], plan["weight_decay"], plan.get("weight_decays"))
 
     def rates(self, group: int) -> list[float]:
         """The learning rate of a parameter group for each recorded step; NaN where there is no such group."""

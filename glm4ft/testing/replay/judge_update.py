@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -65,13 +66,18 @@ def _update_size(step: ReplayedStep) -> float:
 def _update_cause(step: ReplayedStep) -> str:
     if step.step.optimizer != "AdamW":
         return f"the optimizer is {step.step.optimizer}"
+    plan = step.history.plan
     for name in ("weight_decay", "betas", "eps"):
-        asked = step.history.plan[name]
+        asked, others = plan[name], plan.get("weight_decays", {}) if name == "weight_decay" else {}
         for group in step.step.groups:
             got = group.settings.get(name)
-            if group.names and got is not None and not torch.equal(torch.tensor(got), torch.tensor(asked)):
+            if not set(group.names) <= set(others) and got is not None and not _is_equal(got, asked):
                 return f"{name} is {got}, not {asked}"
     return _variant_cause(step) if step.number == 1 else ""
+
+
+def _is_equal(got: Any, asked: Any) -> bool:
+    return torch.equal(torch.tensor(got), torch.tensor(asked))
 
 
 def _variant_cause(step: ReplayedStep) -> str:

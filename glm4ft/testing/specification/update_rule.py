@@ -65,12 +65,16 @@ class AdamW:
     Args:
         betas: The decay rates of the first and second moment.
         eps: The term added to the root of the second moment.
-        weight_decay: The decoupled weight decay, applied to every trained parameter.
+        weight_decay: The decoupled weight decay, applied to every trained parameter but those of ``decays``.
+        decays: The weight decay of parameters that have another, by their names.
     Source: Loshchilov and Hutter, arXiv 1711.05101, algorithm 2.
     """
 
-    def __init__(self, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    def __init__(
+        self, betas: tuple[float, float], eps: float, weight_decay: float, decays: Mapping[str, float] | None = None
+    ) -> None:
         self.betas, self.eps, self.weight_decay, self.steps = betas, eps, weight_decay, 0
+        self.decays = decays or {}
         self.first, self.second = Tensors(), Tensors()
 
     def update(self, before: Tensors, gradients: Tensors, rates: Mapping[str, float]) -> Tensors:
@@ -90,6 +94,6 @@ class AdamW:
             self.second[name] = beta2 * self.second.get(name, torch.zeros_like(g)) + (1 - beta2) * g * g
             root = (self.second[name] / (1 - beta2**self.steps)).sqrt() + self.eps
             direction = self.first[name] / (1 - beta1**self.steps) / root
-            rate = rates[name]
-            after[name] = before[name].double() * (1 - rate * self.weight_decay) - rate * direction
+            rate, decay = rates[name], self.decays.get(name, self.weight_decay)
+            after[name] = before[name].double() * (1 - rate * decay) - rate * direction
         return after

@@ -34,17 +34,22 @@ def plan_of(trace: Trace, configuration: Mapping[str, Any], num_processes: int) 
     if asked["schedule"] == "constant" and configuration.get("lr_scheduler_type") == "constant":
         asked["warmup_steps"] = 0  # transformers' constant schedule has none
     asked["learning_rate"] = float(asked.get("learning_rate") or own["learning_rate"])
-    return {**make_plan(**{**own, **asked}), "processes": num_processes, "is_only_run": True}
+    plan = make_plan(**{**own, **asked})
+    decays = {n: float(g.settings["weight_decay"]) for g in holding(trace.steps[0]) for n in g.names}
+    # none on norms and biases, as transformers.Trainer has it; all of them without any would be another matter
+    without = {n: decay for n, decay in decays.items() if not decay} if any(decays.values()) else {}
+    return {**plan, "weight_decays": without, "processes": num_processes, "is_only_run": True}
 
 
 def own_settings(trace: Trace) -> dict[str, Any]:
     """The plan that a run's own optimizer and gradients state, as far as they do."""
-    settings = holding(trace.steps[0])[0].settings
+    groups = [group.settings for group in holding(trace.steps[0])]
+    settings = max(groups, key=lambda group: float(group.get("weight_decay", 0.0)))
     limits = [clip_factor(step.clipped, 0, step.norms.get("clipped"))[0] for step in trace.steps if _is_clipped(step)]
     return {
         "steps": len(trace.steps),
         "accumulation": max(1, len(trace.steps[0].forwards)),
-        "learning_rate": float(settings["lr"]) or 1.0,
+        "learning_rate": float(groups[0]["lr"]) or 1.0,
         "max_grad_norm": max(limits, default=0.0),
         "packing": any(len(split_rows(f)) > len(f.input_ids_BT) for step in trace.steps for f in step.forwards),
         **{name: settings[name] for name in ("betas", "eps", "weight_decay") if name in settings},
@@ -81,7 +86,7 @@ def unjudged(trace: Trace, about: Mapping[str, Any], num_recorded: int) -> dict[
         found |= dict.fromkeys(("batches", "loss", "gradient", "clipping"), why)
     if trace.sampled and any(step.norms["raw"].keys() != trace.sampled.keys() for step in trace.steps):
         found["clipping"] = "a sample of the gradient is recorded, and its norm before clipping is not known"
-    return found | _no_update(trace)
+    return found | _by_group(trace)
 
 
 def _no_schedule(configuration: Mapping[str, Any]) -> str:
@@ -110,12 +115,17 @@ def _is_random(trace: Trace, configuration: Mapping[str, Any], factors: Mapping[
     return ""
 
 
-def _no_update(trace: Trace) -> dict[str, str]:
+def _by_group(trace: Trace) -> dict[str, str]:
+    """The reason for each judge to which the optimizer's class or its groups are unknown."""
     optimizers = {step.optimizer for step in trace.steps}
     if optimizers != {"AdamW"}:
         return {"update": f"the optimizer is {', '.join(sorted(optimizers))}, not AdamW"}
-    settings = {(float(g.settings["lr"]), float(g.settings["weight_decay"])) for g in holding(trace.steps[0])}
-    if len(settings) > 1:
-        why = f"the optimizer's groups have {len(settings)} pairs of learning rate and weight decay"
-        return {"update": why, "schedule": why}
-    return {}
+    rates, decays = (
+        sorted({float(group.settings[name]) for group in holding(trace.steps[-1])}) for name in ("lr", "weight_decay")
+    )
+    found = {}
+    if len([decay for decay in decays if decay]) > 1:
+        found["update"] = f"the optimizer's groups have weight decays of {', '.join(f'{decay:g}' for decay in decays)}"
+    if len(rates) > 1:
+        found["schedule"] = f"the optimizer's groups have {len(rates)} learning rates, and one is configured"
+    return found

@@ -41,9 +41,26 @@ class Trained(transformers_trainer.Subject):
         return trainer
 
 
-def judged(healthy: Trial, folder: Path, lora: Mapping[str, Any] = LORA, **changes: Any) -> JudgedRecording:
+class TwoRates(Trained):
+    """The matrices B learn faster than the matrices A, as in LoRA+."""
+
+    def make_trainer(self, model: Any, rows: Any, plan: Mapping[str, Any]) -> Trainer:
+        trainer = super().make_trainer(model, rows, plan)
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for name, p in named if part in name], "lr": factor * plan["learning_rate"]}
+            for part, factor in (("lora_A", 1), ("lora_B", 16))
+        ]
+        options = {name: plan[name] for name in ("betas", "eps", "weight_decay")}
+        trainer.optimizer = torch.optim.AdamW(groups, **options)
+        return trainer
+
+
+def judged(
+    healthy: Trial, folder: Path, lora: Mapping[str, Any] = LORA, kind: type[Trained] = Trained, **changes: Any
+) -> JudgedRecording:
     """The verdict on a run of transformers.Trainer, with the data that it was given."""
-    subject = Trained(str(healthy.base_dir))
+    subject = kind(str(healthy.base_dir))
     subject.lora, subject.recording = lora, folder / "recording"
     data = folder / "data.jsonl"
     data.write_text("".join(json.dumps(c) + "\n" for c in healthy.conversations), "utf-8")
@@ -61,6 +78,24 @@ def test_every_stage_is_judged_where_configuration_and_data_are_known(healthy: T
     assert found.about["configuration"]["trainer"]
     assert found.verdict.largest["gradient"] > 0
     assert found.verdict.largest["schedule"] <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "not_judged"),
+    [
+        pytest.param(
+            Trained, {"modules_to_save": ["input_layernorm"]}, [], id="norms without decay, as Trainer has them"
+        ),
+        pytest.param(TwoRates, {}, ["schedule"], id="two rates, as LoRA+ has them"),
+    ],
+)
+def test_update_is_judged_group_by_group(
+    healthy: Trial, tmp_path: Path, kind: type[Trained], more: dict[str, Any], not_judged: list[str]
+) -> None:
+    found = judged(healthy, tmp_path, {**LORA, **more}, kind, weight_decay=0.1, schedule="linear")
+    assert found.verdict.departures == {}
+    assert list(found.not_judged) == not_judged
+    assert found.verdict.largest["update"] <= 1e-5
 
 
 class Logged(TrainerCallback):

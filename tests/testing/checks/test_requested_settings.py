@@ -124,6 +124,6 @@ def test_nothing_is_judged_that_nobody_asked_for(check: str, healthy: Trial) -> 
 def test_plain_object_stays_on_its_base_and_is_not_blamed_for_it(healthy: Trial, monkeypatch: Any) -> None:
     """A subject that is no function of its base cannot be made again on another one."""
     trial = Trial(healthy.subject, healthy.base_dir, Path("unused"), "module:instance")
-    monkeypatch.setattr("glm4ft.testing.trial.shared_runs.load_subject", lambda *_: healthy.subject)
+    monkeypatch.setattr("glm4ft.testing.trial.subject_on_base.load_subject", lambda *_: healthy.subject)
     with pytest.raises(NotApplicable, match="plain object"):
         trial.subject_on(healthy.base_dir)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from glm4ft.testing.faults.model import set_lora_scale
 from glm4ft.testing.faults.registry import MADE_UP, faults_at
-from glm4ft.testing.subjects.plain_loop import LoopState, Subject, process_rank, trained, world_size
+from glm4ft.testing.subjects.plain_loop import LoopState, Subject, process_rank, world_size
 
 ESCAPES = (
     "Checkpoints of sharded training, and resuming with another number of processes or another batch size, are not "
@@ -130,23 +130,6 @@ class ResumeRandomStateLost(Subject):
         super().resume(run, folder)
         if run.step % steps_per_epoch(self, run) == 0:
             torch.set_rng_state(fresh)
-
-
-@fault("resume-master-weights-stale", evidence="miles 2572", cause=r"parameters?|weights?|loaded|first step")
-class ResumeMasterWeightsStale(Subject):
-    """The optimizer's own copies of the weights are older than the checkpoint, and its first step writes them back."""
-
-    def resume(self, run: LoopState, folder: Path) -> None:
-        masters = [parameter.detach().clone() for parameter in trained(run.model)]
-        super().resume(run, folder)
-
-        @torch.no_grad()
-        def write_back(*_: Any) -> None:
-            for parameter, master in zip(trained(run.model), masters, strict=True):
-                parameter.copy_(master)
-            hook.remove()
-
-        hook = run.optimizer.register_step_pre_hook(write_back)
 
 
 @fault("scale-applied-twice-on-resume", evidence=MADE_UP, cause=r"scale|alpha")

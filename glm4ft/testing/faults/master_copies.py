@@ -1,4 +1,4 @@
-"""Optimizers that hold copies of the parameters, and their faults: values are lost between copy and model, either way."""
+"""Optimizers that hold copies of the parameters, and their faults: values are lost on the way to or from a copy."""
 
 from __future__ import annotations
 

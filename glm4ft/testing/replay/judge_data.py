@@ -21,6 +21,7 @@ NULL_MEMBER = re.compile(r',\s*"[^"]+": null|"[^"]+": null,?\s*')
 # The number of tokens that must agree at a row's beginning to say that the weights are right: a wrong weight changes
 # the first token already, a wrong rotary angle the second.
 SOUND_START = 8
+CHANGED_BETWEEN = "the parameters were changed between the forward pass and the optimizer's step"
 SHOWN = 3  # the number of tokens of a row that a message quotes
 
 
@@ -212,7 +213,9 @@ def judge_model(step: ReplayedStep) -> Departures:
     for found in step.hidden_states:
         cause = "" if found.size <= step.limit("model") else _other_model(step, found)
         text = f"the final norm's output is {found.size:.1e} off the specification"
-        yield step.depart("model", text, cause, found.size, hides=("gradient",))
+        # what is done to the parameters outside of the step is no fault of the model
+        stage = "update" if cause == CHANGED_BETWEEN else "model"
+        yield step.depart(stage, text, cause, found.size, hides=("gradient",))
     unused = sorted(before.keys() - step.step.raw.keys())
     if unused and step.step.raw:
         text = f"no gradient reaches {len(unused)} of {len(before)} trained parameters, e.g. {unused[0]}"
@@ -228,7 +231,7 @@ def _other_model(step: ReplayedStep, found: SeenHidden) -> str:
         )
     others: dict[str, Tensors] = {"what is trained has no effect: the hidden states are those of the base": {}}
     if previous := step.history.previous:
-        others["the parameters were changed between the forward pass and the optimizer's step"] = previous.after
+        others[CHANGED_BETWEEN] = previous.after
     limit = step.limit("model")
     fitting = [words for words, trained in others.items() if step.size_off(found.row, trained) <= limit]
     return fitting[0] if len(fitting) == 1 else ""

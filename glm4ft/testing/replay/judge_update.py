@@ -13,6 +13,7 @@ from glm4ft.testing.replay.comparison import relative
 from glm4ft.testing.replay.departure import Departures
 from glm4ft.testing.replay.step import ReplayedStep
 from glm4ft.testing.replay.tolerances import EXPLAINED
+from glm4ft.testing.specification.update_rule import AdamW
 
 
 def judge_update(step: ReplayedStep) -> Departures:
@@ -73,7 +74,22 @@ def _update_cause(step: ReplayedStep) -> str:
             got = group.settings.get(name)
             if not set(group.names) <= set(others) and got is not None and not _is_equal(got, asked):
                 return f"{name} is {got}, not {asked}"
-    return _variant_cause(step) if step.number == 1 else ""
+    if step.step.groups[0].settings.get("amsgrad"):
+        return "amsgrad is on"
+    return _variant_cause(step) if step.number == 1 else _cleared_cause(step)
+
+
+def _cleared_cause(step: ReplayedStep) -> str:
+    """That the update is the first one of a new AdamW, if it is."""
+    plan, recorded = step.history.plan, step.step
+    anew = AdamW(plan["betas"], plan["eps"], plan["weight_decay"], plan.get("weight_decays"))
+    after = anew.update(recorded.before, recorded.clipped, _rates(step))
+    got, first = (
+        {name: tensors[name].double() - recorded.before[name].double() for name in after}
+        for tensors in (recorded.after, after)
+    )
+    is_first = relative(got, first) <= EXPLAINED
+    return "the optimizer's moments were cleared: it is the update of a first step" * is_first
 
 
 def _is_equal(got: Any, asked: Any) -> bool:

@@ -108,10 +108,13 @@ class KnownRows:
     def _unknown(self, forward: Forward, padding: torch.Tensor) -> Iterator[tuple[tuple[int, ...], bool]]:
         """Ids outside of known rows that are not padding, and whether a known row is beside them.
 
-        A mask that leaves anything out leaves padding out; without one, padding is whatever consists of one id.
+        A mask that leaves anything out leaves padding out, unless it leaves out tokens of known rows; without a mask,
+        padding is whatever consists of one id.
         """
         mask, fill = forward.attention_mask, set(forward.input_ids_BT[padding].tolist())
         is_masked = mask is not None and mask.dim() == 2 and not bool(mask.bool().all())
+        if is_masked and mask is not None and mask.shape == padding.shape:
+            is_masked = bool(mask.bool()[~padding].all())
         if len(fill) < 2 and not is_masked:
             return
         for b, positions in split_rows(forward):

@@ -200,7 +200,7 @@ def _explain_by_scale(verdict: Verdict, first_moved: int) -> None:
     gradient, model = verdict.departures.get("gradient"), verdict.departures.get("model")
     if gradient is None or model is None or model.size is None or gradient.step != 1:
         return
-    if model.step == 1 or model.step < first_moved:
+    if model.step == 1 or model.step < first_moved or model.cause:
         return
     # in low precision the output departs only once B is large enough for its scale to exceed the rounding
     is_exact = verdict.limits.get("model", 0.0) <= LIMITS[torch.float32]

@@ -59,6 +59,15 @@ class LeftPadAttended(Subject):
         return {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
 
 
+@fault("mask-of-the-first-row", evidence="SimpleTuner 2648; candle 1920", cause=r"mask hides")
+class MaskOfTheFirstRow(Subject):
+    """The mask of a batch's first row is broadcast to all of its rows."""
+
+    def collate(self, rows: Sequence[Features]) -> Batch:
+        batch = super().collate(rows)
+        return {**batch, "attention_mask": batch["attention_mask"][:1].repeat(len(rows), 1)}
+
+
 @fault("attention-mask-from-pad-equality", evidence="TRL 6357", cause=r"mask|attended")
 class AttentionMaskFromPadEquality(Subject):
     """The attention mask hides every token equal to the pad token, which is also a role's header."""

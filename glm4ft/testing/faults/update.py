@@ -9,6 +9,7 @@ import torch
 
 from glm4ft.testing.faults.registry import MADE_UP, faults_at
 from glm4ft.testing.subjects.plain_loop import LoopState, Subject, trained
+from glm4ft.testing.subjects.plain_loop_data import Batch
 
 ESCAPES = (
     "Optimizers other than AdamW, and settings that a plan does not contain (LoRA+ ratios, schedules of the weight "
@@ -147,6 +148,17 @@ class AdamW(torch.optim.Optimizer):
         divisor = self.parts.root(second / self.parts.correction(beta2, step), group["eps"])
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.addcdiv_(first / self.parts.correction(beta1, step), divisor, value=-group["lr"])
+
+
+@fault("moments-cleared-each-epoch", evidence="deepsensor 47; cymetric 4; keras 13750", cause=r"moments were cleared")
+class MomentsClearedEachEpoch(Subject):
+    """Every epoch begins with a new optimizer, whose moments are zero."""
+
+    def train_step(self, run: LoopState, batches: list[Batch]) -> dict[str, Any]:
+        rows_in_step = run.plan["micro_batch_size"] * run.plan["accumulation"]
+        if run.step % -(-len(run.rows) // rows_in_step) == 0:
+            run.optimizer.state.clear()
+        return super().train_step(run, batches)
 
 
 @fault("no-bias-correction", evidence=MADE_UP, cause=r"bias")

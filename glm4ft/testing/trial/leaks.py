@@ -56,6 +56,7 @@ def watch_leaks(model: nn.Module, known: KnownRows) -> Iterator[list[Leak]]:
             decoder.norm.register_forward_hook(watcher.hidden_ready),
         ):
             stack.callback(hook.remove)
+        stack.callback(watcher.mode.close)  # of a forward pass that an error ended
         yield watcher.leaks
 
 

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from glm4ft.testing.faults.registry import MADE_UP, faults_at
 from glm4ft.testing.subjects.plain_loop import LoopState, Subject, trained
 
+ESCAPES = "Copies that several processes hold a share of each (ZeRO over processes) are not judged."
+
 persistence_fault = faults_at("persistence")
 update_fault = faults_at("update")
 

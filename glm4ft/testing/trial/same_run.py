@@ -41,11 +41,11 @@ def describe_divergence(whole: RecordedRun, other: RecordedRun, done: int = 0) -
             return f"the learning rate at step {number} is {' and '.join(rates[1])}, not {' and '.join(rates[0])}"
         if _differ(expected.after, got.after):
             same_order = whole.order[number - 1] == other.order[offset]
-            size = relative(_update(got), _update(expected))
-            if same_order and _differ(expected.raw, got.raw) and size <= LIMITS[torch.float32]:
+            sizes = relative(got.raw, expected.raw), relative(_update(got), _update(expected))
+            if same_order and sizes[0] > 0 and all(size <= LIMITS[torch.float32] for size in sizes):
                 raise NotApplicable(
                     f"not judged bit by bit from step {number} on: gradients of the same parameters and rows differ by "
-                    f"rounding, and so do the updates ({size:.1e})"
+                    f"rounding ({sizes[0]:.1e}), and so do the updates ({sizes[1]:.1e})"
                 )
             return f"the parameters differ after step {number}{_cause(other, expected, got, same_order)}"
     return ""

@@ -198,7 +198,7 @@ def moved_after(step: Step) -> None:
 
 def other_dropout(step: Step) -> None:
     for name in ("raw", "clipped", "after"):
-        setattr(step, name, {n: t * (1 + 1e-6) for n, t in getattr(step, name).items()})
+        setattr(step, name, {n: t * (1 + 1e-3) for n, t in getattr(step, name).items()})
 
 
 def without_gradient(step: Step) -> None:
@@ -299,7 +299,7 @@ CASES = (
     Case(
         "gradient_is_clipped_to_its_global_norm",
         every_step(clipped_by(lambda n, t: t.clamp(-0.05, 0.05))),
-        "its direction changed .*clipped by value",
+        "likely cause: it is clipped by value",
         {"max_grad_norm": 0.05},
     ),
     Case(

@@ -29,8 +29,9 @@ Optional
     parameters have, as ``{"lora_B": 16}`` for LoRA+; the others have the plan's. Without it all have the plan's.
     ``train(model, conversations, plan)``: trains in place. A conversation is ``{"messages": [...], "tools": [...]}``.
     ``plan["seed"]`` seeds all its random numbers: checks apply dropout with hooks, and two such runs must be the same.
-    It may return its log: a mapping per optimizer step with any of ``step``, ``loss``, ``grad_norm`` (before clipping),
-    ``learning_rate``, and ``eval_loss`` where it evaluated. Without a log, logged figures are not judged.
+    It may return its log: a mapping per optimizer step with any of ``step`` (from 1 or from 0), ``loss``, ``grad_norm``
+    (before clipping), ``learning_rate``, and ``eval_loss`` where it evaluated. Figures that are not logged are not
+    judged.
     ``distributed``: True if ``train`` can run as one of several processes in the environment that torchrun sets
     (``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR``, ...), where it joins the process group itself, on a CPU with gloo.
     ``micro_batch_size`` and ``accumulation`` are then those of one process.

@@ -164,8 +164,12 @@ class RecordedRun:
         Raises:
             NotApplicable: If the subject does not log the figure.
         """
+        # an evaluation before the first step is logged at 0, too; a loss is not, unless steps are counted from 0
+        shift = any(entry.get("step") == 0 and entry.get("loss") is not None for entry in self.log)
         found = {
-            int(e.get("step", i)): float(e[name]) for i, e in enumerate(self.log, start=1) if e.get(name) is not None
+            int(entry["step"]) + shift if "step" in entry else number: float(entry[name])
+            for number, entry in enumerate(self.log, start=1)
+            if entry.get(name) is not None
         }
         if not found:
             raise NotApplicable(f"the subject's train returns no log with {name}")

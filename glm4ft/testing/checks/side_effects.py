@@ -164,14 +164,14 @@ def check_numbers_that_are_not_finite_are_reported(trial: Trial) -> None:
         with (
             record(model, plan["steps"]) as trace,
             spoiling(
-                model, what, lambda _: len(trace.steps) == 1 and torch.is_grad_enabled() and not happened
-            ) as happened,
+                model, what, lambda _: len(trace.steps) == 1 and torch.is_grad_enabled() and not spoilt.is_trained
+            ) as spoilt,
         ):
             try:
                 log = list(trial.subject.train(model, trial.conversations, plan) or [])
             except Exception:  # stopping is the best answer
                 continue
-        if not happened:
+        if not spoilt.num_passes:
             raise NotApplicable("not judged: no forward pass of training went through the final norm")
         figures = [entry[name] for entry in log for name in ("loss", "grad_norm") if entry.get(name) is not None]
         unlogged = unlogged or not figures
@@ -194,13 +194,13 @@ def check_numbers_that_are_not_finite_are_reported(trial: Trial) -> None:
 def _require_reporting_evaluation(trial: Trial) -> None:
     """Fail if an evaluation whose forward passes are made NaN reports a finite loss."""
     model = trial.trained.model
-    with spoiling(model, "loss", lambda ids_BT: _holds_a_row(trial, ids_BT)) as happened:
+    with spoiling(model, "loss", lambda ids_BT: _holds_a_row(trial, ids_BT)) as spoilt:
         try:
             result = trial.subject.evaluate(model, trial.conversations)
         except Exception:
             return
     loss = result.get("loss") if isinstance(result, Mapping) else result
-    if happened and loss is not None and math.isfinite(float(loss)):
+    if spoilt.num_passes and loss is not None and math.isfinite(float(loss)):
         raise CheckFailed(
             f"the forward passes of an evaluation were made NaN from outside, and it reports a loss of {loss:.4g}"
         )

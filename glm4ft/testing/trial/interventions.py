@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,8 +12,21 @@ import torch
 from glm4ft.testing.recording.discovery import decoder_of
 
 
+@dataclass
+class Spoilt:
+    """What has been spoilt so far.
+
+    Args:
+        num_passes: The number of forward passes.
+        is_trained: Whether a backward pass went through one of them; a trainer may throw a forward pass away.
+    """
+
+    num_passes: int = 0
+    is_trained: bool = False
+
+
 @contextlib.contextmanager
-def spoiling(model: Any, what: str, is_due: Callable[[torch.Tensor], bool]) -> Iterator[list[int]]:
+def spoiling(model: Any, what: str, is_due: Callable[[torch.Tensor], bool]) -> Iterator[Spoilt]:
     """Make forward passes, or the gradients of them, not finite while the context is open.
 
     Args:
@@ -20,28 +34,30 @@ def spoiling(model: Any, what: str, is_due: Callable[[torch.Tensor], bool]) -> I
         what: ``loss`` for NaN in the forward pass, ``gradient`` for an infinite gradient behind a finite loss.
         is_due: A function of the ids (B, T) of a forward pass; those for which it is true are spoilt.
     Yields:
-        A list that is not empty once it has happened.
+        What has been spoilt.
     """
-    happened, ids = list[int](), list[torch.Tensor]()
+    spoilt, ids = Spoilt(), list[torch.Tensor]()
 
     def see(embedding: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         ids[:] = [args[0]]
 
+    def train(gradient: torch.Tensor) -> torch.Tensor:
+        spoilt.is_trained = True
+        return gradient * torch.inf if what == "gradient" else gradient
+
     def spoil(norm: torch.nn.Module, args: Any, hidden: torch.Tensor) -> torch.Tensor | None:
-        if not is_due(ids[0]):
+        if not is_due(ids[0]) or (what == "gradient" and not hidden.requires_grad):
             return None
-        if what == "loss":
-            happened.append(1)
-            return hidden * torch.nan
-        if hidden.requires_grad:
-            happened.append(1)
-            hidden.register_hook(lambda gradient: gradient * torch.inf)
-        return None
+        spoilt.num_passes += 1
+        seen = hidden * torch.nan if what == "loss" else hidden
+        if seen.requires_grad:
+            seen.register_hook(train)
+        return seen
 
     decoder = decoder_of(model)
     hooks = [decoder.embedding.register_forward_pre_hook(see), decoder.norm.register_forward_hook(spoil)]
     try:
-        yield happened
+        yield spoilt
     finally:
         for hook in hooks:
             hook.remove()

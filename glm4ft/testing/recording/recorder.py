@@ -43,6 +43,8 @@ class Recorder:
         self.last, self.summed = Tensors(), Tensors()  # gradients since the last step, see _accumulated
         self.last_norms = dict[str, float]()  # of the gradients of which a sample is kept
         self.num_detached = 0  # since the last step, see Step
+        self.num_cleared = 0  # forward passes since the last step whose gradients were cleared after them
+        self.num_tried = 0  # and of them those of the first step, see _leave_out_tries
         # of optimizer steps inside of one another: a subclass calls its parent's, a wrapper that of the optimizer in it
         self.depth = 0
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -150,7 +152,15 @@ class Recorder:
             forward.gradient_BTD = gradient.detach().float().cpu().clone()
 
         hidden.register_hook(keep)
+        if len(self.trace.steps) < 2 and self._is_cleared():
+            self.num_cleared = len(self.pending)
         self.pending.append(forward)
+
+    def _is_cleared(self) -> bool:
+        """Whether there have been backward passes since the last step, and nothing is left of their gradients."""
+        left = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+        # rows without targets leave nothing but zeros either
+        return any(bool(t.any()) for t in self.last.values()) and not any(bool(t.any()) for t in left)
 
     def _keep_dropped(self, name: str) -> Any:
         def keep(module: nn.Dropout, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
@@ -247,8 +257,20 @@ class Recorder:
                 },
             )
         )
-        self.num_detached = 0
+        self._leave_out_tries(len(self.trace.steps), self.num_cleared if accumulated is self.last else 0)
+        self.num_detached = self.num_cleared = 0
         self.pending, self.last, self.summed, self.last_norms = [], {}, {}, {}
+
+    def _leave_out_tries(self, number: int, num_cleared: int) -> None:
+        """Leave out passes before the first step that only try the model, such as a search for the largest batch.
+
+        Their gradients are cleared, as those of no later step are: a trainer that clears between the micro-batches of
+        every step has a fault, and one that moves gradients to a buffer of its own receives a sum of them.
+        """
+        if number == 1:
+            self.num_tried = num_cleared
+        elif number == 2 and not num_cleared:
+            del self.trace.steps[0].forwards[: self.num_tried]
 
     def _kept(self, tensors: Mapping[str, torch.Tensor]) -> Tensors:
         """Copies of tensors, of a large model those of a sample of their entries."""

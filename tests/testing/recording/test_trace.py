@@ -130,3 +130,32 @@ def test_row_of_a_step_of_generation_with_a_cache_is_its_last_tokens() -> None:
     mask[1, -1] = 0
     step = Forward(torch.tensor([[7], [8]]), None, mask, torch.zeros(2, 1, 4), None, training=False)
     assert [(b, positions.tolist()) for b, positions in split_rows(step)] == [(0, [0]), (1, [])]
+
+
+class TriesFirst(plain_loop.Subject):
+    """Before the first step, a batch is run forward and backward and its gradient thrown away."""
+
+    def begin(self, model: Any, conversations: Any, plan: Mapping[str, Any]) -> plain_loop.LoopState:
+        run = super().begin(model, conversations, plan)
+        batch = self.collate(run.rows[:2])
+        self.backward(self.loss_sum(self.forward(run.wrapped, batch), batch["labels"]))
+        run.model.zero_grad()
+        return run
+
+
+class ClearsEachTime(plain_loop.Subject):
+    """A fault: the gradient of every micro-batch but the last is thrown away."""
+
+    def train_micro_batch(self, run: Any, *args: Any) -> torch.Tensor:
+        self.zero_grad(run)
+        return super().train_micro_batch(run, *args)
+
+
+@pytest.mark.parametrize(("kind", "stage"), [(TriesFirst, None), (ClearsEachTime, "gradient")])
+def test_passes_that_only_try_the_model_are_no_part_of_the_first_step(
+    kind: type[plain_loop.Subject], stage: str | None, bases: dict[torch.dtype, Path], tmp_path: Path
+) -> None:
+    base_dir = bases[torch.float32]
+    run = Trial(kind(str(base_dir)), base_dir, tmp_path).run(steps=2, accumulation=2)
+    assert [len(step.forwards) for step in run.trace.steps] == [2, 2]
+    assert (run.verdict.departure.stage if run.verdict.departure else None) == stage

@@ -149,7 +149,8 @@ def check_gradient_norms_are_stable(trial: Trial) -> None:
     try:
         assert_grad_norms_stable(norms)
         assert_grad_norms_decay(norms)
-        assert_few_steps_clipped(norms, trial.overfit.plan["max_grad_norm"])
+        if not trial.overfit.weights:  # by which a loss has another scale than the token mean that the share is for
+            assert_few_steps_clipped(norms, trial.overfit.plan["max_grad_norm"])
     except AssertionError as error:
         raise CheckFailed(str(error)) from error
 

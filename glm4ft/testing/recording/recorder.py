@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from glm4ft.testing.recording.discovery import decoder_of
 from glm4ft.testing.recording.held_parameters import HeldParameters
 from glm4ft.testing.recording.sampling import norms, sample, sampled_shapes
-from glm4ft.testing.recording.tensors import copy_of, dtype_of_moments, is_multiple, sharing, split_dimension
+from glm4ft.testing.recording.tensors import copy_of, dtype_of_moments, is_multiple, local, sharing, split_dimension
 from glm4ft.testing.recording.trace import Forward, Step, Tensors, Trace
 
 # The largest number of entries of a forward pass of which it is recorded whether dropout kept them; a byte for each.
@@ -158,7 +158,7 @@ class Recorder:
 
     def _is_cleared(self) -> bool:
         """Whether there have been backward passes since the last step, and nothing is left of their gradients."""
-        left = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+        left = [local(parameter.grad) for parameter in self.parameters.values() if parameter.grad is not None]
         # rows without targets leave nothing but zeros either
         return any(bool(t.any()) for t in self.last.values()) and not any(bool(t.any()) for t in left)
 

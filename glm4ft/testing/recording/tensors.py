@@ -13,9 +13,12 @@ def copy_of(tensor: Any) -> Any:
     """A copy on the CPU of a tensor, of a sharded one that of this process's part; None for anything else."""
     if not isinstance(tensor, torch.Tensor):
         return None
-    # a part of a sharded tensor is recorded as it is: gathering it would make one process wait for the others
-    own: Any = tensor.detach()
-    return (own.to_local() if hasattr(own, "to_local") else own).cpu().clone()
+    return local(tensor.detach()).cpu().clone()
+
+
+def local(tensor: Any) -> Any:
+    """The tensor, of a sharded one this process's part: to compute with the whole, one process waits for the others."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def as_number(setting: Any) -> Any:

@@ -35,7 +35,7 @@ def plan_of(trace: Trace, configuration: Mapping[str, Any], num_processes: int) 
         asked["warmup_steps"] = 0  # transformers' constant schedule has none
     asked["learning_rate"] = float(asked.get("learning_rate") or own["learning_rate"])
     plan = make_plan(**{**own, **asked})
-    decays = {n: float(g.settings["weight_decay"]) for g in holding(trace.steps[0]) for n in g.names}
+    decays = {n: float(g.settings.get("weight_decay", 0.0)) for g in holding(trace.steps[0]) for n in g.names}
     # none on norms and biases, as transformers.Trainer has it; all of them without any would be another matter
     without = {n: decay for n, decay in decays.items() if not decay} if any(decays.values()) else {}
     return {**plan, "weight_decays": without, "processes": num_processes, "is_only_run": True}

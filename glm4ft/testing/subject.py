@@ -20,9 +20,9 @@ Optional
     ``collate(rows)``: returns a batch of tensors from rows that ``encode`` returned.
     ``build_model(base_dir, seed)``: returns the base with adapters attached, on its device.
     ``lora``: the requested adapters, by peft's names (``r``, ``lora_alpha``, ``lora_dropout``, ``target_modules``,
-    ``exclude_modules``, ``modules_to_save``, ``use_rslora``, ``use_dora``, ``rank_pattern``, ``alpha_pattern``,
-    ``layers_to_transform``); without it they are read from the model's own configuration. Requested dropout is judged
-    by its rate, and held off otherwise.
+    ``exclude_modules``, ``modules_to_save``, ``bias``, ``init_lora_weights``, ``use_rslora``, ``use_dora``,
+    ``rank_pattern``, ``alpha_pattern``, ``layers_to_transform``); without it they are read from the model's own
+    configuration. Requested dropout is judged by its rate, and held off otherwise.
     ``autocast``: ``"bf16"`` or ``"fp16"`` if forward passes are to run under autocast, ``None`` if they are not to;
     without it either is accepted.
     ``learning_rate_factors``: parts of parameters' names mapped to the factor of the plan's learning rate that these

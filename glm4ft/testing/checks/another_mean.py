@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+
+LARGEST_LOG = 700.0  # exp of more overflows
 
 
 def explain_mean(reported: float, sums: Sequence[float], counts: Sequence[int], limit: float) -> str:
@@ -21,6 +24,9 @@ def explain_mean(reported: float, sums: Sequence[float], counts: Sequence[int], 
 
 def _other_means(sums: Sequence[float], counts: Sequence[int]) -> Iterator[tuple[str, float]]:
     num_rows, total, count = len(sums), sum(sums), sum(counts)
+    yield "the perplexity is reported, exp of the mean", math.exp(min(total / count, LARGEST_LOG))
+    yield "the mean is in bits", total / count / math.log(2)
+    yield "the losses are added, not averaged", total
     yield "the rows' means are averaged, whatever their lengths", _mean_of_means(sums, counts, 1)
     for size in range(2, num_rows):
         yield f"the means of batches of {size} rows are averaged", _mean_of_means(sums, counts, size)

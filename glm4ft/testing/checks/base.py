@@ -54,6 +54,8 @@ def check_weights_equal_those_of_the_base(trial: Trial) -> None:
 def _weight_cause(got: torch.Tensor, stored: torch.Tensor) -> str:
     if got.dim() == 2 and torch.equal(got.T, stored):
         return ": it is transposed"
+    if torch.equal(got, stored.bfloat16().to(got.dtype)):
+        return ": it is rounded to bfloat16"
     a, b = got.double().flatten(), stored.double().flatten()
     cosine = float(a @ b / (a.norm() * b.norm()).clamp_min(1e-300)) if a.shape == b.shape else 1.0
     # of random vectors of n entries it is about n ** -0.5

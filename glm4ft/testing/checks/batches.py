@@ -119,18 +119,23 @@ def check_evaluation_keeps_rows_apart(trial: Trial) -> None:
 )
 def check_collation_keeps_ids_labels_and_mask(trial: Trial) -> None:
     """Each row is whole, its mask has its length, padding has the label -100, and all fields have the same shape."""
-    _require_collated(trial, trial.subject, trial.subject.tokenizer.pad_token_id)
+    _require_collated(trial, trial.subject)
 
 
 @check(
     stage="batches", needs=("collate",), incident="unsloth-zoo 439: pad id 0 was taken for none; TRL 6357: pad == stop"
 )
 def check_pad_id_may_be_zero_or_a_real_token(trial: Trial) -> None:
-    """Whichever token pads, masks and labels of a batch are made from the rows' lengths, never from the pad id."""
-    stop = trial.rows(trial.conversations)[0][0][-1]
+    """Whichever token pads, masks and labels of a batch are made from the rows' lengths, never from the pad id.
+
+    A pipeline that pads with a token of its own choice may do so with every base; one that asks the tokenizer, always.
+    """
+    stop, own = trial.rows(trial.conversations)[0][0][-1], trial.subject.tokenizer.pad_token_id
+    asks_tokenizer = _require_collated(trial, trial.subject) <= {own}
     for pad_id in (0, stop):
-        base = _with_pad_token(trial, pad_id)
-        _require_collated(trial, trial.subject_on(base), pad_id)
+        other = _require_collated(trial, trial.subject_on(_with_pad_token(trial, pad_id))) - {pad_id}
+        if other and asks_tokenizer:
+            raise CheckFailed(f"padding holds id {min(other)}, not the pad id {pad_id}")
 
 
 @check(stage="batches", needs=(*NEEDS, "distributed"), incident="accelerate 2694, 696 and 2434: shards overlapped")
@@ -173,7 +178,8 @@ def _explain_leak(leak: Leak) -> str:
     )
 
 
-def _require_collated(trial: Trial, subject: Any, pad_id: int) -> None:
+def _require_collated(trial: Trial, subject: Any) -> set[int]:
+    """Fail if a batch of two rows is not those rows; returns the ids that pad them."""
     encoded = [subject.encode(c["messages"], c.get("tools")) for c in trial.conversations]
     pair = [encoded[0], max(encoded, key=lambda row: len(row["input_ids"]))]
     batch = subject.collate(pair)
@@ -182,17 +188,19 @@ def _require_collated(trial: Trial, subject: Any, pad_id: int) -> None:
         raise CheckFailed(f"the fields of a batch differ in shape: {shapes}")
     # ids without the last token beside labels without the first: the loss then shifts nothing
     is_shifted = not _holds(pair[1]["input_ids"], batch["input_ids"])
+    padding = set[int]()
     for row in pair:
         ids, labels = row["input_ids"], row["labels"]
         if is_shifted and not _holds(ids, batch["input_ids"]):
             ids = ids[:-1]
         labels = labels[1:] + [IGNORED] * (len(ids) - len(labels) + 1) if is_shifted else labels
         b, start = _find(ids, batch["input_ids"])
-        _require_row(batch, labels, b, range(start, start + len(ids)), pad_id)
+        padding |= _require_row(batch, labels, b, range(start, start + len(ids)))
     got, expected = (sum(label != IGNORED for labels in every for label in labels)
                      for every in (batch["labels"].tolist(), [row["labels"] for row in pair]))  # fmt: skip
     if got != expected:
         raise CheckFailed(f"the batch has {got} targets, its rows have {expected}")
+    return padding
 
 
 def _holds(row: list[int], ids_BT: torch.Tensor) -> bool:
@@ -209,7 +217,7 @@ def _find(row: list[int], ids_BT: torch.Tensor) -> tuple[int, int]:
     raise CheckFailed(f"a row of {len(row)} tokens is not whole in its batch of {ids_BT.shape[1]}")
 
 
-def _require_row(batch: Any, row_labels: list[int], b: int, places: range, pad_id: int) -> None:
+def _require_row(batch: Any, row_labels: list[int], b: int, places: range) -> set[int]:
     ids, labels, mask = batch["input_ids"][b], batch["labels"][b], batch.get("attention_mask")
     if labels[places.start : places.stop].tolist() != row_labels:
         raise CheckFailed("a row's labels are not those it was encoded with: masked by id, shifted, or cut")
@@ -227,9 +235,8 @@ def _require_row(batch: Any, row_labels: list[int], b: int, places: range, pad_i
             raise CheckFailed(
                 f"{len(wrong)} padding positions are supervised, as {wrong[0]} with {int(labels[wrong[0]])}"
             )
-        other = [int(ids[t]) for t in padding if int(ids[t]) != pad_id]
-        if other:
-            raise CheckFailed(f"padding holds id {other[0]}, not the pad id {pad_id}")
+        return {int(ids[t]) for t in padding}
+    return set()
 
 
 def _with_pad_token(trial: Trial, pad_id: int) -> Path:

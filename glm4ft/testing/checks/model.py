@@ -104,6 +104,8 @@ def check_adapters_act_at_the_requested_scale(trial: Trial) -> None:
             _fill(parameters[other["B"]], 0.0 if pair else 0.02)
         if pair:
             _fill(parameters[pair["B"]], 0.05)
+            if not parameters[pair["A"]].any():  # that of an embedding, of which B is drawn
+                _fill(parameters[pair["A"]], 0.05)
         trained = {n: parameters[n].detach().float().cpu() for names in found.values() for n in names.values()}
         got_TV = logits_of(model, ids)
         expected_TV = base.logits(base.hidden(ids, trained), trained)
@@ -123,10 +125,15 @@ def check_only_what_was_asked_for_is_trained(trial: Trial) -> None:
         for pair in adapted_modules([name for name, _ in built(trial).named_parameters()]).values()
         for n in pair.values()
     }
-    saved = tuple((getattr(trial.subject, "lora", None) or {}).get("modules_to_save") or ())
+    asked = getattr(trial.subject, "lora", None) or {}
+    saved, bias = tuple(asked.get("modules_to_save") or ()), asked.get("bias") or "none"
     frozen = sorted(all_matrices - trained)
-    more = sorted(n for n in trained - all_matrices if base_name(n).split(".")[-2] not in saved and "lora_" not in n)
-    lost = [name for name in saved if not any(base_name(n).split(".")[-2] == name for n in trained - all_matrices)]
+    beside = {n: f".{base_name(n)}".rpartition(".") for n in trained - all_matrices}
+    biases = {n for n, (_, _, last) in beside.items() if last == "bias" and (bias == "all" or ".base_layer" in n)}
+    requested = biases if bias != "none" else set[str]()
+    requested |= {n for n, (module, _, _) in beside.items() if module.endswith(saved)}
+    more = sorted(beside.keys() - requested)
+    lost = [name for name in saved if not any(module.endswith(name) for module, _, _ in beside.values())]
     if not trained:
         raise CheckFailed("no parameter is trained: all of them are frozen")
     if lost:

@@ -18,6 +18,7 @@ from glm4ft.testing.checks.encoding import (
     conversation_of,
     fail,
     name_of,
+    rendered_order,
     row_of,
 )  # fmt: skip
 from glm4ft.testing.recording.record import record
@@ -29,7 +30,7 @@ from glm4ft.testing.trial.registry import check
 from glm4ft.testing.trial.stages import CheckFailed, NotApplicable
 from glm4ft.testing.trial.trial import Trial
 
-CLOCK = {
+CLOCK: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "get_time",
@@ -52,7 +53,8 @@ def check_every_message_has_its_header(trial: Trial) -> None:
     for talk in bank_of(trial):
         row = row_of(trial, talk)
         found = [(i, names[token]) for i, token in enumerate(row.ids) if token in names]
-        expected = [*PREFIX, *(HEADERS[message["role"]] for message in _with_headers(trial, talk.messages))]
+        messages = _with_headers(trial, rendered_order(trial, talk))
+        expected = [*PREFIX, *(HEADERS[message["role"]] for message in messages)]
         if talk.tools and [token for _, token in found[2:3]] == [HEADERS["system"]]:
             expected.insert(len(PREFIX), HEADERS["system"])  # the block that declares the tools
         got = [token for _, token in found]
@@ -71,7 +73,6 @@ def check_every_message_has_its_header(trial: Trial) -> None:
                 extra = "".join(rest)
                 fail(trial, row, f"{extra} follows the last message, where at most one stop token should end the row",
                      position)  # fmt: skip
-            messages = _with_headers(trial, talk.messages)
             number = at - (len(expected) - len(messages))
             owner = f" for message {number} ({messages[number]['role']})" if number >= 0 else ""
             fail(trial, row, f"control token {at + 1} is {found_token}, should be {expected[at]}{owner}", position)
@@ -107,14 +108,15 @@ def check_encoding_depends_on_the_conversation_alone(trial: Trial) -> None:
 
 @check(stage="rows", incident="GLM-4 finetune.py process_message: tools of other rows left null keys behind")
 def check_tools_of_other_conversations_are_not_rendered(trial: Trial) -> None:
-    """A row contains the arguments of its own tools, and neither those of other conversations nor null values."""
+    """A row has its own tools as they are declared, and neither those of other conversations nor null values."""
     if not any(talk.tools for talk in bank_of(trial)):
         raise NotApplicable("the subject accepts no tools")
     talks = [Talk("a tool", (user("now?"), answer("yes")), (tool,)) for tool in (WEATHER, CLOCK)]
     texts = [trial.subject.tokenizer.decode(row_of(trial, talk).ids) for talk in talks]
-    for text, own, other in ((texts[0], "city", "zone"), (texts[1], "zone", "city")):
-        if own not in text:
-            raise CheckFailed(f"the argument {own!r} of the declared tool is not in the row")
+    for text, tool, own, other in ((texts[0], WEATHER, "city", "zone"), (texts[1], CLOCK, "zone", "city")):
+        for what, said in (("argument", own), ("description", tool["function"]["description"])):
+            if said not in text:
+                raise CheckFailed(f"the {what} {said!r} of the declared tool is not in the row")
         for word in (f'"{other}"', "null", "None"):
             if word in text:
                 raise CheckFailed(f"{word} is in the row of a tool whose only argument is {own!r}")

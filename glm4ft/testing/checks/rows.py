@@ -23,6 +23,7 @@ from glm4ft.testing.checks.encoding import (
     fail,
     is_glm,
     name_of,
+    rendered_order,
     row_of,
     rows_with_turns,
     value_at,
@@ -217,7 +218,7 @@ def check_every_message_is_in_the_row(trial: Trial) -> None:
     for talk in bank_of(trial):
         row, found = row_of(trial, talk), 0
         text = trial.subject.tokenizer.decode(row.ids, clean_up_tokenization_spaces=False)
-        for index, message in enumerate(talk.messages):
+        for index, message in enumerate(rendered_order(trial, talk)):
             content = _lasting_text(trial, message)
             begin = text.find(content, found)
             if begin < 0:

@@ -212,3 +212,12 @@ class EvaluationInInferenceMode(Subject):
     def evaluating(self, model: Any) -> Iterator[None]:
         with super().evaluating(model), torch.inference_mode():
             yield
+
+
+@variation("padding-token-of-its-own")
+class PaddingTokenOfItsOwn(Subject):
+    """Rows are padded with a stop token, whatever the tokenizer names, and masked by their lengths."""
+
+    @property
+    def pad_id(self) -> int:
+        return int(self.stop_ids[-1])

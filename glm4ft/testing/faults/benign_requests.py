@@ -56,6 +56,34 @@ class ExcludedModules(Subject):
     lora: Mapping[str, Any] = {**Subject.lora, "exclude_modules": ["down_proj"]}
 
 
+@variation("norms-and-embeddings-trained")
+class NormsAndEmbeddingsTrained(Subject):
+    """All norms and the embeddings are trained beside the adapters, as requested (LongLoRA)."""
+
+    lora: Mapping[str, Any] = {**Subject.lora, "modules_to_save": ["norm", "layernorm", "embed_tokens"]}
+
+
+@variation("biases-trained")
+class BiasesTrained(Subject):
+    """The biases of the adapted modules are trained, as requested."""
+
+    lora: Mapping[str, Any] = {**Subject.lora, "bias": "lora_only"}
+
+
+@variation("adapter-on-the-embedding")
+class AdapterOnTheEmbedding(Subject):
+    """The embedding has an adapter too, whose A is zero at first, not its B."""
+
+    lora: Mapping[str, Any] = {**Subject.lora, "target_modules": [*Subject.lora["target_modules"], "embed_tokens"]}
+
+
+@variation("orthogonal-start")
+class OrthogonalStart(Subject):
+    """A and B start with orthogonal rows, so that their product is zero and neither of them is, as requested."""
+
+    lora: Mapping[str, Any] = {**Subject.lora, "init_lora_weights": "orthogonal"}
+
+
 @variation("dropout-requested")
 class DropoutRequested(Subject):
     """The adapters have the dropout that was requested, in training only."""

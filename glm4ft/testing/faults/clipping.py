@@ -74,6 +74,14 @@ class ClipLocalNorm(Subject):
         return norm
 
 
+@fault("limit-hard-coded", evidence="flair 3240; ultralytics 24320", cause=r"the limit is 0\.3, not 1")
+class LimitHardCoded(Subject):
+    """Gradients are clipped to a norm that is written in the code, whatever was asked for."""
+
+    def clip(self, run: LoopState) -> float:
+        return float(torch.nn.utils.clip_grad_norm_(trained(run.model), 0.3))
+
+
 @fault("clip-by-value", evidence="DeepCrime operator OCG", cause=r"value|direction")
 class ClipByValue(Subject):
     """Every entry of the gradient is clipped by value at the limit."""

@@ -21,7 +21,7 @@ ESCAPES = (
 fault = faults_at("gradient")
 
 
-@fault("loss-in-low-precision", evidence="Liger 1329, 1341", cause=r"precision|bf16|bfloat16|rounded")
+@fault("loss-in-low-precision", evidence="Liger 1329, 1341", cause=r"logits are rounded to bfloat16")
 class LossInLowPrecision(Subject):
     """Cross entropy is computed on logits in bf16."""
 
@@ -245,16 +245,6 @@ class DividedByAllPositions(Subject):
 
     def count_targets(self, batches: Sequence[Batch]) -> int:
         return sum(batch["labels"].numel() for batch in batches)
-
-
-@fault("penalty-on-the-logits", evidence=MADE_UP, cause=r"another term in the loss")
-class PenaltyOnTheLogits(Subject):
-    """The loss has a penalty on the size of the logits, as in pretraining, that nobody asked for."""
-
-    def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        predictions, targets = self.shift(logits, labels)
-        sizes = torch.logsumexp(predictions[targets != IGNORED].float(), dim=-1)
-        return super().loss_sum(logits, labels) + 1e-3 * (sizes * sizes).sum()
 
 
 @fault("last-micro-batch-logged", evidence=MADE_UP, cause=r"last micro-batch alone")

@@ -19,7 +19,7 @@ from glm4ft.testing.subjects.plain_loop_data import Batch, Features
 
 ESCAPES = (
     "The reference also uses the forward pass of transformers, so both sides share a bug of that library's GLM-4; and "
-    "adapters of kinds that the reference does not know (such as DoRA) are judged only before training."
+    "adapters of kinds that the reference does not know (PiSSA, biases of B) are judged only before training."
 )
 
 fault = faults_at("model")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from glm4ft.data.control_tokens import PREFIX
 from glm4ft.data.encoded_row import IGNORED
-from glm4ft.testing.faults.registry import faults_at
+from glm4ft.testing.faults.registry import MADE_UP, faults_at
 from glm4ft.testing.subjects.plain_loop import LoopState, Subject
 from glm4ft.testing.subjects.plain_loop_data import Batch, Features
 
@@ -96,3 +97,12 @@ class NewTokenLimitMiscounted(Subject):
 
     def answer(self, model: Any, prompt: list[int], max_new_tokens: int) -> list[int]:
         return super().answer(model, prompt, max(1, max_new_tokens - len(prompt)))
+
+
+@fault("perplexity-for-the-loss", evidence=MADE_UP, cause=r"the perplexity is reported")
+class PerplexityForTheLoss(Subject):
+    """The evaluation reports the perplexity under the name of the loss."""
+
+    def score(self, model: Any, rows: Sequence[Features]) -> dict[str, float]:
+        scores = super().score(model, rows)
+        return {**scores, "loss": math.exp(scores["loss"])}

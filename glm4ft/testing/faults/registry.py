@@ -21,9 +21,9 @@ from glm4ft.testing.subjects.plain_loop import Subject
 from glm4ft.testing.trial.stages import STAGES
 
 FAULT_MODULES = (
-    "rows_rendering", "rows_mask", "rows_reasoning", "batches", "model", "gradient", "clipping", "schedule", "update",
-    "side_effects", "persistence", "export", "outcome", "varied_plans", "not_finite", "user_variations", "randomness",
-    "requested_settings", "token_weights", "rates_by_group", "long_rows", "master_copies",
+    "rows_rendering", "rows_mask", "rows_reasoning", "batches", "model", "gradient", "losses", "clipping", "schedule",
+    "update", "side_effects", "persistence", "export", "outcome", "varied_plans", "not_finite", "user_variations",
+    "randomness", "requested_settings", "token_weights", "rates_by_group", "long_rows", "master_copies",
 )  # fmt: skip
 
 MADE_UP = "made up: no public report"  # the evidence of a fault that was not found in real code

@@ -106,6 +106,14 @@ class Fp32WhereBf16WasAsked(Subject):
     autocast = "bf16"
 
 
+@model_fault("base-rounded-to-bf16", evidence="openagents 9456", cause=r"rounded to bfloat16")
+class BaseRoundedToBf16(Subject):
+    """The base is loaded in bf16 and then cast to fp32, which does not bring its digits back."""
+
+    def load_base(self, base_dir: str) -> Any:
+        return super().load_base(base_dir).bfloat16().float()
+
+
 @model_fault("modules-to-save-frozen", evidence="unsloth 9326", cause=r"lm_head|modules_to_save")
 class ModulesToSaveFrozen(Subject):
     """The head is to be trained and saved as a whole, but it is frozen."""

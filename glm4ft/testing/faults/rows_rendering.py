@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from glm4ft.data.conversation import Conversation, Message
-from glm4ft.testing.faults.registry import ServedRight, faults_at
+from glm4ft.testing.faults.registry import MADE_UP, ServedRight, faults_at
 from glm4ft.testing.subjects.plain_loop import Conversations, Subject
 from glm4ft.testing.subjects.plain_loop_data import Features, TextSegment
 
@@ -146,6 +146,34 @@ class TemplateNotPrefixPreserving(ServedRight):
             for i, message in enumerate(messages)
         ]
         return super().ordered(cut)
+
+
+@fault("second-question-dropped", evidence=MADE_UP, cause=r"should be <\|user\|> for message 1")
+class SecondQuestionDropped(Subject):
+    """Of two user messages in a row only the first is kept, as if roles had to alternate."""
+
+    def ordered(self, messages: Sequence[Message]) -> list[Message]:
+        kept = list[Message]()
+        for message in super().ordered(messages):
+            if not (kept and kept[-1].role == message.role == "user"):
+                kept.append(message)
+        return kept
+
+
+@fault("later-system-message-stays", evidence=MADE_UP, cause=r"should be <\|system\|>|is not in the row")
+class LaterSystemMessageStays(Subject):
+    """A system message stays behind the user's, though the template of GLM-4-0414 puts it first."""
+
+    def ordered(self, messages: Sequence[Message]) -> list[Message]:
+        return list(messages)
+
+
+@fault("tools-escaped-to-ascii", evidence="tabbyAPI 459", cause=r"description .*São Paulo.* is not in the row")
+class ToolsEscapedToAscii(Subject):
+    """Declared tools are dumped as ASCII, so that other letters become escapes."""
+
+    def tool_text(self, tools: Sequence[Mapping[str, Any]]) -> str:
+        return super().tool_text(tools).encode("ascii", "backslashreplace").decode("ascii")
 
 
 @fault(

@@ -8,7 +8,7 @@ from typing import Any
 from glm4ft.testing.faults.registry import MADE_UP, faults_at
 from glm4ft.testing.subjects.plain_loop import Subject, world_size
 
-ESCAPES = "Schedules that a plan cannot express (restarts, a floor above zero) are not compared."
+ESCAPES = "Schedules that a plan cannot express (restarts, a floor above zero that was asked for) are not compared."
 
 fault = faults_at("schedule")
 
@@ -56,3 +56,21 @@ class RateAStepBehind(Subject):
 
     def rate_factor(self, step: int, plan: Mapping[str, Any]) -> float:
         return super().rate_factor(max(0, step - 1), plan)
+
+
+@fault("decay-outlasts-the-run", evidence=MADE_UP, cause=r"the decay ends after 8 steps, not 6")
+class DecayOutlastsTheRun(Subject):
+    """The steps of the warm-up are added to those of the decay, which does not end with the run."""
+
+    def horizon(self, plan: Mapping[str, Any]) -> int:
+        return int(plan["steps"] + plan["warmup_steps"])
+
+
+@fault("decay-ends-above-zero", evidence=MADE_UP, cause=r"ends at 0\.1 times the peak")
+class DecayEndsAboveZero(Subject):
+    """A cosine ends at a tenth of the peak, as it does in pretraining, though nobody asked for it."""
+
+    def rate_factor(self, step: int, plan: Mapping[str, Any]) -> float:
+        factor = super().rate_factor(step, plan)
+        is_cosine = plan["schedule"] == "cosine" and step >= plan["warmup_steps"]
+        return 0.1 + 0.9 * factor if is_cosine else factor

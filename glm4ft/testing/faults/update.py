@@ -161,6 +161,15 @@ class MomentsClearedEachEpoch(Subject):
         return super().train_step(run, batches)
 
 
+@fault("steps-twice", evidence="physicsnemo 1911; ECO-pytorch 1", cause=r"more than once per gradient")
+class StepsTwice(Subject):
+    """A wrapper takes the optimizer step, and the loop takes it again with the same gradient."""
+
+    def update(self, run: LoopState) -> None:
+        super().update(run)
+        super().update(run)
+
+
 @fault("no-bias-correction", evidence=MADE_UP, cause=r"bias")
 class NoBiasCorrection(OwnAdamW):
     """AdamW does not correct its moments for their start at zero."""

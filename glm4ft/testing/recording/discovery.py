@@ -81,7 +81,7 @@ def _asked(module: nn.Module, method: str) -> nn.Module | None:
 def _last_norm(body: nn.Module) -> nn.Module | None:
     """The last norm outside of lists of layers, in the order in which the modules were made."""
     last: nn.Module | None = None
-    for child in body.children():
+    for child in map(_bare, body.children()):
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
             continue
         found = child if "norm" in type(child).__name__.lower() and not list(child.children()) else _last_norm(child)

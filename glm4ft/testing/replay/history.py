@@ -25,6 +25,7 @@ class History:
         known: The rows that the data should be encoded as.
         plan: The plan that the trainer was given.
         dtype: The dtype of the forward passes.
+        clipped_to: The norm of the gradient after clipping, for each step before and with this one.
         applied: The learning rate of each parameter group, for each recorded step.
         seen: The number of times that each row has been seen, by its ids.
         seen_by: The processes that have seen each row, by its ids.
@@ -41,6 +42,7 @@ class History:
     seen: Counter[tuple[int, ...]] = field(default_factory=Counter)
     seen_by: dict[tuple[int, ...], set[int]] = field(default_factory=dict)
     previous: Step | None = None
+    clipped_to: list[float] = field(default_factory=list)
     applied: Sequence[Sequence[float]] = ()
     dropout: Mapping[str, float] = field(default_factory=dict)
     limits: Mapping[str, float] = field(default_factory=dict)

@@ -17,6 +17,7 @@ def judge_clipping(step: ReplayedStep) -> Departures:
     size = relative(clipped, {name: factor * tensor for name, tensor in raw.items()})
     length = dot(raw, raw)
     got = dot(clipped, raw) / length if length else factor  # a gradient of zero has no factor to be read off
+    step.history.clipped_to.append(got * norm)
     cause = "" if size <= step.limit("clipping") else _clipping_cause(step, norm, got)
     is_factor = abs(got - factor) > SHOWN * factor
     how = f"multiplied by {got:.4g}, not {factor:.4g}" if is_factor else f"multiplied by {got:.4g}, and changed beside"
@@ -33,9 +34,14 @@ def _clipping_cause(step: ReplayedStep, norm: float, got: float) -> str:
     if relative(clipped, {name: got * tensor for name, tensor in raw.items()}) <= step.limit("clipping"):
         if norm < limit and abs(got * norm / limit - 1) <= 1e-3:
             return "the coefficient is inverted: a small gradient is scaled up to the limit"
-        scale = step.loss_scale
+        scale = step.loss_factor.scale
         if scale > 1 and limit and abs(got * norm * scale / limit - 1) <= 1e-3:
             return f"it was clipped before the loss scale of {scale:g} was divided out"
+        lengths = step.history.clipped_to
+        if len(lengths) < 2:
+            return ""  # the limit may be another, or the norm: two steps tell them apart
+        if max(lengths) - min(lengths) <= 1e-3 * max(lengths):
+            return f"the limit is {got * norm:.4g}, not {limit:g}"
         return "the factor is computed from a norm other than the global one"
     own = {name: float((clipped[name] * g).sum() / (g * g).sum()) for name, g in raw.items() if g.any()}
     largest = max(float(tensor.abs().max()) for tensor in clipped.values())

@@ -38,10 +38,20 @@ def judge_rows(step: ReplayedStep) -> Departures:
         text = "the final norm's output has no gradient in training, so nothing below the head is trained"
         cause = "the inputs of checkpointed layers require no gradient, or the adapters run without one"
         yield step.depart("model", text, cause, hides=("batches", "model", "loss", "gradient"))
+    elif not step.step.forwards and step.history.previous:
+        cause = "the optimizer steps more than once per gradient" * _is_same_gradient(step)
+        text = "no forward pass is between this step and the one before"
+        hidden = (*UNKNOWN, "clipping", "schedule")
+        yield step.depart("update", text, cause, hides=hidden, hides_later=("schedule",))  # whose steps are numbered
     elif not step.seen:
         yield step.depart("rows", "no row of the data went through the model", hides=UNKNOWN)
     for row in step.seen if step.has_finite_loss else ():
         yield from _wrong_targets(step, row)
+
+
+def _is_same_gradient(step: ReplayedStep) -> bool:
+    previous = step.history.previous
+    return previous is not None and relative(step.step.clipped, previous.clipped) == 0
 
 
 def _unknown_row(step: ReplayedStep, ids: tuple[int, ...]) -> Departure:
@@ -197,12 +207,12 @@ def _rows_in_front_agree(step: ReplayedStep) -> bool:
 
 
 def judge_model(step: ReplayedStep) -> Departures:
-    """Report a base that differs from its files, adapters that are not zero at the start, and unused parameters."""
-    before = step.step.before
+    """Report a base that differs from its files, adapters that act at the start, and unused parameters."""
+    before, base = step.step.before, step.reference
     if step.number == 1:
-        touched = [name for name, t in before.items() if ".lora_B." in name and t.abs().max() > 0]
-        if touched:
-            yield step.depart("model", f"{len(touched)} matrices B are not zero at the start, e.g. {touched[0]}")
+        sizes = {n: float(delta.norm() / base.weights[n].norm()) for n, delta in base.deltas(before).items()}
+        if acting := [name for name, size in sizes.items() if not size <= step.limit("model")]:
+            yield step.depart("model", f"{len(acting)} adapters act before the first step, e.g. that of {acting[0]}")
     if step.step.whole is not None:
         first = step.sampled(step.step.whole)
         size = relative(before, first)

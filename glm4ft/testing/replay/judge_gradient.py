@@ -14,14 +14,17 @@ from glm4ft.testing.replay.departure import Departures
 from glm4ft.testing.replay.seen_row import SeenRow
 from glm4ft.testing.replay.step import ReplayedStep
 from glm4ft.testing.replay.tolerances import EXPLAINED, WEIGHT_LIMITS, within
+from glm4ft.testing.specification.other_losses import name_loss
 from glm4ft.testing.specification.reference import LabelledIds
 
 # The smallest cosine between the gradient at the final norm and that of cross entropy with the best-fitting label; with
 # a smaller one, the loss is not cross entropy.
 FIT_LIMITS = {torch.float32: 0.999, torch.bfloat16: 0.98}
-# The largest relative error that bf16 rounding explains: half an ulp is 2^-9 of a value, and a mean over tokens is off
-# by less.
-BF16_NOISE = 2.0**-8
+# An error is told as that of rounded logits if rounding them leaves at most this part of it. Where it is the cause, a
+# fraction is left, of logits that other last digits round the other way.
+CLEARER = 4
+UNASKED_WEIGHTS = "the tokens of a row have weights that were not asked for"
+NAMED_BY = 8  # the number of tokens by which another loss is named: one number is fitted to the D of each
 # Judges that compare nothing once the gradient is not finite.
 AFTER_THE_LOSS = ("gradient", "clipping", "update")
 
@@ -52,7 +55,7 @@ def judge_gradient(step: ReplayedStep) -> Departures:
     expected = step.gradient()
     size = max(relative(step.raw, expected), step.norms_off())
     if not size <= step.limit("gradient"):
-        as_most = step.gradient(in_fp32=True)  # what the softmax of most trainers rounds to is no departure
+        as_most = step.gradient(dtype=torch.float32)  # what the softmax of most trainers rounds to is no departure
         other = max(relative(step.raw, as_most), step.norms_off())
         expected, size = (as_most, other) if other < size else (expected, size)
     cause, factor = ("", None) if size <= step.limit("gradient") else _gradient_cause(step, expected)
@@ -63,7 +66,7 @@ def _wrong_loss(step: ReplayedStep, row: SeenRow) -> Departures:
     fit = float(row.targets.fit_T[1:].min())
     if not within("gradient: cosine to cross entropy, below 1", 1 - fit, 1 - FIT_LIMITS[step.history.dtype]):
         text = f"the gradient at the final norm is not that of cross entropy with one label (cosine {fit:.4f})"
-        yield step.depart("gradient", text, "label smoothing, or another term in the loss", hides=("gradient",))
+        yield step.depart("gradient", text, _loss_cause(step, row), hides=("gradient",))
     ids, expected, got = torch.tensor(row.ids), torch.tensor(step.labels_of(row.ids)), row.targets.labels_T
     trained = ((got != IGNORED)[1:].nonzero()[:, 0] + 1).tolist()  # what is before a row may predict its first token
     if sum(bool(got[t] != ids[t]) for t in trained) > len(trained) // 2:
@@ -83,10 +86,23 @@ def _wrong_loss(step: ReplayedStep, row: SeenRow) -> Departures:
         yield step.depart("gradient", text, "the ignored label reaches the loss as a class", hides=("gradient",))
 
 
+def _loss_cause(step: ReplayedStep, row: SeenRow) -> str:
+    """The other loss that gives a row's gradient at the final norm; "" if none is known that does."""
+    labels_T, forward = (
+        torch.tensor(step.labels_of(row.ids))[: len(row.span.positions)],
+        step.step.forwards[row.forward],
+    )
+    assert forward.gradient_BTD is not None
+    at_N = (labels_T[1:] != IGNORED).nonzero()[:NAMED_BY, 0]
+    hidden_TD, gradient_TD = row.hidden_TD, forward.gradient_BTD[row.span.b][row.span.positions]
+    weight_VD, limit = step.reference.head_weight(step.step.weights), max(EXPLAINED, step.limit("gradient"))
+    return name_loss(hidden_TD[at_N], gradient_TD[at_N], labels_T[at_N + 1], weight_VD, limit)
+
+
 def _wrong_weights(step: ReplayedStep) -> Departures:
     """Report tokens whose weight in the loss is not that in the mean over the step's supervised tokens."""
     limit, ratios = WEIGHT_LIMITS[step.history.dtype], dict[int, list[float]]()
-    whole = step.divisor() / step.loss_scale
+    whole = step.divisor() / step.loss_factor.scale
     for row in step.seen:
         ratios.setdefault(row.forward, []).extend(share * whole for share in step.shares(row))
     if step.mean_weights(step.rows()) and any(_spread(values) > limit for values in ratios.values()):
@@ -95,11 +111,17 @@ def _wrong_weights(step: ReplayedStep) -> Departures:
     medians = {index: sorted(values)[len(values) // 2] for index, values in ratios.items() if values}
     low, high = min(medians.values(), default=1.0), max(medians.values(), default=1.0)
     if within("gradient: weight of a token", max(abs(low - 1), abs(high - 1)), limit):
+        for row, at, times in step.odd_tokens[:1]:
+            text = (
+                f"{step.reference.show([row.ids[at]])} at position {at} counts {times:.3g} times as much as most tokens"
+            )
+            yield step.depart("gradient", text, UNASKED_WEIGHTS, hides=("gradient",))
         return
     if high - low <= limit * high:
         text = f"tokens count {low:.4g} to {high:.4g} times what they should"
         as_factor = f"the loss is {high:.4g} times the token mean{_factor_words(step, high)}"
         cause = as_factor if _is_multiple(step) else _chunk_cause(step, limit)
+        cause = cause or UNASKED_WEIGHTS * bool(step.odd_tokens)
         yield step.depart("gradient", text, cause, factor=high, hides=("gradient",))
         return
     text = f"tokens count {low:.4g} to {high:.4g} times what they should"
@@ -204,7 +226,7 @@ def _gradient_cause(step: ReplayedStep, expected: Tensors) -> tuple[str, float |
     explained = {n: sum(float(f) * part[n].double() for f, part in zip(factors, parts, strict=True)) for n in raw}
     rounding = max(EXPLAINED, step.limit("gradient"))
     if relative(raw, explained) > rounding:  # type: ignore[arg-type]
-        return _gradient_of_some(raw, expected), None
+        return _gradient_of_some(step, expected), None
     if previous and abs(factors[-1]) > 0.1:
         return "the gradient of the previous step was not cleared", None
     return _counts(factors[: len(_forwards(step))].tolist(), 10 * rounding)
@@ -230,15 +252,17 @@ def _weights_cause(step: ReplayedStep) -> str:
     return found[0] if len(found) == 1 else ""
 
 
-def _gradient_of_some(raw: Tensors, expected: Tensors) -> str:
-    """Explain a gradient that is correct except for a factor on some parameters, or except for bf16 rounding."""
+def _gradient_of_some(step: ReplayedStep, expected: Tensors) -> str:
+    """Explain a gradient that is correct except for a factor on some parameters, or for logits in low precision."""
+    raw = step.raw
     own = {name: float((raw[name] * g).sum() / (g * g).sum()) for name, g in expected.items() if g.any()}
     scaled = {name: own.get(name, 1.0) * g for name, g in expected.items()}
     odd = [name for name, factor in own.items() if abs(factor - 1) > 0.1]
     if odd and relative(raw, scaled) <= EXPLAINED:
         return f"{len(odd)} parameters have {own[odd[0]]:.4g} times their gradient, e.g. {odd[0]}"
-    if not odd and relative(raw, expected) <= BF16_NOISE:
-        return "the error has the size of bf16 rounding: the loss is computed in low precision"
+    for dtype, name in ((torch.bfloat16, "bfloat16"), (torch.float16, "float16")):
+        if relative(raw, step.gradient(dtype=dtype)) <= relative(raw, expected) / CLEARER:
+            return f"the logits are rounded to {name}, in which the loss is computed"
     return ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -68,13 +69,14 @@ def _rate_cause(step: ReplayedStep, rates: Sequence[float], factor: float) -> st
     for part, other in step.history.factors.items():
         if other != factor and _equal(rates, [rate * other / factor for rate in usual], plan):
             return f"these parameters have the factor {other:g}, which was asked for {part} and not for them"
-    fitting = [words for words, predicted in _wrong_rates(plan, len(rates)).items() if _equal(rates, predicted, plan)]
+    fitting = [words for words, predicted in _wrong_rates(plan, rates).items() if _equal(rates, predicted, plan)]
     return fitting[0] if len(fitting) == 1 else ""
 
 
-def _wrong_rates(plan: Mapping[str, Any], count: int) -> dict[str, list[float]]:
+def _wrong_rates(plan: Mapping[str, Any], applied: Sequence[float]) -> dict[str, list[float]]:
     """The learning rates that known mistakes give, by the mistake; those that the right schedule gives too left out."""
-    steps, numbers = plan["steps"], range(1, count + 1)
+    steps, count = plan["steps"], len(applied)
+    numbers = range(1, count + 1)
 
     def rates(number: Callable[[int], int] = int, total: int = steps, **changes: Any) -> list[float]:
         return [scheduled_rate(min(max(number(n), 1), total + 1), {**plan, **changes}, total) for n in numbers]
@@ -93,11 +95,32 @@ def _wrong_rates(plan: Mapping[str, Any], count: int) -> dict[str, list[float]]:
             found[f"the learning rate is {factor} times the requested one"] = [factor * rate for rate in rates()]
         if factor > 1 and (period := steps // factor):
             found[f"the schedule starts again after {period} steps"] = rates(_cyclic(period), total=period)
+    found |= _other_ends(plan, applied)
     distinct = dict[tuple[float, ...], str]()
     for words, predicted in found.items():
         if not _equal(predicted, rates(), plan):
             distinct.setdefault(tuple(predicted), words)  # equal predictions are one mistake under two names
     return {words: list(predicted) for predicted, words in distinct.items()}
+
+
+def _other_ends(plan: Mapping[str, Any], applied: Sequence[float]) -> dict[str, list[float]]:
+    """The rates of a decay that ends at another step, or above zero, as the last of the applied rates has it."""
+    steps, warmup, peak, number = plan["steps"], plan["warmup_steps"], plan["learning_rate"], len(applied)
+    share, right = applied[-1] / peak, scheduled_rate(number, plan, steps) / peak
+    numbers = range(1, number + 1)
+    if plan["schedule"] == "constant" or number <= warmup + 1 or not (0 < share < 1 and right < 1):
+        return {}
+    done = 1 - share if plan["schedule"] == "linear" else math.acos(2 * share - 1) / math.pi
+    end, least = round(warmup + (number - 1 - warmup) / done), (share - right) / (1 - right)
+    later = [scheduled_rate(n, plan, end) for n in numbers]
+    usual = [scheduled_rate(n, plan, steps) for n in numbers]
+    above = [rate if n <= warmup else rate + least * (peak - rate) for n, rate in zip(numbers, usual, strict=True)]
+    at_end, at_rate = f"the decay ends after {end} steps, not {steps}", f"at {least:.3g} times the peak, not at 0"
+    if least <= 0:
+        return {at_end: later}
+    if _equal(later, above, plan):  # of a straight line both are true
+        return {f"{at_end}, or {at_rate}": later}
+    return {at_end: later, f"the decay ends {at_rate}": above}
 
 
 def _times(factor: int) -> Callable[[int], int]:

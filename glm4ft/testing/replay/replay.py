@@ -130,8 +130,8 @@ def replay(
         verdict.seen.append([row.ids for row in replayed.seen])
         verdict.packed = verdict.packed or _is_packed(replayed)
         judged |= _judge(replayed, verdict, hidden_from_now_on)
-        verdict.removes_factor = verdict.removes_factor or replayed.removes_factor
-        verdict.is_undecided = verdict.is_undecided or replayed.is_undecided
+        verdict.removes_factor = verdict.removes_factor or replayed.loss_factor.is_removed
+        verdict.is_undecided = verdict.is_undecided or replayed.loss_factor.is_undecided
         verdict.has_unstated_weights = verdict.has_unstated_weights or replayed.has_unstated_weights
         if not verdict.departures:
             verdict.steps = number

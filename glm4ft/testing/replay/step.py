@@ -12,12 +12,13 @@ import torch
 from glm4ft.data.encoded_row import IGNORED
 from glm4ft.testing.recording.sampling import norms, samples
 from glm4ft.testing.recording.trace import Step, Tensors
-from glm4ft.testing.replay.comparison import count_targets, distance, relative
+from glm4ft.testing.replay.comparison import count_targets, distance
 from glm4ft.testing.replay.departure import Departure
 from glm4ft.testing.replay.history import History
+from glm4ft.testing.replay.loss_factor import LossFactor, find_loss_factor
 from glm4ft.testing.replay.matching import RowMatches
 from glm4ft.testing.replay.seen_row import SeenHidden, SeenRow
-from glm4ft.testing.replay.tolerances import LIMITS, MIN_LOSS_SCALE, SHALLOW, SURE, UNEVEN, WEIGHT_LIMITS
+from glm4ft.testing.replay.tolerances import LIMITS, SHALLOW, SURE, UNEVEN
 from glm4ft.testing.specification.recovered_targets import Targets, recover_targets
 from glm4ft.testing.specification.reference import LabelledIds
 from glm4ft.testing.specification.update_rule import clip_factor
@@ -34,9 +35,7 @@ class ReplayedStep:
 
     def __init__(self, number: int, step: Step, history: History) -> None:
         self.number, self.step, self.history, self.reference = number, step, history, history.reference
-        self.removes_factor = False  # whether the loss has a factor that the optimizer's gradient has not
         self.expected_norms = dict[str, float]()  # of the gradient that it should have
-        self.is_undecided = False  # whether it may have: see _is_clipped_sum
 
     def depart(self, stage: str, text: str, cause: str = "", size: float | None = None, **more: Any) -> Departure:
         """A departure of this step; further arguments as in ``Departure``."""
@@ -140,15 +139,22 @@ class ReplayedStep:
         return probability < SURE
 
     @cached_property
+    def odd_tokens(self) -> list[tuple[SeenRow, int, float]]:
+        """The tokens whose weight in the loss is another than most of their row have: row, position, and times as much.
+
+        None are found where weights were asked for: which of them are applied, the gradient tells.
+        """
+        found = []
+        for row in self.seen if self.has_finite_loss and not self.mean_weights(self.rows()) else ():
+            at_N = (self.is_unsure(row) & (row.targets.labels_T != IGNORED)).nonzero()[:, 0]
+            times_N = row.targets.weights_T[at_N] / row.targets.weights_T[at_N].median() if len(at_N) > 2 else at_N[:0]
+            found += [(row, int(t), float(x)) for t, x in zip(at_N, times_N, strict=False) if not abs(x - 1) <= UNEVEN]
+        return found
+
+    @property
     def has_unstated_weights(self) -> bool:
         """Whether tokens of one row differ in their weight, and nothing says which weights were asked for."""
-        if not self.history.plan.get("is_only_run") or not self.has_finite_loss:
-            return False
-        for row in self.seen:
-            weights = row.targets.weights_T[self.is_unsure(row) & (row.targets.labels_T != IGNORED)]
-            if len(weights) > 2 and float((weights / weights.median() - 1).abs().max()) > UNEVEN:
-                return True
-        return False
+        return bool(self.history.plan.get("is_only_run") and self.odd_tokens)
 
     def shares(self, row: SeenRow) -> list[float]:
         """The recovered weight of each trained token of a row, over the weight that it should have in the sum."""
@@ -168,15 +174,15 @@ class ReplayedStep:
         is_plain = all(((w == 0) | (w == 1)).all() for w in weights)
         return [] if is_plain else [w / divisor for w in weights]
 
-    def gradient(self, forward: int | None = None, *, in_fp32: bool = False) -> Tensors:
+    def gradient(self, forward: int | None = None, *, dtype: torch.dtype = torch.float64) -> Tensors:
         """The gradient of the mean over the supervised tokens of the step's rows, or of one of its forward passes.
 
         Args:
             forward: The index of the forward pass; None for all of them.
-            in_fp32: Whether softmax is torch's in fp32, as in ``Reference.loss``.
+            dtype: The dtype that logits are rounded to, as in ``Reference.loss``.
         """
         kept, rows = [self.kept(row) for row in self.seen if forward in (None, row.forward)], self.rows(forward)
-        whole = self.reference.gradient(rows, self.step.weights, kept, self.mean_weights(rows), in_fp32=in_fp32)
+        whole = self.reference.gradient(rows, self.step.weights, kept, self.mean_weights(rows), dtype=dtype)
         if forward is None:
             self.expected_norms = norms(whole, self.history.sampled)
         return self.sampled(whole)
@@ -191,7 +197,7 @@ class ReplayedStep:
         Args:
             part: ``raw`` or ``clipped``.
         """
-        scale = self.loss_scale if part == "raw" else 1.0
+        scale = self.loss_factor.scale if part == "raw" else 1.0
         return {name: norm / scale for name, norm in self.step.norms.get(part, {}).items()}
 
     def norms_off(self) -> float:
@@ -240,60 +246,12 @@ class ReplayedStep:
         return found
 
     @cached_property
-    def loss_scale(self) -> float:
-        """The loss scale: the factor on the loss that fp16 training applies and divides out again; 1 without it."""
-        ratio = self._loss_factor
-        if not 0 < ratio < math.inf:
-            return 1.0
-        if self.history.plan.get("factor_is_removed") or self._is_removed(ratio):
-            self.removes_factor = abs(ratio - 1) > WEIGHT_LIMITS[self.history.dtype]
-            return self._removed_factor(ratio)
-        self.is_undecided = bool(self.history.plan.get("is_only_run")) and self._is_clipped_sum(ratio)
-        if self.is_undecided:
-            return ratio
-        nearest = 2.0 ** round(math.log2(ratio))
-        is_scale = nearest >= MIN_LOSS_SCALE and abs(ratio / nearest - 1) <= WEIGHT_LIMITS[self.history.dtype]
-        return nearest if is_scale else 1.0
-
-    @cached_property
-    def _loss_factor(self) -> float:
-        """The median weight of a token in the loss, as a multiple of its weight in the token mean."""
-        return self._median_share * self.divisor() if self._median_share else 1.0
-
-    @property
-    def is_token_mean(self) -> bool:
-        """Whether the loss has no factor beside the token mean."""
-        return abs(self._loss_factor - 1) <= WEIGHT_LIMITS[self.history.dtype]
-
-    def _is_removed(self, factor: float) -> bool:
-        """Whether the optimizer received the gradient divided by a factor that the loss was multiplied by."""
-        if abs(factor - 1) <= WEIGHT_LIMITS[self.history.dtype]:
-            return False
-        expected = {name: tensor / factor for name, tensor in self.step.raw.items()}
-        return relative(self.step.clipped, expected) <= WEIGHT_LIMITS[self.history.dtype]
-
-    def _removed_factor(self, ratio: float) -> float:
-        """The factor that was divided out: a ratio of weights to rounding, or exactly where nothing was clipped."""
-        raw, clipped = (clip_factor(tensors, 0)[0] for tensors in (self.step.raw, self.step.clipped))
-        limit = self.history.plan["max_grad_norm"] or math.inf
-        return raw / clipped if 0 < clipped < limit * (1 - WEIGHT_LIMITS[self.history.dtype]) else ratio
-
-    def _is_clipped_sum(self, factor: float) -> bool:
-        """Whether the loss is a sum over tokens, and the optimizer receives the same whether that is divided or not.
-
-        Dividing the gradient by the number of tokens before clipping, as torchtune does, is right; but it leaves no
-        trace where clipping to a norm makes both equally long.
-        """
-        limit, plan = WEIGHT_LIMITS[self.history.dtype], self.history.plan
-        if not any(
-            abs(factor * n - self.num_targets) <= limit * self.num_targets for n in (1, plan.get("processes", 1))
-        ):
-            return False
-        norm, clipped = clip_factor(self.step.raw, plan["max_grad_norm"], self.step.norms.get("raw"))
-        expected = {name: clipped * tensor for name, tensor in self.step.raw.items()}
-        return 0 < plan["max_grad_norm"] < norm / factor and relative(self.step.clipped, expected) <= limit
+    def loss_factor(self) -> LossFactor:
+        """The factor of the loss beside the token mean, and whether it is taken out of the gradient again."""
+        ratio = self._median_share * self.divisor() if self._median_share else 1.0
+        return find_loss_factor(self.step, self.history, ratio, self.num_targets)
 
     @cached_property
     def raw(self) -> Tensors:
         """The accumulated gradient by parameter, with the loss scale divided out."""
-        return {name: tensor / self.loss_scale for name, tensor in self.step.raw.items()}
+        return {name: tensor / self.loss_factor.scale for name, tensor in self.step.raw.items()}

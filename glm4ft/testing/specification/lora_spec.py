@@ -10,7 +10,17 @@ from typing import Any
 
 from torch import nn
 
+# Options of peft that make another kind of adapter than this module specifies.
+UNKNOWN_KINDS = (
+    "alora_invocation_tokens", "arrow_config", "layer_replication", "lora_bias", "trainable_token_indices",
+    "use_bdlora", "use_qalora",
+)  # fmt: skip
+ACTS_ON_NOTHING = (True, "gaussian", "orthogonal")  # values of init_lora_weights with which B A is zero at first
 _LAYER = re.compile(r"\.(?:layers|h|blocks?)\.(\d+)\.")
+
+
+class NotSpecified(ValueError):
+    """A trained parameter, or the adapter that was asked for, is of a kind that the specification does not cover."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +57,13 @@ class LoraSpec:
         """Make the specification from options with peft's names.
 
         Raises:
-            ValueError: If an option asks for a kind of adapter that this specification does not cover.
+            NotSpecified: If an option asks for a kind of adapter that this specification does not cover.
         """
-        for option in ("use_bdlora", "trainable_token_indices"):
+        for option in UNKNOWN_KINDS:
             if asked.get(option):
-                raise ValueError(f"{option} is not covered by the reference")
-        if asked.get("init_lora_weights", True) not in (True, "gaussian"):
-            raise ValueError("an init_lora_weights that changes the base is not covered by the reference")
+                raise NotSpecified(f"{option} is not covered by the reference")
+        if (init := asked.get("init_lora_weights", True)) not in ACTS_ON_NOTHING:
+            raise NotSpecified(f"init_lora_weights={init!r} is not covered by the reference: it changes the base")
         targets, layers = asked.get("target_modules") or "all-linear", asked.get("layers_to_transform")
         return cls(
             rank=asked.get("r", 8),
@@ -128,7 +138,8 @@ def adapted_modules(names: Sequence[str]) -> dict[str, dict[str, str]]:
 
 
 _MATRIX = re.compile(
-    r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<matrix>[AB]|magnitude_vector)(?:\.(?!weight)\w+)?(?:\.weight)?$"
+    r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?:embedding_)?(?P<matrix>[AB]|magnitude_vector)"
+    r"(?:\.(?!weight|bias)\w+)?(?:\.weight)?$"
 )
 
 

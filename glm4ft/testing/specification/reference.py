@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from glm4ft.data.encoded_row import IGNORED
 from glm4ft.testing.recording.discovery import decoder_of
 from glm4ft.testing.recording.trace import Tensors, Trace
-from glm4ft.testing.specification.lora_spec import LoraSpec, adapted_modules, base_name
+from glm4ft.testing.specification.lora_spec import LoraSpec, NotSpecified, adapted_modules, base_name
 from glm4ft.testing.specification.routed_experts import fused_delta, fused_name, specify_experts
 
 LabelledIds = tuple[tuple[int, ...], tuple[int, ...]]  # input ids and unshifted labels
@@ -77,7 +77,7 @@ class Reference:
         Returns:
             The hidden states (T, D), differentiable with respect to ``trained``.
         Raises:
-            ValueError: If a trained parameter is neither a LoRA matrix nor a weight of the base.
+            NotSpecified: If a trained parameter is neither a LoRA matrix nor a weight of the base.
         """
         replaced = self._replaced(trained)
         replaced |= self._fused(trained)
@@ -98,11 +98,11 @@ class Reference:
         """The trained parameters before the first step, those of which a sample is recorded by the base's files.
 
         Raises:
-            ValueError: If such a parameter is no weight of the base.
+            NotSpecified: If such a parameter is no weight of the base.
         """
         names = {name: base_name(name) for name in trace.sampled}
         if lost := [name for name, own in names.items() if own not in self.weights]:
-            raise ValueError(f"{lost[0]} is trained, but is neither a LoRA matrix nor a weight of the base")
+            raise NotSpecified(f"{lost[0]} is trained, but is neither a LoRA matrix nor a weight of the base")
         return trace.steps[0].before | {name: self.weights[own].cpu() for name, own in names.items()}
 
     def adapters(self, trained: Tensors) -> dict[str, dict[str, str]]:
@@ -143,7 +143,7 @@ class Reference:
         kept: Sequence[Tensors] = (),
         weights: Sequence[torch.Tensor] = (),
         *,
-        in_fp32: bool = False,
+        dtype: torch.dtype = torch.float64,
     ) -> torch.Tensor:
         """The loss of an optimizer step: the mean over all supervised tokens of its rows, or their weighted sum.
 
@@ -156,7 +156,7 @@ class Reference:
             trained: The trained parameters, by their names in the model under test.
             kept: For each row, what dropout multiplied entries by, as in ``hidden``; empty without dropout.
             weights: For each row, the weight (T,) of each token in the sum; empty for the mean.
-            in_fp32: Whether softmax is torch's in fp32, as that of most trainers.
+            dtype: The dtype that logits are rounded to before softmax: fp32 as in most trainers, or a lower one.
         """
         total, count = torch.zeros((), dtype=torch.float64), 0
         none = [None] * len(rows)
@@ -164,7 +164,8 @@ class Reference:
             at_N = (torch.tensor(list(labels))[1:] != IGNORED).nonzero()[:, 0]  # the positions that predict them
             logits_NV = self.logits(self.hidden(input_ids, trained, own)[at_N], trained)
             targets_N = torch.tensor(list(labels))[at_N + 1]
-            nll_N = F.cross_entropy(logits_NV if in_fp32 else logits_NV.double(), targets_N, reduction="none").double()
+            logits_NV = logits_NV.to(dtype) if dtype.itemsize > 2 else logits_NV.to(dtype).float()
+            nll_N = F.cross_entropy(logits_NV, targets_N, reduction="none").double()
             total = total + (nll_N if weights_T is None else nll_N * weights_T[at_N + 1]).sum()
             count += len(at_N)
         return total if weights else total / count
@@ -176,11 +177,11 @@ class Reference:
         kept: Sequence[Tensors] = (),
         weights: Sequence[torch.Tensor] = (),
         *,
-        in_fp32: bool = False,
+        dtype: torch.dtype = torch.float64,
     ) -> Tensors:
         """The gradient of ``loss`` with respect to each trained parameter."""
         leaves = {name: tensor.detach().float().clone().requires_grad_(True) for name, tensor in trained.items()}
-        gradients = torch.autograd.grad(self.loss(rows, leaves, kept, weights, in_fp32=in_fp32), list(leaves.values()))
+        gradients = torch.autograd.grad(self.loss(rows, leaves, kept, weights, dtype=dtype), list(leaves.values()))
         return dict(zip(leaves, gradients, strict=True))
 
     def _replaced(self, trained: Tensors) -> Tensors:
@@ -188,7 +189,7 @@ class Reference:
         matrices = {name for pair in adapted_modules(list(trained)).values() for name in pair.values()}
         for name in set(trained) - matrices:
             if base_name(name) not in self.weights:
-                raise ValueError(f"{name} is trained, but is neither a LoRA matrix nor a weight of the base")
+                raise NotSpecified(f"{name} is trained, but is neither a LoRA matrix nor a weight of the base")
         return {base_name(name): trained[name].float().to(self.device) for name in trained if name not in matrices}
 
     def _fused(self, trained: Tensors) -> Tensors:
@@ -227,7 +228,7 @@ class Reference:
             return self.lora_spec.scale_of(module) * fused_delta(parts["A"], parts["B"], len(self.weights[module]))
         added = self.lora_spec.scale_of(module) * (parts["B"] @ parts["A"])
         if "magnitude_vector" not in parts:
-            return added
+            return added.T if isinstance(self.modules[module], torch.nn.Embedding) else added
         weight = self.weights[f"{module}.weight"]
         adapted = weight + added
         factor_O = parts["magnitude_vector"] / adapted.norm(dim=1).detach()  # of each row of the weight (out, in)
@@ -241,9 +242,11 @@ def _times(factor_TD: torch.Tensor) -> Any:
 
 
 def _product(*weights: torch.Tensor, dropout_TD: torch.Tensor | None = None) -> Any:
-    """A hook that adds to a linear layer's output the product of its input with further weights, in turn."""
+    """A hook that adds to a layer's output the product of its input with further weights, in turn."""
 
     def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        if isinstance(module, torch.nn.Embedding):  # a product with one-hot vectors
+            return output + F.embedding(args[0], weights[0].T) @ weights[1].T
         added = args[0] if dropout_TD is None else args[0] * dropout_TD
         for weight in weights:
             added = added @ weight.T

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
-WEATHER = {
+WEATHER: dict[str, Any] = {
     "type": "function",
-    "function": {"name": "get_weather", "description": "the weather of a city", "parameters": CITY},
+    "function": {"name": "get_weather", "description": "the weather of a city, as São Paulo", "parameters": CITY},
 }
 
 
@@ -84,6 +84,14 @@ BANK = (
     TRAILING,
     MARKERS_TALK,
 )  # every assistant turn here is trained; loss flags have their own check
+
+
+GLM_TALKS = (
+    Talk("two questions", (user("hi"), user("which?"), answer("that one"))),
+    Talk(
+        "a later system message", (user("hi"), {"role": "system", "content": "be clear"}, user("which?"), answer("b"))
+    ),
+)  # templates of other models refuse them
 
 
 def _calls(*named: tuple[str, str]) -> list[dict[str, Any]]:

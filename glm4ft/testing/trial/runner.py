@@ -16,6 +16,7 @@ import torch
 from glm4ft.errors import ConfigError, InputError, RunError
 from glm4ft.model.checkpoint import TINY, find_checkpoint
 from glm4ft.model.tiny import TINY_BASES, write_tiny_base
+from glm4ft.testing.specification.lora_spec import NotSpecified
 from glm4ft.testing.subject import load_subject, parts
 from glm4ft.testing.trial.heavy_bases import is_heavy, spare
 from glm4ft.testing.trial.registry import Check
@@ -188,6 +189,8 @@ def _run(check: Check, trial: Trial) -> tuple[Status, str, Exception | None]:
         return "failed", str(error), error
     except NotApplicable as error:
         return "skipped", str(error), None
+    except NotSpecified as error:  # what nobody asked for is told once, by the check of what is trained
+        return "skipped", f"not judged: {error}", None
     except NotImplementedError as error:
         return "skipped", f"the subject does not offer this: {error}", None
     except (InputError, RunError) as error:

@@ -82,13 +82,13 @@ class RecordedRun:
     def has_loss_factor(self) -> bool:
         """Whether the loss of the first step was the token mean times a factor that is not known as a loss scale."""
         first = next(iter(self._replayed_steps()), None)
-        return first is not None and first.loss_scale == 1.0 and not first.is_token_mean
+        return first is not None and first.loss_factor.scale == 1.0 and not first.loss_factor.is_one
 
     def grad_norms(self) -> list[float]:
         """The global gradient norm of each step before clipping, with the loss scale divided out."""
         steps = self._replayed_steps()
-        is_scaled = bool(steps) and steps[0].loss_scale != 1.0
-        return [clip_factor(step.step.raw, 0)[0] / (step.loss_scale if is_scaled else 1.0) for step in steps]
+        is_scaled = bool(steps) and steps[0].loss_factor.scale != 1.0
+        return [clip_factor(step.step.raw, 0)[0] / (step.loss_factor.scale if is_scaled else 1.0) for step in steps]
 
     def losses(self) -> list[float]:
         """The loss of each step before its update, by the specification."""
@@ -162,8 +162,10 @@ class RecordedRun:
         """The logged values of a figure, by step.
 
         Raises:
-            NotApplicable: If the subject does not log the figure.
+            NotApplicable: If the subject does not log the figure, or its steps are not those of the log.
         """
+        if not all(step.forwards or step.num_detached for step in self.trace.steps):
+            raise NotApplicable("not judged: steps without a forward pass, which the checks of the update report")
         # an evaluation before the first step is logged at 0, too; a loss is not, unless steps are counted from 0
         shift = any(entry.get("step") == 0 and entry.get("loss") is not None for entry in self.log)
         found = {

@@ -80,7 +80,8 @@ class SubjectOnBase:
         """The requested adapter, from the subject's ``lora`` or else from its model's configuration.
 
         Raises:
-            NotApplicable: If neither states it, or the specification does not cover it.
+            NotApplicable: If neither states it.
+            NotSpecified: If the specification does not cover it.
         """
         asked = getattr(self.subject, "lora", None)
         if asked is None:
@@ -88,10 +89,7 @@ class SubjectOnBase:
             asked = vars(next(iter(configs.values()))) if configs else None
         if asked is None:
             raise NotApplicable("the subject has no lora, and its model has no peft configuration")
-        try:
-            return LoraSpec.of(asked)
-        except ValueError as error:
-            raise NotApplicable(str(error)) from error
+        return LoraSpec.of(asked)
 
     @functools.cached_property
     def base_tokenizer(self) -> Any:

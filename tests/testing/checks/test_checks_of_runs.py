@@ -267,7 +267,7 @@ CASES = (
     Case("evaluation_keeps_rows_apart", noise_behind_padding, "attends to neighbours or padding", PACKED),
     Case("evaluation_computes_what_was_trained", noise_in_evaluation, "off what base and adapters compute$", EVALUATED),
     Case("evaluation_computes_what_was_trained", evaluated_on_the_base, "without its adapters", EVALUATED),
-    Case("model_computes_what_was_requested", at_step(1, moved_b), "1 matrices B are not zero at the start"),
+    Case("model_computes_what_was_requested", at_step(1, moved_b), "1 adapters act before the first step"),
     Case(
         "trained_parameters_and_moments_are_fp32",
         every_step(coarse),

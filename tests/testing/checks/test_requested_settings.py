@@ -15,7 +15,15 @@ import torch
 from peft import LoraConfig
 
 from glm4ft.testing.checks import all_checks
-from glm4ft.testing.faults.benign_requests import Bf16Autocast, Dora, DropoutRequested, ExcludedModules
+from glm4ft.testing.faults.benign_requests import (
+    AdapterOnTheEmbedding,
+    Bf16Autocast,
+    BiasesTrained,
+    Dora,
+    DropoutRequested,
+    ExcludedModules,
+    NormsAndEmbeddingsTrained,
+)
 from glm4ft.testing.faults.randomness import RecomputedDropoutDrawsAnew
 from glm4ft.testing.faults.requested_settings import (
     DoraAskedAndPlainLoraBuilt,
@@ -26,6 +34,7 @@ from glm4ft.testing.faults.requested_settings import (
     ModulesToSaveNotSaved,
 )
 from glm4ft.testing.subjects.plain_loop import Subject
+from glm4ft.testing.trial.runner import run_check
 from glm4ft.testing.trial.stages import CheckFailed, NotApplicable
 from glm4ft.testing.trial.trial import Trial
 
@@ -33,6 +42,7 @@ CHECKS = {check.name: check for check in all_checks()}
 DROPOUT, AUTOCAST = "requested_dropout_acts_in_training_alone", "forward_passes_have_the_requested_autocast"
 MODULES = "adapters_are_on_the_requested_modules"
 SEED, RECOMPUTED = "one_seed_repeats_one_run", "checkpointing_does_not_change_the_gradient"
+SCALE = "adapters_act_at_the_requested_scale"
 TRAINED, SAVED = "only_what_was_asked_for_is_trained", "saved_adapter_is_complete"
 
 
@@ -74,7 +84,19 @@ class SeedIgnored(Subject):
             return super().begin(model, conversations, plan)
 
 
+class BiasTrainedUnasked(Subject):
+    def lora_config(self) -> LoraConfig:
+        return LoraConfig(task_type="CAUSAL_LM", bias="lora_only", **self.lora)
+
+
+class NormTrainedUnasked(Subject):
+    def lora_config(self) -> LoraConfig:
+        return LoraConfig(task_type="CAUSAL_LM", modules_to_save=["norm"], **self.lora)
+
+
 CASES = (
+    (BiasTrainedUnasked, TRAINED, r"6 trained parameters belong to no adapter, as \S+k_proj.base_layer.bias"),
+    (NormTrainedUnasked, TRAINED, r"trained parameters belong to no adapter, as \S+norm.modules_to_save"),
     (DoraAskedAndPlainLoraBuilt, MODULES, "q_proj has no magnitude, though DoRA was requested"),
     (MagnitudesOfOne, MODULES, "the magnitudes of .*q_proj do not start as the norms of its weight's rows"),
     (ExcludeModulesIgnored, MODULES, r"down_proj was not asked for \(2 like it; 12 adapters for 10\)"),
@@ -90,7 +112,8 @@ CASES = (
 )
 HEALTHY = (
     (DropoutRequested, DROPOUT), (Bf16Autocast, AUTOCAST), (HeadRequested, TRAINED), (HeadRequested, SAVED),
-    (Dora, MODULES), (Dora, RECOMPUTED), (Dora, SAVED), (ExcludedModules, MODULES),
+    (NormsAndEmbeddingsTrained, TRAINED), (BiasesTrained, TRAINED), (AdapterOnTheEmbedding, MODULES),
+    (AdapterOnTheEmbedding, SCALE), (Dora, MODULES), (Dora, RECOMPUTED), (Dora, SAVED), (ExcludedModules, MODULES),
     (Subject, SEED), (Subject, RECOMPUTED),
 )  # fmt: skip
 
@@ -119,6 +142,36 @@ def test_setting_that_arrives_passes(subject: type[Subject], check: str, trial_o
 def test_nothing_is_judged_that_nobody_asked_for(check: str, healthy: Trial) -> None:
     with pytest.raises(NotApplicable):
         CHECKS[check].run(healthy)
+
+
+class OtherAdapter(Subject):
+    """A parameter beside the LoRA matrices is trained, of which the specification knows nothing."""
+
+    def attach(self, base: Any, seed: int) -> Any:
+        model = super().attach(base, seed)
+        model.base_model.model.model.scale = torch.nn.Parameter(torch.ones(1))
+        return model
+
+
+class RowsOfTheEmbeddingTrained(Subject):
+    lora: Mapping[str, Any] = {**Subject.lora, "trainable_token_indices": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("subject", "says"),
+    [
+        (OtherAdapter, "not judged: base_model.model.model.scale is trained, but is neither a LoRA matrix nor"),
+        (RowsOfTheEmbeddingTrained, "not judged: trainable_token_indices is not covered by the reference"),
+    ],
+)
+def test_adapter_of_another_kind_is_not_judged(subject: type[Subject], says: str, trial_on: Any) -> None:
+    """What needs the specification of the adapter is skipped; that nobody asked for it is told by one check."""
+    trial = trial_on(subject)
+    result = run_check(CHECKS["gradient_is_that_of_the_token_mean"], trial)
+    assert (result.status, result.message[: len(says)]) == ("skipped", says)
+    if subject is OtherAdapter:
+        with pytest.raises(CheckFailed, match="1 trained parameters belong to no adapter, as base_model"):
+            CHECKS[TRAINED].run(trial)
 
 
 def test_plain_object_stays_on_its_base_and_is_not_blamed_for_it(healthy: Trial, monkeypatch: Any) -> None:

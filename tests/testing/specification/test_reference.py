@@ -52,7 +52,7 @@ def test_softmax_is_exact_and_most_trainers_is_known() -> None:
     head = WideHead()
     exact, rounded = (head.by_torch(dtype) for dtype in (torch.float64, torch.float32))
     assert off(head.gradient(head.rows, head.states)["hidden"], exact) < 1e-6
-    assert off(head.gradient(head.rows, head.states, in_fp32=True)["hidden"], rounded) < 1e-6
+    assert off(head.gradient(head.rows, head.states, dtype=torch.float32)["hidden"], rounded) < 1e-6
 
 
 @pytest.mark.parametrize(

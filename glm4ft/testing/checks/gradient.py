@@ -96,14 +96,15 @@ def check_logged_loss_is_the_loss(trial: Trial) -> None:
     plans: tuple[dict[str, Any], ...] = ({}, {"accumulation": 2, "schedule": "linear", "steps": 4})
     for changes in plans:
         run = trial.run(**changes)
-        logged = run.logged("loss")
+        logged, own_limit = run.logged("loss"), run.measured_limits.get("loss")
+        limit = LOGGED_LIMIT[trial.dtype] if own_limit is None else own_limit
         for number, expected in enumerate(run.losses(), start=1):
             if number not in logged:
                 continue
             ratio = logged[number] / expected
-            if not within("gradient: logged loss", abs(ratio - 1), LOGGED_LIMIT[trial.dtype]):
+            if not within("gradient: logged loss", abs(ratio - 1), limit, is_measured=own_limit is not None):
                 words = f"; it is {ratio:.4g} times the loss" if ratio > 0 else ""
-                cause = _logged_instead(logged[number], run.losses_of_micro_batches(number), LOGGED_LIMIT[trial.dtype])
+                cause = _logged_instead(logged[number], run.losses_of_micro_batches(number), limit)
                 raise CheckFailed(
                     f"step {number}: the log says {logged[number]:.6g}, the loss is {expected:.6g}{words}"
                     + f"; likely cause: {cause}" * bool(cause),

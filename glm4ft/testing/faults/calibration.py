@@ -28,6 +28,7 @@ from glm4ft.testing.trial.runner import run_check
 from glm4ft.testing.trial.trial import Trial
 from glm4ft.text.safe_text import visible
 
+Key = tuple[str, float]  # name and limit of a threshold
 MIN_ROOM = 3.0  # nearest fault over largest clean value; a threshold with less is redesigned, not tuned
 
 HEAD = """# Thresholds
@@ -38,7 +39,8 @@ Every number that a check compares with a limit. *Clean* values are those of hea
 plain loop in its benign variations, each with its own seeds for base, adapters and order of the data; {num_alarms} of
 them raised an alarm. *Nearest fault* is the smallest value over the limit among the faults of the
 [kill matrix](kill-matrix.md); faults that are caught at `rows` are also judged at `outcome`, as if they had passed.
-A threshold whose nearest fault is not at least {room:g} times the largest clean value is redesigned, not tuned.
+A threshold whose nearest fault is not at least {room:g} times the largest clean value is redesigned, not tuned. A
+threshold with two limits has the larger one where forward passes run in bf16.
 """
 
 
@@ -49,13 +51,13 @@ class CleanRun:
     Args:
         id: The id of the variation.
         seed: The seed of base, adapters and order of the data.
-        largest: The largest value and the limit, by name of the threshold.
+        largest: The largest value that passed, by name and limit of the threshold.
         alarms: The checks that failed or raised another exception, each with its message.
     """
 
     id: str
     seed: int
-    largest: Mapping[str, tuple[float, float]]
+    largest: Mapping[tuple[str, float], float]
     alarms: tuple[str, ...]
 
 
@@ -107,7 +109,7 @@ def show_calibration(matrix: Matrix, page: str, *, num_seeds: int, num_workers: 
 def run_clean(task: tuple[str, int]) -> CleanRun:
     """Run one healthy pipeline with one seed, given as a pair of id and seed, in this process."""
     id, seed = task
-    kind, largest, alarms = all_variations()[id].subject, dict[str, tuple[float, float]](), list[str]()
+    kind, largest, alarms = all_variations()[id].subject, dict[tuple[str, float], float](), list[str]()
     with tempfile.TemporaryDirectory(prefix="glm4ft-clean-") as folder, contextlib.redirect_stdout(io.StringIO()):
         trial = Trial(seeded(kind(str(warm_base(seed))), seed), warm_base(seed), Path(folder))
         with observing() as seen:
@@ -115,7 +117,8 @@ def run_clean(task: tuple[str, int]) -> CleanRun:
                 if result.status in ("failed", "error"):
                     alarms.append(f"{result.check}: {result.message}")
     for o in seen:
-        largest[o.name] = max(largest.get(o.name, (o.size, o.limit)), (o.size, o.limit))
+        if o.size <= o.limit:  # a larger one is an alarm, or was judged again with what later steps show
+            largest[o.name, o.limit] = max(largest.get((o.name, o.limit), o.size), o.size)
     return CleanRun(id, seed, largest, tuple(alarms))
 
 
@@ -152,19 +155,16 @@ def collect(clean: Iterable[CleanRun], found: Mapping[str, Iterable[Observation]
         clean: The runs of healthy pipelines.
         found: The numbers that were over their limits, by id of the fault.
     Returns:
-        The thresholds, sorted by name.
+        The thresholds, sorted by name and limit.
     """
-    values, limits = defaultdict[str, list[float]](list), dict[str, float]()
+    values, over = defaultdict[Key, list[float]](list), defaultdict[Key, list[tuple[float, str]]](list)
     for run in clean:
-        for name, (size, limit) in run.largest.items():
-            values[name].append(size)
-            limits[name] = limit
-    over = defaultdict[str, list[tuple[float, str]]](list)
+        for key, size in run.largest.items():
+            values[key].append(size)
     for id, observations in found.items():
         for o in observations:
-            over[o.name].append((o.size, id))
-            limits.setdefault(o.name, o.limit)
-    return [Threshold(n, limits[n], tuple(values[n]), min(over[n], default=None)) for n in sorted(limits)]
+            over[o.name, o.limit].append((o.size, id))
+    return [Threshold(*key, tuple(values[key]), min(over[key], default=None)) for key in sorted({*values, *over})]
 
 
 def thresholds_page(thresholds: Sequence[Threshold], clean: Sequence[CleanRun]) -> str:

@@ -171,7 +171,8 @@ def _judge(step: ReplayedStep, verdict: Verdict, hidden_from_now_on: dict[str, s
             if size is not None and math.isfinite(size):
                 verdict.largest[stage] = max(verdict.largest.get(stage, 0.0), size)
                 verdict.limits[stage] = step.limit(stage)
-            if size is None or not within(f"{stage}: replay", size, step.limit(stage)):
+            is_measured = stage in step.history.limits
+            if size is None or not within(f"{stage}: replay", size, step.limit(stage), is_measured=is_measured):
                 verdict.add(departure)
                 hidden |= dict.fromkeys(departure.hides, departure.stage)
                 hidden_from_now_on |= dict.fromkeys(departure.hides_later, departure.stage)

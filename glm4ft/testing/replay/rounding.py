@@ -29,34 +29,36 @@ def measured_limits(reference: Reference, trace: Trace, rows: Sequence[LabelledI
 
     Args:
         reference: The specification on the run's base.
-        trace: The recording, with at least one step.
+        trace: The recording.
         rows: The rows of the run.
     Returns:
-        The limit of each stage whose limit depends on the forward pass; empty for a run in fp32, whose limits are
-        fixed, and without rows that learn anything.
+        The limit of each stage whose limit depends on the forward pass, and of a logged ``loss``; empty for a run in
+        fp32, whose limits are fixed, and without rows that learn anything.
     Source: the tolerances of TTrace, arXiv 2506.09280, which come from perturbing the input by the machine epsilon.
     """
     longest = sorted((row for row in rows if any(label >= 0 for label in row[1])), key=lambda row: len(row[0]))
-    if trace.dtype not in (torch.bfloat16, torch.float16) or not longest:
+    if trace.dtype not in (torch.bfloat16, torch.float16) or not longest or not trace.steps:
         return {}
     longest = longest[-MAX_ROWS:]
-    forward, backward = 0.0, 0.0
+    forward, backward, loss = 0.0, 0.0, 0.0
     last = 0 if trace.sampled else -1
     for step in (trace.steps[0], trace.steps[last]):  # before the first step the matrices B are zero
         exact = reference.gradient(longest, step.weights)
-        with _rounded(reference, trace.dtype):
+        with rounded(reference, trace.dtype):
             backward = max(backward, relative(reference.gradient(longest, step.weights), exact))
-        for ids, _ in longest:
+        for row in longest:
             with torch.no_grad():
-                alone = reference.hidden(ids, step.weights)
-                with _rounded(reference, trace.dtype):
-                    rounded = reference.hidden(ids, step.weights)
-            forward = max(forward, float((rounded - alone).norm() / alone.norm()))
-    return {"batches": MARGIN * forward, "model": MARGIN * forward, "gradient": MARGIN * backward}
+                alone, own = reference.hidden(row[0], step.weights), float(reference.loss([row], step.weights))
+                with rounded(reference, trace.dtype):
+                    rough, other = reference.hidden(row[0], step.weights), reference.loss([row], step.weights)
+            forward = max(forward, float((rough - alone).norm() / alone.norm()))
+            loss = max(loss, abs(float(other) / own - 1))
+    sizes = {"batches": forward, "model": forward, "gradient": backward, "loss": loss}
+    return {what: MARGIN * size for what, size in sizes.items()}
 
 
 @contextmanager
-def _rounded(reference: Reference, dtype: torch.dtype) -> Iterator[None]:
+def rounded(reference: Reference, dtype: torch.dtype) -> Iterator[None]:
     """Round what each innermost module of the base returns to a dtype while the context is open."""
 
     def hook(module: torch.nn.Module, args: Any, output: Any) -> Any:

@@ -12,11 +12,12 @@ import torch
 from glm4ft.data.encoded_row import IGNORED
 from glm4ft.testing.recording.sampling import norms, samples
 from glm4ft.testing.recording.trace import Step, Tensors
-from glm4ft.testing.replay.comparison import count_targets, distance
+from glm4ft.testing.replay.comparison import count_targets, distance, relative
 from glm4ft.testing.replay.departure import Departure
 from glm4ft.testing.replay.history import History
 from glm4ft.testing.replay.loss_factor import LossFactor, find_loss_factor
 from glm4ft.testing.replay.matching import RowMatches
+from glm4ft.testing.replay.rounding import rounded
 from glm4ft.testing.replay.seen_row import SeenHidden, SeenRow
 from glm4ft.testing.replay.tolerances import LIMITS, SHALLOW, SURE, UNEVEN
 from glm4ft.testing.specification.recovered_targets import Targets, recover_targets
@@ -35,6 +36,7 @@ class ReplayedStep:
 
     def __init__(self, number: int, step: Step, history: History) -> None:
         self.number, self.step, self.history, self.reference = number, step, history, history.reference
+        self.own_limits = dict[str, float]()  # by stage, where rounding was measured on this very step
         self.expected_norms = dict[str, float]()  # of the gradient that it should have
 
     def depart(self, stage: str, text: str, cause: str = "", size: float | None = None, **more: Any) -> Departure:
@@ -51,7 +53,16 @@ class ReplayedStep:
             return LIMITS[torch.float32] if is_fp32 else LIMITS[self.history.dtype]
         is_deep = stage == "gradient" and self.history.dtype == torch.float32
         depth = max(1.0, self.reference.num_layers / SHALLOW) if is_deep else 1.0
-        return self.history.limits.get(stage, LIMITS[self.history.dtype] * depth)
+        return {**self.history.limits, **self.own_limits}.get(stage, LIMITS[self.history.dtype] * depth)
+
+    @cached_property
+    def gradient_rounding(self) -> float:
+        """What rounding in the dtype of the run changes of the step's gradient, relative to it; 0 in fp32."""
+        if self.history.dtype == torch.float32:
+            return 0.0
+        with rounded(self.reference, self.history.dtype):
+            other = self.gradient()
+        return relative(other, self.gradient())
 
     @cached_property
     def row_matches(self) -> list[RowMatches]:

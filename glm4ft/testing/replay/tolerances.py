@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,14 +52,17 @@ class Observation:
 _observers: list[list[Observation]] = []
 
 
-def within(name: str, size: float, limit: float) -> bool:
+def within(name: str, size: float, limit: float, *, is_measured: bool = False) -> bool:
     """Whether a size is at most its limit; False for NaN.
 
     Args:
         name: The name of the threshold in docs/thresholds.md.
         size: The measured size; larger is worse.
         limit: The largest size that passes.
+        is_measured: Whether the limit was measured on the run itself, so that the size is listed as a share of it.
     """
+    if is_measured:
+        name, size, limit = f"{name}, as a share of the run's own limit", size / max(limit, sys.float_info.min), 1.0
     for observer in _observers:
         observer.append(Observation(name, size, limit))
     return size <= limit

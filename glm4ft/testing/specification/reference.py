@@ -227,8 +227,11 @@ class Reference:
         if module in self.weights:
             return self.lora_spec.scale_of(module) * fused_delta(parts["A"], parts["B"], len(self.weights[module]))
         added = self.lora_spec.scale_of(module) * (parts["B"] @ parts["A"])
+        is_embedding = isinstance(self.modules[module], torch.nn.Embedding)
         if "magnitude_vector" not in parts:
-            return added.T if isinstance(self.modules[module], torch.nn.Embedding) else added
+            return added.T if is_embedding else added
+        if is_embedding:
+            raise NotSpecified(f"the magnitudes of {module}, an embedding, are not covered by the reference")
         weight = self.weights[f"{module}.weight"]
         adapted = weight + added
         factor_O = parts["magnitude_vector"] / adapted.norm(dim=1).detach()  # of each row of the weight (out, in)

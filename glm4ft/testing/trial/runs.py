@@ -14,6 +14,7 @@ from glm4ft.testing.replay.comparison import count_targets, distance
 from glm4ft.testing.replay.history import History
 from glm4ft.testing.replay.matching import KnownRows, RowSpan, TokenWeights
 from glm4ft.testing.replay.replay import Verdict, replay
+from glm4ft.testing.replay.rounding import measured_limits
 from glm4ft.testing.replay.step import ReplayedStep
 from glm4ft.testing.specification.reference import LabelledIds, Reference
 from glm4ft.testing.specification.update_rule import clip_factor
@@ -66,7 +67,14 @@ class RecordedRun:
     @functools.cached_property
     def verdict(self) -> Verdict:
         """The result of the replay of this run."""
-        return replay(self.trace, self.reference, self.rows, self.plan, weights=self.weights)
+        return replay(
+            self.trace, self.reference, self.rows, self.plan, weights=self.weights, limits=self.measured_limits
+        )
+
+    @functools.cached_property
+    def measured_limits(self) -> dict[str, float]:
+        """What counts as rounding in this run, by stage; empty in fp32, where the usual limits hold."""
+        return measured_limits(self.reference, self.trace, self.rows)
 
     def judge_again(self, **settings: Any) -> None:
         """Replay the run once more, with further settings beside its plan."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -164,6 +165,26 @@ def clipped_by(change: Callable[[str, torch.Tensor], torch.Tensor]) -> Callable[
     return lambda step: setattr(step, "clipped", {n: change(n, t) for n, t in step.raw.items()})
 
 
+def clipped_to(limit: float) -> Callable[[Step], None]:
+    def change(step: Step) -> None:
+        norm = sum(float(t.pow(2).sum()) for t in step.raw.values()) ** 0.5
+        step.clipped = {name: t * limit / norm for name, t in step.raw.items()}
+
+    return change
+
+
+def without_forward(step: Step) -> None:
+    step.forwards = []
+
+
+def twice_the_first_token(run: RecordedRun) -> None:
+    """The gradient at the final norm of the first trained token of each row is doubled."""
+    for forward in run.trace.steps[0].forwards:
+        assert forward.gradient_BTD is not None
+        for gradient_TD in forward.gradient_BTD:
+            gradient_TD[int(gradient_TD.norm(dim=1).nonzero()[0])] *= 2
+
+
 def rate(change: Callable[[int, float], float]) -> Tamper:
     def tamper(run: RecordedRun) -> None:
         for number, step in enumerate(run.trace.steps):
@@ -307,6 +328,34 @@ CASES = (
         every_step(clipped_by(lambda n, t: t * min(1.0, 0.05 / max(float(t.norm()), 1e-30)))),
         "each parameter or group is clipped by its own norm",
         {"max_grad_norm": 0.05},
+    ),
+    Case(
+        "gradient_is_clipped_to_its_global_norm",
+        every_step(clipped_to(0.02)),
+        "the limit is 0.02, not 0.05",
+        {"max_grad_norm": 0.05},
+    ),
+    Case("gradient_is_that_of_the_token_mean", twice_the_first_token, "counts 2 times as much .* not asked for"),
+    Case(
+        "update_follows_adamw", at_step(2, without_forward), "no forward pass is between this step and the one before"
+    ),
+    Case(
+        "learning_rate_follows_the_schedule",
+        rate(lambda i, r: 5e-3 * (min(i / 2, 1) if i < 3 else (1 + math.cos(math.pi * (i - 2) / 7)) / 2)),
+        "the decay ends after 9 steps, not 6",
+        {"schedule": "cosine"},
+    ),
+    Case(
+        "learning_rate_follows_the_schedule",
+        rate(lambda i, r: 5e-3 * (min(i / 2, 1) if i < 3 else 0.6 + 0.4 * math.cos(math.pi * (i - 2) / 4))),
+        "the decay ends at 0.2 times the peak, not at 0",
+        {"schedule": "cosine"},
+    ),
+    Case(
+        "learning_rate_follows_the_schedule",
+        rate(lambda i, r: 5e-3 * (1 - i / 5)),
+        "the decay ends after 5 steps, not 4, or at 0.2 times the peak",
+        {"schedule": "linear"},
     ),
     Case(
         "logged_gradient_norm_is_the_one_before_clipping",

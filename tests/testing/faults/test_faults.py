@@ -160,9 +160,11 @@ def test_page_shows_score_practices_and_what_escapes() -> None:
 
 
 def test_threshold_stands_between_clean_runs_and_the_nearest_fault() -> None:
-    clean = [CleanRun("a", 0, {"x": (1e-7, 1e-5)}, ()), CleanRun("b", 0, {"x": (2e-7, 1e-5), "y": (0.0, 1.0)}, ())]
-    x, y = collect(clean, {"far": [Observation("x", 4e-5, 1e-5)], "farther": [Observation("x", 5e-5, 1e-5)]})
+    large = {("x", 1e-5): 2e-7, ("x", 3e-2): 1e-2, ("y", 1.0): 0.0}
+    clean = [CleanRun("a", 0, {("x", 1e-5): 1e-7}, ()), CleanRun("b", 0, large, ())]
+    x, in_bf16, y = collect(clean, {"far": [Observation("x", 4e-5, 1e-5)], "farther": [Observation("x", 5e-5, 1e-5)]})
     assert (x.nearest, x.room) == ((4e-5, "far"), pytest.approx(200))
+    assert (in_bf16.limit, in_bf16.clean, in_bf16.nearest) == (3e-2, (1e-2,), None)
     assert y.nearest is None
     page = thresholds_page([x], clean)
     assert "| x | 1.5e-07 | 2.0e-07 | 1.0e-05 | `far` | 4.0e-05 | 2e+02 |" in page

@@ -50,7 +50,7 @@ that it refuses or drops is left out, and a check that cannot run without it is 
 ``base_dir`` is a Hugging Face model folder that the harness wrote, so the harness knows the base and can load it on
 its own. ``plan`` is a plain mapping with the keys of :data:`PLAN`. Checkpoints are folders ``checkpoint-<step>`` below
 its ``output_dir``. With ``eval_every``, the training conversations are evaluated, in batches of any kind. Forward
-passes without gradient count as an evaluation, but for those over the batch of the step that makes them.
+passes without gradient count as an evaluation, but for those that every step makes over its own batch.
 """
 
 from __future__ import annotations

@@ -125,17 +125,20 @@ class Trace:
     def evaluated(self) -> list[tuple[int, Forward]]:
         """The forward passes that evaluate: those without gradient, but for a step's further passes over its own batch.
 
-        A step may look at its batch again, in training mode or without adapters, as distillation and metrics do.
+        Every step may look at its batch again, in training mode or without adapters, as distillation and metrics do;
+        where only some do, an evaluation happens to have the batch that a step has.
         """
-        return [
-            (num_steps, forward)
-            for num_steps, forward in self.evaluations
-            if not any(torch.equal(forward.input_ids_BT, own.input_ids_BT) for own in self._forwards_after(num_steps))
+        further = [
+            (num_steps, forward) for num_steps, forward in self.evaluations if self._is_further(num_steps, forward)
         ]
+        if {num_steps for num_steps, _ in further} != set(range(len(self.steps))):
+            return self.evaluations
+        return [(n, forward) for n, forward in self.evaluations if not self._is_further(n, forward)]
 
-    def _forwards_after(self, num_steps: int) -> list[Forward]:
-        """The forward passes of the step that follows a number of steps; none after the last."""
-        return self.steps[num_steps].forwards if num_steps < len(self.steps) else []
+    def _is_further(self, num_steps: int, forward: Forward) -> bool:
+        """Whether a pass is over a batch of the step that follows a number of steps; none is after the last."""
+        following = self.steps[num_steps].forwards if num_steps < len(self.steps) else []
+        return any(torch.equal(forward.input_ids_BT, own.input_ids_BT) for own in following)
 
     @property
     def num_bytes(self) -> int:

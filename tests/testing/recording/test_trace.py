@@ -122,6 +122,9 @@ def test_second_pass_over_the_batch_of_its_step_is_no_evaluation() -> None:
     step = Step([own], {}, {}, {}, [], "AdamW")
     trace = Trace(steps=[step], evaluations=[(0, forward(1, 2)), (0, other), (1, forward(1, 2))])
     assert [(num_steps, found.input_ids_BT.shape[1]) for num_steps, found in trace.evaluated] == [(0, 3), (1, 2)]
+    trace.steps *= 2  # now the second step has no such pass, so that the first's is an evaluation of the same rows
+    trace.evaluations.pop()
+    assert [num_steps for num_steps, _ in trace.evaluated] == [0, 0]
 
 
 def test_row_of_a_step_of_generation_with_a_cache_is_its_last_tokens() -> None:

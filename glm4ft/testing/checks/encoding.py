@@ -17,13 +17,21 @@ from glm4ft.testing.specification.mask_oracle import (
     show_tokens,
 )
 from glm4ft.testing.specification.turn_text import ALWAYS_THINKS, THINKING_FORMATS, openai_messages
-from glm4ft.testing.trial.bank import BANK, CALL_TALK, GLM_TALKS, MARKERS_TALK, PARALLEL, THINKING, Talk, with_reasoning
+from glm4ft.testing.trial.bank import (
+    BANK,
+    CALL_TALK,
+    MARKERS_TALK,
+    PARALLEL,
+    THINKING,
+    TWO_QUESTIONS,
+    Talk,
+    with_reasoning,
+)
 from glm4ft.testing.trial.stages import CheckFailed, NotApplicable
 from glm4ft.testing.trial.trial import Trial
 from glm4ft.testing.trial.turns import sampled_spans
 
 DENSE_FORMATS = ("glm-4-9b-chat", "glm-4-0414")
-SYSTEMS_FIRST = ("glm-4-0414", "glm-z1-0414")  # whose templates move system messages to the front
 GLM_FORMATS = (*DENSE_FORMATS, *THINKING_FORMATS)
 
 
@@ -46,19 +54,13 @@ class BankRow:
 def bank_of(trial: Trial) -> list[Talk]:
     """The conversations of the bank that the subject accepts; those with tools if the base's template renders tools."""
     knows_tools = is_glm(trial) and "tools" in str(trial.base_tokenizer.chat_template or "")
-    bank = BANK + GLM_TALKS * is_glm(trial) + THINKING * (chat_format_of(trial) in THINKING_FORMATS)
+    bank = BANK + (TWO_QUESTIONS,) * is_glm(trial) + THINKING * (chat_format_of(trial) in THINKING_FORMATS)
     if chat_format_of(trial) in ALWAYS_THINKS:  # which no prompt asks for a call
         bank = tuple(talk for talk in bank if talk not in (CALL_TALK, PARALLEL))
     talks = [talk for talk in bank if (knows_tools or not talk.tools) and trial.accepts(conversation_of(trial, talk))]
     if not talks:
         raise NotApplicable("not judged: the subject refuses every conversation of the bank")
     return [as_asked(trial, talk) for talk in talks if talk.id != MARKERS_TALK.id or _keeps_markers(trial)]
-
-
-def rendered_order(trial: Trial, talk: Talk) -> list[Mapping[str, Any]]:
-    """The messages of a conversation in the order in which the subject's format renders them."""
-    moved = chat_format_of(trial) in SYSTEMS_FIRST
-    return sorted(talk.messages, key=lambda message: moved and message["role"] != "system")
 
 
 def as_asked(trial: Trial, talk: Talk) -> Talk:

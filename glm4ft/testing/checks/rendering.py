@@ -18,7 +18,6 @@ from glm4ft.testing.checks.encoding import (
     conversation_of,
     fail,
     name_of,
-    rendered_order,
     row_of,
 )  # fmt: skip
 from glm4ft.testing.recording.record import record
@@ -53,7 +52,7 @@ def check_every_message_has_its_header(trial: Trial) -> None:
     for talk in bank_of(trial):
         row = row_of(trial, talk)
         found = [(i, names[token]) for i, token in enumerate(row.ids) if token in names]
-        messages = _with_headers(trial, rendered_order(trial, talk))
+        messages = _with_headers(trial, talk.messages)
         expected = [*PREFIX, *(HEADERS[message["role"]] for message in messages)]
         if talk.tools and [token for _, token in found[2:3]] == [HEADERS["system"]]:
             expected.insert(len(PREFIX), HEADERS["system"])  # the block that declares the tools

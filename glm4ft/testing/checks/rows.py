@@ -23,7 +23,6 @@ from glm4ft.testing.checks.encoding import (
     fail,
     is_glm,
     name_of,
-    rendered_order,
     row_of,
     rows_with_turns,
     value_at,
@@ -218,7 +217,7 @@ def check_every_message_is_in_the_row(trial: Trial) -> None:
     for talk in bank_of(trial):
         row, found = row_of(trial, talk), 0
         text = trial.subject.tokenizer.decode(row.ids, clean_up_tokenization_spaces=False)
-        for index, message in enumerate(rendered_order(trial, talk)):
+        for index, message in enumerate(talk.messages):
             content = _lasting_text(trial, message)
             begin = text.find(content, found)
             if begin < 0:

@@ -160,14 +160,6 @@ class SecondQuestionDropped(Subject):
         return kept
 
 
-@fault("later-system-message-stays", evidence=MADE_UP, cause=r"should be <\|system\|>|is not in the row")
-class LaterSystemMessageStays(Subject):
-    """A system message stays behind the user's, though the template of GLM-4-0414 puts it first."""
-
-    def ordered(self, messages: Sequence[Message]) -> list[Message]:
-        return list(messages)
-
-
 @fault("tools-escaped-to-ascii", evidence="tabbyAPI 459", cause=r"description .*São Paulo.* is not in the row")
 class ToolsEscapedToAscii(Subject):
     """Declared tools are dumped as ASCII, so that other letters become escapes."""

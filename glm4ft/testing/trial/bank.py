@@ -86,12 +86,7 @@ BANK = (
 )  # every assistant turn here is trained; loss flags have their own check
 
 
-GLM_TALKS = (
-    Talk("two questions", (user("hi"), user("which?"), answer("that one"))),
-    Talk(
-        "a later system message", (user("hi"), {"role": "system", "content": "be clear"}, user("which?"), answer("b"))
-    ),
-)  # templates of other models refuse them
+TWO_QUESTIONS = Talk("two questions", (user("hi"), user("which?"), answer("that one")))  # many templates refuse it
 
 
 def _calls(*named: tuple[str, str]) -> list[dict[str, Any]]:

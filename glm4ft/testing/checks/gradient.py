@@ -97,7 +97,7 @@ def check_logged_loss_is_the_loss(trial: Trial) -> None:
     for changes in plans:
         run = trial.run(**changes)
         logged, own_limit = run.logged("loss"), run.measured_limits.get("loss")
-        limit = LOGGED_LIMIT[trial.dtype] if own_limit is None else own_limit
+        limit = max(LOGGED_LIMIT[trial.dtype], own_limit or 0.0)
         for number, expected in enumerate(run.losses(), start=1):
             if number not in logged:
                 continue

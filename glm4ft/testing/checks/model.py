@@ -125,7 +125,7 @@ def check_only_what_was_asked_for_is_trained(trial: Trial) -> None:
         for pair in adapted_modules([name for name, _ in built(trial).named_parameters()]).values()
         for n in pair.values()
     }
-    asked = getattr(trial.subject, "lora", None) or {}
+    spec, asked = trial.lora_spec, getattr(trial.subject, "lora", None) or {}
     saved, bias = tuple(asked.get("modules_to_save") or ()), asked.get("bias") or "none"
     frozen = sorted(all_matrices - trained)
     beside = {n: f".{base_name(n)}".rpartition(".") for n in trained - all_matrices}
@@ -138,6 +138,9 @@ def check_only_what_was_asked_for_is_trained(trial: Trial) -> None:
         raise CheckFailed("no parameter is trained: all of them are frozen")
     if lost:
         raise CheckFailed(f"modules_to_save asks for {', '.join(lost)}, of which no parameter is trained")
+    adapted = {f"{name}.bias" for name in spec.modules_of(trial.reference.model)} & trial.reference.weights.keys()
+    if bias != "none" and adapted and not biases:
+        raise CheckFailed(f"bias={bias!r} was asked for, and no bias is trained, as {min(adapted)}")
     if frozen:
         raise CheckFailed(f"{len(frozen)} of {len(all_matrices)} LoRA matrices are frozen, as {frozen[0]}")
     if more:

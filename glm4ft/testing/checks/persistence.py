@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from glm4ft.testing.checks.served_folder import require_trained_tokenizer, stop_ids
 from glm4ft.testing.replay.tolerances import within
-from glm4ft.testing.specification.lora_spec import LoraSpec, adapted_modules, base_name
+from glm4ft.testing.specification.lora_spec import LoraSpec, NotSpecified, adapted_modules, base_name
 from glm4ft.testing.specification.routed_experts import stored_in
 from glm4ft.testing.trial.registry import check
 from glm4ft.testing.trial.same_run import describe_divergence, explain_by_noise
@@ -73,7 +73,11 @@ def check_saved_configuration_gives_the_same_scale(trial: Trial) -> None:
     file = _saved(trial) / "adapter_config.json"
     if not file.exists():
         raise NotApplicable(f"save wrote no {file.name}")
-    stored, asked = LoraSpec.of(json.loads(file.read_text("utf-8"))), trial.lora_spec
+    asked = trial.lora_spec
+    try:
+        stored = LoraSpec.of(json.loads(file.read_text("utf-8")))
+    except NotSpecified as error:
+        raise CheckFailed(f"{file.name} states another kind of adapter than was asked for: {error}") from error
     for module in asked.modules_of(trial.reference.model):
         got = (stored.rank_of(module), stored.scale_of(module))
         expected = (asked.rank_of(module), asked.scale_of(module))

@@ -40,7 +40,8 @@ plain loop in its benign variations, each with its own seeds for base, adapters 
 them raised an alarm. *Nearest fault* is the smallest value over the limit among the faults of the
 [kill matrix](kill-matrix.md); faults that are caught at `rows` are also judged at `outcome`, as if they had passed.
 A threshold whose nearest fault is not at least {room:g} times the largest clean value is redesigned, not tuned. A
-threshold with two limits has the larger one where forward passes run in bf16.
+threshold with two limits has the larger one where forward passes run in bf16. A run's *own limit* is four times what
+rounding changes of its longest rows; a gradient beyond it is compared with the rounding of its own step.
 """
 
 

@@ -24,8 +24,8 @@ class History:
         reference: The reference on the base that the run started from.
         known: The rows that the data should be encoded as.
         plan: The plan that the trainer was given.
-        dtype: The dtype of the forward passes.
-        clipped_to: The norm of the gradient after clipping, for each step before and with this one.
+        dtype: The dtype of the forward passes, by which limits are looked up.
+        clipped_to: The norm of the gradient after clipping, for each step so far that was clipped.
         applied: The learning rate of each parameter group, for each recorded step.
         seen: The number of times that each row has been seen, by its ids.
         seen_by: The processes that have seen each row, by its ids.
@@ -49,6 +49,7 @@ class History:
     sampled: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.rounded_to = self.dtype
         if self.dtype == torch.float16:
             self.dtype = torch.bfloat16  # whose limits are the wider ones
         plan = self.plan

@@ -17,7 +17,8 @@ def judge_clipping(step: ReplayedStep) -> Departures:
     size = relative(clipped, {name: factor * tensor for name, tensor in raw.items()})
     length = dot(raw, raw)
     got = dot(clipped, raw) / length if length else factor  # a gradient of zero has no factor to be read off
-    step.history.clipped_to.append(got * norm)
+    if got < 1 - SHOWN:
+        step.history.clipped_to.append(got * norm)
     cause = "" if size <= step.limit("clipping") else _clipping_cause(step, norm, got)
     is_factor = abs(got - factor) > SHOWN * factor
     how = f"multiplied by {got:.4g}, not {factor:.4g}" if is_factor else f"multiplied by {got:.4g}, and changed beside"
@@ -41,7 +42,7 @@ def _clipping_cause(step: ReplayedStep, norm: float, got: float) -> str:
         if len(lengths) < 2:
             return ""  # the limit may be another, or the norm: two steps tell them apart
         if max(lengths) - min(lengths) <= 1e-3 * max(lengths):
-            return f"the limit is {got * norm:.4g}, not {limit:g}"
+            return f"the limit is {got * norm:.4g}, " + (f"not {limit:g}" if limit else "and none was asked for")
         return "the factor is computed from a norm other than the global one"
     own = {name: float((clipped[name] * g).sum() / (g * g).sum()) for name, g in raw.items() if g.any()}
     largest = max(float(tensor.abs().max()) for tensor in clipped.values())

@@ -210,8 +210,13 @@ def judge_model(step: ReplayedStep) -> Departures:
     """Report a base that differs from its files, adapters that act at the start, and unused parameters."""
     before, base = step.step.before, step.reference
     if step.number == 1:
-        sizes = {n: float(delta.norm() / base.weights[n].norm()) for n, delta in base.deltas(before).items()}
-        if acting := [name for name, size in sizes.items() if not size <= step.limit("model")]:
+        limit = step.limit("update")  # parameters are not rounded by forward passes
+        acting = list[str]()
+        for name, delta in base.deltas(before).items():
+            weight = base.weights[name if name in base.weights else base.head_name]  # a tied head has none of its own
+            if not float(delta.norm()) <= limit * float(weight.norm()):
+                acting.append(name)
+        if acting:
             yield step.depart("model", f"{len(acting)} adapters act before the first step, e.g. that of {acting[0]}")
     if step.step.whole is not None:
         first = step.sampled(step.step.whole)

@@ -108,7 +108,7 @@ def _other_ends(plan: Mapping[str, Any], applied: Sequence[float]) -> dict[str, 
     steps, warmup, peak, number = plan["steps"], plan["warmup_steps"], plan["learning_rate"], len(applied)
     share, right = applied[-1] / peak, scheduled_rate(number, plan, steps) / peak
     numbers = range(1, number + 1)
-    if plan["schedule"] == "constant" or number <= warmup + 1 or not (0 < share < 1 and right < 1):
+    if plan["schedule"] == "constant" or number <= warmup + 2 or not (0 < share < 1 and right < 1):
         return {}
     done = 1 - share if plan["schedule"] == "linear" else math.acos(2 * share - 1) / math.pi
     end, least = round(warmup + (number - 1 - warmup) / done), (share - right) / (1 - right)

@@ -51,7 +51,7 @@ class Verdict:
         more: Further departures of those stages, of other causes than the first.
         hidden: Stages that no step judged completely, mapped to the stage of the departure that hides them.
         largest: The largest relative size of a comparison by stage, for the stages judged by a number.
-        limits: The largest relative size that passes, by stage, for the same stages.
+        limits: The largest relative size that passes in the step of the largest one, by stage, for the same stages.
         steps: The number of optimizer steps before the first departure.
         packed: Whether any sequence of a batch held more than one row.
         removes_factor: Whether a factor on the loss was taken out of the gradient before the optimizer received it.
@@ -168,9 +168,8 @@ def _judge(step: ReplayedStep, verdict: Verdict, hidden_from_now_on: dict[str, s
             continue
         for departure in judge(step):
             size = departure.size
-            if size is not None and math.isfinite(size):
-                verdict.largest[stage] = max(verdict.largest.get(stage, 0.0), size)
-                verdict.limits[stage] = step.limit(stage)
+            if size is not None and math.isfinite(size) and size >= verdict.largest.get(stage, 0.0):
+                verdict.largest[stage], verdict.limits[stage] = size, step.limit(stage)
             is_measured = stage in step.history.limits
             if size is None or not within(f"{stage}: replay", size, step.limit(stage), is_measured=is_measured):
                 verdict.add(departure)

@@ -19,7 +19,8 @@ from glm4ft.testing.specification.reference import LabelledIds, Reference
 
 # Runs of 8 steps under bf16 autocast whose rounding is nothing but legitimate, in 44 variations of packing, batches,
 # checkpointing and layers, differed from the specification by at most 2.1 times what is measured here (tiny base,
-# x86-64 CPU, 2026-11-27; tests/sweeps/record_faults.py --bf16 prints the share of the limit).
+# x86-64 CPU, 2026-11-27; tests/sweeps/record_faults.py --bf16 prints the share of the limit). Over 20 seeds and all
+# plans of a trial a gradient came to 3.7 times (docs/thresholds.md), so one beyond the limit is measured by itself.
 MARGIN = 4.0
 MAX_ROWS = 4  # the longest ones, in which most rounding adds up
 

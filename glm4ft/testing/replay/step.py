@@ -60,7 +60,7 @@ class ReplayedStep:
         """What rounding in the dtype of the run changes of the step's gradient, relative to it; 0 in fp32."""
         if self.history.dtype == torch.float32:
             return 0.0
-        with rounded(self.reference, self.history.dtype):
+        with rounded(self.reference, self.history.rounded_to):
             other = self.gradient()
         return relative(other, self.gradient())
 

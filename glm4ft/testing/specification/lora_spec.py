@@ -13,9 +13,9 @@ from torch import nn
 # Options of peft that make another kind of adapter than this module specifies.
 UNKNOWN_KINDS = (
     "alora_invocation_tokens", "arrow_config", "layer_replication", "lora_bias", "trainable_token_indices",
-    "use_bdlora", "use_qalora",
+    "use_bdlora", "use_qalora", "velora_config", "kasa_config", "monteclora_config",
 )  # fmt: skip
-ACTS_ON_NOTHING = (True, "gaussian", "orthogonal")  # values of init_lora_weights with which B A is zero at first
+ACTS_ON_NOTHING = (True, "gaussian", "orthogonal", "eva")  # values of init_lora_weights with which B A is zero at first
 _LAYER = re.compile(r"\.(?:layers|h|blocks?)\.(\d+)\.")
 
 
@@ -63,7 +63,9 @@ class LoraSpec:
             if asked.get(option):
                 raise NotSpecified(f"{option} is not covered by the reference")
         if (init := asked.get("init_lora_weights", True)) not in ACTS_ON_NOTHING:
-            raise NotSpecified(f"init_lora_weights={init!r} is not covered by the reference: it changes the base")
+            raise NotSpecified(
+                f"init_lora_weights={init!r} is not covered by the reference: its adapters act at the start"
+            )
         targets, layers = asked.get("target_modules") or "all-linear", asked.get("layers_to_transform")
         return cls(
             rank=asked.get("r", 8),

@@ -71,7 +71,7 @@ def name_loss(
 
     found = []
     for words, (loss, low, high) in LOSSES.items():
-        number = _least(partial(error, loss), low, high)
+        number = _least(partial(error, loss), low, high) if low < high else low
         if error(loss, number) <= limit:
             found.append(words.format(f"{number:.3g}"))
     return found[0] if len(found) == 1 else ""

@@ -103,7 +103,7 @@ def _wrong_precision(trace: Trace, configuration: Mapping[str, Any]) -> Iterator
 
 def _wrong_adapters(trace: Trace, model: Mapping[str, Any], reference: Reference) -> Iterator[Departure]:
     """The trained adapters, against the run's peft configuration: modules, ranks, dtype, and saved modules."""
-    before = trace.steps[0].before
+    before, trained = trace.steps[0].before, [_module(name) for name in trace.trained]
     spec, found = reference.lora_spec, reference.adapters(before)
     targets = (spec.targets if isinstance(spec.targets, tuple) else ()) + spec.parameters
     every = [f".{name}" for name in (*reference.modules, *reference.weights)]
@@ -114,7 +114,7 @@ def _wrong_adapters(trace: Trace, model: Mapping[str, Any], reference: Reference
         ("is adapted and trained, but was not asked for", set(found) - set(spec.modules_of(reference.model))),
         ("has one trained matrix of two", {name for name, pair in found.items() if not {"A", "B"} <= pair.keys()}),
         ("is among modules_to_save, but is not trained",
-         {m for m in model["adapter"].get("modules_to_save") or () if not any(_last(n) == m for n in trace.trained)}),
+         {m for m in model["adapter"].get("modules_to_save") or () if not any(n.endswith(m) for n in trained)}),
     ):  # fmt: skip
         if names:
             yield Departure("model", 1, f"{min(names)} {words} ({len(names)} like it)")
@@ -136,9 +136,9 @@ def _wrong_adapters(trace: Trace, model: Mapping[str, Any], reference: Reference
         yield Departure("model", 1, text, "steps below half an ulp are rounded away: keep adapters in float32")
 
 
-def _last(name: str) -> str:
-    parts = base_name(name).split(".")
-    return parts[-2] if len(parts) > 1 else parts[-1]
+def _module(parameter: str) -> str:
+    """The name in the base of a parameter's module."""
+    return base_name(parameter).rpartition(".")[0]
 
 
 def _wrong_dropout(trace: Trace, asked: float) -> Iterator[Departure]:

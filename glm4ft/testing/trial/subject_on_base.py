@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from glm4ft.errors import ConfigError
 from glm4ft.model.checkpoint import TINY
 from glm4ft.testing.replay.matching import TokenWeights
-from glm4ft.testing.specification.lora_spec import LoraSpec
+from glm4ft.testing.specification.lora_spec import LoraSpec, NotSpecified
 from glm4ft.testing.specification.reference import LabelledIds, Reference
 from glm4ft.testing.specification.routed_experts import require_recent_libraries
 from glm4ft.testing.subject import load_subject
@@ -80,8 +80,7 @@ class SubjectOnBase:
         """The requested adapter, from the subject's ``lora`` or else from its model's configuration.
 
         Raises:
-            NotApplicable: If neither states it.
-            NotSpecified: If the specification does not cover it.
+            NotApplicable: If neither states it, or the specification does not cover it.
         """
         asked = getattr(self.subject, "lora", None)
         if asked is None:
@@ -89,7 +88,10 @@ class SubjectOnBase:
             asked = vars(next(iter(configs.values()))) if configs else None
         if asked is None:
             raise NotApplicable("the subject has no lora, and its model has no peft configuration")
-        return LoraSpec.of(asked)
+        try:
+            return LoraSpec.of(asked)
+        except NotSpecified as error:
+            raise NotApplicable(str(error)) from error
 
     @functools.cached_property
     def base_tokenizer(self) -> Any:

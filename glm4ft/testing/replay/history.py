@@ -26,6 +26,7 @@ class History:
         plan: The plan that the trainer was given.
         dtype: The dtype of the forward passes, by which limits are looked up.
         clipped_to: The norm of the gradient after clipping, for each step so far that was clipped.
+        loss_name: The loss that the run has in place of cross entropy, "" if it is unknown; None before one was seen.
         applied: The learning rate of each parameter group, for each recorded step.
         seen: The number of times that each row has been seen, by its ids.
         seen_by: The processes that have seen each row, by its ids.
@@ -42,6 +43,7 @@ class History:
     seen: Counter[tuple[int, ...]] = field(default_factory=Counter)
     seen_by: dict[tuple[int, ...], set[int]] = field(default_factory=dict)
     previous: Step | None = None
+    loss_name: str | None = None
     clipped_to: list[float] = field(default_factory=list)
     applied: Sequence[Sequence[float]] = ()
     dropout: Mapping[str, float] = field(default_factory=dict)

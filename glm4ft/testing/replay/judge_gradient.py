@@ -90,16 +90,17 @@ def _wrong_loss(step: ReplayedStep, row: SeenRow) -> Departures:
 
 
 def _loss_cause(step: ReplayedStep, row: SeenRow) -> str:
-    """The other loss that gives a row's gradient at the final norm; "" if none is known that does."""
-    labels_T, forward = (
-        torch.tensor(step.labels_of(row.ids))[: len(row.span.positions)],
-        step.step.forwards[row.forward],
-    )
-    assert forward.gradient_BTD is not None
-    at_N = (labels_T[1:] != IGNORED).nonzero()[:NAMED_BY, 0]
-    hidden_TD, gradient_TD = row.hidden_TD, forward.gradient_BTD[row.span.b][row.span.positions]
+    """The other loss that gives the gradient at the final norm of the run's first wrong row; "" if none is known."""
+    if step.history.loss_name is not None:
+        return step.history.loss_name
+    gradient_BTD = step.step.forwards[row.forward].gradient_BTD
+    assert gradient_BTD is not None
+    labels_T, gradient_TD = torch.tensor(step.labels_of(row.ids)), gradient_BTD[row.span.b][row.span.positions]
+    at_N = (labels_T[1 : len(gradient_TD)] != IGNORED).nonzero()[:NAMED_BY, 0]
     weight_VD, limit = step.reference.head_weight(step.step.weights), max(EXPLAINED, step.limit("gradient"))
-    return name_loss(hidden_TD[at_N], gradient_TD[at_N], labels_T[at_N + 1], weight_VD, limit)
+    name = name_loss(row.hidden_TD[at_N], gradient_TD[at_N], labels_T[at_N + 1], weight_VD, limit)
+    step.history.loss_name = name
+    return name
 
 
 def _wrong_weights(step: ReplayedStep) -> Departures:

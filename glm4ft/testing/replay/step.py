@@ -36,6 +36,7 @@ class ReplayedStep:
 
     def __init__(self, number: int, step: Step, history: History) -> None:
         self.number, self.step, self.history, self.reference = number, step, history, history.reference
+        self._unsure = dict[int, torch.Tensor]()  # see is_unsure
         self.own_limits = dict[str, float]()  # by stage, where rounding was measured on this very step
         self.expected_norms = dict[str, float]()  # of the gradient that it should have
 
@@ -143,11 +144,13 @@ class ReplayedStep:
 
     def is_unsure(self, row: SeenRow) -> torch.Tensor:
         """Where (T,) the probability of a row's target is low enough for its gradient to be measurable."""
-        expected = torch.tensor(self.labels_of(row.ids))
-        probability = torch.zeros(len(expected))
-        logits = self.reference.logits(row.hidden_TD[: len(expected) - 1], self.step.weights)
-        probability[1:] = logits.softmax(1).gather(1, expected[1:].clamp_min(0)[:, None])[:, 0]
-        return probability < SURE
+        if id(row) not in self._unsure:  # rows live as long as the step
+            expected = torch.tensor(self.labels_of(row.ids))
+            probability = torch.zeros(len(expected))
+            logits = self.reference.logits(row.hidden_TD[: len(expected) - 1], self.step.weights)
+            probability[1:] = logits.softmax(1).gather(1, expected[1:].clamp_min(0)[:, None])[:, 0]
+            self._unsure[id(row)] = probability < SURE
+        return self._unsure[id(row)]
 
     @cached_property
     def odd_tokens(self) -> list[tuple[SeenRow, int, float]]:

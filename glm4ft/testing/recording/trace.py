@@ -128,10 +128,8 @@ class Trace:
         Every step may look at its batch again, in training mode or without adapters, as distillation and metrics do;
         where only some do, an evaluation happens to have the batch that a step has.
         """
-        further = [
-            (num_steps, forward) for num_steps, forward in self.evaluations if self._is_further(num_steps, forward)
-        ]
-        if {num_steps for num_steps, _ in further} != set(range(len(self.steps))):
+        with_further = {n for n, forward in self.evaluations if self._is_further(n, forward)}
+        if with_further != set(range(len(self.steps))):
             return self.evaluations
         return [(n, forward) for n, forward in self.evaluations if not self._is_further(n, forward)]
 

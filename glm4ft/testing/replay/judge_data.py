@@ -42,7 +42,8 @@ def judge_rows(step: ReplayedStep) -> Departures:
         cause = "the optimizer steps more than once per gradient" * _is_same_gradient(step)
         text = "no forward pass is between this step and the one before"
         hidden = (*UNKNOWN, "clipping", "schedule")
-        yield step.depart("update", text, cause, hides=hidden, hides_later=("schedule",))  # whose steps are numbered
+        # from here on the steps of the run are no longer those that the schedule counts
+        yield step.depart("update", text, cause, hides=hidden, hides_later=("schedule",))
     elif not step.seen:
         yield step.depart("rows", "no row of the data went through the model", hides=UNKNOWN)
     for row in step.seen if step.has_finite_loss else ():

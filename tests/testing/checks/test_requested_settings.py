@@ -33,6 +33,7 @@ from glm4ft.testing.faults.requested_settings import (
     ModulesToSaveFrozen,
     ModulesToSaveNotSaved,
 )
+from glm4ft.testing.recording.discovery import decoder_of
 from glm4ft.testing.subjects.plain_loop import Subject
 from glm4ft.testing.trial.runner import run_check
 from glm4ft.testing.trial.stages import CheckFailed, NotApplicable
@@ -178,6 +179,12 @@ def test_adapter_of_another_kind_is_not_judged(subject: type[Subject], says: str
     expected = CheckFailed if subject is OtherAdapter else NotApplicable
     with pytest.raises(expected, match=r"1 trained parameters belong to no adapter|is not covered by the reference"):
         CHECKS[TRAINED].run(trial)
+
+
+def test_final_norm_is_the_copy_that_is_trained(healthy: Trial) -> None:
+    """The module that it replaces is kept beside it, and never runs."""
+    model = NormsAndEmbeddingsTrained(str(healthy.base_dir)).build_model(str(healthy.base_dir), 0)
+    assert decoder_of(model).norm is model.base_model.model.model.norm.modules_to_save["default"]
 
 
 def test_plain_object_stays_on_its_base_and_is_not_blamed_for_it(healthy: Trial, monkeypatch: Any) -> None:
